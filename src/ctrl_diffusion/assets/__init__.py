@@ -1,0 +1,5 @@
+"""Files that ship with the package."""
+
+from pathlib import Path
+
+DIGITS = Path(__file__).parent / "digits"

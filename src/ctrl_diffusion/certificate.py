@@ -1,0 +1,116 @@
+"""How far the policy is from the exact conditional, in nats, and what a perfect learner would score.
+
+    J(g)    = E_g[γ log p̂(y | x_0)] − KL(P_g ‖ P_pre)
+    log Z   = log E_pre[p̂(y | x_0)^γ]
+    log Z − J(g) = KL(P_g ‖ P*) ≥ 0
+
+P* is the prior's own N-step chain tilted by the reward. log Z comes from independent samples of the prior, per (c, y),
+then averaged uniformly; J from paths of the policy by the mean of log w = r − log p_g/p_pre, whose expectation is J and
+whose spread vanishes at the optimum. log Z from the same paths (log-mean-exp of log w) is a check only: it is at least
+J and blind to modes the policy misses.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data import Conditions
+from .reward import Reward
+
+
+@dataclass
+class Certificate:
+    """The gap and its parts, uniform means over pairs (c, y), in nats; `*_pairs` are per pair (G · K,).
+
+    Args:
+        objective: J.
+        log_z: from independent samples of the prior.
+        log_z_policy: from the policy's paths.
+        gap: log_z − objective, an upper bound of the KL between the policy's and the exact x_0.
+        stderr: of the gap.
+        kl: KL(P_g ‖ P_pre).
+        ess: effective share of the policy's paths under w, the smallest over the pairs.
+        objective_pairs, log_z_pairs: per pair.
+    """
+
+    objective: float
+    log_z: float
+    log_z_policy: float
+    gap: float
+    stderr: float
+    kl: float
+    ess: float
+    objective_pairs: Tensor
+    log_z_pairs: Tensor
+
+
+def log_mean_exp(a: Tensor, dim: int) -> Tensor:
+    """log of the mean of exp(a)."""
+    return a.logsumexp(dim) - math.log(a.shape[dim])
+
+
+def log_z(table: Tensor) -> tuple[Tensor, float]:
+    """log Z per pair and the standard error of its mean, by the delta method.
+
+    Args:
+        table: (G, M, K), reward of every class on M samples of each of G conditions.
+
+    Returns:
+        log Z (G · K,) and the standard error of its uniform mean. The K classes of one condition share samples, so the
+        error is taken of their mean, sample by sample.
+    """
+    z = log_mean_exp(table, dim=1)  # (G, K)
+    influence = (table - z[:, None]).exp().mean(2)  # (G, M): d mean_k log Z / d sample
+    stderr = (influence.var(1) / table.shape[1]).sum().sqrt() / len(table)
+    return z.flatten(), float(stderr)
+
+
+def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, log_ratio: Tensor) -> Certificate:
+    """The certificate from samples of prior and policy.
+
+    Args:
+        conditions: the pairs.
+        table: (G, M, K), reward of every class on M independent prior samples of each condition.
+        earned: (P · n,), reward of n policy paths for each pair in turn.
+        kl, log_ratio: (P · n,), of the same paths.
+
+    Warns:
+        RuntimeWarning: the two estimates of log Z differ by more than three standard errors.
+    """
+    z, z_stderr = log_z(table)
+    log_w = (earned - log_ratio).view(conditions.pairs, -1)  # (P, n)
+    n = log_w.shape[1]
+    objective = log_w.mean(1)
+    j_stderr = float((log_w.var(1) / n).sum().sqrt() / conditions.pairs)
+    z_policy = log_mean_exp(log_w, dim=1)
+    w = log_w.softmax(1)
+    policy_stderr = float((w * n).var(1).div(n).sum().sqrt() / conditions.pairs)
+    difference = float((z_policy - z).mean())
+    if abs(difference) > 3 * math.hypot(z_stderr, policy_stderr):
+        warnings.warn(
+            f"log Z from the policy's paths differs from the prior's by {difference:+.3f} nats, more than three "
+            f"standard errors ({math.hypot(z_stderr, policy_stderr):.3f}): trust the prior's; the policy misses modes "
+            "or its weights are too uneven.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return Certificate(
+        objective=float(objective.mean()),
+        log_z=float(z.mean()),
+        log_z_policy=float(z_policy.mean()),
+        gap=float(z.mean() - objective.mean()),
+        stderr=math.hypot(j_stderr, z_stderr),
+        kl=float(kl.mean()),
+        ess=float((1 / w.square().sum(1) / n).min()),
+        objective_pairs=objective,
+        log_z_pairs=z,
+    )
+
+
+def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
+    """Reward of every class (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn."""
+    rows = torch.cat([reward.table(conditions.control, x) for x in x_0.split(1024)])
+    return rows.view(conditions.groups, -1, conditions.classes)

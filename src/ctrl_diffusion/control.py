@@ -1,0 +1,249 @@
+"""Policy = frozen prior + controls; everything a control does vanishes when its label is null.
+
+A control adds to the prior where the prior's family lets it: one PEFT LoRA adapter and one zero-initialised embedding
+added to the network's time/class embedding, both by forward hooks. Adapters are off unless a control is active, so the
+prior is the same weights called outside a control: no second copy, and bit-identical to the bare network.
+"""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .denoise import Denoiser, NetworkDenoiser
+from .files import write_json, writing
+
+NULL = -1
+Labels = dict[str, Tensor]
+
+
+class Control(nn.Module, ABC):
+    """One control y with classes 0 … size − 1; NULL (−1) means uncontrolled.
+
+    Args:
+        name: the label's name.
+        size: number of classes.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__()
+        self.name, self.size = name, size
+
+    @abstractmethod
+    def active(self, y: Tensor) -> AbstractContextManager[None]:
+        """A context within which the prior it is attached to obeys y (B,)."""
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by kind ("embedding", "adapter"): they need separate learning rates."""
+
+    def index(self, y: Tensor) -> Tensor:
+        """Row of the embedding table for labels y: null is the last row, which stays zero."""
+        return torch.where(y == NULL, self.size, y)
+
+
+class LoRAControl(Control):
+    """One LoRA adapter and one zero-initialised embedding table on a pre-trained network.
+
+    Args:
+        name: the label's name, also the adapter's.
+        size: number of classes.
+        denoiser: the prior; its network is given the adapter, switched off.
+        rank: rank of the adapter; its scale is α/rank = 1.
+        seed: of the adapter's random half (the other half is zero).
+
+    Raises:
+        ValueError: the denoiser does not say where a control enters it.
+    """
+
+    def __init__(self, name: str, size: int, denoiser: NetworkDenoiser, rank: int = 16, seed: int = 0) -> None:
+        super().__init__(name, size)
+        if denoiser.site is None:
+            raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
+        self.rank = rank
+        self.table = nn.Embedding(size + 1, denoiser.site.width, padding_idx=size)
+        nn.init.zeros_(self.table.weight)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.site.targets))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, denoiser.network, adapter_name=name)
+        denoiser.network.eval()
+        # not a registered child: the prior owns its network, the control only its own parameters
+        self._network = [denoiser.network]
+        self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+        self._shift: Tensor | None = None
+        for site in denoiser.site.embeddings:
+            denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
+        self._switch(False)
+
+    def _add_shift(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output if self._shift is None else output + self._shift
+
+    def _switch(self, on: bool) -> None:
+        # peft's own enable_adapters() also flips requires_grad, which would drop gradients of a graph already built
+        for layer in self._layers:
+            layer._disable_adapters = not on
+
+    @contextmanager
+    def active(self, y: Tensor) -> Iterator[None]:
+        self._shift = self.table(self.index(y))
+        self._switch(True)
+        try:
+            yield
+        finally:
+            self._shift = None
+            self._switch(False)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        adapter = [p for layer in self._layers for ab in (layer.lora_A, layer.lora_B) for p in ab[self.name].parameters()]
+        return {"embedding": [self.table.weight], "adapter": adapter}
+
+    def save(self, folder: Path) -> None:
+        """Write `control.safetensors` and `control.json` into the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.name)
+        tensors = {f"adapter.{key}": value.contiguous() for key, value in adapter.items()}
+        with writing(folder / "control.safetensors") as temporary:
+            save_file({**tensors, "table": self.table.weight.detach()}, temporary)
+        write_json(folder / "control.json", {"name": self.name, "size": self.size, "rank": self.rank})
+
+    @classmethod
+    def load(cls, folder: Path, denoiser: NetworkDenoiser) -> "LoRAControl":
+        """Attach a saved control to the prior it was trained on."""
+        control = cls(**json.loads((folder / "control.json").read_text()), denoiser=denoiser)
+        tensors = load_file(folder / "control.safetensors")
+        with torch.no_grad():
+            control.table.weight.copy_(tensors.pop("table"))
+        adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}
+        set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.name)
+        control._switch(False)
+        return control
+
+
+class SideControl(Control):
+    """A small network beside the prior: x̂ = x̂_pre + σ_t² f(x_t, t, y), f = 0 at the start.
+
+    For priors without a network of their own (closed forms, plain callables). The exact shift is
+    σ_t²/α_t ∇ log h(x_t), so f is of order one at every t.
+
+    Args:
+        name: the label's name.
+        size: number of classes.
+        denoiser: the prior.
+        width: hidden units.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, name: str, size: int, denoiser: Denoiser, width: int = 128, seed: int = 0) -> None:
+        super().__init__(name, size)
+        dim = math.prod(denoiser.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.table = nn.Embedding(size + 1, width, padding_idx=size)
+            self.inner = nn.Linear(dim + 3, width)
+            self.outer = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
+        nn.init.zeros_(self.outer[-1].weight)
+        nn.init.zeros_(self.outer[-1].bias)
+        self._y: Tensor | None = None
+        self._schedule = denoiser.schedule
+        denoiser.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, Tensor | float], x_hat: Tensor) -> Tensor:
+        if self._y is None:
+            return x_hat
+        x_t, t = args[0], torch.as_tensor(args[1]).to(args[0]).expand(len(args[0]))
+        alpha, sigma = (a.to(x_t) for a in self._schedule(t))
+        clock = torch.stack([t, alpha, sigma], dim=1)
+        hidden = self.inner(torch.cat([x_t.flatten(1), clock], dim=1)) + self.table(self.index(self._y))
+        return x_hat + (sigma**2)[:, None].mul(self.outer(hidden)).view_as(x_hat)
+
+    @contextmanager
+    def active(self, y: Tensor) -> Iterator[None]:
+        self._y = y
+        try:
+            yield
+        finally:
+            self._y = None
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        network = [*self.inner.parameters(), *self.outer.parameters()]
+        return {"embedding": [self.table.weight], "adapter": network}
+
+
+class Policy(Denoiser):
+    """The prior with controls: itself a denoiser, so every sampler takes it.
+
+    Args:
+        prior: the pre-trained denoiser.
+        controls: attached to that denoiser.
+    """
+
+    def __init__(self, prior: Denoiser, *controls: Control) -> None:
+        super().__init__()
+        self.base = prior
+        self.controls = nn.ModuleDict({control.name: control for control in controls})
+        self.schedule, self.shape = prior.schedule, prior.shape
+        self.eval()
+
+    @property
+    def prior(self) -> Denoiser:
+        return self.base
+
+    def forward(
+        self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor
+    ) -> Tensor:
+        """x̂ (B, *) under labels; rows whose labels are all null are the prior's, bit for bit at equal batch.
+
+        Args:
+            x_t: (B, *) at time t.
+            t: a number or (B,).
+            labels: control → (B,) classes, NULL for uncontrolled rows; a control left out is null.
+            strength: w; the mean is (1 − w) mean_pre + w mean_g, which is linear in x̂.
+            cond: the prior's own conditions.
+
+        Raises:
+            ValueError: an unknown control, or a class out of range.
+        """
+        labels = self.checked(labels or {})
+        rows = torch.stack([y != NULL for y in labels.values()]).any(0) if labels else torch.zeros(1, dtype=torch.bool)
+        if strength == 0.0 or not rows.any():
+            return self.base(x_t, t, **cond)
+        with ExitStack() as stack:
+            for name, y in labels.items():
+                stack.enter_context(self.controls[name].active(y))
+            x_hat = self.base(x_t, t, **cond)
+        if strength == 1.0 and rows.all():
+            return x_hat
+        x_hat_pre = self.base(x_t, t, **cond)
+        if strength != 1.0:
+            x_hat = torch.lerp(x_hat_pre, x_hat, strength)
+        return torch.where(rows.view(-1, *[1] * (x_t.ndim - 1)), x_hat, x_hat_pre)
+
+    def checked(self, labels: Labels) -> Labels:
+        """The labels, or a ValueError that names the control and the value that is wrong."""
+        for name, y in labels.items():
+            if name not in self.controls:
+                known = ", ".join(self.controls) or "none"
+                raise ValueError(f"unknown control {name!r}; this policy has: {known}.")
+            size = self.controls[name].size
+            if y.min() < NULL or y.max() >= size:
+                raise ValueError(
+                    f"labels of {name!r} must lie in 0 … {size - 1} (−1 for null), got {int(y.min())} … {int(y.max())}."
+                )
+        return labels
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters of all controls by kind."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for control in self.controls.values():
+            for kind, parameters in control.parameter_groups().items():
+                groups.setdefault(kind, []).extend(parameters)
+        return groups

@@ -1,0 +1,116 @@
+"""A `Denoiser` gives x̂ = E[x_0 | x_t], whatever the network behind it predicts.
+
+With x_t = α x_0 + σ ε, every prediction in use is a linear view of x̂:
+
+    ε:     x̂ = (x_t − σ ε)/α                     (Ho et al. 2020)
+    x_0:   x̂ = prediction
+    v:     v = α ε − σ x_0,  x̂ = α x_t − σ v     (Salimans & Ho 2022; α² + σ² = 1)
+    flow:  v = ε − x_0,      x̂ = x_t − σ v       (α + σ = 1)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .schedule import Schedule, per_sample
+
+Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
+Network = Callable[..., Tensor]
+
+
+def x_hat_from(prediction: Tensor, kind: Prediction, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x̂ (B, *) from what a network predicted (B, *); α and σ broadcast against x_t."""
+    match kind:
+        case "epsilon":
+            return (x_t - sigma * prediction) / alpha
+        case "sample":
+            return prediction
+        case "v_prediction":
+            return alpha * x_t - sigma * prediction
+        case "flow":
+            return x_t - sigma * prediction
+    raise ValueError(f"prediction must be epsilon, sample, v_prediction or flow, got {kind!r}.")
+
+
+class Denoiser(nn.Module):
+    """E[x_0 | x_t]. Always in eval mode: dropout of a prior's own training is not part of its distribution."""
+
+    schedule: Schedule
+    shape: tuple[int, ...]  # of one x, without the batch
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
+        """x̂ (B, *) for x_t (B, *) at time t, a number or (B,), under conditions of B rows each."""
+        raise NotImplementedError
+
+    @property
+    def prior(self) -> "Denoiser":
+        """The pre-trained denoiser: this one itself, unless it is a policy."""
+        return self
+
+    def train(self, mode: bool = True) -> "Denoiser":
+        return super().train(False)
+
+
+@dataclass(frozen=True)
+class ControlSite:
+    """Where a control enters a network: facts about its family, not choices.
+
+    Args:
+        embeddings: module names whose output is the time/class embedding; the control's embedding is added to it.
+        width: length of that embedding.
+        targets: PEFT's target modules of the LoRA adapter (names or endings of names).
+    """
+
+    embeddings: tuple[str, ...]
+    width: int
+    targets: tuple[str, ...]
+
+
+class NetworkDenoiser(Denoiser):
+    """A denoiser read off a network.
+
+    Args:
+        network: the module that holds the weights.
+        call: (x_t, timestep (B,), **cond) → prediction (B, *). Extra channels (learned variance) are dropped.
+        schedule: the noise schedule it was trained with.
+        prediction: what it predicts.
+        shape: of one x.
+        clip: clamp x̂ to ±clip, for priors whose own sampler does; saturated pixels then carry no gradient.
+        site: where a control enters; None if only its output can be controlled.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        call: Network,
+        schedule: Schedule,
+        prediction: Prediction,
+        shape: tuple[int, ...],
+        clip: float | None = None,
+        site: ControlSite | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.call = call
+        self.schedule = schedule
+        self.prediction = prediction
+        self.shape = shape
+        self.clip = clip
+        self.site = site
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
+        timestep = self.schedule.timestep(t).to(x_t).expand(len(x_t))
+        prediction = self.call(x_t, timestep, **cond)[:, : x_t.shape[1]]
+        alpha, sigma = (per_sample(a, x_t) for a in self.schedule(t))
+        x_hat = x_hat_from(prediction, self.prediction, x_t, alpha, sigma)
+        return x_hat if self.clip is None else x_hat.clamp(-self.clip, self.clip)
+
+
+def as_denoiser(
+    function: Callable[..., Tensor], schedule: Schedule, shape: tuple[int, ...], prediction: Prediction = "sample"
+) -> NetworkDenoiser:
+    """Any callable (x_t, timestep, **cond) → prediction as a denoiser."""
+    network = function if isinstance(function, nn.Module) else nn.Module()
+    return NetworkDenoiser(network, function, schedule, prediction, shape)

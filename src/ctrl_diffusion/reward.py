@@ -1,0 +1,33 @@
+"""The reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
+
+import torch
+from torch import Tensor
+
+from .classifier import Classifier
+from .control import NULL, Labels
+
+
+class Reward:
+    """r(x_0, y) = γ Σ_controls log p̂(y | x_0).
+
+    Args:
+        classifiers: one per control.
+        gamma: γ ≥ 0; 1 asks for the posterior itself.
+    """
+
+    def __init__(self, classifiers: dict[str, Classifier], gamma: float = 1.0) -> None:
+        if gamma < 0:
+            raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
+        self.classifiers, self.gamma = classifiers, gamma
+
+    def __call__(self, x_0: Tensor, labels: Labels) -> Tensor:
+        """Reward (B,) of x_0 (B, C, H, W); a null label earns nothing."""
+        total = x_0.new_zeros(len(x_0))
+        for name, y in labels.items():
+            chosen = self.table(name, x_0).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+            total = total + torch.where(y == NULL, 0.0, chosen)
+        return total
+
+    def table(self, name: str, x_0: Tensor) -> Tensor:
+        """Reward of every class of one control: (B, K)."""
+        return self.gamma * self.classifiers[name].log_prob(x_0)

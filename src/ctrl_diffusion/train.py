@@ -1,0 +1,75 @@
+"""The only training loop: it steps on a learner's losses, averages weights and yields what happened.
+
+Embedding and adapter have separate learning rates under one warm-up and cosine decay: parameter noise is visible as KL.
+At the end the averaged weights take the place of the last ones.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from .control import Policy
+from .learn import Step
+
+
+@dataclass
+class Update:
+    """What one update did: its number from 1, the loss in nats, the gradient's norm, the learner's figures."""
+
+    number: int
+    loss: float
+    gradient_norm: float
+    metrics: dict[str, float]
+
+
+def fit(
+    policy: Policy,
+    steps: Iterator[Step],
+    updates: int,
+    lr: dict[str, float],
+    ema_decay: float = 0.99,
+    warmup: int = 20,
+    max_norm: float = 100.0,
+) -> Iterator[Update]:
+    """Train the policy's controls on a learner's stream of losses; a generator, the caller owns logging and stopping.
+
+    Args:
+        policy: its control parameters are trained in place.
+        steps: the learner's stream.
+        updates: how many to take.
+        lr: peak learning rate per parameter group ("embedding", "adapter").
+        ema_decay: of the averaged weights that are kept at the end.
+        warmup: updates of linear warm-up; the rest decays as a cosine.
+        max_norm: of the whole gradient, a last resort; learners clip per sample.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    groups = policy.parameter_groups()
+    parameters = list(chain.from_iterable(groups.values()))
+    optimizer = torch.optim.AdamW(
+        [{"params": members, "lr": lr[kind]} for kind, members in groups.items()], betas=(0.9, 0.99), weight_decay=0.0
+    )
+
+    def factor(i: int) -> float:
+        return min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
+
+    optimizer, decay = accelerator.prepare(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+    for number, step in enumerate(islice(steps, updates), start=1):
+        if not step.loss.isfinite():
+            raise FloatingPointError(f"the loss of update {number} is {float(step.loss)}. Lower the learning rate.")
+        accelerator.backward(step.loss)
+        norm = accelerator.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+        decay.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        yield Update(number, float(step.loss.detach()), float(norm), step.metrics)
+    ema.copy_to(parameters)
