@@ -7,7 +7,7 @@ T, fitted on a split of its own, divides the logits (Guo et al. 2017); for the o
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -84,11 +84,11 @@ class Classifier(nn.Module):
         between = tops[:, :-1] + bottoms[:, 1:] + gaps
         return torch.cat([bottoms[:, :1], between, tops[:, -1:]], dim=1)
 
-    def save(self, folder: Path, report: ClassifierReport) -> None:
-        """Write `classifier.safetensors` and `classifier.json` (shape and report)."""
+    def save(self, folder: Path, report: dict[str, float] | None = None) -> None:
+        """Write `classifier.safetensors` and `classifier.json` (its shape, and its report if any)."""
         with writing(folder / "classifier.safetensors") as temporary:
             save_file(self.state_dict(), temporary)
-        write_json(folder / "classifier.json", {"shape": self.shape, "report": asdict(report)})
+        write_json(folder / "classifier.json", {"shape": self.shape, "report": report})
 
     @classmethod
     def load(cls, folder: Path) -> "Classifier":
@@ -110,6 +110,7 @@ def fit_classifier(
     weight_decay: float = 0.01,
     seed: int = 0,
     augment: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> Classifier:
     """Fit on clean x (n, C, H, W), y (n,); uncalibrated, in eval mode, frozen.
 
@@ -120,6 +121,7 @@ def fit_classifier(
         epochs, batch, lr, weight_decay: AdamW under a one-cycle schedule.
         seed: of weights and order; global random state is left alone.
         augment: changes a batch of x in ways that keep y.
+        progress: called after each epoch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,6 +137,8 @@ def fit_classifier(
                 loss.backward()
                 optimizer.step()
                 cycle.step()
+            if progress:
+                progress()
     return classifier.requires_grad_(False).eval()
 
 

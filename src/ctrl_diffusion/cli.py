@@ -30,17 +30,24 @@ def quiet_dependencies() -> None:
     for name in ("diffusers", "transformers", "accelerate", "peft", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=name)
+    warnings.showwarning = show_warning
 
 
 @contextmanager
 def phases(quiet: bool) -> Iterator:
     """One progress bar per phase of a job."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
-        TextColumn("{task.description:<36}"), BarColumn(24), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description:<27}"), BarColumn(12), MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
 
@@ -49,6 +56,11 @@ def phases(quiet: bool) -> Iterator:
             return lambda n=1, note="": bars.update(task, advance=n, note=note)
 
         yield phase
+
+
+def show_warning(message: Warning | str, *_: object) -> None:
+    """A warning of ours is one line."""
+    typer.echo(f"ctrl: warning: {message}", err=True)
 
 
 def show_version(value: bool) -> None:
@@ -72,7 +84,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
     seed: Seed = 0,
     learner: Annotated[str, typer.Option(help="Learners, one after the other.")] = "weighted,adjoint",
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the training: a smoke test, not a result.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the training: a smoke test, not a result.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Teach the embedded digits model a control it did not have (ink), and certify it."""
@@ -137,7 +151,7 @@ def main() -> None:
     quiet_dependencies()
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         typer.echo(f"ctrl: {error}", err=True)
         raise SystemExit(2) from None
 

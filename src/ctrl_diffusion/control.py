@@ -8,7 +8,7 @@ prior is the same weights called outside a control: no second copy, and bit-iden
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
@@ -30,12 +30,12 @@ class Control(nn.Module, ABC):
 
     Args:
         name: the label's name.
-        size: number of classes.
+        values: what the user calls the classes, in order.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, values: Sequence[str]) -> None:
         super().__init__()
-        self.name, self.size = name, size
+        self.name, self.values, self.size = name, tuple(values), len(values)
 
     @abstractmethod
     def active(self, y: Tensor) -> AbstractContextManager[None]:
@@ -55,7 +55,7 @@ class LoRAControl(Control):
 
     Args:
         name: the label's name, also the adapter's.
-        size: number of classes.
+        values: what the user calls the classes, in order.
         denoiser: the prior; its network is given the adapter, switched off.
         rank: rank of the adapter; its scale is α/rank = 1.
         seed: of the adapter's random half (the other half is zero).
@@ -64,12 +64,14 @@ class LoRAControl(Control):
         ValueError: the denoiser does not say where a control enters it.
     """
 
-    def __init__(self, name: str, size: int, denoiser: NetworkDenoiser, rank: int = 16, seed: int = 0) -> None:
-        super().__init__(name, size)
+    def __init__(
+        self, name: str, values: Sequence[str], denoiser: NetworkDenoiser, rank: int = 64, seed: int = 0
+    ) -> None:
+        super().__init__(name, values)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
         self.rank = rank
-        self.table = nn.Embedding(size + 1, denoiser.site.width, padding_idx=size)
+        self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
         nn.init.zeros_(self.table.weight)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.site.targets))
         with torch.random.fork_rng(devices=[]):
@@ -103,7 +105,9 @@ class LoRAControl(Control):
             self._switch(False)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        adapter = [p for layer in self._layers for ab in (layer.lora_A, layer.lora_B) for p in ab[self.name].parameters()]
+        adapter = [
+            p for layer in self._layers for ab in (layer.lora_A, layer.lora_B) for p in ab[self.name].parameters()
+        ]
         return {"embedding": [self.table.weight], "adapter": adapter}
 
     def save(self, folder: Path) -> None:
@@ -113,7 +117,7 @@ class LoRAControl(Control):
         tensors = {f"adapter.{key}": value.contiguous() for key, value in adapter.items()}
         with writing(folder / "control.safetensors") as temporary:
             save_file({**tensors, "table": self.table.weight.detach()}, temporary)
-        write_json(folder / "control.json", {"name": self.name, "size": self.size, "rank": self.rank})
+        write_json(folder / "control.json", {"name": self.name, "values": self.values, "rank": self.rank})
 
     @classmethod
     def load(cls, folder: Path, denoiser: NetworkDenoiser) -> "LoRAControl":
@@ -136,18 +140,18 @@ class SideControl(Control):
 
     Args:
         name: the label's name.
-        size: number of classes.
+        values: what the user calls the classes, in order.
         denoiser: the prior.
         width: hidden units.
         seed: of the initial weights.
     """
 
-    def __init__(self, name: str, size: int, denoiser: Denoiser, width: int = 128, seed: int = 0) -> None:
-        super().__init__(name, size)
+    def __init__(self, name: str, values: Sequence[str], denoiser: Denoiser, width: int = 128, seed: int = 0) -> None:
+        super().__init__(name, values)
         dim = math.prod(denoiser.shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.table = nn.Embedding(size + 1, width, padding_idx=size)
+            self.table = nn.Embedding(self.size + 1, width, padding_idx=self.size)
             self.inner = nn.Linear(dim + 3, width)
             self.outer = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
         nn.init.zeros_(self.outer[-1].weight)

@@ -25,11 +25,13 @@ class LabelledImages:
 
     Args:
         x: (n, C, H, W) in [−1, 1].
-        labels: column → (n,) integers (the condition and the controls).
+        labels: column → (n,) class numbers (the condition and the controls).
+        values: column → what the user calls its classes, in order.
     """
 
     x: Tensor
     labels: dict[str, Tensor]
+    values: dict[str, tuple[str, ...]]
 
     def __post_init__(self) -> None:
         if not self.x.isfinite().all():
@@ -41,7 +43,7 @@ class LabelledImages:
 
     def __getitem__(self, rows: Tensor | np.ndarray) -> "LabelledImages":
         rows = torch.as_tensor(rows)
-        return LabelledImages(self.x[rows], {name: y[rows] for name, y in self.labels.items()})
+        return LabelledImages(self.x[rows], {name: y[rows] for name, y in self.labels.items()}, self.values)
 
     def split(self, column: str, shares: tuple[int, int] = (300, 100), seed: int = 0) -> list["LabelledImages"]:
         """Fit / calibration / held-out parts, stratified by a column; the last takes the rest.
@@ -50,7 +52,9 @@ class LabelledImages:
             ValueError: too few examples for the shares, or a class too rare to stand in every part.
         """
         if len(self) <= sum(shares):
-            raise ValueError(f"{len(self)} examples cannot be split into {shares[0]} + {shares[1]} and a held-out rest.")
+            raise ValueError(
+                f"{len(self)} examples cannot be split into {shares[0]} + {shares[1]} and a held-out rest."
+            )
         y = self.labels[column].numpy()
         rest, parts = np.arange(len(self)), []
         for share in shares:
@@ -78,42 +82,46 @@ def write_imagefolder(folder: Path, data: LabelledImages) -> None:
     writer.writerow(["file_name", *data.labels])
     for i, pixels in enumerate(to_pixels(data.x)):
         save_image(folder / f"{i:05d}.png", pixels)
-        writer.writerow([f"{i:05d}.png", *(int(y[i]) for y in data.labels.values())])
+        writer.writerow([f"{i:05d}.png", *(data.values[name][y[i]] for name, y in data.labels.items())])
     write_text(folder / "metadata.csv", table.getvalue())
 
 
-def read_imagefolder(folder: Path, columns: dict[str, int], channels: int) -> LabelledImages:
+def read_imagefolder(folder: Path, values: dict[str, tuple[str, ...]], channels: int) -> LabelledImages:
     """Read an imagefolder.
 
     Args:
         folder: holds `metadata.csv` and the images it names.
-        columns: label columns to read, each with its number of classes.
+        values: label columns to read, each with its classes in order.
         channels: 1 (grey) or 3 (colour).
 
     Raises:
-        ValueError: no table, a column or an image that is missing, a label that is blank, no integer or out of range.
+        ValueError: no table, a column or an image that is missing, a label that is blank or no class.
     """
     table = folder / "metadata.csv"
     if not table.is_file():
         raise ValueError(f"{folder} has no metadata.csv. Write one with file_name and one column per label.")
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    missing = {"file_name", *columns} - set(rows[0] if rows else ())
+    missing = {"file_name", *values} - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{table} lacks the column(s) {', '.join(sorted(missing))}, or has no rows.")
-    images, labels = [], {name: [] for name in columns}
+    images, labels = [], {name: [] for name in values}
     for number, row in enumerate(rows, start=2):
-        for name, size in columns.items():
-            if not row[name].strip().isdigit() or int(row[name]) >= size:
-                raise ValueError(f"{table} line {number}: {name} must be an integer in 0 … {size - 1}, got {row[name]!r}.")
-            labels[name].append(int(row[name]))
+        for name, known in values.items():
+            if row[name] not in known:
+                raise ValueError(f"{table} line {number}: {name} must be one of {', '.join(known)}, got {row[name]!r}.")
+            labels[name].append(known.index(row[name]))
         try:
             with Image.open(folder / row["file_name"]) as image:
                 images.append(np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32))
         except OSError as error:
             raise ValueError(f"{table} line {number}: cannot read the image {row['file_name']!r} ({error}).") from error
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"{folder} mixes image sizes {sorted(size[:2] for size in sizes)}. Resize them to one.")
     x = torch.from_numpy(np.stack(images)).reshape(len(images), *images[0].shape[:2], channels)
-    return LabelledImages(x.permute(0, 3, 1, 2) / 127.5 - 1, {name: torch.tensor(y) for name, y in labels.items()})
+    numbers = {name: torch.tensor(y) for name, y in labels.items()}
+    return LabelledImages(x.permute(0, 3, 1, 2) / 127.5 - 1, numbers, values)
 
 
 @dataclass

@@ -5,6 +5,8 @@ the quartiles of the real digits and named 1 (light) … 4 (heavy). The true ink
 that made the labels, not by a network.
 """
 
+from collections.abc import Callable
+
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -15,7 +17,9 @@ from .data import LabelledImages
 
 CONDITION = ("digit", tuple("0123456789"))
 CONTROL = ("ink", tuple("1234"))
+VALUES = dict([CONDITION, CONTROL])
 LABELLED = 500
+READER_EPOCHS = 40
 
 
 def ink(x: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ def offline_dataset(seed: int) -> LabelledImages:
     x, c = digits()
     y = ink_ruler(x)
     rows, _ = train_test_split(torch.arange(len(x)).numpy(), train_size=LABELLED, stratify=y.numpy(), random_state=seed)
-    return LabelledImages(x, {CONDITION[0]: c, CONTROL[0]: y})[rows]
+    return LabelledImages(x, {CONDITION[0]: c, CONTROL[0]: y}, VALUES)[rows]
 
 
 def any_side_up(x: Tensor) -> Tensor:
@@ -44,7 +48,7 @@ def any_side_up(x: Tensor) -> Tensor:
     return x
 
 
-def fit_reader() -> Classifier:
+def fit_reader(progress: Callable[[], None] | None = None) -> Classifier:
     """A reader of digits fitted on real digits only, always the same one: it judges whether c is still obeyed."""
     x, c = digits()
-    return fit_classifier(x, c, classes=10, grid=4, epochs=40, batch=64, lr=3e-3)
+    return fit_classifier(x, c, classes=10, grid=4, epochs=READER_EPOCHS, batch=64, lr=3e-3, progress=progress)

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from .certificate import Certificate
 from .classifier import Classifier
 
 Ruler = Callable[[Tensor], Tensor]
@@ -25,6 +26,49 @@ class Score:
     class_accuracy: float
     diversity: float
     macro_f1: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """The prior, the target and the policy judged alike, and the certificate; n paths of the policy."""
+
+    prior: Score
+    target: Score
+    ctrl: Score
+    certificate: Certificate
+    n: int
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """The figures by the names metrics.json uses."""
+        target, ctrl, gap = self.target, self.ctrl, self.certificate
+        return {
+            "prior": {
+                "accuracy": self.prior.accuracy,
+                "class_accuracy": self.prior.class_accuracy,
+                "diversity": self.prior.diversity,
+            },
+            "target": {
+                "accuracy": target.accuracy,
+                "class_accuracy": target.class_accuracy,
+                "diversity": target.diversity,
+            },
+            "ctrl": {
+                "samples": self.n,
+                "accuracy": ctrl.accuracy,
+                "macro_f1": ctrl.macro_f1,
+                "class_accuracy": ctrl.class_accuracy,
+                "diversity_ratio": ctrl.diversity / target.diversity,
+                "kl_nats": gap.kl,
+            },
+            "certificate": {
+                "objective_nats": gap.objective,
+                "log_z_nats": gap.log_z,
+                "log_z_policy_nats": gap.log_z_policy,
+                "gap_nats": gap.gap,
+                "gap_stderr": gap.stderr,
+                "ess_fraction": gap.ess,
+            },
+        }
 
 
 def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:

@@ -2,24 +2,23 @@
 
 import base64
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from .classifier import Classifier
+from .config import Config
 from .data import LabelledImages, to_pixels
+from .evaluate import Evaluation
 from .files import write_text, writing
 
-if TYPE_CHECKING:
-    from .run import Evaluation, Run
-
-PRIOR, CTRL, QUIET = "#8a8f98", "#0b62a4", "#c9ced6"
+CTRL, QUIET = "#0b62a4", "#c9ced6"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -79,13 +78,19 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
             position += max(record["update"] for record in mine)
             ends.append((position, stage))
         x = [at for at, _ in probes]
-        for axes, key, title in ((left, "J", "J"), (middle, "probe_kl", "KL from the prior"), (right, "probe_reward", "reward")):
+        for axes, key, title in (
+            (left, "J", "J"),
+            (middle, "probe_kl", "KL from the prior"),
+            (right, "probe_reward", "reward"),
+        ):
             axes.plot(x, [record[key] for _, record in probes], color=CTRL, marker="o", markersize=2.5, linewidth=1.2)
             axes.set_title(f"{title} (nats)", loc="left", fontsize=10, fontweight="bold")
             axes.set_xlabel("updates")
             for end, stage in ends:
                 axes.axvline(end, color=QUIET, linewidth=0.8)
-                axes.text(end, 0.02, f"{stage} ", transform=axes.get_xaxis_transform(), ha="right", color="#777", fontsize=8)
+                axes.text(
+                    end, 0.02, f"{stage} ", transform=axes.get_xaxis_transform(), ha="right", color="#777", fontsize=8
+                )
         left.axhline(log_z, color="#333", linewidth=1, linestyle="--")
         left.text(0, log_z, "log Z", va="bottom", color="#333", fontsize=8)
     return figure
@@ -106,7 +111,9 @@ def reliability_figure(classifier: Classifier, held_out: LabelledImages, control
         figure = Figure(figsize=(3.4, 3.2), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1)
-        axes.errorbar(said[some], came[some], yerr=error[some], color=CTRL, marker="o", markersize=3.5, linewidth=1.2, capsize=2)
+        axes.errorbar(
+            said[some], came[some], yerr=error[some], color=CTRL, marker="o", markersize=3.5, linewidth=1.2, capsize=2
+        )
         for at, y, n in zip(said[some], came[some], count[some], strict=True):
             axes.annotate(int(n), (at, y), xytext=(4, -9), textcoords="offset points", fontsize=7, color="#777")
         axes.set(xlabel="probability said", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1.02))
@@ -114,35 +121,59 @@ def reliability_figure(classifier: Classifier, held_out: LabelledImages, control
     return figure
 
 
+def write_sheet(path: Path, x: Tensor, columns: int = 8) -> None:
+    """Write one picture of all samples x (n, C, H, W), row by row."""
+    rows = -(-len(x) // columns)
+    blank = torch.ones(rows * columns - len(x), *x.shape[1:])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.6 * columns, 0.6 * rows), layout="constrained")
+        show_grid(figure.subplots(), torch.cat([x, blank]), rows, [""] * rows, [""] * columns, "")
+    save_figure(path, figure)
+
+
 def write_report(
-    run: "Run", evaluation: "Evaluation", metrics: dict, records: list[dict], held_out: LabelledImages
+    folder: Path,
+    config: Config,
+    metrics: dict,
+    evaluation: Evaluation,
+    records: list[dict],
+    classifier: Classifier,
+    held_out: LabelledImages,
+    pictures: dict[str, Tensor],
 ) -> None:
-    """Write grid.png, curves.png, reliability.png and a self-contained report.html into the run's folder."""
-    folder, control = run.folder, run.config.control
-    rows, columns = run.policy.controls[control].size, run.prior.classes
-    y = torch.arange(rows).repeat_interleave(columns)
-    c = torch.arange(columns).repeat(rows)
-    pictures = {
-        title: run.sample(c, y, strength, generator=torch.Generator().manual_seed(run.config.seed))
-        for title, strength in (("Prior, same noise", 0.0), ("CTRL", 1.0))
+    """Write grid.png, curves.png, reliability.png and a self-contained report.html.
+
+    Args:
+        folder: the run's.
+        config, metrics, evaluation: what was run and found.
+        records: the training log.
+        classifier, held_out: the reward's classifier and the data it has not seen.
+        pictures: title → samples on the same noise, one for every (y, c), c running fastest.
+    """
+    control = config.control
+    rows = held_out.values[control]
+    columns = [str(c) for c in range(len(next(iter(pictures.values()))) // len(rows))]
+    figures = {
+        "grid": grid_figure(pictures, list(rows), columns, control),
+        "curves": curves_figure(records, evaluation.certificate.log_z),
+        "reliability": reliability_figure(classifier, held_out, control),
     }
-    names = [str(k + 1) for k in range(rows)], [str(k) for k in range(columns)]
-    save_figure(folder / "grid.png", grid_figure(pictures, *names, label=control))
-    save_figure(folder / "curves.png", curves_figure(records, evaluation.certificate.log_z))
-    classifier = run.reward.classifiers[control]
-    save_figure(folder / "reliability.png", reliability_figure(classifier, held_out, control))
-    images = {
-        name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in ("grid", "curves", "reliability")
-    }
-    environment = Environment(loader=PackageLoader("ctrl_diffusion"), autoescape=select_autoescape())
-    pairs = {
-        name: table.view(columns, rows).mean(0).tolist()
-        for name, table in (
-            ("objective", evaluation.certificate.objective_pairs),
-            ("log_z", evaluation.certificate.log_z_pairs),
-        )
-    }
+    images = {}
+    for name, figure in figures.items():
+        save_figure(folder / f"{name}.png", figure)
+        images[name] = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+    certificate = evaluation.certificate
+    per_class = [
+        table.view(-1, len(rows)).mean(0).tolist() for table in (certificate.objective_pairs, certificate.log_z_pairs)
+    ]
+    environment = Environment(
+        loader=PackageLoader("ctrl_diffusion"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.get_template("report.html").render(
-        metrics=metrics, images=images, config=run.config, pairs=pairs, control=control, prior_colour=PRIOR
+        metrics=metrics,
+        images=images,
+        config=config,
+        control=control,
+        per_class=list(zip(rows, *per_class, strict=True)),
     )
     write_text(folder / "report.html", page)

@@ -1,6 +1,7 @@
 """Simulate the reverse process and keep what the learners and the certificate read off it."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def rollout(
     """
     cond = cond or {}
     x_t, states, kl, log_ratio = x_1, [x_1], [], []
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         here = transition(denoiser, x_t, t, s, eta, **control, **cond)
         z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
         if compare:
@@ -71,4 +72,3 @@ def rollout(
     x_0 = read_out(denoiser, x_t, times[-1], **cond)
     compared = {"kl": torch.stack(kl), "log_ratio": torch.stack(log_ratio)} if compare else {}
     return Trajectory(times, torch.stack(states), x_0, **compared)
-

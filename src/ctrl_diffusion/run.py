@@ -1,41 +1,39 @@
 """A run: its folder, and the job from labelled data to a certified control.
 
-    config.yaml     everything needed to run again; an unknown key is an error
-    data/           the offline dataset (imagefolder)
-    classifier/     p̂(y | x), with its held-out report
-    reader/         judges the prior's condition
-    control/        the control: adapter and embedding
-    progress.jsonl  one line per probe and update
-    metrics.json, samples/, the pictures and report.html
+config.yaml     everything needed to run again; an unknown key is an error
+data/           the offline dataset (imagefolder)
+classifier/     p̂(y | x), with its held-out report
+reader/         judges the prior's condition
+control/        the control: adapter and embedding
+progress.jsonl  one line per probe and update
+metrics.json, samples/, the pictures and report.html
 """
 
 import json
 import platform
-import resource
-import sys
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from . import assets, demo
-from .certificate import Certificate, certify, prior_table
+from .certificate import certify, prior_table
 from .classifier import Classifier, ClassifierReport, calibrate, fit_classifier, report_classifier
-from .control import LoRAControl, Policy
+from .config import Config
+from .control import NULL, LoRAControl, Policy
 from .data import Conditions, LabelledImages, read_imagefolder, write_imagefolder
-from .evaluate import Score, score_samples, score_target
-from .files import write_json, write_text
+from .evaluate import Evaluation, score_samples, score_target
+from .files import write_json
 from .learn.adjoint import Adjoint
 from .learn.weighted import Weighted
 from .pretrained import Prior
+from .report import write_report, write_sheet
 from .reward import Reward
 from .rollout import Times
 from .sample import paths
@@ -48,87 +46,6 @@ Phase = Callable[[str, int], Advance]
 def silent(what: str, total: int) -> Advance:
     """A phase nobody watches."""
     return lambda n=1, note="": None
-
-
-class Strict(BaseModel):
-    """Settings in which an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class LearnerSettings(Strict):
-    """What every learner has."""
-
-    updates: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    lr_embedding: float = Field(gt=0)
-    lr_adapter: float = Field(gt=0)
-
-
-class WeightedSettings(LearnerSettings):
-    """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions."""
-
-    updates: int = 1500
-    batch: int = 128
-    lr_embedding: float = 5e-2
-    lr_adapter: float = 4e-3
-    cache: int = Field(1000, ge=1)
-
-
-class AdjointSettings(LearnerSettings):
-    """`learn/adjoint.py`."""
-
-    updates: int = 400
-    batch: int = 80
-    lr_embedding: float = 1e-2
-    lr_adapter: float = 2e-3
-    regressed: int = Field(5, ge=1)
-    reuse: int = Field(2, ge=1)
-    clip: float = Field(10.0, gt=0)
-
-
-class EvaluationSettings(Strict):
-    """Samples of the prior for each of its conditions, and paths of the policy over all (c, y)."""
-
-    prior_samples: int = Field(1000, ge=2)
-    paths: int = Field(2000, ge=1)
-    probes: int = Field(20, ge=1)
-
-
-class Config(Strict):
-    """Everything needed to run again."""
-
-    prior: Literal["digits"] = "digits"
-    control: Literal["ink"] = "ink"
-    seed: int = 0
-    gamma: float = Field(1.0, ge=0)
-    steps: int = Field(20, ge=1)
-    sigma_end: float = Field(0.1, gt=0, lt=1)
-    rank: int = Field(16, ge=1)
-    learners: list[Literal["weighted", "adjoint"]] = Field(["weighted", "adjoint"], min_length=1)
-    ema_decay: float = Field(0.99, ge=0, lt=1)
-    weighted: WeightedSettings = WeightedSettings()
-    adjoint: AdjointSettings = AdjointSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-
-    @classmethod
-    def read(cls, path: Path) -> "Config":
-        """Read a config.yaml.
-
-        Raises:
-            ValueError: one line that names each wrong key.
-        """
-        try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {wrong}.") from error
-
-    def write(self, path: Path) -> None:
-        """Write it whole."""
-        write_text(path, yaml.safe_dump(self.model_dump(), sort_keys=False))
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
@@ -160,7 +77,9 @@ class Run:
     @property
     def conditions(self) -> Conditions:
         """All (c, y)."""
-        return Conditions({"c": torch.arange(self.prior.classes)}, self.config.control, len(demo.CONTROL[1]))
+        return Conditions(
+            {"c": torch.arange(self.prior.classes)}, self.config.control, self.policy.controls[self.config.control].size
+        )
 
     @property
     def times(self) -> Times:
@@ -240,7 +159,7 @@ def train(run: Run, phase: Phase) -> Iterator[dict]:
     """
     config, conditions, reward = run.config, run.conditions, run.reward
     for stage in config.learners:
-        settings: LearnerSettings = getattr(config, stage)
+        settings = getattr(config, stage)
         if stage == "weighted":
             cache = prior_samples(run, settings.cache, "prior samples to learn from", phase)
             learner = Weighted(cache, run.times, settings.batch)
@@ -250,14 +169,14 @@ def train(run: Run, phase: Phase) -> Iterator[dict]:
         steps = learner(run.policy, reward, conditions, stream(config.seed, stage))
         lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
         every = max(1, settings.updates // config.evaluation.probes)
-        advance, note = phase(f"training: {stage}", settings.updates), ""
+        advance, note = phase(f"learner: {stage}", settings.updates), ""
         yield {"stage": stage, "update": 0, **probe(run)}
         for update in fit(run.policy, steps, settings.updates, lr, config.ema_decay):
             record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
             record |= update.metrics
             if update.number % every == 0 and update.number < settings.updates:
                 probed = probe(run)
-                note = f"J {probed['J']:.2f}  KL {probed['probe_kl']:.2f}"
+                note = f"J {probed['J']:.1f} KL {probed['probe_kl']:.1f}"
                 record |= probed
             advance(1, note)
             yield record
@@ -271,83 +190,80 @@ def probe(run: Run, repeats: int = 4) -> dict[str, float]:
     return {"J": float((earned - log_ratio).mean()), "probe_reward": float(earned.mean()), "probe_kl": float(kl.mean())}
 
 
-@dataclass
-class Evaluation:
-    """Everything `evaluate` measures: the prior, the target, the policy and the certificate."""
-
-    prior: Score
-    target: Score
-    ctrl: Score
-    certificate: Certificate
-    n: int
-
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """The figures by the names metrics.json uses."""
-        target, ctrl, gap = self.target, self.ctrl, self.certificate
-        return {
-            "prior": {
-                "accuracy": self.prior.accuracy,
-                "class_accuracy": self.prior.class_accuracy,
-                "diversity": self.prior.diversity,
-            },
-            "target": {
-                "accuracy": target.accuracy,
-                "class_accuracy": target.class_accuracy,
-                "diversity": target.diversity,
-            },
-            "ctrl": {
-                "samples": self.n,
-                "accuracy": ctrl.accuracy,
-                "macro_f1": ctrl.macro_f1,
-                "class_accuracy": ctrl.class_accuracy,
-                "diversity_ratio": ctrl.diversity / target.diversity,
-                "kl_nats": gap.kl,
-            },
-            "certificate": {
-                "objective_nats": gap.objective,
-                "log_z_nats": gap.log_z,
-                "log_z_policy_nats": gap.log_z_policy,
-                "gap_nats": gap.gap,
-                "gap_stderr": gap.stderr,
-                "ess_fraction": gap.ess,
-            },
-        }
-
-
 @torch.no_grad()
 def evaluate(run: Run, n: int, phase: Phase = silent) -> Evaluation:
     """Judge the run's policy on at least n paths, equally many for every (c, y), against fresh samples of the prior."""
-    conditions = run.conditions
-    members, repeats = run.config.evaluation.prior_samples, max(2, -(-n // conditions.pairs))
-    x_prior = prior_samples(run, members, "prior samples to measure log Z", phase)
-    pair, x_0, kl, log_ratio = policy_paths(run, repeats, "paths of the policy to certify", phase)
+    conditions, members, name = run.conditions, run.config.evaluation.prior_samples, run.config.control
+    x_prior = prior_samples(run, members, "prior samples for log Z", phase)
+    pair, x_0, kl, log_ratio = policy_paths(run, -(-n // conditions.pairs), "paths to certify", phase)
     labels, cond = conditions.of(pair)
     table = prior_table(run.reward, conditions, x_prior)
-    # the prior ignores y: its samples stand for every y in turn
-    uncontrolled = x_prior.view(conditions.groups, members, *x_prior.shape[1:])[:, : repeats * conditions.classes]
-    as_asked = conditions.of(conditions.all(uncontrolled.shape[1] // conditions.classes))
+    # the prior ignores y: an equal share of its samples stands for each y
+    share = members // conditions.classes
+    uncontrolled = x_prior.unflatten(0, (-1, members))[:, : share * conditions.classes].flatten(0, 1)
+    asked, under = conditions.of(conditions.all(share))
     judges = {"ruler": demo.ink_ruler, "reader": run.reader}
-    y, c = as_asked[0][run.config.control], as_asked[1]["c"]
     return Evaluation(
-        prior=score_samples(uncontrolled[:, : len(y) // conditions.groups].flatten(0, 1), y, c, conditions.pairs, **judges),
+        prior=score_samples(uncontrolled, asked[name], under["c"], conditions.pairs, **judges),
         target=score_target(x_prior, table, **judges),
-        ctrl=score_samples(x_0, labels[run.config.control], cond["c"], conditions.pairs, **judges),
+        ctrl=score_samples(x_0, labels[name], cond["c"], conditions.pairs, **judges),
         certificate=certify(conditions, table, run.reward(x_0, labels), kl, log_ratio),
         n=len(pair),
     )
+
+
+def fit_reward_classifier(
+    data: LabelledImages, control: str, seed: int, phase: Phase
+) -> tuple[Classifier, ClassifierReport, LabelledImages]:
+    """Fit p̂(y | x), calibrate it and report it, each on its own part of the data; the last part is returned too.
+
+    Raises:
+        ValueError: it is no better than chance on held-out data.
+    """
+    fitting, calibration, held_out = data.split(control, seed=seed)
+    classes, epochs = len(data.values[control]), 200
+    advance = phase("classifier", epochs)
+    classifier = fit_classifier(
+        fitting.x, fitting.labels[control], classes, "ordinal",
+        epochs=epochs, seed=seed, augment=demo.any_side_up, progress=advance,
+    )  # fmt: skip
+    calibrate(classifier, calibration.x, calibration.labels[control])
+    quality = report_classifier(classifier, held_out.x, held_out.labels[control])
+    if quality.nll >= quality.chance_nll:
+        raise ValueError(
+            f"the classifier of {control!r} is no better than chance (held-out NLL {quality.nll:.2f} nats, chance "
+            f"{quality.chance_nll:.2f}): its gradients would mislead. Check the labels or bring more of them."
+        )
+    return classifier, quality, held_out
+
+
+ARTEFACTS = ("data", "classifier", "reader", "control", "samples", "progress.jsonl", "metrics.json", "report.html")
+
+
+def clear(folder: Path) -> None:
+    """Make room for a run: an older run in the folder goes, anything else is left alone.
+
+    Raises:
+        ValueError: the folder holds something that is no run.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file()):
+        raise ValueError(f"{folder} exists and is no run. Choose another --out.")
+    for name in ARTEFACTS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def run_demo(config: Config, folder: Path, phase: Phase = silent) -> dict:
     """The whole job on the embedded digits: data, classifier, control, certificate, report. Returns the metrics.
 
     Raises:
-        ValueError: the folder holds something that is no run, or the classifier is worse than chance.
+        ValueError: the folder holds something that is no run, or the classifier is no better than chance.
     """
-    from .report import write_report
-
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} holds files that are no run. Choose another --out.")
-    seconds = {}
+    seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
     def lap(name: str) -> None:
@@ -355,33 +271,104 @@ def run_demo(config: Config, folder: Path, phase: Phase = silent) -> dict:
         now = time.perf_counter()
         seconds[name], clock = round(now - clock, 1), now
 
+    clear(folder)
     config.write(folder / "config.yaml")
     write_imagefolder(folder / "data", demo.offline_dataset(config.seed))
-    columns = dict([demo.CONDITION, demo.CONTROL])
-    data = read_imagefolder(folder / "data", columns, channels=1)
-    classifier, quality, held_out = fit_and_report(data, config.seed, phase)
-    classifier.save(folder / "classifier", quality)
-    reader = demo.fit_reader()
+    data = read_imagefolder(folder / "data", demo.VALUES, channels=1)
+    classifier, quality, held_out = fit_reward_classifier(data, config.control, config.seed, phase)
+    classifier.save(folder / "classifier", asdict(quality))
+    reader = demo.fit_reader(phase("reader of digits", demo.READER_EPOCHS))
     reader.save(folder / "reader")
     lap("classifier")
 
     prior = Prior.from_pretrained(assets.DIGITS)
-    name, values = demo.CONTROL
-    policy = Policy(prior.denoiser, LoRAControl(name, len(values), prior.denoiser, config.rank, config.seed))
-    run = Run(folder, config, prior, policy, Reward({name: classifier}, config.gamma), reader)
-    records = list(train(run, phase))
-    policy.controls[name].save(folder / "control")
-    write_text(folder / "progress.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    values = demo.VALUES[config.control]
+    policy = Policy(prior.denoiser, LoRAControl(config.control, values, prior.denoiser, config.rank, config.seed))
+    run = Run(folder, config, prior, policy, Reward({config.control: classifier}, config.gamma), reader)
+    records = []
+    with (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
+        for record in train(run, phase):
+            records.append(record)
+            print(json.dumps(record), file=log, flush=True)
+    policy.controls[config.control].save(folder / "control")
     lap("train")
 
     evaluation = evaluate(run, config.evaluation.paths, phase)
+    pair = run.conditions.all(1)
+    y, c = pair % len(values), pair // len(values)
+    write_imagefolder(folder / "samples", labelled(run, run.sample(c, y), c, y))
     lap("sample")
     metrics = evaluation.metrics() | {"classifier": asdict(quality)}
-    seconds["total"] = round(sum(seconds.values()), 1)
-    metrics["seconds"] = seconds
-    metrics["peak_memory_gb"] = round(peak_memory(), 2)
-    metrics["versions"] = {name: version(name) for name in ("torch", "diffusers", "peft", "accelerate", "scikit-learn")}
-    metrics["versions"] |= {"python": platform.python_version(), "ctrl-diffusion": version("ctrl-diffusion")}
-    write_report(run, evaluation, metrics, records, held_out)
+    metrics["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
+    metrics["versions"] = {
+        name: version(name) for name in ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
+    } | {"python": platform.python_version()}
+    pictures = {title: same_noise(run, strength) for title, strength in (("Prior, same noise", 0.0), ("CTRL", 1.0))}
+    write_report(folder, config, metrics, evaluation, records, classifier, held_out, pictures)
     write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def same_noise(run: Run, strength: float) -> Tensor:
+    """Every (y, c), c running fastest, each c on noise of its own that is the same for every y."""
+    c = torch.arange(run.prior.classes)
+    rows = range(run.conditions.classes)
+    return torch.cat(
+        [run.sample(c, torch.full_like(c, y), strength, generator=stream(run.config.seed, "grid")) for y in rows]
+    )
+
+
+def labelled(run: Run, x_0: Tensor, c: Tensor, y: Tensor) -> LabelledImages:
+    """Samples with the labels they were asked for; a null label is blank."""
+    condition, control = demo.CONDITION[0], run.config.control
+    # class −1 picks the last name, the blank
+    values = {condition: demo.VALUES[condition], control: (*run.policy.controls[control].values, "")}
+    return LabelledImages(x_0, {condition: c, control: y}, values)
+
+
+def parse_setting(run: Run, settings: list[str]) -> int:
+    """The class asked for by `--set CONTROL=VALUE` settings, NULL if none.
+
+    Raises:
+        ValueError: not of that form, an unknown control or value.
+    """
+    chosen = NULL
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in run.policy.controls:
+            raise ValueError(
+                f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
+            )
+        values = run.policy.controls[name].values
+        if value not in values:
+            raise ValueError(f"--set {setting}: {name} must be one of {', '.join(values)}, got {value!r}.")
+        chosen = values.index(value)
+    return chosen
+
+
+def sample_to(
+    run: Run,
+    folder: Path,
+    settings: list[str],
+    c: int | None,
+    n: int,
+    strength: float = 1.0,
+    steps: int | None = None,
+    seed: int = 0,
+    phase: Phase = silent,
+) -> None:
+    """Write n samples and a sheet of them (`grid.png`) into a new or empty folder.
+
+    Raises:
+        ValueError: a wrong setting or class, or a folder that holds something.
+    """
+    y = torch.full((n,), parse_setting(run, settings))
+    classes = run.prior.classes
+    if c is not None and not 0 <= c < classes:
+        raise ValueError(f"--class must lie in 0 … {classes - 1}, got {c}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty. Choose another --out.")
+    of = torch.arange(n) % classes if c is None else torch.full((n,), c)
+    x_0 = run.sample(of, y, strength, steps, torch.Generator().manual_seed(seed), phase)
+    write_imagefolder(folder, labelled(run, x_0, of, y))
+    write_sheet(folder / "grid.png", x_0)

@@ -40,7 +40,9 @@ class Schedule(ABC):
             low, high = (low, middle) if float(self(middle)[1]) >= sigma_end else (middle, high)
         grid = tuple(self.snap(start + (high - start) * i / steps) for i in range(steps + 1))
         if len(set(grid)) <= steps:
-            raise ValueError(f"the schedule has fewer than {steps} distinct times above σ = {sigma_end}. Use fewer steps.")
+            raise ValueError(
+                f"the schedule has fewer than {steps} distinct times above σ = {sigma_end}. Use fewer steps."
+            )
         return grid
 
     def snap(self, t: float) -> float:
@@ -59,7 +61,7 @@ class VariancePreserving(Schedule):
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
-        decreasing = bool((alphas_cumprod.diff() < 0).all()) and 0 <= alphas_cumprod[-1] and alphas_cumprod[0] < 1
+        decreasing = bool((alphas_cumprod.diff() < 0).all()) and alphas_cumprod[-1] >= 0 and alphas_cumprod[0] < 1
         if alphas_cumprod.ndim != 1 or not decreasing:
             raise ValueError("alphas_cumprod must be one decreasing row of numbers in [0, 1).")
         self.table = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod])

@@ -32,7 +32,7 @@ def fit(
     steps: Iterator[Step],
     updates: int,
     lr: dict[str, float],
-    ema_decay: float = 0.99,
+    ema_decay: float = 0.995,
     warmup: int = 20,
     max_norm: float = 100.0,
 ) -> Iterator[Update]:
@@ -63,13 +63,14 @@ def fit(
     optimizer, decay = accelerator.prepare(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
     ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
     for number, step in enumerate(islice(steps, updates), start=1):
-        if not step.loss.isfinite():
-            raise FloatingPointError(f"the loss of update {number} is {float(step.loss)}. Lower the learning rate.")
+        loss = float(step.loss.detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of update {number} is {loss}. Lower the learning rate.")
         accelerator.backward(step.loss)
         norm = accelerator.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
         decay.step()
         optimizer.zero_grad()
         ema.step(parameters)
-        yield Update(number, float(step.loss.detach()), float(norm), step.metrics)
+        yield Update(number, loss, float(norm), step.metrics)
     ema.copy_to(parameters)

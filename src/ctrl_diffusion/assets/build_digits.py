@@ -67,7 +67,10 @@ def train(steps: int, batch: int = 128, lr: float = 2e-3) -> DiTPipeline:
         norm_type="ada_norm_zero",
     ).train()  # in train mode the label embedding drops one class in ten to the null class
     scheduler = DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing"
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        timestep_spacing="trailing",
     )
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
     ema = EMAModel(net.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)

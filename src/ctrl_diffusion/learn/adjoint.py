@@ -85,10 +85,10 @@ class Adjoint:
     """
 
     times: Times
-    batch: int = 80
+    batch: int = 160
     regressed: int = 5
-    reuse: int = 2
-    clip: float = 10.0
+    reuse: int = 4
+    clip: float = 60.0
     eta: float = 1.0
 
     def __call__(
@@ -108,7 +108,9 @@ class Adjoint:
                 earned = reward(read_out(policy, x_end, self.times[-1], **cond), labels)
                 (gradient,) = torch.autograd.grad(earned.sum(), x_end)
             adjoints, means, clipped = lean_adjoint(policy.prior, path, gradient, cond, self.eta, self.clip)
-            every = torch.rand(steps, self.batch, generator=generator).argsort(0)  # for each path its own order of steps
+            every = torch.rand(steps, self.batch, generator=generator).argsort(
+                0
+            )  # for each path its own order of steps
             for k in range(self.reuse):
                 i = every[k * self.regressed % steps :][: self.regressed]  # (R, B)
                 rows = torch.arange(self.batch).expand_as(i)

@@ -43,20 +43,25 @@ class Weighted:
         """Losses without end."""
         with torch.no_grad():
             table = torch.cat([reward.table(conditions.control, x) for x in self.x_0.split(1024)])
-        # (G, K, M): for each pair the weights over its condition's samples
+        # (P, M): for each pair the cumulated weights over its condition's samples
         weights = table.view(conditions.groups, -1, conditions.classes).transpose(1, 2).softmax(2)
+        cumulated, members = weights.flatten(0, 1).double().cumsum(1), weights.shape[2]
         t_grid, s_grid = (torch.tensor(times, dtype=torch.float64) for times in (self.times[:-1], self.times[1:]))
         steps = len(t_grid)
         alpha, sigma = policy.schedule(t_grid)
         while True:
             pair = conditions.draw(self.batch, generator)
             labels, cond = conditions.of(pair)
-            group = pair // conditions.classes
-            member = torch.multinomial(weights.flatten(0, 1)[pair], 1, generator=generator).squeeze(1)
-            x_0 = self.x_0[group * weights.shape[2] + member]
+            ticket = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)
+            member = torch.searchsorted(cumulated[pair], ticket).squeeze(1).clamp(max=members - 1)
+            x_0 = self.x_0[pair // conditions.classes * members + member]
             # stratified over the steps of the chain
             offset = torch.rand((), generator=generator)
-            i = ((torch.randperm(self.batch, generator=generator) + offset) * steps / self.batch).long().clamp(max=steps - 1)
+            i = (
+                ((torch.randperm(self.batch, generator=generator) + offset) * steps / self.batch)
+                .long()
+                .clamp(max=steps - 1)
+            )
             noise = torch.randn(x_0.shape, generator=generator)
             x_t = per_sample(alpha[i], x_0) * x_0 + per_sample(sigma[i], x_0) * noise
             here = transition(policy, x_t, t_grid[i], s_grid[i], self.eta, labels=labels, **cond)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import SchedulerMixin
 
 from ..denoise import NetworkDenoiser
 from ..schedule import VariancePreserving
@@ -44,6 +45,6 @@ class Prior:
         return cls(denoiser, classes, str(folder))
 
 
-def schedule_of(scheduler) -> VariancePreserving:
+def schedule_of(scheduler: SchedulerMixin) -> VariancePreserving:
     """The schedule a diffusers scheduler was configured with."""
     return VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod))

@@ -1,0 +1,42 @@
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two test workers share two cores; inherited by the command lines we start
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctrl_diffusion import assets
+from ctrl_diffusion.pretrained import Prior
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def digits() -> Prior:
+    """A fresh copy of the embedded prior: controls attach to it."""
+    return Prior.from_pretrained(assets.DIGITS)
+
+
+@pytest.fixture(scope="session")
+def ctrl():
+    """Run the command line in a process of its own."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "ctrl_diffusion.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def quick_run(ctrl, tmp_path_factory) -> Path:
+    """A run folder made by the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "quick"
+    done = ctrl("demo", "--quick", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,90 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctrl_diffusion import demo
+from ctrl_diffusion.classifier import Classifier, calibrate, fit_classifier, report_classifier
+from ctrl_diffusion.config import Config
+from ctrl_diffusion.data import LabelledImages
+from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.run import fit_reward_classifier, silent
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return demo.offline_dataset(seed=0).split("ink", seed=0)
+
+
+@pytest.fixture(scope="module", params=["categorical", "ordinal"])
+def fitted(request, parts):
+    return fit_classifier(parts[0].x, parts[0].labels["ink"], 4, request.param, epochs=40)
+
+
+def test_probabilities_sum_to_one_and_reach_far_into_the_tails(fitted):
+    score = torch.linspace(-200, 200, 9)[:, None]
+    score = score if fitted.head == "ordinal" else score * torch.tensor([1.0, 0.0, -1.0, 0.5])
+    log_prob = fitted.log_prob_from(score, 0.5)
+    assert log_prob.isfinite().all()
+    torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(9))
+
+
+def test_calibration_lowers_nll_on_its_split(fitted, parts):
+    x, y = parts[1].x, parts[1].labels["ink"]
+    for start in (0.2, 5.0):
+        fitted.temperature.fill_(start)
+        before = F.nll_loss(fitted.log_prob(x), y)
+        calibrate(fitted, x, y)
+        after = F.nll_loss(fitted.log_prob(x), y)
+        assert after < before
+        # a minimum: five per cent to either side is no better
+        for factor in (0.95, 1.05):
+            score = fitted.score(fitted.features(x))
+            assert F.nll_loss(fitted.log_prob_from(score, fitted.temperature * factor), y) >= after
+
+
+def test_report_against_hand_computation(fitted, parts):
+    x, y = parts[2].x, parts[2].labels["ink"]
+    report = report_classifier(fitted, x, y)
+    p = fitted.log_prob(x).exp()
+    assert report.accuracy == pytest.approx(float((p.argmax(1) == y).float().mean()))
+    assert report.nll == pytest.approx(float(-p[torch.arange(len(y)), y].log().mean()), rel=1e-5)
+    confidence, right = p.max(1).values, (p.argmax(1) == y).float()
+    edges = torch.linspace(0, 1, 11)
+    ece = 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        cell = (confidence > low) & (confidence <= high)
+        if cell.any():
+            ece += float(cell.float().mean() * (confidence[cell].mean() - right[cell].mean()).abs())
+    assert report.ece == pytest.approx(ece, abs=1e-5)
+
+
+def test_save_and_load(fitted, parts, tmp_path):
+    fitted.save(tmp_path)
+    assert torch.equal(Classifier.load(tmp_path).log_prob(parts[2].x), fitted.log_prob(parts[2].x))
+
+
+def test_one_seed_one_classifier(parts):
+    x, y = parts[0].x, parts[0].labels["ink"]
+    torch.manual_seed(5)
+    a = fit_classifier(x, y, 4, "ordinal", epochs=2, seed=1)
+    b = fit_classifier(x, y, 4, "ordinal", epochs=2, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_training_refuses_a_classifier_no_better_than_chance():
+    data = demo.offline_dataset(seed=0)
+    shuffled = data.labels["ink"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
+    wrong = LabelledImages(data.x, {"ink": shuffled}, data.values)
+    with pytest.raises(ValueError, match="no better than chance"):
+        fit_reward_classifier(wrong, Config().control, 0, silent)
+
+
+def test_rewards_scale_with_gamma_and_null_earns_nothing(fitted, parts):
+    x = parts[2].x[:4]
+    y = torch.tensor([0, 1, -1, 3])
+    once, twice = (Reward({"ink": fitted}, gamma)(x, {"ink": y}) for gamma in (1.0, 2.0))
+    torch.testing.assert_close(twice, 2 * once)
+    assert once[2] == 0
+    torch.testing.assert_close(once[3], fitted.log_prob(x)[3, 3])
+    with pytest.raises(ValueError, match="gamma must not be negative"):
+        Reward({}, -1.0)

@@ -1,0 +1,133 @@
+import pytest
+import torch
+
+from ctrl_diffusion.control import NULL, LoRAControl, Policy, SideControl
+from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.schedule import Cosine
+
+B = 6
+VALUES = ("1", "2", "3", "4")
+
+
+@pytest.fixture
+def network(digits):
+    """The bare network's own prediction, before any control is attached, and a batch."""
+    generator = torch.Generator().manual_seed(0)
+    x_t, c = torch.randn(B, 1, 8, 8, generator=generator), torch.arange(B)
+    with torch.no_grad():
+        bare = digits.denoiser(x_t, 0.5, c=c)
+    return digits.denoiser, x_t, c, bare
+
+
+def lora(denoiser):
+    """A control with something to say: every parameter, the zero half too, is random."""
+    control = LoRAControl("ink", VALUES, denoiser, rank=4)
+    with torch.no_grad():
+        for i, parameter in enumerate(sum(control.parameter_groups().values(), [])):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    return control
+
+
+def test_a_new_control_changes_nothing(network):
+    denoiser, x_t, c, bare = network
+    policy = Policy(denoiser, LoRAControl("ink", VALUES, denoiser))
+    assert torch.equal(policy(x_t, 0.5, labels={"ink": torch.zeros(B, dtype=torch.long)}, c=c), bare)
+
+
+@pytest.mark.parametrize("labels", [None, {}, {"ink": torch.full((B,), NULL)}])
+def test_null_labels_are_the_networks_prediction_exactly(network, labels):
+    denoiser, x_t, c, bare = network
+    policy = Policy(denoiser, lora(denoiser))
+    with torch.no_grad():
+        policy(x_t, 0.5, labels={"ink": torch.zeros(B, dtype=torch.long)}, c=c)  # leaves nothing behind
+        assert torch.equal(policy(x_t, 0.5, labels=labels, c=c), bare)
+        assert torch.equal(policy.prior(x_t, 0.5, c=c), bare)
+
+
+def test_mixed_batches_and_strength(network):
+    denoiser, x_t, c, bare = network
+    policy = Policy(denoiser, lora(denoiser))
+    y = torch.tensor([0, NULL, 2, NULL, 3, 1])
+    with torch.no_grad():
+        full = policy(x_t, 0.5, labels={"ink": torch.where(y == NULL, 0, y)}, c=c)
+        mixed = policy(x_t, 0.5, labels={"ink": y}, c=c)
+        assert torch.equal(mixed[y == NULL], bare[y == NULL])
+        assert torch.equal(mixed[y != NULL], full[y != NULL])
+        assert not torch.isclose(full, bare, atol=1e-3).flatten(1).all(1).any(), "the control must say something"
+        assert torch.equal(policy(x_t, 0.5, labels={"ink": y}, strength=0.0, c=c), bare)
+        half = policy(x_t, 0.5, labels={"ink": y.clamp(min=0)}, strength=0.5, c=c)
+        torch.testing.assert_close(half, (full + bare) / 2)
+        beyond = policy(x_t, 0.5, labels={"ink": y.clamp(min=0)}, strength=2.0, c=c)
+        torch.testing.assert_close(beyond, 2 * full - bare)
+
+
+def test_only_the_control_learns(network):
+    denoiser, x_t, c, _ = network
+    policy = Policy(denoiser, lora(denoiser))
+    policy(x_t, 0.5, labels={"ink": torch.tensor([0, NULL, 2, NULL, 3, 1])}, c=c).square().sum().backward()
+    control = {id(p) for group in policy.parameter_groups().values() for p in group}
+    for name, parameter in policy.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in control), name
+        assert (parameter.grad is not None) == (id(parameter) in control), name
+    table = policy.controls["ink"].table.weight
+    assert torch.equal(table.grad[-1], torch.zeros_like(table[-1])), "the null row never learns"
+
+
+def test_gradients_survive_a_prior_pass_before_backward(network):
+    """Adapters are switched off again before backward runs: the graph must not notice."""
+    denoiser, x_t, c, _ = network
+    policy = Policy(denoiser, lora(denoiser))
+    y = {"ink": torch.zeros(B, dtype=torch.long)}
+    adapter = policy.parameter_groups()["adapter"]
+    plain = torch.autograd.grad(policy(x_t, 0.5, labels=y, c=c).sum(), adapter)
+    x_hat = policy(x_t, 0.5, labels=y, c=c)
+    policy.prior(x_t, 0.5, c=c)
+    x_hat.sum().backward()
+    for expected, parameter in zip(plain, adapter, strict=True):
+        assert torch.equal(parameter.grad, expected)
+
+
+def test_save_and_load(network, tmp_path):
+    denoiser, x_t, c, _ = network
+    policy, y = Policy(denoiser, lora(denoiser)), {"ink": torch.tensor([0, 1, 2, 3, 0, 1])}
+    with torch.no_grad():
+        before = policy(x_t, 0.5, labels=y, c=c)
+    policy.controls["ink"].save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["control.json", "control.safetensors"]
+
+    from ctrl_diffusion import assets
+    from ctrl_diffusion.pretrained import Prior
+
+    fresh = Prior.from_pretrained(assets.DIGITS).denoiser
+    control = LoRAControl.load(tmp_path, fresh)
+    assert control.values == VALUES
+    with torch.no_grad():
+        assert torch.equal(Policy(fresh, control)(x_t, 0.5, labels=y, c=c), before)
+
+
+@pytest.mark.parametrize(("labels", "message"), [({"slant": 0}, "slant"), ({"ink": 4}, "0 … 3"), ({"ink": -2}, "-2")])
+def test_wrong_labels_are_refused(network, labels, message):
+    denoiser, x_t, c, _ = network
+    policy = Policy(denoiser, LoRAControl("ink", VALUES, denoiser, rank=1))
+    with pytest.raises(ValueError, match=message):
+        policy(x_t, 0.5, labels={name: torch.full((B,), y) for name, y in labels.items()}, c=c)
+
+
+def test_a_control_needs_a_site():
+    with pytest.raises(ValueError, match="ControlSite"):
+        from ctrl_diffusion.denoise import as_denoiser
+
+        LoRAControl("y", VALUES, as_denoiser(lambda x, timestep: x, Cosine(), (2,)))
+
+
+def test_side_control_obeys_the_same_laws():
+    prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
+    policy = Policy(prior, SideControl("y", ("a", "b"), prior))
+    x_t, y = torch.randn(5, 1), torch.tensor([0, NULL, 1, 0, NULL])
+    assert torch.equal(policy(x_t, 0.5, labels={"y": y}), prior(x_t, 0.5))
+    with torch.no_grad():
+        for parameter in policy.controls["y"].parameters():
+            parameter.add_(0.1)
+    mixed = policy(x_t, 0.5, labels={"y": y})
+    assert torch.equal(mixed[y == NULL], prior(x_t, 0.5)[y == NULL])
+    assert (mixed[y != NULL] != prior(x_t, 0.5)[y != NULL]).all()

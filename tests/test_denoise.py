@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from ctrl_diffusion.denoise import as_denoiser
+from ctrl_diffusion.schedule import Cosine, RectifiedFlow
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [("epsilon", Cosine()), ("sample", Cosine()), ("v_prediction", Cosine()), ("flow", RectifiedFlow()), ("epsilon", RectifiedFlow())],
+)
+@pytest.mark.parametrize("t", [0.2, torch.tensor([0.1, 0.5, 0.9])])
+def test_every_prediction_of_the_truth_gives_back_x_0(kind, schedule, t):
+    x_0, noise = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)
+    alpha, sigma = (a.expand(3).view(3, 1, 1) for a in schedule(t))
+    truth = {"epsilon": noise, "sample": x_0, "v_prediction": alpha * noise - sigma * x_0, "flow": noise - x_0}[kind]
+    denoiser = as_denoiser(lambda x_t, timestep: truth, schedule, (2, 4), kind)
+    torch.testing.assert_close(denoiser(alpha * x_0 + sigma * noise, t), x_0, rtol=0, atol=1e-12)
+
+
+def test_learned_variance_is_dropped_and_clipping_is_honoured():
+    denoiser = as_denoiser(lambda x, timestep: torch.cat([3 * x, x], dim=1), Cosine(), (2, 4))
+    x = torch.ones(5, 2, 4)
+    assert torch.equal(denoiser(x, 0.5), 3 * x)
+    denoiser.clip = 1.0
+    assert torch.equal(denoiser(x, 0.5), x)
+
+
+def test_a_denoiser_stays_in_eval_mode():
+    assert not as_denoiser(torch.nn.Dropout(), Cosine(), (2,)).train().training
+
+
+def test_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="prediction must be"):
+        as_denoiser(lambda x, timestep: x, Cosine(), (2,), "score")(torch.ones(1, 2), 0.5)

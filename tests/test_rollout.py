@@ -1,0 +1,58 @@
+import torch
+
+from ctrl_diffusion.control import Policy, SideControl
+from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.rollout import rollout
+from ctrl_diffusion.sample import paths
+from ctrl_diffusion.schedule import Cosine
+from ctrl_diffusion.transition import transition
+
+
+def toy():
+    prior = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=torch.float64), 0.3, Cosine())
+    policy = Policy(prior, SideControl("y", ("a", "b"), prior, width=8).double())
+    with torch.no_grad():
+        for i, parameter in enumerate(policy.controls["y"].parameters()):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    return policy, prior.schedule.times(5, 0.1)
+
+
+def test_kl_and_log_ratio_are_those_of_the_recorded_path():
+    policy, times = toy()
+    labels = {"y": torch.tensor([0, 1, 0, 1])}
+    x_1 = torch.randn(4, 2, dtype=torch.float64)
+    path = rollout(policy, x_1, times, generator=torch.Generator().manual_seed(0), compare=True, labels=labels)
+    assert path.x.shape == (6, 4, 2)
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        ours, prior = transition(policy, path.x[i], t, s, labels=labels), transition(policy.prior, path.x[i], t, s)
+        torch.testing.assert_close(path.kl[i], ours.kl(prior))
+        torch.testing.assert_close(path.log_ratio[i], ours.log_prob(path.x[i + 1]) - prior.log_prob(path.x[i + 1]))
+    torch.testing.assert_close(path.x_0, policy.prior(path.x[-1], times[-1]))
+
+
+def test_the_prior_and_the_null_label_walk_the_same_path():
+    policy, times = toy()
+    x_1 = torch.randn(3, 2, dtype=torch.float64)
+    a = rollout(policy.prior, x_1, times, generator=torch.Generator().manual_seed(1))
+    b = rollout(
+        policy, x_1, times, generator=torch.Generator().manual_seed(1), compare=True, labels={"y": torch.full((3,), -1)}
+    )
+    assert torch.equal(a.x, b.x)
+    assert torch.equal(b.kl, torch.zeros(5, 3, dtype=torch.float64))
+
+
+def test_sampling_in_batches_keeps_every_row_with_its_labels():
+    policy, times = toy()
+    policy = policy.float()
+    policy.base.means = policy.base.means.float()
+    policy.base.weights = policy.base.weights.float()
+    y = torch.arange(7) % 2
+    seen = []
+    x_0, kl, log_ratio = paths(
+        policy, 7, times, torch.Generator().manual_seed(0), labels={"y": y}, compare=True, batch=3, progress=seen.append
+    )
+    assert seen == [3, 3, 1]
+    assert x_0.shape == (7, 2)
+    assert (kl > 0).all()
+    # log-ratio and KL have one expectation, so their mean difference is noise of variance 2 KL
+    assert float((log_ratio - kl).mean().abs()) < 5 * float((2 * kl.mean() / 7).sqrt())

@@ -1,0 +1,47 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from ctrl_diffusion.schedule import Cosine, RectifiedFlow, VariancePreserving
+
+SCHEDULERS = [
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"beta_schedule": "linear"},
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+]
+SCHEDULES = [VariancePreserving(DDIMScheduler(**s).alphas_cumprod) for s in SCHEDULERS] + [Cosine(), RectifiedFlow()]
+
+
+@pytest.mark.parametrize("config", SCHEDULERS)
+def test_entries_are_diffusers_own(config):
+    alphas_cumprod = DDIMScheduler(**config).alphas_cumprod.double()
+    schedule = VariancePreserving(alphas_cumprod)
+    k = torch.arange(1000, dtype=torch.float64)
+    alpha, sigma = schedule((k + 1) / 1000)
+    # (k + 1)/1000 times 1000 is off by an ulp, times the slope of ᾱ between entries (at most 0.25 · 1000)
+    torch.testing.assert_close(alpha**2, alphas_cumprod, rtol=0, atol=1e-12)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(1000, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(schedule.timestep((k + 1) / 1000), k, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 7, 25])
+def test_grid_falls_from_noise_to_sigma_end(schedule, steps):
+    times = schedule.times(steps, sigma_end=0.1)
+    assert len(times) == steps + 1
+    assert times[0] == 1.0
+    assert all(s < t for t, s in zip(times[:-1], times[1:], strict=True))
+    # the last time is the first at which σ reaches 0.1, up to one entry of the finest table (σ moves ≤ 0.01 there)
+    assert 0.1 - 1e-9 <= float(schedule(times[-1])[1]) + 0.005
+    assert float(schedule(times[-1])[1]) <= 0.1 + 0.01
+
+
+@pytest.mark.parametrize(("steps", "sigma_end"), [(0, 0.1), (5, 0.0), (5, 1.0), (5000, 0.1)])
+def test_impossible_grids_are_refused(steps, sigma_end):
+    with pytest.raises(ValueError, match="steps|sigma_end"):
+        SCHEDULES[0].times(steps, sigma_end)
+
+
+def test_broken_tables_are_refused():
+    with pytest.raises(ValueError, match="decreasing"):
+        VariancePreserving(torch.tensor([0.9, 0.95]))
