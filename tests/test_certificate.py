@@ -29,9 +29,7 @@ class TiltedGaussian(Denoiser):
         self.shift, self.step_variance, self.adjoints = {}, {}, [a]
         for t, s in reversed(list(zip(times[:-1], times[1:], strict=True))):
             rho = float(transition(prior, unit, t, s).mean - transition(prior, origin, t, s).mean)
-            per_x_hat = float(
-                transition(Shifted(prior, 1.0), origin, t, s).mean - transition(prior, origin, t, s).mean
-            )
+            per_x_hat = float(transition(Shifted(prior, 1.0), origin, t, s).mean - transition(prior, origin, t, s).mean)
             self.shift[t] = float(step_std(prior.schedule, t, s)) ** 2 * a / per_x_hat
             a *= rho
             self.adjoints.insert(0, a)

@@ -1,8 +1,11 @@
 import pytest
 import torch
 
+from ctrl_diffusion import assets
 from ctrl_diffusion.control import NULL, LoRAControl, Policy, SideControl
+from ctrl_diffusion.denoise import as_denoiser
 from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.schedule import Cosine
 
 B = 6
@@ -95,9 +98,6 @@ def test_save_and_load(network, tmp_path):
     policy.controls["ink"].save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["control.json", "control.safetensors"]
 
-    from ctrl_diffusion import assets
-    from ctrl_diffusion.pretrained import Prior
-
     fresh = Prior.from_pretrained(assets.DIGITS).denoiser
     control = LoRAControl.load(tmp_path, fresh)
     assert control.values == VALUES
@@ -114,10 +114,9 @@ def test_wrong_labels_are_refused(network, labels, message):
 
 
 def test_a_control_needs_a_site():
+    denoiser = as_denoiser(lambda x, timestep: x, Cosine(), (2,))
     with pytest.raises(ValueError, match="ControlSite"):
-        from ctrl_diffusion.denoise import as_denoiser
-
-        LoRAControl("y", VALUES, as_denoiser(lambda x, timestep: x, Cosine(), (2,)))
+        LoRAControl("y", VALUES, denoiser)
 
 
 def test_side_control_obeys_the_same_laws():

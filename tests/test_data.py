@@ -24,7 +24,9 @@ def test_the_ink_classes_are_even_and_seen_by_the_ruler():
     data = demo.offline_dataset(seed=1)
     assert len(data) == 500
     counts = data.labels["ink"].bincount()
-    assert counts.min() >= 124, "four even classes, cut at the quartiles"
+    # cut at the quartiles of 1,797 digits, many with equal ink: even up to ties
+    assert counts.min() >= 115
+    assert counts.max() <= 135
     assert torch.equal(demo.ink_ruler(data.x), data.labels["ink"])
 
 
@@ -41,8 +43,9 @@ def test_splits_are_disjoint_stratified_and_seeded():
     parts = tagged.split("ink", seed=3)
     assert [len(part) for part in parts] == [300, 100, 100]
     assert sorted(torch.cat([part.x.flatten() for part in parts]).tolist()) == list(range(500))
+    whole = data.labels["ink"].bincount() / 500
     for part in parts:
-        assert part.labels["ink"].bincount().max() - part.labels["ink"].bincount().min() <= 1
+        assert float((part.labels["ink"].bincount() - whole * len(part)).abs().max()) < 1
     again = tagged.split("ink", seed=3)
     assert all(torch.equal(a.x, b.x) for a, b in zip(parts, again, strict=True))
     with pytest.raises(ValueError, match="cannot be split"):

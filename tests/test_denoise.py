@@ -4,11 +4,11 @@ import torch
 from ctrl_diffusion.denoise import as_denoiser
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 
+CASES = [("epsilon", Cosine()), ("sample", Cosine()), ("v_prediction", Cosine())]
+CASES += [("flow", RectifiedFlow()), ("epsilon", RectifiedFlow())]
 
-@pytest.mark.parametrize(
-    ("kind", "schedule"),
-    [("epsilon", Cosine()), ("sample", Cosine()), ("v_prediction", Cosine()), ("flow", RectifiedFlow()), ("epsilon", RectifiedFlow())],
-)
+
+@pytest.mark.parametrize(("kind", "schedule"), CASES)
 @pytest.mark.parametrize("t", [0.2, torch.tensor([0.1, 0.5, 0.9])])
 def test_every_prediction_of_the_truth_gives_back_x_0(kind, schedule, t):
     x_0, noise = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(3, 2, 4, dtype=torch.float64)

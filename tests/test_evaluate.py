@@ -45,4 +45,6 @@ def test_frechet_distance_is_zero_on_equal_sets_and_grows_with_a_shift():
 
 def test_nearest_distance():
     reference = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    torch.testing.assert_close(nearest_distance(torch.tensor([[3.0, 0.0], [3.0, 4.0]]), reference), torch.tensor([3.0, 0.0]))
+    torch.testing.assert_close(
+        nearest_distance(torch.tensor([[3.0, 0.0], [3.0, 4.0]]), reference), torch.tensor([3.0, 0.0])
+    )

@@ -85,7 +85,7 @@ def demo(
     seed: Seed = 0,
     learner: Annotated[str, typer.Option(help="Learners, one after the other.")] = "weighted,adjoint",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tenth of the training: a smoke test, not a result.")
+        bool, typer.Option("--quick", help="A twentieth of the training: a smoke test, not a result.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:

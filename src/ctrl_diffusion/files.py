@@ -26,6 +26,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def rounded(value: Any) -> Any:
+    """Every number in a JSON value to six significant digits: more is rounding noise."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with a fixed layout, so that equal values are equal bytes."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(rounded(value), indent=2) + "\n")

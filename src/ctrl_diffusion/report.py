@@ -92,7 +92,11 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
                     end, 0.02, f"{stage} ", transform=axes.get_xaxis_transform(), ha="right", color="#777", fontsize=8
                 )
         left.axhline(log_z, color="#333", linewidth=1, linestyle="--")
-        left.text(0, log_z, "log Z", va="bottom", color="#333", fontsize=8)
+        left.annotate(
+            f"log Z = {log_z:.2f}", (0.98, log_z), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", color="#333", fontsize=8,
+        )  # fmt: skip
+        left.margins(y=0.12)
     return figure
 
 
@@ -121,14 +125,14 @@ def reliability_figure(classifier: Classifier, held_out: LabelledImages, control
     return figure
 
 
-def write_sheet(path: Path, x: Tensor, columns: int = 8) -> None:
-    """Write one picture of all samples x (n, C, H, W), row by row."""
+def sheet_figure(x: Tensor, columns: int = 8) -> Figure:
+    """One picture of all samples x (n, C, H, W), row by row."""
     rows = -(-len(x) // columns)
     blank = torch.ones(rows * columns - len(x), *x.shape[1:])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.6 * columns, 0.6 * rows), layout="constrained")
         show_grid(figure.subplots(), torch.cat([x, blank]), rows, [""] * rows, [""] * columns, "")
-    save_figure(path, figure)
+    return figure
 
 
 def write_report(

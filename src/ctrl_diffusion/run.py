@@ -29,11 +29,11 @@ from .config import Config
 from .control import NULL, LoRAControl, Policy
 from .data import Conditions, LabelledImages, read_imagefolder, write_imagefolder
 from .evaluate import Evaluation, score_samples, score_target
-from .files import write_json
+from .files import rounded, write_json
 from .learn.adjoint import Adjoint
 from .learn.weighted import Weighted
 from .pretrained import Prior
-from .report import write_report, write_sheet
+from .report import save_figure, sheet_figure, write_report
 from .reward import Reward
 from .rollout import Times
 from .sample import paths
@@ -289,7 +289,7 @@ def run_demo(config: Config, folder: Path, phase: Phase = silent) -> dict:
     with (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
         for record in train(run, phase):
             records.append(record)
-            print(json.dumps(record), file=log, flush=True)
+            print(json.dumps(rounded(record)), file=log, flush=True)
     policy.controls[config.control].save(folder / "control")
     lap("train")
 
@@ -303,7 +303,10 @@ def run_demo(config: Config, folder: Path, phase: Phase = silent) -> dict:
     metrics["versions"] = {
         name: version(name) for name in ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
     } | {"python": platform.python_version()}
-    pictures = {title: same_noise(run, strength) for title, strength in (("Prior, same noise", 0.0), ("CTRL", 1.0))}
+    pictures = {
+        title: same_noise(run, strength)
+        for title, strength in (("Prior, which ignores ink", 0.0), ("CTRL, same noise", 1.0))
+    }
     write_report(folder, config, metrics, evaluation, records, classifier, held_out, pictures)
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -371,4 +374,4 @@ def sample_to(
     of = torch.arange(n) % classes if c is None else torch.full((n,), c)
     x_0 = run.sample(of, y, strength, steps, torch.Generator().manual_seed(seed), phase)
     write_imagefolder(folder, labelled(run, x_0, of, y))
-    write_sheet(folder / "grid.png", x_0)
+    save_figure(folder / "grid.png", sheet_figure(x_0))

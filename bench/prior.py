@@ -1,0 +1,81 @@
+"""Measure the embedded digits prior: does it draw the digit asked for, blur, or memorise? (`make bench`)
+
+Writes docs/prior.json and docs/prior.png. Samples are those of our 20-step chain. 300 real digits were never shown to
+the prior; distances to and from them are the yardsticks.
+"""
+
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich import print_json
+
+from ctrl_diffusion import assets, demo
+from ctrl_diffusion.assets.build_digits import digits, split
+from ctrl_diffusion.cli import quiet_dependencies
+from ctrl_diffusion.config import Config
+from ctrl_diffusion.data import to_pixels
+from ctrl_diffusion.evaluate import frechet_distance, nearest_distance
+from ctrl_diffusion.files import write_json
+from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.report import save_figure, sheet_figure
+from ctrl_diffusion.run import stream
+from ctrl_diffusion.sample import paths
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 50) -> float:
+    """Median seconds of one evaluation on one thread."""
+    x_t, c, taken = torch.randn(batch, *prior.denoiser.shape), torch.arange(batch) % 10, []
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        for _ in range(repeats):
+            start = time.perf_counter()
+            prior.denoiser(x_t, 0.5, c=c)
+            taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    quiet_dependencies()
+    prior, reader, settings = Prior.from_pretrained(assets.DIGITS), demo.fit_reader(), Config()
+    x, c = digits()
+    seen, unseen = (x[torch.as_tensor(rows)] for rows in split())
+    times = prior.denoiser.schedule.times(settings.steps, settings.sigma_end)
+    asked = torch.arange(10).repeat_interleave(200)
+    samples, _, _ = paths(prior.denoiser, len(asked), times, stream(0, "bench"), {"c": asked})
+    samples = samples.clamp(-1, 1)
+    as_written = torch.from_numpy(to_pixels(samples)).float().unsqueeze(1) / 127.5 - 1
+    blurred = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    nearest_real, nearest_sample = nearest_distance(unseen, seen), nearest_distance(as_written, seen)
+    close = torch.quantile(nearest_real, 0.05)
+    figures = {
+        "read_as_asked": float((reader.log_prob(as_written).argmax(1) == asked).float().mean()),
+        "reader_on_unseen_by_prior": float((reader.log_prob(unseen).argmax(1) == c[split()[1]]).float().mean()),
+        "frechet_to_unseen": {
+            "samples": frechet_distance(unseen, as_written, reader),
+            "training digits": frechet_distance(unseen, seen, reader),
+            "training digits, blurred": frechet_distance(unseen, blurred, reader),
+        },
+        "nearest_training_digit": {
+            "samples_median": float(nearest_sample.median()),
+            "unseen_digits_median": float(nearest_real.median()),
+            # 0.05 by construction for unseen digits; copies would push it towards 1
+            "samples_closer_than_closest_5_percent_of_unseen": float((nearest_sample < close).float().mean()),
+        },
+        "ink_shares": (demo.ink_ruler(as_written).bincount(minlength=4) / len(asked)).tolist(),
+        "milliseconds_per_64_on_one_thread": round(1000 * seconds_per_evaluation(prior), 1),
+        "parameters": sum(p.numel() for p in prior.denoiser.network.parameters()),
+    }
+    print_json(data=figures)
+    write_json(DOCS / "prior.json", figures)
+    order = np.arange(len(asked)).reshape(10, 200)[:, :12].ravel()
+    save_figure(DOCS / "prior.png", sheet_figure(samples[order], columns=12))
+
+
+if __name__ == "__main__":
+    main()
