@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench prior docs
+.PHONY: setup demo test lint bench prior
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -16,8 +16,8 @@ test: setup
 	$(BIN)/pytest -n 2
 
 lint: setup
-	$(BIN)/ruff check src tests bench examples
-	$(BIN)/ruff format --check src tests bench examples
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
 
 bench: setup
 	$(BIN)/python bench/prior.py

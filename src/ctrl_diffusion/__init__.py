@@ -1,5 +1,38 @@
 """CTRL: new conditional controls for pre-trained diffusion and flow models by KL-regularised reinforcement learning."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 __version__ = version("ctrl-diffusion")
+
+# where the public names live; loaded on first use, so that `ctrl --help` does not wait for torch
+_HOME = {
+    "Adjoint": "learn.adjoint",
+    "Certificate": "certificate",
+    "Classifier": "classifier",
+    "Conditions": "data",
+    "Config": "config",
+    "Denoiser": "denoise",
+    "LoRAControl": "control",
+    "Policy": "control",
+    "Prior": "pretrained",
+    "Reward": "reward",
+    "Run": "run",
+    "Weighted": "learn.weighted",
+    "as_denoiser": "denoise",
+    "calibrate": "classifier",
+    "certify": "certificate",
+    "fit": "train",
+    "fit_classifier": "classifier",
+    "paths": "sample",
+    "read_imagefolder": "data",
+    "report_classifier": "classifier",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

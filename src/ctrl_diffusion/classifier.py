@@ -107,7 +107,7 @@ def fit_classifier(
     epochs: int = 200,
     batch: int = 32,
     lr: float = 1e-2,
-    weight_decay: float = 0.01,
+    weight_decay: float = 1e-3,
     seed: int = 0,
     augment: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[], None] | None = None,

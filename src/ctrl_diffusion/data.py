@@ -45,7 +45,7 @@ class LabelledImages:
         rows = torch.as_tensor(rows)
         return LabelledImages(self.x[rows], {name: y[rows] for name, y in self.labels.items()}, self.values)
 
-    def split(self, column: str, shares: tuple[int, int] = (300, 100), seed: int = 0) -> list["LabelledImages"]:
+    def split(self, column: str, shares: tuple[int, int] = (350, 75), seed: int = 0) -> list["LabelledImages"]:
         """Fit / calibration / held-out parts, stratified by a column; the last takes the rest.
 
         Raises:

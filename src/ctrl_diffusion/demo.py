@@ -51,4 +51,5 @@ def any_side_up(x: Tensor) -> Tensor:
 def fit_reader(progress: Callable[[], None] | None = None) -> Classifier:
     """A reader of digits fitted on real digits only, always the same one: it judges whether c is still obeyed."""
     x, c = digits()
-    return fit_classifier(x, c, classes=10, grid=4, epochs=READER_EPOCHS, batch=64, lr=3e-3, progress=progress)
+    recipe = {"epochs": READER_EPOCHS, "batch": 64, "lr": 3e-3, "weight_decay": 0.01}
+    return fit_classifier(x, c, classes=10, grid=4, progress=progress, **recipe)

@@ -221,7 +221,7 @@ def fit_reward_classifier(
         ValueError: it is no better than chance on held-out data.
     """
     fitting, calibration, held_out = data.split(control, seed=seed)
-    classes, epochs = len(data.values[control]), 200
+    classes, epochs = len(data.values[control]), 800
     advance = phase("classifier", epochs)
     classifier = fit_classifier(
         fitting.x, fitting.labels[control], classes, "ordinal",
