@@ -14,11 +14,9 @@ import math
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .data import Conditions
-from .reward import Reward
 
 
 @dataclass
@@ -108,9 +106,3 @@ def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, l
         objective_pairs=objective,
         log_z_pairs=z,
     )
-
-
-def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
-    """Reward of every class (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn."""
-    rows = torch.cat([reward.table(conditions.control, x) for x in x_0.split(1024)])
-    return rows.view(conditions.groups, -1, conditions.classes)

@@ -42,7 +42,7 @@ class EvaluationSettings(Strict):
 
     prior_samples: int = Field(1000, ge=2)
     paths: int = Field(2000, ge=1)
-    probes: int = Field(20, ge=1)
+    probes: int = Field(10, ge=1)
 
 
 class Config(Strict):

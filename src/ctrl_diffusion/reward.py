@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .classifier import Classifier
 from .control import NULL, Labels
+from .data import Conditions
 
 
 class Reward:
@@ -31,3 +32,9 @@ class Reward:
     def table(self, name: str, x_0: Tensor) -> Tensor:
         """Reward of every class of one control: (B, K)."""
         return self.gamma * self.classifiers[name].log_prob(x_0)
+
+
+def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
+    """Reward of every class (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn."""
+    rows = torch.cat([reward.table(conditions.control, x) for x in x_0.split(1024)])
+    return rows.view(conditions.groups, -1, conditions.classes)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import assets, demo
-from .certificate import certify, prior_table
+from .certificate import certify
 from .classifier import Classifier, ClassifierReport, calibrate, fit_classifier, report_classifier
 from .config import Config
 from .control import NULL, LoRAControl, Policy
@@ -34,7 +34,7 @@ from .learn.adjoint import Adjoint
 from .learn.weighted import Weighted
 from .pretrained import Prior
 from .report import save_figure, sheet_figure, write_report
-from .reward import Reward
+from .reward import Reward, prior_table
 from .rollout import Times
 from .sample import paths
 from .train import fit

@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion.certificate import certify, prior_table
+from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.weighted import Weighted
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward import Reward, prior_table
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.train import fit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..control import Policy
 from ..data import Conditions
-from ..reward import Reward
+from ..reward import Reward, prior_table
 from ..rollout import Times
 from ..schedule import per_sample
 from ..transition import half_square, step, transition
@@ -42,10 +42,9 @@ class Weighted:
     ) -> Iterator[Step]:
         """Losses without end."""
         with torch.no_grad():
-            table = torch.cat([reward.table(conditions.control, x) for x in self.x_0.split(1024)])
-        # (P, M): for each pair the cumulated weights over its condition's samples
-        weights = table.view(conditions.groups, -1, conditions.classes).transpose(1, 2).softmax(2)
-        cumulated, members = weights.flatten(0, 1).double().cumsum(1), weights.shape[2]
+            weights = prior_table(reward, conditions, self.x_0).softmax(1)  # (G, M, K)
+        # for each pair the cumulated weights over its condition's samples
+        cumulated, members = weights.transpose(1, 2).flatten(0, 1).double().cumsum(1), weights.shape[1]
         t_grid, s_grid = (torch.tensor(times, dtype=torch.float64) for times in (self.times[:-1], self.times[1:]))
         steps = len(t_grid)
         alpha, sigma = policy.schedule(t_grid)
@@ -57,11 +56,8 @@ class Weighted:
             x_0 = self.x_0[pair // conditions.classes * members + member]
             # stratified over the steps of the chain
             offset = torch.rand((), generator=generator)
-            i = (
-                ((torch.randperm(self.batch, generator=generator) + offset) * steps / self.batch)
-                .long()
-                .clamp(max=steps - 1)
-            )
+            place = torch.randperm(self.batch, generator=generator) + offset
+            i = (place * steps / self.batch).long().clamp(max=steps - 1)
             noise = torch.randn(x_0.shape, generator=generator)
             x_t = per_sample(alpha[i], x_0) * x_0 + per_sample(sigma[i], x_0) * noise
             here = transition(policy, x_t, t_grid[i], s_grid[i], self.eta, labels=labels, **cond)
