@@ -55,7 +55,9 @@ def main() -> None:
     close = torch.quantile(nearest_real, 0.05)
     figures = {
         "read_as_asked": float((reader.log_prob(as_written).argmax(1) == asked).float().mean()),
-        "reader_on_unseen_by_prior": float((reader.log_prob(unseen).argmax(1) == c[split()[1]]).float().mean()),
+        "reader_accuracy_on_300_unseen_digits": float(
+            (reader.log_prob(unseen).argmax(1) == c[split()[1]]).float().mean()
+        ),
         "frechet_to_unseen": {
             "samples": frechet_distance(unseen, as_written, reader),
             "training digits": frechet_distance(unseen, seen, reader),

@@ -24,7 +24,7 @@ def overridden(settings: list[str]) -> Config:
         for group in groups:
             inner = inner[group]
         inner[key] = text.split(",") if key == "learners" else yaml.safe_load(text)
-    return Config.of(**values)
+    return Config.of(values)
 
 
 def main() -> None:

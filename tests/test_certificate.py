@@ -77,7 +77,11 @@ def test_a_linear_reward_has_every_figure_in_closed_form(schedule, strength):
     # a fixed start costs log Z − E log Z(x_1) = ½ a_0²; the rest is the control that was left out
     true_gap = 0.5 * policy.adjoints[0] ** 2 + 0.5 * (1 - strength) ** 2 * steps
     assert abs(found.gap - true_gap) < 5 * found.stderr
-    assert found.log_z_policy >= found.objective
+    # log w is normal with known spread: so are the errors and, up to 5 of its own errors, the check of log Z
+    assert found.objective_stderr == pytest.approx(spread / math.sqrt(N), rel=0.1, abs=1e-6)
+    assert found.stderr == pytest.approx(math.hypot(found.objective_stderr, found.log_z_stderr))
+    assert found.stderr_pairs.item() == pytest.approx(found.stderr, rel=1e-4)
+    assert found.log_z_policy - true_log_z < 5 * math.sqrt((math.exp(spread**2) - 1) / N) + 1e-5
 
 
 def test_the_standard_error_is_the_spread_over_repetitions():

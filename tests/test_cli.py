@@ -111,6 +111,7 @@ def test_evaluate(ctrl, quick_run, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["ctrl"]["samples"] == 80
+    assert {len(column) for column in figures["certificate"]["pairs"].values()} == {40}
     # the prior's samples depend on the run's seed alone, not on n
     assert figures["target"] == json.loads((quick_run / "metrics.json").read_text())["target"]
 
@@ -124,11 +125,11 @@ TINY = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:log Z from the policy")
+@pytest.mark.filterwarnings("ignore:log Z")
 def test_one_seed_the_same_bytes(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
-        run_demo(Config.of(**TINY), folder)
+        run_demo(Config.of(TINY), folder)
     files = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in folders]
     assert files[0] == files[1]
     for name in files[0]:
@@ -142,8 +143,23 @@ def test_one_seed_the_same_bytes(tmp_path):
 def test_a_run_can_be_made_again_in_its_own_folder_but_not_over_other_files(tmp_path):
     (tmp_path / "thesis.txt").write_text("not a run")
     with pytest.raises(ValueError, match="is no run"):
-        run_demo(Config.of(**TINY), tmp_path)
+        run_demo(Config.of(TINY), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "config.yaml").write_text("somebody: else's\n")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match="somebody: Extra inputs"):
+        run_demo(Config.of(TINY), tmp_path)
+    assert (tmp_path / "data").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_a_run_made_again_replaces_the_old_one_only(tmp_path):
+    run_demo(Config.of(TINY), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = (tmp_path / "control" / "control.safetensors").read_bytes()
+    run_demo(Config.of({**TINY, "seed": 1}), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "control" / "control.safetensors").read_bytes() != before
 
 
 @pytest.mark.parametrize(
@@ -160,6 +176,8 @@ def test_a_run_can_be_made_again_in_its_own_folder_but_not_over_other_files(tmp_
         (["sample", "{run}", "-n", "0", "--out", "{tmp}/o"], "Invalid value for '-n'"),
         (["evaluate", "{typo}"], "gama: Extra inputs are not permitted"),
         (["evaluate", "{unfinished}"], "unfinished run: it lacks control"),
+        (["evaluate", "{damaged}"], "is damaged"),
+        (["demo", "--seed", str(2**32), "--out", "{tmp}/o"], "Invalid value for '--seed'"),
         (["demo", "--learner", "magic", "--out", "{tmp}/o"], "learners.0: Input should be"),
         (["demo", "--seed", "-1", "--out", "{tmp}/o"], "Invalid value for '--seed'"),
         (["demo", "--quick", "--out", "{file}"], "is no run"),
@@ -172,8 +190,13 @@ def test_bad_input_is_one_clear_line(ctrl, quick_run, tmp_path, arguments, messa
     (typo / "config.yaml").write_text(yaml.safe_dump({**config, "gama": 2.0}))
     shutil.copytree(quick_run, unfinished)
     shutil.rmtree(unfinished / "control")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(quick_run, damaged)
+    weights = damaged / "control" / "control.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
     (tmp_path / "file").write_text("")
-    places = {"tmp": tmp_path, "run": quick_run, "typo": typo, "unfinished": unfinished, "file": tmp_path / "file"}
+    places = {"tmp": tmp_path, "run": quick_run, "typo": typo, "unfinished": unfinished, "damaged": damaged}
+    places["file"] = tmp_path / "file"
     done = ctrl(*(argument.format(**places) for argument in arguments))
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())

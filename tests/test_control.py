@@ -113,6 +113,24 @@ def test_wrong_labels_are_refused(network, labels, message):
         policy(x_t, 0.5, labels={name: torch.full((B,), y) for name, y in labels.items()}, c=c)
 
 
+def test_a_prior_carries_one_control_and_global_randomness_is_left_alone(network):
+    denoiser, *_ = network
+    before = torch.get_rng_state()
+    LoRAControl("ink", VALUES, denoiser, rank=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="already carries a control"):
+        LoRAControl("slant", VALUES, denoiser, rank=1)
+
+
+def test_a_control_of_another_network_is_refused(network, tmp_path):
+    denoiser, *_ = network
+    control = LoRAControl("ink", VALUES, denoiser, rank=2)
+    control.save(tmp_path)
+    (tmp_path / "control.json").write_text((tmp_path / "control.json").read_text().replace('"rank": 2', '"rank": 3'))
+    with pytest.raises(ValueError, match="another network"):
+        LoRAControl.load(tmp_path, Prior.from_pretrained(assets.DIGITS).denoiser)
+
+
 def test_a_control_needs_a_site():
     denoiser = as_denoiser(lambda x, timestep: x, Cosine(), (2,))
     with pytest.raises(ValueError, match="ControlSite"):

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
@@ -36,3 +39,24 @@ def test_what_is_no_prior_is_refused(tmp_path):
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="DDPMPipeline; supported: DiTPipeline"):
         Prior.from_pretrained(tmp_path)
+
+
+def changed(folder, part, **values):
+    """A copy of the embedded prior with one config changed."""
+    shutil.copytree(assets.DIGITS, folder)
+    path = folder / part
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+def test_a_latent_model_is_not_taken_for_pixels(tmp_path):
+    with pytest.raises(ValueError, match="has a VAE"):
+        Prior.from_pretrained(changed(tmp_path / "a", "model_index.json", vae=["diffusers", "AutoencoderKL"]))
+
+
+def test_clipping_is_honoured_and_said(tmp_path):
+    with pytest.warns(UserWarning, match="clips"):
+        prior = Prior.from_pretrained(changed(tmp_path / "a", "scheduler/scheduler_config.json", clip_sample=True))
+    assert prior.denoiser.clip == 1.0
+    with pytest.raises(ValueError, match="thresholding"):
+        Prior.from_pretrained(changed(tmp_path / "b", "scheduler/scheduler_config.json", thresholding=True))

@@ -16,9 +16,9 @@ def test_the_example_runs(quick_run, tmp_path, monkeypatch):
     (tmp_path / "runs" / "demo").symlink_to(quick_run)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert "updates=800" in code
+    assert "updates=700" in code
     names = {}
-    exec(code.replace("updates=800", "updates=2"), names)
+    exec(code.replace("updates=700", "updates=2"), names)
     assert names["sevens"].shape == (16, 1, 8, 8)
     assert (tmp_path / "my-control" / "control.safetensors").is_file()
 

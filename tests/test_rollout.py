@@ -44,8 +44,6 @@ def test_the_prior_and_the_null_label_walk_the_same_path():
 def test_sampling_in_batches_keeps_every_row_with_its_labels():
     policy, times = toy()
     policy = policy.float()
-    policy.base.means = policy.base.means.float()
-    policy.base.weights = policy.base.weights.float()
     y = torch.arange(7) % 2
     seen = []
     x_0, kl, log_ratio = paths(
@@ -53,6 +51,12 @@ def test_sampling_in_batches_keeps_every_row_with_its_labels():
     )
     assert seen == [3, 3, 1]
     assert x_0.shape == (7, 2)
-    assert (kl > 0).all()
+    # the first batch again by hand, with its own rows of the labels
+    generator = torch.Generator().manual_seed(0)
+    x_1 = torch.randn(3, 2, generator=generator)
+    with torch.no_grad():
+        first = rollout(policy, x_1, times, generator=generator, compare=True, labels={"y": y[:3]})
+    assert torch.equal(first.x_0, x_0[:3])
+    assert torch.equal(first.kl.sum(0), kl[:3])
     # log-ratio and KL have one expectation, so their mean difference is noise of variance 2 KL
     assert float((log_ratio - kl).mean().abs()) < 5 * float((2 * kl.mean() / 7).sqrt())

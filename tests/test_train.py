@@ -21,7 +21,11 @@ def losses(policy):
         yield Step((x_hat - 3).square().mean(), {"seen": 1.0})
 
 
-def test_fit_yields_every_update_lowers_the_loss_and_keeps_the_average():
+def weights(policy):
+    return torch.cat([p.detach().flatten() for group in policy.parameter_groups().values() for p in group])
+
+
+def test_fit_yields_every_update_and_lowers_the_loss():
     trained = policy()
     updates = list(fit(trained, losses(trained), 100, LR, ema_decay=0.9))
     assert [u.number for u in updates] == list(range(1, 101))
@@ -30,12 +34,22 @@ def test_fit_yields_every_update_lowers_the_loss_and_keeps_the_average():
     assert next(losses(trained)).loss < 0.1 * updates[0].loss
 
 
+def test_the_weights_left_behind_are_the_average():
+    """The decay of the k-th average is min(ema_decay, 1 − (1 + k)^(−3/4)), k from 0: diffusers' warm-up, power 3/4."""
+    trained, average = policy(), None
+    for k, _ in enumerate(fit(trained, losses(trained), 30, LR, ema_decay=0.9)):
+        decay = min(0.9, 1 - (1 + k) ** -0.75)
+        average = weights(trained) if average is None else decay * average + (1 - decay) * weights(trained)
+    assert not torch.allclose(average, weights(policy()), atol=1e-3)
+    torch.testing.assert_close(weights(trained), average, rtol=1e-4, atol=1e-6)
+
+
 def test_one_seed_one_result():
     results = []
     for _ in range(2):
         trained = policy()
         list(fit(trained, losses(trained), 10, LR))
-        results.append(torch.cat([p.flatten() for g in trained.parameter_groups().values() for p in g]))
+        results.append(weights(trained))
     assert torch.equal(*results)
 
 

@@ -21,17 +21,18 @@ from .data import Conditions
 
 @dataclass
 class Certificate:
-    """The gap and its parts, uniform means over pairs (c, y), in nats; `*_pairs` are per pair (G · K,).
+    """The gap and its parts in nats, uniform means over pairs (c, y); `*_pairs` are per pair (G · K,).
 
     Args:
         objective: J.
         log_z: from independent samples of the prior.
         log_z_policy: from the policy's paths.
         gap: log_z − objective, an upper bound of the KL between the policy's and the exact x_0.
-        stderr: of the gap.
+        stderr, objective_stderr, log_z_stderr: of gap, J and log Z.
         kl: KL(P_g ‖ P_pre).
         ess: effective share of the policy's paths under w, the smallest over the pairs.
-        objective_pairs, log_z_pairs: per pair.
+        ess_prior: effective share of the prior's samples under p̂^γ, the smallest over the pairs.
+        objective_pairs, log_z_pairs, stderr_pairs, ess_pairs: the same per pair; stderr is the gap's, ess the paths'.
     """
 
     objective: float
@@ -39,10 +40,15 @@ class Certificate:
     log_z_policy: float
     gap: float
     stderr: float
+    objective_stderr: float
+    log_z_stderr: float
     kl: float
     ess: float
+    ess_prior: float
     objective_pairs: Tensor
     log_z_pairs: Tensor
+    stderr_pairs: Tensor
+    ess_pairs: Tensor
 
 
 def log_mean_exp(a: Tensor, dim: int) -> Tensor:
@@ -76,22 +82,33 @@ def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, l
         kl, log_ratio: (P · n,), of the same paths.
 
     Warns:
-        RuntimeWarning: the two estimates of log Z differ by more than three standard errors.
+        RuntimeWarning: the two estimates of log Z differ by more than three standard errors, or fewer than 30
+            effective samples of the prior stand behind the log Z of some pair.
     """
     z, z_stderr = log_z(table)
     log_w = (earned - log_ratio).view(conditions.pairs, -1)  # (P, n)
     n = log_w.shape[1]
-    objective = log_w.mean(1)
-    j_stderr = float((log_w.var(1) / n).sum().sqrt() / conditions.pairs)
+    objective, j_variance = log_w.mean(1), log_w.var(1) / n
+    j_stderr = float(j_variance.sum().sqrt() / conditions.pairs)
     z_policy = log_mean_exp(log_w, dim=1)
-    w = log_w.softmax(1)
-    policy_stderr = float((w * n).var(1).div(n).sum().sqrt() / conditions.pairs)
-    difference = float((z_policy - z).mean())
-    if abs(difference) > 3 * math.hypot(z_stderr, policy_stderr):
+    # variances of both estimates of log Z per pair by the delta method: the spread of w/Z over its samples
+    w, w_prior, members = log_w.softmax(1), table.softmax(1), table.shape[1]
+    policy_variance, prior_variance = (w * n).var(1) / n, (w_prior * members).var(1).flatten() / members
+    ess, ess_prior = 1 / w.square().sum(1) / n, float((1 / w_prior.square().sum(1)).min())
+    if ess_prior < 30:
+        warnings.warn(
+            f"log Z of the rarest (c, y) rests on {ess_prior:.0f} effective samples of the prior and is biased low: "
+            "raise evaluation.prior_samples.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    # to second order the log of a mean is low by half its variance
+    difference = float((z_policy + policy_variance / 2 - z - prior_variance / 2).mean())
+    stderr = math.hypot(z_stderr, float(policy_variance.sum().sqrt() / conditions.pairs))
+    if abs(difference) > 3 * stderr:
         warnings.warn(
             f"log Z from the policy's paths differs from the prior's by {difference:+.3f} nats, more than three "
-            f"standard errors ({math.hypot(z_stderr, policy_stderr):.3f}): trust the prior's; the policy misses modes "
-            "or its weights are too uneven.",
+            f"standard errors ({stderr:.3f}): trust the prior's; the policy misses modes or its weights are uneven.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -101,8 +118,13 @@ def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, l
         log_z_policy=float(z_policy.mean()),
         gap=float(z.mean() - objective.mean()),
         stderr=math.hypot(j_stderr, z_stderr),
+        objective_stderr=j_stderr,
+        log_z_stderr=z_stderr,
         kl=float(kl.mean()),
-        ess=float((1 / w.square().sum(1) / n).min()),
+        ess=float(ess.min()),
+        ess_prior=ess_prior / members,
         objective_pairs=objective,
         log_z_pairs=z,
+        stderr_pairs=(j_variance + prior_variance).sqrt(),
+        ess_pairs=ess,
     )

@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Add new conditional controls to pre-trained diffusion and flow models.",
 )
 
-Seed = Annotated[int, typer.Option(min=0, help="One seed, the same bytes.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closing words.")]
 
 
@@ -58,9 +58,10 @@ def phases(quiet: bool) -> Iterator:
         yield phase
 
 
-def show_warning(message: Warning | str, *_: object) -> None:
-    """A warning of ours is one line."""
-    typer.echo(f"ctrl: warning: {message}", err=True)
+def show_warning(message: Warning | str, category: type, filename: str, *_: object) -> None:
+    """A warning of ours is one line; a dependency's is none of the user's business."""
+    if Path(__file__).parent in Path(filename).parents:
+        typer.echo(f"ctrl: warning: {message}", err=True)
 
 
 def show_version(value: bool) -> None:
@@ -92,7 +93,7 @@ def demo(
     """Teach the embedded digits model a control it did not have (ink), and certify it."""
     from .run import Config, run_demo
 
-    config = Config.of(seed=seed, learners=learner.split(","))
+    config = Config.of({"seed": seed, "learners": learner.split(",")})
     with phases(quiet) as phase:
         metrics = run_demo(config.quick() if quick else config, out, phase)
     if not quiet:
@@ -134,14 +135,14 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
-    from .files import write_json
+    from .files import rounded, write_json
     from .run import Run
     from .run import evaluate as measure
 
     with phases(quiet) as phase:
         metrics = measure(Run.load(run), n, phase).metrics()
     if out is None:
-        typer.echo(json.dumps(metrics, indent=2))
+        typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
     else:
         write_json(out, metrics)
 

@@ -28,7 +28,7 @@ class WeightedSettings(Strict):
 class AdjointSettings(Strict):
     """`learn/adjoint.py`."""
 
-    updates: int = Field(800, ge=1)
+    updates: int = Field(700, ge=1)
     batch: int = Field(160, ge=1)
     lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1e-3, gt=0)
@@ -40,7 +40,7 @@ class AdjointSettings(Strict):
 class EvaluationSettings(Strict):
     """Samples of the prior for each of its conditions, and paths of the policy over all (c, y)."""
 
-    prior_samples: int = Field(1000, ge=2)
+    prior_samples: int = Field(1000, ge=8)
     paths: int = Field(2000, ge=1)
     probes: int = Field(10, ge=1)
 
@@ -50,7 +50,7 @@ class Config(Strict):
 
     prior: Literal["digits"] = "digits"
     control: Literal["ink"] = "ink"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     gamma: float = Field(1.0, ge=0)
     steps: int = Field(20, ge=1)
     sigma_end: float = Field(0.1, gt=0, lt=1)
@@ -62,8 +62,8 @@ class Config(Strict):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @classmethod
-    def of(cls, source: str = "settings", **values: Any) -> "Config":
-        """Checked settings.
+    def of(cls, values: Any, source: str = "settings") -> "Config":
+        """Checked settings; `source` is what an error calls them.
 
         Raises:
             ValueError: one line that names each wrong key.
@@ -71,8 +71,10 @@ class Config(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-            raise ValueError(f"{source}: {wrong}. See the keys in docs or in a fresh run's config.yaml.") from error
+            wrong = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+            )
+            raise ValueError(f"{source}: {wrong}. A fresh run's config.yaml shows every key.") from error
 
     @classmethod
     def read(cls, path: Path) -> "Config":
@@ -81,9 +83,7 @@ class Config(Strict):
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold keys and values, got {type(values).__name__}.")
-        return cls.of(str(path), **values)
+        return cls.of(values, str(path))
 
     def quick(self) -> "Config":
         """A smoke test of the same job: a twentieth of the training, fewer samples."""
@@ -92,7 +92,7 @@ class Config(Strict):
             values[learner]["updates"] = max(1, values[learner]["updates"] // 20)
         values["weighted"]["cache"] //= 10
         values["evaluation"] = {"prior_samples": 200, "paths": 160, "probes": 2}
-        return Config(**values)
+        return Config.of(values)
 
     def write(self, path: Path) -> None:
         """Write it whole."""

@@ -61,7 +61,7 @@ class LoRAControl(Control):
         seed: of the adapter's random half (the other half is zero).
 
     Raises:
-        ValueError: the denoiser does not say where a control enters it.
+        ValueError: the denoiser does not say where a control enters it, or carries a control already.
     """
 
     def __init__(
@@ -70,13 +70,15 @@ class LoRAControl(Control):
         super().__init__(name, values)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
+        if any(isinstance(module, LoraLayer) for module in denoiser.network.modules()):
+            raise ValueError("this prior already carries a control. Load the prior again for another one.")
         self.rank = rank
-        self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
-        nn.init.zeros_(self.table.weight)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.site.targets))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             inject_adapter_in_model(config, denoiser.network, adapter_name=name)
+            self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
+        nn.init.zeros_(self.table.weight)
         denoiser.network.eval()
         # not a registered child: the prior owns its network, the control only its own parameters
         self._network = [denoiser.network]
@@ -127,6 +129,9 @@ class LoRAControl(Control):
         with torch.no_grad():
             control.table.weight.copy_(tensors.pop("table"))
         adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}
+        expected = get_peft_model_state_dict(denoiser.network, adapter_name=control.name)
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in adapter.items()}:
+            raise ValueError(f"the control in {folder} was trained on another network than this prior's")
         set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.name)
         control._switch(False)
         return control
@@ -150,7 +155,7 @@ class SideControl(Control):
         super().__init__(name, values)
         dim = math.prod(denoiser.shape)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.table = nn.Embedding(self.size + 1, width, padding_idx=self.size)
             self.inner = nn.Linear(dim + 3, width)
             self.outer = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))

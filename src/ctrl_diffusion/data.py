@@ -112,7 +112,7 @@ def read_imagefolder(folder: Path, values: dict[str, tuple[str, ...]], channels:
                 raise ValueError(f"{table} line {number}: {name} must be one of {', '.join(known)}, got {row[name]!r}.")
             labels[name].append(known.index(row[name]))
         try:
-            with Image.open(folder / row["file_name"]) as image:
+            with Image.open(folder / (row["file_name"] or "")) as image:
                 images.append(np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32))
         except OSError as error:
             raise ValueError(f"{table} line {number}: cannot read the image {row['file_name']!r} ({error}).") from error

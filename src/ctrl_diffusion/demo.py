@@ -11,7 +11,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .assets.build_digits import digits
+from .assets.build_digits import digits, split
 from .classifier import Classifier, fit_classifier
 from .data import LabelledImages
 
@@ -49,7 +49,11 @@ def any_side_up(x: Tensor) -> Tensor:
 
 
 def fit_reader(progress: Callable[[], None] | None = None) -> Classifier:
-    """A reader of digits fitted on real digits only, always the same one: it judges whether c is still obeyed."""
-    x, c = digits()
+    """A reader of digits, always the same one: it judges whether c is still obeyed.
+
+    Fitted on the real digits the prior was trained on; the other 300 measure it (bench/prior.py).
+    """
+    rows = torch.as_tensor(split()[0])
+    x, c = (a[rows] for a in digits())
     recipe = {"epochs": READER_EPOCHS, "batch": 64, "lr": 3e-3, "weight_decay": 0.01}
     return fit_classifier(x, c, classes=10, grid=4, progress=progress, **recipe)

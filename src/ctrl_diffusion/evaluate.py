@@ -23,6 +23,7 @@ class Score:
     """Uniform means over pairs (c, y); diversity is the mean pairwise feature distance within a pair."""
 
     accuracy: float
+    accuracy_stderr: float
     class_accuracy: float
     diversity: float
     macro_f1: float | None = None
@@ -38,23 +39,26 @@ class Evaluation:
     certificate: Certificate
     n: int
 
-    def metrics(self) -> dict[str, dict[str, float]]:
+    def metrics(self) -> dict[str, dict]:
         """The figures by the names metrics.json uses."""
         target, ctrl, gap = self.target, self.ctrl, self.certificate
         return {
             "prior": {
                 "accuracy": self.prior.accuracy,
+                "accuracy_stderr": self.prior.accuracy_stderr,
                 "class_accuracy": self.prior.class_accuracy,
                 "diversity": self.prior.diversity,
             },
             "target": {
                 "accuracy": target.accuracy,
+                "accuracy_stderr": target.accuracy_stderr,
                 "class_accuracy": target.class_accuracy,
                 "diversity": target.diversity,
             },
             "ctrl": {
                 "samples": self.n,
                 "accuracy": ctrl.accuracy,
+                "accuracy_stderr": ctrl.accuracy_stderr,
                 "macro_f1": ctrl.macro_f1,
                 "class_accuracy": ctrl.class_accuracy,
                 "diversity_ratio": ctrl.diversity / target.diversity,
@@ -62,11 +66,22 @@ class Evaluation:
             },
             "certificate": {
                 "objective_nats": gap.objective,
+                "objective_stderr": gap.objective_stderr,
                 "log_z_nats": gap.log_z,
+                "log_z_stderr": gap.log_z_stderr,
                 "log_z_policy_nats": gap.log_z_policy,
                 "gap_nats": gap.gap,
                 "gap_stderr": gap.stderr,
                 "ess_fraction": gap.ess,
+                "ess_prior_fraction": gap.ess_prior,
+                # one entry per (c, y), y running fastest
+                "pairs": {
+                    "objective_nats": gap.objective_pairs.tolist(),
+                    "log_z_nats": gap.log_z_pairs.tolist(),
+                    "gap_nats": (gap.log_z_pairs - gap.objective_pairs).tolist(),
+                    "gap_stderr": gap.stderr_pairs.tolist(),
+                    "ess_fraction": gap.ess_pairs.tolist(),
+                },
             },
         }
 
@@ -100,8 +115,11 @@ def score_target(x_0: Tensor, table: Tensor, ruler: Ruler, reader: Classifier) -
     right = (ruler(x_0).view(groups, members, 1) == torch.arange(classes)).to(w)
     read = (reader.log_prob(x_0).argmax(1).view(groups, members) == torch.arange(groups)[:, None]).to(w)
     diversity = weighted_diversity(reader.features(x_0).view(groups, members, -1), w)
+    accuracy = (w * right).sum(1, keepdim=True)
     return Score(
-        accuracy=float((w * right).sum(1).mean()),
+        accuracy=float(accuracy.mean()),
+        # of a ratio of weighted sums, pair by pair
+        accuracy_stderr=float((w * (right - accuracy)).square().sum().sqrt() / (groups * classes)),
         class_accuracy=float((w * read[:, :, None]).sum(1).mean()),
         diversity=float(diversity.mean()),
     )
@@ -119,8 +137,10 @@ def score_samples(x_0: Tensor, y: Tensor, c: Tensor, pairs: int, ruler: Ruler, r
     measured = ruler(x_0)
     features = reader.features(x_0).view(pairs, -1, reader.score.in_features)
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
+    right = (measured == y).float()
     return Score(
-        accuracy=float((measured == y).float().mean()),
+        accuracy=float(right.mean()),
+        accuracy_stderr=float(right.std() / len(right) ** 0.5),
         class_accuracy=float((reader.log_prob(x_0).argmax(1) == c).float().mean()),
         diversity=float(weighted_diversity(features, even).mean()),
         macro_f1=float(f1_score(y.numpy(), measured.numpy(), average="macro", zero_division=0.0)),

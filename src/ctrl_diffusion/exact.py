@@ -25,9 +25,9 @@ class GaussianMixture(Denoiser):
 
     def __init__(self, means: Tensor, std: float, schedule: Schedule, weights: Tensor | None = None) -> None:
         super().__init__()
-        self.means, self.std, self.schedule = means, std, schedule
-        self.weights = torch.full((len(means),), 1 / len(means)) if weights is None else weights
-        self.shape = (means.shape[1],)
+        self.register_buffer("means", means)
+        self.register_buffer("weights", torch.full_like(means[:, 0], 1 / len(means)) if weights is None else weights)
+        self.std, self.schedule, self.shape = std, schedule, (means.shape[1],)
 
     def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         alpha, sigma = (per_sample(a, x_t) for a in self.schedule(t))

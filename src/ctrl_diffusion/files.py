@@ -37,4 +37,4 @@ def rounded(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with a fixed layout, so that equal values are equal bytes."""
-    write_text(path, json.dumps(rounded(value), indent=2) + "\n")
+    write_text(path, json.dumps(rounded(value), indent=2, allow_nan=False) + "\n")

@@ -167,9 +167,10 @@ def write_report(
         save_figure(folder / f"{name}.png", figure)
         images[name] = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
     certificate = evaluation.certificate
-    per_class = [
-        table.view(-1, len(rows)).mean(0).tolist() for table in (certificate.objective_pairs, certificate.log_z_pairs)
-    ]
+    certified = (certificate.objective_pairs, certificate.log_z_pairs, certificate.stderr_pairs.square())
+    objective, log_z, variance = (table.view(-1, len(rows)).mean(0) for table in certified)
+    stderr = (variance / len(columns)).sqrt()
+    per_class = zip(rows, *(a.tolist() for a in (objective, log_z, log_z - objective, stderr)), strict=True)
     environment = Environment(
         loader=PackageLoader("ctrl_diffusion"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -178,6 +179,6 @@ def write_report(
         images=images,
         config=config,
         control=control,
-        per_class=list(zip(rows, *per_class, strict=True)),
+        per_class=list(per_class),
     )
     write_text(folder / "report.html", page)

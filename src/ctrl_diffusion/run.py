@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import assets, demo
@@ -106,9 +107,13 @@ class Run:
         if missing:
             raise ValueError(f"{folder} is an unfinished run: it lacks {', '.join(missing)}. Run ctrl demo again.")
         prior = Prior.from_pretrained(assets.DIGITS)
-        policy = Policy(prior.denoiser, LoRAControl.load(folder / "control", prior.denoiser))
-        reward = Reward({config.control: Classifier.load(folder / "classifier")}, config.gamma)
-        return cls(folder, config, prior, policy, reward, Classifier.load(folder / "reader"))
+        try:
+            policy = Policy(prior.denoiser, LoRAControl.load(folder / "control", prior.denoiser))
+            reward = Reward({config.control: Classifier.load(folder / "classifier")}, config.gamma)
+            reader = Classifier.load(folder / "reader")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Run ctrl demo again.") from error
+        return cls(folder, config, prior, policy, reward, reader)
 
     def sample(
         self,
@@ -122,13 +127,20 @@ class Run:
         """Samples (n, C, H, W) in [−1, 1] of p(x | c, y).
 
         Args:
-            c: (n,) classes of the prior.
+            c: (n,) classes of the prior; the null class is its number of classes.
             y: (n,) classes of the control, −1 for uncontrolled.
             strength: 0 is the prior, 1 the trained policy, more extrapolates.
             steps: of the reverse process; the training chain's if None.
             generator: of all noise; the run's seed if None.
             phase: told of progress.
+
+        Raises:
+            ValueError: c or y out of range, or of different lengths.
         """
+        if len(c) != len(y):
+            raise ValueError(f"c and y must be equally many, got {len(c)} and {len(y)}.")
+        if c.min() < 0 or c.max() > self.prior.classes:
+            raise ValueError(f"c must lie in 0 … {self.prior.classes}, got {int(c.min())} … {int(c.max())}.")
         generator = generator or stream(self.config.seed, "sample")
         times = self.times_of(steps) if steps else self.times
         labels = {self.config.control: y}
@@ -195,7 +207,8 @@ def evaluate(run: Run, n: int, phase: Phase = silent) -> Evaluation:
     """Judge the run's policy on at least n paths, equally many for every (c, y), against fresh samples of the prior."""
     conditions, members, name = run.conditions, run.config.evaluation.prior_samples, run.config.control
     x_prior = prior_samples(run, members, "prior samples for log Z", phase)
-    pair, x_0, kl, log_ratio = policy_paths(run, -(-n // conditions.pairs), "paths to certify", phase)
+    repeats = max(2, -(-n // conditions.pairs))  # one path has no spread
+    pair, x_0, kl, log_ratio = policy_paths(run, repeats, "paths to certify", phase)
     labels, cond = conditions.of(pair)
     table = prior_table(run.reward, conditions, x_prior)
     # the prior ignores y: an equal share of its samples stands for each y
@@ -218,7 +231,7 @@ def fit_reward_classifier(
     """Fit p̂(y | x), calibrate it and report it, each on its own part of the data; the last part is returned too.
 
     Raises:
-        ValueError: it is no better than chance on held-out data.
+        ValueError: on held-out data it is not better than chance by two standard errors.
     """
     fitting, calibration, held_out = data.split(control, seed=seed)
     classes, epochs = len(data.values[control]), 800
@@ -229,26 +242,30 @@ def fit_reward_classifier(
     )  # fmt: skip
     calibrate(classifier, calibration.x, calibration.labels[control])
     quality = report_classifier(classifier, held_out.x, held_out.labels[control])
-    if quality.nll >= quality.chance_nll:
+    if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
         raise ValueError(
-            f"the classifier of {control!r} is no better than chance (held-out NLL {quality.nll:.2f} nats, chance "
-            f"{quality.chance_nll:.2f}): its gradients would mislead. Check the labels or bring more of them."
+            f"the classifier of {control!r} is not clearly better than chance (held-out NLL {quality.nll:.2f} ± "
+            f"{quality.nll_stderr:.2f} nats, chance {quality.chance_nll:.2f}): its gradients would mislead. Check the "
+            "labels or bring more of them."
         )
     return classifier, quality, held_out
 
 
 ARTEFACTS = ("data", "classifier", "reader", "control", "samples", "progress.jsonl", "metrics.json", "report.html")
+PICTURES = ("grid.png", "curves.png", "reliability.png")
 
 
 def clear(folder: Path) -> None:
     """Make room for a run: an older run in the folder goes, anything else is left alone.
 
     Raises:
-        ValueError: the folder holds something that is no run.
+        ValueError: the folder holds something that is no run; a run is told by a config.yaml that is one of ours.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file()):
         raise ValueError(f"{folder} exists and is no run. Choose another --out.")
-    for name in ARTEFACTS:
+    if (folder / "config.yaml").is_file():
+        Config.read(folder / "config.yaml")
+    for name in (*ARTEFACTS, *PICTURES):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -271,9 +288,11 @@ def run_demo(config: Config, folder: Path, phase: Phase = silent) -> dict:
         now = time.perf_counter()
         seconds[name], clock = round(now - clock, 1), now
 
+    prior, dataset = Prior.from_pretrained(assets.DIGITS), demo.offline_dataset(config.seed)
+    prior.denoiser.schedule.times(config.steps, config.sigma_end)  # a chain that cannot be is refused before any file
     clear(folder)
     config.write(folder / "config.yaml")
-    write_imagefolder(folder / "data", demo.offline_dataset(config.seed))
+    write_imagefolder(folder / "data", dataset)
     data = read_imagefolder(folder / "data", demo.VALUES, channels=1)
     classifier, quality, held_out = fit_reward_classifier(data, config.control, config.seed, phase)
     classifier.save(folder / "classifier", asdict(quality))
@@ -281,7 +300,6 @@ def run_demo(config: Config, folder: Path, phase: Phase = silent) -> dict:
     reader.save(folder / "reader")
     lap("classifier")
 
-    prior = Prior.from_pretrained(assets.DIGITS)
     values = demo.VALUES[config.control]
     policy = Policy(prior.denoiser, LoRAControl(config.control, values, prior.denoiser, config.rank, config.seed))
     run = Run(folder, config, prior, policy, Reward({config.control: classifier}, config.gamma), reader)

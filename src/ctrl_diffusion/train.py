@@ -48,9 +48,9 @@ def fit(
         max_norm: of the whole gradient, a last resort; learners clip per sample.
 
     Raises:
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: a loss or gradient that is not finite; the weights keep their last good values.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=True)  # placing prior, noise and conditions on a device is not written yet
     groups = policy.parameter_groups()
     parameters = list(chain.from_iterable(groups.values()))
     optimizer = torch.optim.AdamW(
@@ -67,10 +67,12 @@ def fit(
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of update {number} is {loss}. Lower the learning rate.")
         accelerator.backward(step.loss)
-        norm = accelerator.clip_grad_norm_(parameters, max_norm)
+        norm = float(accelerator.clip_grad_norm_(parameters, max_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient of update {number} is {norm}. Lower the learning rate.")
         optimizer.step()
         decay.step()
         optimizer.zero_grad()
         ema.step(parameters)
-        yield Update(number, loss, float(norm), step.metrics)
+        yield Update(number, loss, norm, step.metrics)
     ema.copy_to(parameters)

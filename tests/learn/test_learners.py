@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -61,4 +59,5 @@ def test_learners_reach_the_component_asked_for(schedule, name):
     assert after.gap < 0.5
     # component means are known; the std of a component over √N is 0.011, the rest is the floor's share of bias
     assert float((x_0.mean(1) - policy.prior.means).abs().max()) < 0.15
-    assert math.isclose(float(after.kl), float(-expected.mean()), abs_tol=0.6)
+    # J = E[r] − KL and r ≤ 0, so the KL lies between what an exact tilt needs and that plus the gap
+    assert after.kl < float(-expected.mean()) + 0.5

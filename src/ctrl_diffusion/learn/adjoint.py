@@ -78,7 +78,7 @@ class Adjoint:
     Args:
         times: the chain's grid.
         batch: paths a rollout.
-        regressed: steps of each path that one update regresses, stratified.
+        regressed: steps of each path that one update regresses; every path goes through its steps in its own order.
         reuse: updates from one rollout.
         clip: largest norm of an adjoint, per sample and step.
         eta: churn of the chain; must be positive.
