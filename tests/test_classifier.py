@@ -38,7 +38,7 @@ def test_calibration_lowers_nll_on_its_split(fitted, parts):
         return F.nll_loss(fitted.log_prob_from(score, temperature), y, reduction="sum")
 
     def objective(temperature):
-        return nll(temperature) + 0.5 * (math.log(temperature) / 0.35) ** 2
+        return nll(temperature) + 0.5 * (math.log(temperature) / 0.5) ** 2
 
     calibrate(fitted, x, y)
     found = float(fitted.temperature)
@@ -53,7 +53,7 @@ def test_all_right_by_chance_does_not_make_certain(fitted, parts):
     x, y = parts[1].x, parts[1].labels["ink"]
     sure = fitted.log_prob(x).gather(1, y[:, None]).squeeze(1).topk(3).indices
     calibrate(fitted, x[sure], y[sure])
-    assert abs(math.log(float(fitted.temperature))) < 0.7
+    assert abs(math.log(float(fitted.temperature))) < 1.0
 
 
 def test_report_against_hand_computation(fitted, parts):

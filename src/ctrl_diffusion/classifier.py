@@ -145,7 +145,7 @@ def fit_classifier(
 
 
 @torch.no_grad()
-def calibrate(classifier: Classifier, x: Tensor, y: Tensor, spread: float = 0.35) -> Classifier:
+def calibrate(classifier: Classifier, x: Tensor, y: Tensor, spread: float = 0.5) -> Classifier:
     """Set the temperature from (x, y), a split the fit has not seen.
 
     Minimises n · NLL + ½ (log T/spread)². A few dozen examples that happen to be all right would alone send T to 0, and

@@ -28,7 +28,7 @@ class WeightedSettings(Strict):
 class AdjointSettings(Strict):
     """`learn/adjoint.py`."""
 
-    updates: int = Field(700, ge=1)
+    updates: int = Field(850, ge=1)
     batch: int = Field(160, ge=1)
     lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1e-3, gt=0)
