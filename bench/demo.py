@@ -47,7 +47,7 @@ def main() -> None:
             f"{gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f}", f"{row['peak_memory_gb']:.2f}",
             f"{row['seconds']['total']:.0f}",
         )  # fmt: skip
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
