@@ -17,6 +17,11 @@ def test_weighted_diversity_against_a_double_loop():
             torch.testing.assert_close(found[g, k], expected)
 
 
+def test_one_sample_that_owns_the_weight_has_no_diversity():
+    weights = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1)
+    assert weighted_diversity(torch.randn(1, 3, 2), weights).item() == 0.0
+
+
 def test_a_target_without_reward_is_the_prior_itself():
     """With equal rewards the weights are even: target and samples must agree on the same images."""
     x, reader = demo.offline_dataset(seed=0).x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)

@@ -98,7 +98,8 @@ def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
     """
     distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     total = (weights * (distances @ weights)).sum(1)
-    return total / (1 - weights.square().sum(1))
+    # one sample that owns all the weight has no partner: its diversity is 0, not 0/0
+    return total / (1 - weights.square().sum(1)).clamp(min=1e-6)
 
 
 def score_target(x_0: Tensor, table: Tensor, ruler: Ruler, reader: Classifier) -> Score:
