@@ -1,7 +1,7 @@
 """The demo's figures over seeds, with peak memory and share of time (`make bench`; about eight minutes a seed).
 
-Writes docs/demo.json and the first seed's pictures, which README and docs quote. Figures depend on the seed alone;
-seconds and memory are this machine's.
+Writes docs/demo.json and the first seed's pictures, which README and docs quote. Figures depend on
+seed, versions and thread count; seconds and memory are this machine's.
 """
 
 import json

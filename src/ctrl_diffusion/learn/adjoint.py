@@ -108,9 +108,8 @@ class Adjoint:
                 earned = reward(read_out(policy, x_end, self.times[-1], **cond), labels)
                 (gradient,) = torch.autograd.grad(earned.sum(), x_end)
             adjoints, means, clipped = lean_adjoint(policy.prior, path, gradient, cond, self.eta, self.clip)
-            every = torch.rand(steps, self.batch, generator=generator).argsort(
-                0
-            )  # for each path its own order of steps
+            # for each path its own order of steps
+            every = torch.rand(steps, self.batch, generator=generator).argsort(0)
             for k in range(self.reuse):
                 i = every[k * self.regressed % steps :][: self.regressed]  # (R, B)
                 rows = torch.arange(self.batch).expand_as(i)
