@@ -5,11 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.classifier import Classifier, calibrate, fit_classifier, report_classifier
-from ctrl_diffusion.config import Config
-from ctrl_diffusion.data import LabelledImages
+from ctrl_diffusion.classifier import (
+    AUGMENTATIONS,
+    Classifier,
+    any_side_up,
+    calibrate,
+    fit_classifier,
+    report_classifier,
+    shift,
+)
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.run import fit_reward_classifier, silent
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +90,30 @@ def test_one_seed_one_classifier(parts):
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_training_refuses_a_classifier_no_better_than_chance():
-    data = demo.offline_dataset(seed=0)
-    shuffled = data.labels["ink"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
-    wrong = LabelledImages(data.x, {"ink": shuffled}, data.values)
-    with pytest.raises(ValueError, match="not clearly better than chance"):
-        fit_reward_classifier(wrong, Config().control, 0, silent)
+@pytest.mark.parametrize(
+    ("size", "depth", "convolutions", "halved"), [((8, 8), None, 1, 1), ((16, 12), None, 2, 2), ((40, 64), 4, 4, 4)]
+)
+def test_larger_images_are_brought_down(size, depth, convolutions, halved):
+    x, y = torch.randn(8, 3, *size), torch.arange(8) % 2
+    classifier = fit_classifier(x, y, 2, depth=depth, epochs=1)
+    layers = [layer for layer in classifier.trunk if isinstance(layer, torch.nn.Conv2d)]
+    assert len(layers) == convolutions
+    assert torch.Size([layers[0].stride[0], *(layer.stride[0] for layer in layers[1:])]).numel() == halved
+    assert classifier.log_prob(x).shape == (8, 2)
+
+
+def test_augmentations_keep_what_they_promise():
+    x = demo.offline_dataset(seed=0).x
+    turned = any_side_up(x)
+    assert not torch.equal(turned, x)
+    torch.testing.assert_close(demo.ink(turned), demo.ink(x))
+    # every shifted image is a window of the padded original: up to one pixel each way at 8 × 8
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    windows = torch.stack([padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)])
+    same = (windows == shift(x)).flatten(2).all(2)  # (9, n)
+    assert same.any(0).all()
+    assert same.any(1).all(), "every one of the nine shifts occurs among 500"
+    assert AUGMENTATIONS["none"] is None
 
 
 def test_rewards_scale_with_gamma_and_null_earns_nothing(fitted, parts):

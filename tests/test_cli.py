@@ -9,11 +9,11 @@ from importlib.metadata import version
 import pytest
 import yaml
 
-from ctrl_diffusion.config import Config
-from ctrl_diffusion.run import run_demo
+from ctrl_diffusion.job import demo_job
 
 REQUIRED = {
     "prior": {"accuracy"},
+    "sweep": {"strength", "steps"},
     "target": {"accuracy", "class_accuracy", "diversity"},
     "ctrl": {"accuracy", "macro_f1", "class_accuracy", "diversity_ratio", "kl_nats"},
     "certificate": {"objective_nats", "log_z_nats", "log_z_policy_nats", "gap_nats", "gap_stderr", "ess_fraction"},
@@ -25,23 +25,31 @@ REQUIRED = {
 
 def test_version_and_help(ctrl):
     assert ctrl("--version").stdout.strip() == version("ctrl-diffusion")
-    for command in ("demo", "sample", "evaluate"):
+    overview = ctrl("--help").stdout
+    for command in ("demo", "classifier", "train", "sample", "evaluate"):
+        assert command in overview
         text = ctrl(command, "--help").stdout
-        assert "Example: ctrl " + command in text
-        assert len(text.splitlines()) <= 40
+        assert "Example: ctrl " + command in " ".join(text.split())
+        assert len(text.splitlines()) <= 40, "a screen"
 
 
 def test_demo_leaves_a_whole_run(quick_run):
     metrics = json.loads((quick_run / "metrics.json").read_text())
     for group, names in REQUIRED.items():
         assert names <= set(metrics[group])
+    assert metrics["accuracy_by"] == "ruler"
     assert metrics["ctrl"]["accuracy"] > metrics["prior"]["accuracy"]
+    strengths = {row["strength"]: row for row in metrics["sweep"]["strength"]}
+    assert list(strengths) == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert [row["steps"] for row in metrics["sweep"]["steps"]] == [10, 20, 40]
+    assert strengths[0.0]["accuracy"] < strengths[1.0]["accuracy"]
     assert metrics["certificate"]["gap_nats"] == pytest.approx(
         metrics["certificate"]["log_z_nats"] - metrics["certificate"]["objective_nats"], abs=1e-3
     )
     names = {path.name for path in quick_run.iterdir()}
-    assert {"config.yaml", "data", "classifier", "control", "reader", "progress.jsonl", "samples"} <= names
-    assert {"grid.png", "curves.png", "reliability.png", "report.html"} <= names
+    assert {"config.yaml", "data", "classifier", "control", "progress.jsonl", "samples"} <= names
+    pictures = {"grid.png", "curves.png", "accuracy.png", "confusion.png", "reliability.png", "sweep.png"}
+    assert pictures | {"report.html"} <= names
     assert not [name for name in names if name.startswith(".")], "temporary files left behind"
     records = [json.loads(line) for line in (quick_run / "progress.jsonl").read_text().splitlines()]
     assert {record["stage"] for record in records} == {"weighted", "adjoint"}
@@ -57,10 +65,12 @@ def test_demo_leaves_a_whole_run(quick_run):
 
 
 def test_the_report_needs_nothing_from_outside(quick_run):
-    page = (quick_run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
-    assert "{{" not in page
+    for report, pictures in (("report.html", 6), ("classifier/report.html", 2)):
+        page = (quick_run / report).read_text()
+        assert page.count("data:image/png;base64,") == pictures
+        assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import", page)
+        assert "{{" not in page
+    assert "ctrl demo --quick --out" in (quick_run / "report.html").read_text(), "the exact command"
 
 
 def test_sample_writes_labelled_pictures(ctrl, quick_run, tmp_path):
@@ -117,9 +127,11 @@ def test_evaluate(ctrl, quick_run, tmp_path):
 
 
 TINY = {
+    "classifier": {"updates": 200},
     "weighted": {"updates": 3, "batch": 16, "cache": 8},
     "adjoint": {"updates": 3, "batch": 8},
-    "evaluation": {"prior_samples": 8, "paths": 80, "probes": 1},
+    "backprop": {"updates": 3, "batch": 8},
+    "evaluation": {"prior_samples": 8, "paths": 80, "probes": 1, "sweep_paths": 80},
     "steps": 4,
     "rank": 4,
 }
@@ -129,76 +141,186 @@ TINY = {
 def test_one_seed_the_same_bytes(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
-        run_demo(Config.of(TINY), folder)
+        demo_job({**TINY, "learners": ["weighted", "backprop", "adjoint"]}, folder)
     files = [sorted(p.relative_to(f) for p in f.rglob("*") if p.is_file()) for f in folders]
     assert files[0] == files[1]
     for name in files[0]:
         a, b = ((folder / name).read_bytes() for folder in folders)
         if name.name == "metrics.json":
             a, b = ({k: v for k, v in json.loads(text).items() if k != "seconds"} for text in (a, b))
-        if name.name != "report.html":  # it quotes the seconds
+        if str(name) != "report.html":  # it quotes the seconds and the command
             assert a == b, name
 
 
-def test_a_run_can_be_made_again_in_its_own_folder_but_not_over_other_files(tmp_path):
-    (tmp_path / "thesis.txt").write_text("not a run")
-    with pytest.raises(ValueError, match="is no run"):
-        run_demo(Config.of(TINY), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-    (tmp_path / "config.yaml").write_text("somebody: else's\n")
-    (tmp_path / "data").mkdir()
-    with pytest.raises(ValueError, match="somebody: Extra inputs"):
-        run_demo(Config.of(TINY), tmp_path)
-    assert (tmp_path / "data").is_dir()
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_a_config_makes_the_run_again(tmp_path, ctrl):
+    demo_job(TINY, tmp_path / "a")
+    done = ctrl("train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b", "--quiet")
+    assert done.returncode == 0, done.stderr
+    for name in ("control/control.safetensors", "classifier/classifier.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    a, b = (yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in "ab")
+    assert (a.pop("data"), b.pop("data")) == ("data", str(tmp_path / "a" / "data"))
+    assert a == b
+    # an option wins over the file
+    done = ctrl("train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "c", "--quiet", "--steps", 5)
+    assert yaml.safe_load((tmp_path / "c" / "config.yaml").read_text())["steps"] == 5
 
 
 @pytest.mark.filterwarnings("ignore:log Z")
-def test_a_run_made_again_replaces_the_old_one_only(tmp_path):
-    run_demo(Config.of(TINY), tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    before = (tmp_path / "control" / "control.safetensors").read_bytes()
-    run_demo(Config.of({**TINY, "seed": 1}), tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "control" / "control.safetensors").read_bytes() != before
+def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
+    (tmp_path / "thesis.txt").write_text("not a run")
+    for overwrite, message in (
+        (False, "not empty. Choose another --out, or pass --overwrite"),
+        (True, "no config.yaml"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            demo_job(TINY, tmp_path, overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    run = tmp_path / "run"
+    demo_job(TINY, run)
+    (run / "notes.txt").write_text("mine")
+    before = (run / "control" / "control.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="--overwrite"):
+        demo_job(TINY, run)
+    with pytest.raises(ValueError, match="gamma"):
+        demo_job({**TINY, "gamma": -1.0}, run, overwrite=True)
+    assert (run / "control" / "control.safetensors").read_bytes() == before, "a mistake costs nothing"
+    demo_job({**TINY, "seed": 1}, run, overwrite=True)
+    assert (run / "notes.txt").read_text() == "mine"
+    assert (run / "control" / "control.safetensors").read_bytes() != before
+
+
+def test_classifier_and_train_on_the_users_own_folder(ctrl, quick_run, tmp_path):
+    """The commands a user types, on the demo's data: a judge instead of the ruler, the classifier handed over."""
+    data, fitted, run = quick_run / "data", tmp_path / "fitted", tmp_path / "run"
+    done = ctrl("classifier", data, "--control", "ink", "--condition", "digit", "--out", fitted)
+    assert done.returncode == 0, done.stderr
+    assert "ink on held-out images: accuracy" in done.stdout
+    names = {path.name for path in fitted.iterdir()}
+    assert names == {
+        "classifier.json", "classifier.safetensors", "judge", "reader", "reliability.png", "confusion.png",
+        "report.html",
+    }  # fmt: skip
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(yaml.safe_dump(TINY))
+    train = ["train", "--prior", "digits", "--data", data, "--control", "ink", "--condition", "digit"]
+    done = ctrl(*train, "--classifier", fitted, "--config", settings, "--gamma", 0.5, "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert "ink as asked, by the judge" in done.stdout
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["accuracy_by"] == "judge"
+    assert metrics["classifier"]["judge_accuracy"] > 0.5
+    assert (run / "classifier" / "classifier.safetensors").read_bytes() == (
+        fitted / "classifier.safetensors"
+    ).read_bytes()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["gamma"], config["classes"], config["data"]) == (0.5, list(range(10)), str(data))
+    done = ctrl("sample", run, "--set", "ink=2", "-n", 2, "--out", tmp_path / "two", "--quiet")
+    assert done.returncode == 0, done.stderr
+    done = ctrl("evaluate", run, "-n", 80, "--quiet")
+    assert json.loads(done.stdout)["accuracy_by"] == "judge"
+
+
+def labels_changed(source, folder, change):
+    """A copy of a dataset with the lines of its table changed."""
+    shutil.copytree(source, folder)
+    lines = (folder / "metadata.csv").read_text().splitlines()
+    (folder / "metadata.csv").write_text("\n".join([lines[0], *(change(i, line) for i, line in enumerate(lines[1:]))]))
+
+
+@pytest.fixture(scope="module")
+def places(quick_run, tmp_path_factory):
+    """Folders with one thing wrong each."""
+    root = tmp_path_factory.mktemp("places")
+    made = {"run": quick_run, "data": quick_run / "data"}
+    for name in ("typo", "unfinished", "damaged"):
+        made[name] = root / name
+        shutil.copytree(quick_run, made[name])
+    config = yaml.safe_load((made["typo"] / "config.yaml").read_text())
+    (made["typo"] / "config.yaml").write_text(yaml.safe_dump({**config, "gama": 2.0}))
+    shutil.rmtree(made["unfinished"] / "control")
+    weights = made["damaged"] / "control" / "control.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    made["file"] = root / "file"
+    made["file"].write_text("")
+    changes = {
+        "one-class": lambda i, line: line[: line.rindex(",")] + ",1",
+        "blank": lambda i, line: line[: line.rindex(",")] + "," if i == 4 else line,
+        "rare": lambda i, line: line[: line.rindex(",")] + ",5" if i == 4 else line,
+    }
+    for name, change in changes.items():
+        made[name] = root / name
+        labels_changed(made["data"], made[name], change)
+    made["empty"] = root / "empty"
+    made["empty"].mkdir()
+    (made["empty"] / "metadata.csv").write_text("file_name,ink\n")
+    made["unreadable"] = root / "unreadable"
+    shutil.copytree(made["data"], made["unreadable"])
+    (made["unreadable"] / "00007.png").write_text("no picture")
+    made["latent"] = root / "latent"
+    made["latent"].mkdir()
+    (made["latent"] / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDPMScheduler"]}'
+    )
+    return made
+
+
+TRAIN = "train --prior digits --control ink --out {tmp}/o --data "
+CLASSIFIER = "classifier --control ink --out {tmp}/o "
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "{tmp}/missing", "--out", "{tmp}/o"], "there is no folder"),
-        (["sample", "{tmp}", "--out", "{tmp}/o"], "is not a run folder"),
-        (["sample", "{run}", "--set", "slant=1", "--out", "{tmp}/o"], "unknown control 'slant'; this run has: ink"),
-        (["sample", "{run}", "--set", "ink=9", "--out", "{tmp}/o"], "ink must be one of 1, 2, 3, 4, got '9'"),
-        (["sample", "{run}", "--set", "ink", "--out", "{tmp}/o"], "ink must be one of 1, 2, 3, 4, got ''"),
-        (["sample", "{run}", "--class", "11", "--out", "{tmp}/o"], "--class must lie in 0 … 9, got 11"),
-        (["sample", "{run}", "--steps", "5000", "--out", "{tmp}/o"], "fewer than 5000 distinct times"),
-        (["sample", "{run}", "--out", "{run}"], "is not empty"),
-        (["sample", "{run}", "-n", "0", "--out", "{tmp}/o"], "Invalid value for '-n'"),
-        (["evaluate", "{typo}"], "gama: Extra inputs are not permitted"),
-        (["evaluate", "{unfinished}"], "unfinished run: it lacks control"),
-        (["evaluate", "{damaged}"], "is damaged"),
-        (["demo", "--seed", str(2**32), "--out", "{tmp}/o"], "Invalid value for '--seed'"),
-        (["demo", "--learner", "magic", "--out", "{tmp}/o"], "learners.0: Input should be"),
-        (["demo", "--seed", "-1", "--out", "{tmp}/o"], "Invalid value for '--seed'"),
-        (["demo", "--quick", "--out", "{file}"], "is no run"),
+        ("sample {tmp}/missing --out {tmp}/o", "there is no folder"),
+        ("sample {tmp} --out {tmp}/o", "is not a run folder"),
+        ("sample {run} --set slant=1 --out {tmp}/o", "unknown control 'slant'; this run has: ink"),
+        ("sample {run} --set ink=9 --out {tmp}/o", "ink must be one of 1, 2, 3, 4, got '9'"),
+        ("sample {run} --set ink --out {tmp}/o", "ink must be one of 1, 2, 3, 4, got ''"),
+        ("sample {run} --class 11 --out {tmp}/o", "--class must be one of the prior's 10 classes"),
+        ("sample {run} --steps 5000 --out {tmp}/o", "fewer than 5000 distinct times"),
+        ("sample {run} --out {run}", "is not empty. Choose another --out, or pass --overwrite"),
+        ("sample {run} --out {run} --overwrite", "no metadata.csv of ours"),
+        ("sample {run} -n 0 --out {tmp}/o", "Invalid value for '-n'"),
+        ("evaluate {typo}", "gama: Extra inputs are not permitted"),
+        ("evaluate {unfinished}", "unfinished run: it lacks control"),
+        ("evaluate {damaged}", "is damaged"),
+        ("demo --seed 4294967296 --out {tmp}/o", "Invalid value for '--seed'"),
+        ("demo --learner magic --out {tmp}/o", "learners.0: Input should be"),
+        ("demo --quick --out {run}", "or pass --overwrite"),
+        ("demo --quick --out {file}", "is a file"),
+        (CLASSIFIER + "{tmp}/missing", "has no metadata.csv or metadata.jsonl"),
+        (CLASSIFIER + "{empty}", "has no rows. Write one line per image"),
+        (CLASSIFIER + "{one-class}", "all 500 examples have ink = '1'. A control needs two classes"),
+        (CLASSIFIER + "{rare}", "ink = '5' has 1 example(s). Bring at least 10 of every class"),
+        (CLASSIFIER + "{blank}", "row 5: ink is blank. Label it or remove the row"),
+        (CLASSIFIER + "{unreadable}", "row 8: cannot read the image '00007.png'"),
+        ("classifier {data} --control slant --out {tmp}/o", "has no column slant; it has: file_name, digit, ink"),
+        (CLASSIFIER + "{data} --condition ink", "both name the column 'ink'"),
+        ("classifier {data} --control ink --out {run}", "is not empty. Choose another --out, or pass --overwrite"),
+        (TRAIN + "{one-class}", "A control needs two classes"),
+        (TRAIN + "{blank}", "is blank"),
+        (TRAIN + "{data} --condition weight", "has no column weight"),
+        (TRAIN + "{data} --classifier {data}", "holds no classifier"),
+        (TRAIN + "{data} --steps 5000", "fewer than 5000 distinct times"),
+        (TRAIN + "{data} --gamma -1", "gamma: Input should be greater than or equal to 0"),
+        (TRAIN + "{data} --learner adjoint,magic", "learners.1: Input should be"),
+        (TRAIN + "{data} --config {file}", "must hold KEY: VALUE lines"),
+        (TRAIN + "{data} --config {tmp}/none.yaml", "No such file"),
+        ("train --prior digits --control ink --out {tmp}/o", "--data is missing"),
+        (
+            "train --prior {latent} --data {data} --control ink --out {tmp}/o",
+            "holds a StableDiffusionPipeline; supported",
+        ),
+        ("train --prior {data} --data {data} --control ink --out {tmp}/o", "is no pipeline folder of diffusers"),
+        ("train --prior digits --data {data} --control ink --out {run}", "or pass --overwrite"),
     ],
 )
-def test_bad_input_is_one_clear_line(ctrl, quick_run, tmp_path, arguments, message):
-    typo, unfinished = tmp_path / "typo", tmp_path / "unfinished"
-    shutil.copytree(quick_run, typo)
-    config = yaml.safe_load((typo / "config.yaml").read_text())
-    (typo / "config.yaml").write_text(yaml.safe_dump({**config, "gama": 2.0}))
-    shutil.copytree(quick_run, unfinished)
-    shutil.rmtree(unfinished / "control")
-    damaged = tmp_path / "damaged"
-    shutil.copytree(quick_run, damaged)
-    weights = damaged / "control" / "control.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    (tmp_path / "file").write_text("")
-    places = {"tmp": tmp_path, "run": quick_run, "typo": typo, "unfinished": unfinished, "damaged": damaged}
-    places["file"] = tmp_path / "file"
-    done = ctrl(*(argument.format(**places) for argument in arguments))
+def test_bad_input_is_one_clear_line(ctrl, places, tmp_path, arguments, message):
+    done = ctrl(*(argument.format(tmp=tmp_path, **places) for argument in arguments.split()))
     assert done.returncode == 2
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1 or "Usage" in done.stderr, done.stderr
     assert not (tmp_path / "o").exists(), "nothing half-written"

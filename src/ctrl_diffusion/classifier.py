@@ -1,8 +1,9 @@
 """p̂(y | x) on clean x: fit, calibrate, report.
 
-A small convolutional network with average pooling, fitted on a few hundred images. Ordered classes get an ordinal head
-(cumulative logits, McCullagh 1980): P(y > k) = σ(s(x) − b_k), one score and K − 1 increasing cuts. One temperature T,
-fitted on a split of its own, divides the logits (Guo et al. 2017), the cumulative ones for the ordinal head.
+A small convolutional network with average pooling, fitted on a few hundred images of any size. Ordered classes get an
+ordinal head (cumulative logits, McCullagh 1980): P(y > k) = σ(s(x) − b_k), one score and K − 1 increasing cuts. One
+temperature T, fitted on a split of its own, divides the logits (Guo et al. 2017), the cumulative ones for the ordinal
+head.
 """
 
 import json
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,23 +39,42 @@ class ClassifierReport:
 
 
 class Classifier(nn.Module):
-    """p̂(y | x) for images of any size.
+    """p̂(y | x).
 
     Args:
         channels: of x.
         classes: K.
         head: "categorical" or "ordinal" (classes in order).
         grid: cells a side of the average pooling: 1 for textures and amounts, 4 for shapes.
-        width: of the convolution; the features have twice as many.
+        depth: convolutions of 3 × 3; more than one are normalised by groups.
+        halvings: how many of them, from the second on, have stride 2.
+        width: of the convolutions; the features have twice as many.
     """
 
-    def __init__(self, channels: int, classes: int, head: Head = "categorical", grid: int = 1, width: int = 32) -> None:
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        head: Head = "categorical",
+        grid: int = 1,
+        depth: int = 1,
+        halvings: int = 0,
+        width: int = 32,
+    ) -> None:
         super().__init__()
-        self.shape = {"channels": channels, "classes": classes, "head": head, "grid": grid, "width": width}
+        self.shape = {
+            "channels": channels, "classes": classes, "head": head,
+            "grid": grid, "depth": depth, "halvings": halvings, "width": width,
+        }  # fmt: skip
         self.head = head
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers.append(
+                nn.Conv2d(width if i else channels, width, 3, padding=1, stride=2 if 1 <= i <= halvings else 1)
+            )
+            layers += [nn.GroupNorm(8, width), nn.SiLU()] if depth > 1 else [nn.SiLU()]
         self.trunk = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.SiLU(),
+            *layers,
             nn.AdaptiveAvgPool2d(grid),
             nn.Flatten(),
             nn.Linear(grid * grid * width, 2 * width),
@@ -86,11 +106,11 @@ class Classifier(nn.Module):
         between = tops[:, :-1] + bottoms[:, 1:] + gaps
         return torch.cat([bottoms[:, :1], between, tops[:, -1:]], dim=1)
 
-    def save(self, folder: Path, report: dict[str, float] | None = None) -> None:
-        """Write `classifier.safetensors` and `classifier.json` (its shape, and its report if any)."""
+    def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
+        """Write `classifier.safetensors` and `classifier.json` (its shape, and what else is to be known about it)."""
         with writing(folder / "classifier.safetensors") as temporary:
             save_file(self.state_dict(), temporary)
-        write_json(folder / "classifier.json", {"shape": self.shape, "report": report})
+        write_json(folder / "classifier.json", {"shape": self.shape, **(about or {})})
 
     @classmethod
     def load(cls, folder: Path) -> "Classifier":
@@ -100,12 +120,37 @@ class Classifier(nn.Module):
         return classifier.requires_grad_(False).eval()
 
 
+def any_side_up(x: Tensor) -> Tensor:
+    """Random mirror images and quarter turns of x (n, C, H, H), for labels that do not care: eight views of each."""
+    for swap in (lambda a: a.flip(-1), lambda a: a.flip(-2), lambda a: a.transpose(-1, -2)):
+        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, swap(x), x)
+    return x
+
+
+def shift(x: Tensor) -> Tensor:
+    """Random shifts of x (n, C, H, W) by up to an eighth of the short side; the border is repeated."""
+    n, channels, height, width = x.shape
+    most = max(1, min(height, width) // 8)
+    padded = F.pad(x, (most,) * 4, mode="replicate")
+    down, right = torch.randint(2 * most + 1, (2, n, 1))
+    rows = (down + torch.arange(height))[:, None, :, None]
+    columns = (right + torch.arange(width))[:, None, None, :]
+    return padded[torch.arange(n).view(n, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1), rows, columns]
+
+
+# what may be done to x without changing y
+AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None, "shift": shift, "any_side_up": any_side_up
+}  # fmt: skip
+
+
 def fit_classifier(
     x: Tensor,
     y: Tensor,
     classes: int,
     head: Head = "categorical",
     grid: int = 1,
+    depth: int | None = None,
     epochs: int = 200,
     batch: int = 32,
     lr: float = 1e-2,
@@ -120,14 +165,18 @@ def fit_classifier(
         x, y: the fitting split.
         classes: K.
         head, grid: see `Classifier`.
+        depth: of the convolutions; None for as few as bring the short side to about 8 pixels.
         epochs, batch, lr, weight_decay: AdamW under a one-cycle schedule.
         seed: of weights and order; global random state is left alone.
         augment: changes a batch of x in ways that keep y.
         progress: called after each epoch.
     """
+    shrink = max(0, round(math.log2(min(x.shape[2:]) / 8)))
+    depth = 1 + shrink if depth is None else depth
+    halvings = min(max(shrink, 1), depth - 1)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = Classifier(x.shape[1], classes, head, grid).train()
+        classifier = Classifier(x.shape[1], classes, head, grid, depth, halvings).train()
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=weight_decay)
         batches = -(-len(x) // batch)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * batches)

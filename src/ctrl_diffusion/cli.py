@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,49 +82,126 @@ def root(
     """Add new conditional controls to pre-trained diffusion and flow models."""
 
 
+Control = Annotated[str, typer.Option(help="The column of y, the new control.")]
+Condition = Annotated[str | None, typer.Option(help="The column of c, the prior's class, if there is one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test, not a result.")]
+Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop: one after the other.")]
+
+
+def summary(metrics: dict, control: str, out: Path) -> str:
+    """The closing words of a training."""
+    ctrl, target, gap = metrics["ctrl"], metrics["target"], metrics["certificate"]
+    reader = "" if ctrl["class_accuracy"] is None else f"; class still read: {ctrl['class_accuracy']:.1%}"
+    return (
+        f"{control} as asked, by the {metrics['accuracy_by']}: {ctrl['accuracy']:.1%} "
+        f"(prior {metrics['prior']['accuracy']:.1%}, a perfect learner {target['accuracy']:.1%}){reader}\n"
+        f"gap to the exact conditional: at most {gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f} nats\n"
+        f"report: {out / 'report.html'}"
+    )
+
+
+def typed() -> str:
+    """The command as the user typed it."""
+    return shlex.join(["ctrl", *sys.argv[1:]])
+
+
 @app.command(epilog="Example: ctrl demo --out runs/demo --seed 0")
 def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    learner: Learner = None,
     seed: Seed = 0,
-    learner: Annotated[str, typer.Option(help="Learners, one after the other.")] = "weighted,adjoint",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A twentieth of the training: a smoke test, not a result.")
-    ] = False,
+    quick: Quick = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Teach the embedded digits model a control it did not have (ink), and certify it."""
-    from .run import Config, run_demo
+    from .job import demo_job
 
-    config = Config.of({"seed": seed, "learners": learner.split(",")})
+    given = {"seed": seed} | ({"learners": learner.split(",")} if learner else {})
     with phases(quiet) as phase:
-        metrics = run_demo(config.quick() if quick else config, out, phase)
+        metrics = demo_job(given, out, overwrite, quick, typed(), phase)
     if not quiet:
-        ctrl, target, gap = metrics["ctrl"], metrics["target"], metrics["certificate"]
+        typer.echo(summary(metrics, "ink", out))
+
+
+@app.command(
+    epilog="Example: ctrl classifier photos --control texture --prior my-pipeline --out runs/texture-classifier"
+)
+def classifier(
+    data: Annotated[Path, typer.Argument(help="An imagefolder: images and metadata.csv or .jsonl.")],
+    control: Control,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    condition: Condition = None,
+    prior: Annotated[str | None, typer.Option(help="A pipeline folder: read the images at its size.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
+    from .job import classifier_job
+
+    with phases(quiet) as phase:
+        found = classifier_job(data, control, condition, out, prior, seed, overwrite, phase).quality
+    if not quiet:
         typer.echo(
-            f"ink as asked: {ctrl['accuracy']:.1%} (prior {metrics['prior']['accuracy']:.1%}, "
-            f"a perfect learner {target['accuracy']:.1%}); digit still read: {ctrl['class_accuracy']:.1%}\n"
-            f"gap to the exact conditional: at most {gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f} nats\n"
-            f"report: {out / 'report.html'}"
+            f"{control} on held-out images: accuracy {found.accuracy:.1%}, NLL {found.nll:.3f} nats "
+            f"(chance {found.chance_nll:.3f}), ECE {found.ece:.3f}\nreport: {out / 'report.html'}"
         )
+
+
+@app.command(epilog="Example: ctrl train --prior my-pipeline --data photos --control texture --out runs/texture")
+def train(
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    prior: Annotated[str | None, typer.Option(help="A pipeline folder of diffusers, or digits.")] = None,
+    data: Annotated[Path | None, typer.Option(help="An imagefolder: images and metadata.csv or .jsonl.")] = None,
+    control: Annotated[str | None, typer.Option(help="The column of y, the new control.")] = None,
+    condition: Condition = None,
+    classifier: Annotated[Path | None, typer.Option(help="A folder of ctrl classifier; left out, fit one.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="γ; 1 asks for the posterior itself.")] = None,
+    learner: Learner = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the chain that is trained and certified.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings (a config.yaml); options above win.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
+    quick: Quick = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add a control to a prior from labelled images, and certify it."""
+    from .config import read_settings
+    from .job import train_job
+
+    given = {
+        "prior": prior, "data": data and str(data), "control": control, "condition": condition,
+        "classifier_from": classifier and str(classifier), "gamma": gamma, "steps": steps, "seed": seed,
+        "learners": learner and learner.split(","),
+    }  # fmt: skip
+    settings = {**(read_settings(config) if config else {}), **{k: v for k, v in given.items() if v is not None}}
+    with phases(quiet) as phase:
+        metrics = train_job(settings, out, overwrite, quick, typed(), phase)
+    if not quiet:
+        typer.echo(summary(metrics, settings["control"], out))
 
 
 @app.command(epilog="Example: ctrl sample runs/demo --set ink=3 --class 7 -n 16 --out sevens")
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path, typer.Option(help="Folder for the images (new or empty).")],
+    out: Annotated[Path, typer.Option(help="Folder for the images.")],
     set_: Annotated[list[str], typer.Option("--set", help="CONTROL=VALUE; left out, the prior's own.")] = [],  # noqa: B006
-    class_: Annotated[int | None, typer.Option("--class", help="The prior's class; left out, each in turn.")] = None,
+    class_: Annotated[str | None, typer.Option("--class", help="The prior's class; left out, each in turn.")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
     strength: Annotated[float, typer.Option(help="0 the prior, 1 as trained, more extrapolates.")] = 1.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, the training chain's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Draw samples with labels, a strength, a number of steps and a seed."""
-    from .run import Run, sample_to
+    from .job import sample_job
+    from .run import Run
 
     with phases(quiet) as phase:
-        sample_to(Run.load(run), out, set_, class_, n, strength, steps, seed, phase)
+        sample_job(Run.load(run), out, set_, class_, n, strength, steps, seed, overwrite, phase)
     if not quiet:
         typer.echo(f"{n} samples in {out}")
 
@@ -137,10 +216,11 @@ def evaluate(
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
     from .files import rounded, write_json
     from .run import Run
-    from .run import evaluate as measure
 
     with phases(quiet) as phase:
-        metrics = measure(Run.load(run), n, phase).metrics()
+        opened = Run.load(run)
+        by = "ruler" if opened.config.ruler else "judge"
+        metrics = {"accuracy_by": by, **opened.evaluate(n, phase).metrics()}
     if out is None:
         typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
     else:

@@ -1,5 +1,7 @@
 """Everything needed to run again; an unknown key is an error."""
 
+import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,11 +10,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .files import write_text
 
+EMBEDDED = "digits"  # the prior that ships with the package, by name
+LearnerName = Literal["weighted", "adjoint", "backprop"]
+PATHS = ("prior", "data", "classifier_from")
+
 
 class Strict(BaseModel):
     """Settings in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class ClassifierSettings(Strict):
+    """p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen."""
+
+    head: Literal["auto", "categorical", "ordinal"] = "auto"
+    grid: Literal["auto"] | int = "auto"
+    depth: Literal["auto"] | int = "auto"
+    augment: Literal["none", "shift", "any_side_up"] = "shift"
+    updates: int = Field(1500, ge=1)
 
 
 class WeightedSettings(Strict):
@@ -28,37 +44,68 @@ class WeightedSettings(Strict):
 class AdjointSettings(Strict):
     """`learn/adjoint.py`."""
 
-    updates: int = Field(850, ge=1)
-    batch: int = Field(160, ge=1)
+    updates: int = Field(1100, ge=1)
+    batch: int = Field(80, ge=1)
     lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1e-3, gt=0)
     regressed: int = Field(5, ge=1)
     reuse: int = Field(4, ge=1)
     clip: float = Field(60.0, gt=0)
+    lean: bool = False
+
+
+class BackpropSettings(Strict):
+    """`learn/backprop.py`; `through` is the number of last steps the reward's gradient reaches, all of them if null."""
+
+    updates: int = Field(300, ge=1)
+    batch: int = Field(64, ge=1)
+    lr_embedding: float = Field(1e-2, gt=0)
+    lr_adapter: float = Field(1e-3, gt=0)
+    clip: float = Field(60.0, gt=0)
+    through: int | None = Field(None, ge=1)
 
 
 class EvaluationSettings(Strict):
-    """Samples of the prior for each of its conditions, and paths of the policy over all (c, y)."""
+    """Samples of the prior for each of its conditions; paths of the policy over all (c, y), and for each sweep."""
 
     prior_samples: int = Field(1000, ge=8)
     paths: int = Field(2000, ge=1)
     probes: int = Field(10, ge=1)
+    sweep_paths: int = Field(400, ge=1)
 
 
 class Config(Strict):
-    """Everything needed to run again."""
+    """Everything needed to run again. In a file, paths are relative to the folder the file is in.
 
-    prior: Literal["digits"] = "digits"
-    control: Literal["ink"] = "ink"
+    Args:
+        prior: a pipeline folder, or "digits", the embedded one.
+        data: the labelled imagefolder.
+        control: the column of y.
+        condition: the column of the prior's class c, if the data have one.
+        classes: the prior's classes that are trained and certified, null for an unconditional prior.
+        ruler: a built-in measure of the true y; null asks a judge, fitted on labels of its own.
+        classifier_from: a folder that `ctrl classifier` wrote; null fits one.
+    """
+
+    prior: str
+    data: str
+    control: str
+    condition: str | None = None
+    classes: list[int] | None = None
+    ruler: Literal["ink"] | None = None
+    classifier_from: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     gamma: float = Field(1.0, ge=0)
     steps: int = Field(20, ge=1)
-    sigma_end: float = Field(0.1, gt=0, lt=1)
+    sigma_end: float = Field(0.05, gt=0, lt=1)
+    time_power: float = Field(2.0, ge=1)
     rank: int = Field(64, ge=1)
-    learners: list[Literal["weighted", "adjoint"]] = Field(["weighted", "adjoint"], min_length=1)
+    learners: list[LearnerName] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
+    classifier: ClassifierSettings = ClassifierSettings()
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()
+    backprop: BackpropSettings = BackpropSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @classmethod
@@ -78,22 +125,79 @@ class Config(Strict):
 
     @classmethod
     def read(cls, path: Path) -> "Config":
-        """Read a config.yaml; raises ValueError as `of` does."""
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        return cls.of(values, str(path))
+        """Read a whole config.yaml; raises ValueError as `of` does."""
+        return cls.of(read_settings(path), str(path))
 
     def quick(self) -> "Config":
         """A smoke test of the same job: a twentieth of the training, fewer samples."""
         values = self.model_dump()
-        for learner in ("weighted", "adjoint"):
+        for learner in ("weighted", "adjoint", "backprop"):
             values[learner]["updates"] = max(1, values[learner]["updates"] // 20)
-        values["weighted"]["cache"] //= 10
-        values["evaluation"] = {"prior_samples": 200, "paths": 160, "probes": 2}
+        values["weighted"]["cache"] = max(1, values["weighted"]["cache"] // 10)
+        values["evaluation"] = {"prior_samples": 200, "paths": 160, "probes": 2, "sweep_paths": 40}
         return Config.of(values)
 
     def write(self, path: Path) -> None:
-        """Write it whole."""
-        write_text(path, yaml.safe_dump(self.model_dump(), sort_keys=False))
+        """Write it whole; paths inside the file's folder are written relative to it."""
+        values, folder = self.model_dump(), path.parent.resolve()
+        for key in PATHS:
+            if values[key] and Path(values[key]).is_relative_to(folder):
+                values[key] = Path(values[key]).relative_to(folder).as_posix()
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, which need not be all; its paths made absolute.
+
+    Raises:
+        ValueError: not YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold KEY: VALUE lines. A fresh run's config.yaml shows every key.")
+    for key in PATHS:
+        if isinstance(values.get(key), str) and values[key] != EMBEDDED:
+            values[key] = os.path.abspath(path.parent / values[key])
+    return values
+
+
+def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` over `defaults`, group by group."""
+    out = dict(defaults)
+    for key, value in given.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
+    """Settings that depend on prior and data; the rest are the defaults above.
+
+    What there is to learn grows with the pairs (c, y); time and memory of an update with batch × dimensions; the noise
+    of a learning rate with the size of the network.
+
+    Args:
+        shape: of one x.
+        parameters: of the prior's network.
+        rank: that suits the network's family.
+        groups: conditions of the prior that are trained.
+        classes: of the control.
+    """
+    dimensions, pairs, small = math.prod(shape), groups * classes, parameters < 5_000_000
+    batch = min(80, max(16, 20_000 // dimensions // 8 * 8))
+    cache = min(1000, max(100, 10_000 // groups))
+    lr = {} if small else {"lr_adapter": 3e-4}
+    return {
+        "steps": 20 if dimensions <= 1024 else 30,
+        "rank": rank,
+        "weighted": {"updates": min(1200, 300 + 25 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
+        "adjoint": {"updates": min(1100, 120 + 25 * pairs), "batch": batch, **lr},
+        "backprop": {"updates": min(300, 60 + 8 * pairs), "batch": min(64, batch), **lr},
+        "evaluation": {
+            "prior_samples": cache,
+            "paths": min(2000, max(600, 50 * pairs)),
+            "sweep_paths": max(200, 10 * pairs),
+        },
+    }

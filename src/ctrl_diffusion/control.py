@@ -199,7 +199,7 @@ class Policy(Denoiser):
         super().__init__()
         self.base = prior
         self.controls = nn.ModuleDict({control.name: control for control in controls})
-        self.schedule, self.shape = prior.schedule, prior.shape
+        self.schedule, self.shape, self.start = prior.schedule, prior.shape, prior.start
         self.eval()
 
     @property

@@ -1,11 +1,14 @@
 """Labelled offline data, and the conditions (c, y) a control is trained and judged on.
 
-On disk a dataset is an imagefolder: images and a `metadata.csv` with `file_name`, the prior's condition if any, and one
-column per control. In memory x is (n, C, H, W) in [−1, 1].
+On disk a dataset is an imagefolder: images and a `metadata.csv` or `.jsonl` with `file_name`, the prior's condition if
+any, and one column per control. In memory x is (n, C, H, W) in [−1, 1].
 """
 
 import csv
 import io
+import json
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,10 @@ from torch import Tensor
 
 from .control import Labels
 from .files import write_text, writing
+
+MODES = {1: "L", 3: "RGB"}
+RAREST = 10  # examples of a class, below which some part of a split would hardly see it
+MOST_CLASSES = 64
 
 
 @dataclass
@@ -45,20 +52,34 @@ class LabelledImages:
         rows = torch.as_tensor(rows)
         return LabelledImages(self.x[rows], {name: y[rows] for name, y in self.labels.items()}, self.values)
 
-    def split(self, column: str, shares: tuple[int, int] = (350, 75), seed: int = 0) -> list["LabelledImages"]:
-        """Fit / calibration / held-out parts, stratified by a column; the last takes the rest.
+    def check_classes(self, column: str) -> None:
+        """Refuse what nobody could learn from.
 
         Raises:
-            ValueError: too few examples for the shares, or a class too rare to stand in every part.
+            ValueError: one class only, or a class too rare to stand in every part of a split.
         """
-        if len(self) <= sum(shares):
+        values = self.values[column]
+        counts = self.labels[column].bincount(minlength=len(values)).tolist()
+        if len(values) < 2:
+            raise ValueError(f"all {len(self)} examples have {column} = {values[0]!r}. A control needs two classes.")
+        if min(counts) < RAREST:
             raise ValueError(
-                f"{len(self)} examples cannot be split into {shares[0]} + {shares[1]} and a held-out rest."
+                f"{column} = {values[counts.index(min(counts))]!r} has {min(counts)} example(s). "
+                f"Bring at least {RAREST} of every class, or leave the class out."
             )
-        y = self.labels[column].numpy()
+
+    def split(self, column: str, shares: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> list["LabelledImages"]:
+        """Disjoint parts by shares of the whole, stratified by a column; the last takes the rest.
+
+        Raises:
+            ValueError: as `check_classes` does.
+        """
+        self.check_classes(column)
+        y, classes = self.labels[column].numpy(), len(self.values[column])
         rest, parts = np.arange(len(self)), []
-        for share in shares:
-            part, rest = train_test_split(rest, train_size=share, stratify=y[rest], random_state=seed)
+        for share in shares[:-1]:
+            size = max(classes, round(share * len(self)))
+            part, rest = train_test_split(rest, train_size=size, stratify=y[rest], random_state=seed)
             parts.append(self[part])
         return [*parts, self[rest]]
 
@@ -86,42 +107,104 @@ def write_imagefolder(folder: Path, data: LabelledImages) -> None:
     write_text(folder / "metadata.csv", table.getvalue())
 
 
-def read_imagefolder(folder: Path, values: dict[str, tuple[str, ...]], channels: int) -> LabelledImages:
-    """Read an imagefolder.
+def read_table(folder: Path, columns: Iterable[str]) -> tuple[Path, list[dict[str, str]]]:
+    """The rows of `metadata.csv` or `metadata.jsonl`, every value as stripped text.
+
+    Raises:
+        ValueError: no table, no rows, a line that is not JSON, a column that is missing.
+    """
+    table = next((folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()), None)
+    if table is None:
+        raise ValueError(
+            f"{folder} has no metadata.csv or metadata.jsonl. Write one with file_name and one column per label."
+        )
+    rows: list[dict] = []
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            rows += csv.DictReader(file) if table.suffix == ".csv" else (json.loads(line) for line in file)
+        except ValueError as error:
+            raise ValueError(f"{table} line {len(rows) + 1} cannot be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{table} has no rows. Write one line per image.")
+    if missing := {"file_name", *columns} - set(rows[0]):
+        raise ValueError(f"{table} has no column {', '.join(sorted(missing))}; it has: {', '.join(map(str, rows[0]))}.")
+    return table, [{str(k): "" if v is None else str(v).strip() for k, v in row.items()} for row in rows]
+
+
+def in_order(texts: Iterable[str]) -> tuple[str, ...]:
+    """Distinct labels in order: as numbers if all are, else as text."""
+    distinct = set(texts)
+    try:
+        return tuple(sorted(distinct, key=float))
+    except ValueError:
+        return tuple(sorted(distinct))
+
+
+def read_imagefolder(
+    folder: Path, columns: dict[str, dict[str, int] | None], shape: tuple[int, int, int] | None = None
+) -> LabelledImages:
+    """Read an imagefolder: images and a `metadata.csv` or `metadata.jsonl` with `file_name` and one column per label.
 
     Args:
-        folder: holds `metadata.csv` and the images it names.
-        values: label columns to read, each with its classes in order.
-        channels: 1 (grey) or 3 (colour).
+        folder: of the images and the table.
+        columns: label columns to read, each with the class number of every name it may hold; None takes the names that
+            occur, in order.
+        shape: (C, H, W) the prior makes; images of another size are resized (bicubic) with one warning. None takes the
+            images as they are, in colour unless all are grey.
 
     Raises:
         ValueError: no table, a column or an image that is missing, a label that is blank or no class.
     """
-    table = folder / "metadata.csv"
-    if not table.is_file():
-        raise ValueError(f"{folder} has no metadata.csv. Write one with file_name and one column per label.")
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    missing = {"file_name", *values} - set(rows[0] if rows else ())
-    if missing:
-        raise ValueError(f"{table} lacks the column(s) {', '.join(sorted(missing))}, or has no rows.")
-    images, labels = [], {name: [] for name in values}
-    for number, row in enumerate(rows, start=2):
-        for name, known in values.items():
-            if row[name] not in known:
-                raise ValueError(f"{table} line {number}: {name} must be one of {', '.join(known)}, got {row[name]!r}.")
-            labels[name].append(known.index(row[name]))
+    table, rows = read_table(folder, columns)
+    names, labels = {}, {}
+    for name, known in columns.items():
+        for number, row in enumerate(rows, start=1):
+            if not row[name]:
+                raise ValueError(f"{table} row {number}: {name} is blank. Label it or remove the row.")
+            if known is not None and row[name] not in known:
+                some = ", ".join(list(known)[:10])
+                raise ValueError(f"{table} row {number}: {name} must be one of {some}, got {row[name]!r}.")
+        numbers = known if known is not None else {v: i for i, v in enumerate(in_order(row[name] for row in rows))}
+        if known is None and len(numbers) > MOST_CLASSES:
+            raise ValueError(
+                f"{table}: {name} has {len(numbers)} different values. A control has at most {MOST_CLASSES} classes: "
+                "cut it into a few."
+            )
+        # a class may have several names; the first is what it is called
+        first = {index: text for text, index in reversed(numbers.items())}
+        names[name] = tuple(first[i] for i in range(len(first)))
+        labels[name] = torch.tensor([numbers[row[name]] for row in rows])
+    images = []
+    for number, row in enumerate(rows, start=1):
         try:
-            with Image.open(folder / (row["file_name"] or "")) as image:
-                images.append(np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32))
-        except OSError as error:
-            raise ValueError(f"{table} line {number}: cannot read the image {row['file_name']!r} ({error}).") from error
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"{folder} mixes image sizes {sorted(size[:2] for size in sizes)}. Resize them to one.")
-    x = torch.from_numpy(np.stack(images)).reshape(len(images), *images[0].shape[:2], channels)
-    numbers = {name: torch.tensor(y) for name, y in labels.items()}
-    return LabelledImages(x.permute(0, 3, 1, 2) / 127.5 - 1, numbers, values)
+            with Image.open(folder / row["file_name"]) as image:
+                image.load()
+                images.append(image)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{table} row {number}: cannot read the image {row['file_name']!r} ({error}).") from error
+    if shape is None:
+        grey = all(image.mode in ("1", "L") for image in images)
+        shape = (1 if grey else 3, images[0].height, images[0].width)
+    channels, height, width = shape
+    if channels not in MODES:
+        raise ValueError(f"the prior makes images of {channels} channels; image files have 1 or 3.")
+    others = {image.size for image in images} - {(width, height)}
+    if others:
+        count, (w, h) = sum(image.size in others for image in images), sorted(others)[0]
+        warnings.warn(
+            f"{count} of {len(images)} images are not {width}×{height} (one is {w}×{h}): they were resized.",
+            stacklevel=2,
+        )
+    pixels = np.stack(
+        [
+            np.asarray(
+                image.convert(MODES[channels]).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32
+            )
+            for image in images
+        ]
+    )
+    x = torch.from_numpy(pixels).reshape(len(images), height, width, channels).permute(0, 3, 1, 2) / 127.5 - 1
+    return LabelledImages(x.contiguous(), labels, names)
 
 
 @dataclass
@@ -155,6 +238,10 @@ class Conditions:
         rounds = -(-n // self.pairs)
         return torch.cat([torch.randperm(self.pairs, generator=generator) for _ in range(rounds)])[:n]
 
+    def group_of(self, pair: Tensor) -> Tensor:
+        """Row of the condition for pairs (B,)."""
+        return pair // self.classes
+
     def all(self, repeats: int) -> Tensor:
         """Every pair `repeats` times in a row: (pairs · repeats,)."""
         return torch.arange(self.pairs).repeat_interleave(repeats)
@@ -165,4 +252,4 @@ class Conditions:
 
     def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
         """Labels and conditions of pairs (B,)."""
-        return {self.control: pair % self.classes}, self.cond_of(pair // self.classes)
+        return {self.control: pair % self.classes}, self.cond_of(self.group_of(pair))

@@ -18,6 +18,7 @@ from .schedule import Schedule, per_sample
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 Network = Callable[..., Tensor]
+SMALLEST_ALPHA = 0.005  # diffusers' linear schedule of 1,000 steps ends at 0.0064
 
 
 def x_hat_from(prediction: Tensor, kind: Prediction, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class Denoiser(nn.Module):
 
     schedule: Schedule
     shape: tuple[int, ...]  # of one x, without the batch
+    start: float = 1.0  # the first time of its chains
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         """x̂ (B, *) for x_t (B, *) at time t, a number or (B,), under conditions of B rows each."""
@@ -48,6 +50,10 @@ class Denoiser(nn.Module):
     def prior(self) -> "Denoiser":
         """The pre-trained denoiser: this one itself, unless it is a policy."""
         return self
+
+    def times(self, steps: int, sigma_end: float, power: float = 1.0) -> tuple[float, ...]:
+        """The grid of a chain of this denoiser; see `Schedule.times`."""
+        return self.schedule.times(steps, sigma_end, self.start, power)
 
     def train(self, mode: bool = True) -> "Denoiser":
         return super().train(False)
@@ -61,11 +67,13 @@ class ControlSite:
         embeddings: module names whose output is the time/class embedding; the control's embedding is added to it.
         width: length of that embedding.
         targets: PEFT's target modules of the LoRA adapter (names or endings of names).
+        rank: of the adapter, unless it is told otherwise.
     """
 
     embeddings: tuple[str, ...]
     width: int
     targets: tuple[str, ...]
+    rank: int = 64
 
 
 class NetworkDenoiser(Denoiser):
@@ -99,6 +107,9 @@ class NetworkDenoiser(Denoiser):
         self.shape = shape
         self.clip = clip
         self.site = site
+        if prediction == "epsilon":
+            # x̂ = (x_t − σ ε)/α divides by almost nothing where α → 0: begin where its error is not yet all there is
+            self.start = schedule.latest(SMALLEST_ALPHA)
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         timestep = self.schedule.timestep(t).to(x_t).expand(len(x_t))

@@ -8,24 +8,52 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from sklearn.metrics import f1_score
+import torch.nn.functional as F
+from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .certificate import Certificate
 from .classifier import Classifier
+from .data import Conditions
 
 Ruler = Callable[[Tensor], Tensor]
 
 
 @dataclass
+class Judge:
+    """How samples are judged.
+
+    Args:
+        ruler: x (n, C, H, W) → the class of y (n,): the measure that made the labels, or a classifier that p̂ never met.
+        reader: reads which of the prior's conditions it is; its features measure diversity. Without one, adherence is
+            not judged and diversity is measured in pixels.
+    """
+
+    ruler: Ruler
+    reader: Classifier | None = None
+
+    def features(self, x: Tensor) -> Tensor:
+        """What diversity is measured in: (n, F)."""
+        return x.flatten(1) if self.reader is None else self.reader.features(x)
+
+    def adheres(self, x: Tensor, group: Tensor) -> Tensor | None:
+        """Whether each x (n, C, H, W) is read as its condition (n,): (n,) of 0 and 1."""
+        return None if self.reader is None else (self.reader.log_prob(x).argmax(1) == group).to(x)
+
+
+@dataclass
 class Score:
-    """Uniform means over pairs (c, y); diversity is the mean pairwise feature distance within a pair."""
+    """Uniform means over pairs (c, y); diversity is the mean pairwise feature distance within a pair.
+
+    `confusion` (K, K) has in row y the shares of each class among the samples asked for y.
+    """
 
     accuracy: float
     accuracy_stderr: float
-    class_accuracy: float
+    class_accuracy: float | None
     diversity: float
+    confusion: Tensor
     macro_f1: float | None = None
 
 
@@ -42,27 +70,25 @@ class Evaluation:
     def metrics(self) -> dict[str, dict]:
         """The figures by the names metrics.json uses."""
         target, ctrl, gap = self.target, self.ctrl, self.certificate
+
+        def shared(score: Score) -> dict[str, float | None]:
+            return {
+                "accuracy": score.accuracy,
+                "accuracy_stderr": score.accuracy_stderr,
+                "class_accuracy": score.class_accuracy,
+                "diversity": score.diversity,
+            }
+
         return {
-            "prior": {
-                "accuracy": self.prior.accuracy,
-                "accuracy_stderr": self.prior.accuracy_stderr,
-                "class_accuracy": self.prior.class_accuracy,
-                "diversity": self.prior.diversity,
-            },
-            "target": {
-                "accuracy": target.accuracy,
-                "accuracy_stderr": target.accuracy_stderr,
-                "class_accuracy": target.class_accuracy,
-                "diversity": target.diversity,
-            },
+            "prior": shared(self.prior),
+            "target": shared(target),
             "ctrl": {
                 "samples": self.n,
-                "accuracy": ctrl.accuracy,
-                "accuracy_stderr": ctrl.accuracy_stderr,
+                **shared(ctrl),
                 "macro_f1": ctrl.macro_f1,
-                "class_accuracy": ctrl.class_accuracy,
-                "diversity_ratio": ctrl.diversity / target.diversity,
+                "diversity_ratio": ctrl.diversity / max(target.diversity, 1e-12),
                 "kl_nats": gap.kl,
+                "confusion": ctrl.confusion.tolist(),
             },
             "certificate": {
                 "objective_nats": gap.objective,
@@ -102,48 +128,44 @@ def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
     return total / (1 - weights.square().sum(1)).clamp(min=1e-6)
 
 
-def score_target(x_0: Tensor, table: Tensor, ruler: Ruler, reader: Classifier) -> Score:
+def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
     """The target's score.
 
     Args:
         x_0: (G · M, *), prior samples, M for each condition in turn.
         table: (G, M, K), their rewards.
-        ruler: x → the true class of y.
-        reader: reads c; its features measure diversity.
+        judge: of y and c.
     """
     groups, members, classes = table.shape
     w = table.softmax(1)
-    right = (ruler(x_0).view(groups, members, 1) == torch.arange(classes)).to(w)
-    read = (reader.log_prob(x_0).argmax(1).view(groups, members) == torch.arange(groups)[:, None]).to(w)
-    diversity = weighted_diversity(reader.features(x_0).view(groups, members, -1), w)
-    accuracy = (w * right).sum(1, keepdim=True)
+    came = F.one_hot(judge.ruler(x_0), classes).to(w).view(groups, members, classes)
+    confusion = torch.einsum("gmk,gmj->gkj", w, came)
+    accuracy = confusion.diagonal(dim1=1, dim2=2)[:, None]  # (G, 1, K)
+    adheres = judge.adheres(x_0, torch.arange(groups).repeat_interleave(members))
+    diversity = weighted_diversity(judge.features(x_0).view(groups, members, -1), w)
     return Score(
         accuracy=float(accuracy.mean()),
         # of a ratio of weighted sums, pair by pair
-        accuracy_stderr=float((w * (right - accuracy)).square().sum().sqrt() / (groups * classes)),
-        class_accuracy=float((w * read[:, :, None]).sum(1).mean()),
+        accuracy_stderr=float((w * (came - accuracy)).square().sum().sqrt() / (groups * classes)),
+        class_accuracy=None if adheres is None else float((w * adheres.view(groups, members, 1)).sum(1).mean()),
         diversity=float(diversity.mean()),
+        confusion=confusion.mean(0),
     )
 
 
-def score_samples(x_0: Tensor, y: Tensor, c: Tensor, pairs: int, ruler: Ruler, reader: Classifier) -> Score:
-    """The score of samples.
-
-    Args:
-        x_0: (P · n, *), n samples for each pair in turn.
-        y, c: (P · n,), the classes asked for.
-        pairs: P.
-        ruler, reader: as in `score_target`.
-    """
-    measured = ruler(x_0)
-    features = reader.features(x_0).view(pairs, -1, reader.score.in_features)
+def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
+    """The score of samples x_0 (P · n, *), n for each pair (c, y) in turn."""
+    pair = conditions.all(len(x_0) // conditions.pairs)
+    y, measured = pair % conditions.classes, judge.ruler(x_0)
+    features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
-    right = (measured == y).float()
+    right, adheres = (measured == y).float(), judge.adheres(x_0, conditions.group_of(pair))
     return Score(
         accuracy=float(right.mean()),
         accuracy_stderr=float(right.std() / len(right) ** 0.5),
-        class_accuracy=float((reader.log_prob(x_0).argmax(1) == c).float().mean()),
+        class_accuracy=None if adheres is None else float(adheres.mean()),
         diversity=float(weighted_diversity(features, even).mean()),
+        confusion=torch.from_numpy(confusion_matrix(y, measured, labels=range(conditions.classes), normalize="true")),
         macro_f1=float(f1_score(y.numpy(), measured.numpy(), average="macro", zero_division=0.0)),
     )
 

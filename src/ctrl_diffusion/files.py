@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,28 @@ def rounded(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with a fixed layout, so that equal values are equal bytes."""
     write_text(path, json.dumps(rounded(value), indent=2, allow_nan=False) + "\n")
+
+
+def check_room(folder: Path, marker: str, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is ours (it has the marker file) and may be overwritten.
+
+    Raises:
+        ValueError: what is in the way, and what to do.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file. Choose another --out.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{folder} exists and is not empty. Choose another --out, or pass --overwrite.")
+        if not (folder / marker).is_file():
+            raise ValueError(f"{folder} holds files but no {marker} of ours to overwrite. Choose another --out.")
+
+
+def clear(folder: Path, ours: Iterable[str]) -> None:
+    """Remove what is named (or matches), leave anything else alone; the folder exists afterwards."""
+    for path in [path for pattern in ours for path in folder.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""Pictures and the HTML report of a run."""
+"""Pictures and HTML pages of a run and of a classifier."""
 
 import base64
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from .classifier import Classifier
-from .config import Config
 from .data import LabelledImages, to_pixels
-from .evaluate import Evaluation
+from .evaluate import Evaluation, Score
 from .files import write_text, writing
+from .judges import Judges
+from .run import Run, stream
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
 STYLE = {
@@ -52,7 +56,7 @@ def show_grid(axes: Axes, x: Tensor, rows: int, row_names: list[str], column_nam
     axes.set_yticks([i * (height + gap) + height / 2 for i in range(rows)], row_names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    headline(axes, title)
 
 
 def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str], label: str) -> Figure:
@@ -84,7 +88,7 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
             (right, "probe_reward", "reward"),
         ):
             axes.plot(x, [record[key] for _, record in probes], color=CTRL, marker="o", markersize=2.5, linewidth=1.2)
-            axes.set_title(f"{title} (nats)", loc="left", fontsize=10, fontweight="bold")
+            headline(axes, f"{title} (nats)")
             axes.set_xlabel("updates")
             for end, stage in ends:
                 axes.axvline(end, color=QUIET, linewidth=0.8)
@@ -100,10 +104,10 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
     return figure
 
 
-@torch.no_grad()
 def reliability_figure(classifier: Classifier, held_out: LabelledImages, control: str, bins: int = 10) -> Figure:
     """How often the classifier is right when it says p, on held-out data: all classes' probabilities in ten bins."""
-    p = classifier.log_prob(held_out.x).exp()
+    with torch.no_grad():
+        p = classifier.log_prob(held_out.x).exp()
     hit = torch.nn.functional.one_hot(held_out.labels[control], p.shape[1]).to(p)
     cell = (p.flatten() * bins).long().clamp(max=bins - 1)
     count = cell.bincount(minlength=bins)
@@ -112,7 +116,7 @@ def reliability_figure(classifier: Classifier, held_out: LabelledImages, control
     error = (came * (1 - came) / count).sqrt()
     some = count > 0
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.4, 3.2), layout="constrained")
+        figure = Figure(figsize=(3.6, 3.3), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1)
         axes.errorbar(
@@ -121,8 +125,93 @@ def reliability_figure(classifier: Classifier, held_out: LabelledImages, control
         for at, y, n in zip(said[some], came[some], count[some], strict=True):
             axes.annotate(int(n), (at, y), xytext=(4, -9), textcoords="offset points", fontsize=7, color="#777")
         axes.set(xlabel="probability said", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1.02))
-        axes.set_title("Reliability on held-out data", loc="left", fontsize=10, fontweight="bold")
+        headline(axes, "Reliability on held-out data")
     return figure
+
+
+def confusion_figure(confusion: Tensor, values: Sequence[str], asked: str, came: str, title: str) -> Figure:
+    """Shares (K, K): row y says what came of the samples of y."""
+    size = 1.6 + 0.42 * len(values)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(size + 0.4, size), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(confusion, cmap="Blues", vmin=0, vmax=1)
+        places, names = range(len(values)), [shortened(value) for value in values]
+        axes.set_xticks(places, names, rotation=0 if max(map(len, names)) < 5 else 40, ha="center")
+        axes.set_yticks(places, names)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set(xlabel=came, ylabel=asked)
+        if len(values) <= 12:
+            for i in places:
+                for j in places:
+                    share = float(confusion[i, j])
+                    axes.text(
+                        j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8,
+                        color="white" if share > 0.5 else "#333",
+                    )  # fmt: skip
+        headline(axes, title)
+    return figure
+
+
+def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str) -> Figure:
+    """Accuracy of prior, policy and target for each class asked for."""
+    bars = {
+        "prior": (evaluation.prior, QUIET),
+        "CTRL": (evaluation.ctrl, CTRL),
+        "target: a perfect learner": (evaluation.target, "#8fb8d8"),
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(3.6, 1.2 + 0.75 * len(values)), 3.3), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, (score, colour)) in enumerate(bars.items()):
+            at = [k + (i - 1) * 0.27 for k in range(len(values))]
+            axes.bar(at, score.confusion.diagonal(), width=0.25, color=colour, label=name)
+        axes.set_xticks(range(len(values)), [shortened(value) for value in values])
+        axes.tick_params(axis="x", length=0)
+        axes.set(xlabel=f"{control} asked for", ylabel="share that has it", ylim=(0, 1.02))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        headline(axes, "Accuracy against target")
+    return figure
+
+
+def sweep_figure(sweep: dict[str, dict[float, Score]], evaluation: Evaluation, trained_steps: int) -> Figure:
+    """Accuracy, adherence and diversity as the strength, and as the number of steps, are turned."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (kind, trained) in zip(panels, (("strength", 1.0), ("steps", trained_steps)), strict=True):
+            x, scores = list(sweep[kind]), list(sweep[kind].values())
+            lines = {
+                "accuracy": ([s.accuracy for s in scores], CTRL, "o"),
+                "still the class asked for": ([s.class_accuracy for s in scores], "#444", "s"),
+                "diversity / target’s": ([s.diversity / evaluation.target.diversity for s in scores], "#c2661c", "^"),
+            }
+            for name, (y, colour, marker) in lines.items():
+                if None not in y:
+                    axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
+            axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
+            axes.axhline(evaluation.target.accuracy, color=CTRL, linewidth=0.8, linestyle="--", zorder=0)
+            axes.set_xticks(x)
+            axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind], ylim=(0, None))
+            headline(axes, {"strength": "Strength", "steps": "Sampling steps"}[kind] + " (grey: as trained)")
+        panels[0].annotate(
+            "target’s accuracy", (0.0, evaluation.target.accuracy), xytext=(0, 3), textcoords="offset points",
+            fontsize=8, color=CTRL,
+        )  # fmt: skip
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def shortened(text: str, most: int = 12) -> str:
+    """A label that fits an axis."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def headline(axes: Axes, text: str) -> None:
+    """A title in the house's style."""
+    axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
 
 
 def sheet_figure(x: Tensor, columns: int = 8) -> Figure:
@@ -135,50 +224,115 @@ def sheet_figure(x: Tensor, columns: int = 8) -> Figure:
     return figure
 
 
+def same_noise(run: Run, strength: float, columns: int) -> Tensor:
+    """Samples for every y and column, columns running fastest; a column's noise is the same for every y.
+
+    Columns are the prior's classes in turn, or draws of an unconditional prior.
+    """
+    classes = run.config.classes
+    cond = {} if classes is None else {"c": torch.tensor(classes)[torch.arange(columns) % len(classes)]}
+    rows = [
+        run.sample(torch.full((columns,), y), strength=strength, generator=stream(run.config.seed, "grid"), **cond)
+        for y in range(len(run.values))
+    ]
+    return torch.cat(rows)
+
+
 def write_report(
     folder: Path,
-    config: Config,
-    metrics: dict,
+    run: Run,
+    metrics: dict[str, Any],
     evaluation: Evaluation,
-    records: list[dict],
-    classifier: Classifier,
-    held_out: LabelledImages,
-    pictures: dict[str, Tensor],
+    sweep: dict[str, dict[float, Score]],
+    records: list[dict[str, Any]],
+    command: str,
 ) -> None:
-    """Write grid.png, curves.png, reliability.png and a self-contained report.html.
+    """Write the pictures of a run and a self-contained report.html.
 
     Args:
-        folder: the run's.
-        config, metrics, evaluation: what was run and found.
+        folder: the run's; its classifier/ has been reported already.
+        run: the finished run.
+        metrics, evaluation, sweep: what was found.
         records: the training log.
-        classifier, held_out: the reward's classifier and the data it has not seen.
-        pictures: title → samples on the same noise, one for every (y, c), c running fastest.
+        command: what was typed.
     """
-    control = config.control
-    rows = held_out.values[control]
-    columns = [str(c) for c in range(len(next(iter(pictures.values()))) // len(rows))]
-    figures = {
-        "grid": grid_figure(pictures, list(rows), columns, control),
-        "curves": curves_figure(records, evaluation.certificate.log_z),
-        "reliability": reliability_figure(classifier, held_out, control),
+    control, values, classes = run.name, run.values, run.config.classes
+    columns = 10 if classes is None else min(10, len(classes))
+    column_names = [""] * columns if classes is None else [shortened(run.prior.class_names[c], 8) for c in classes[:10]]
+    pictures = {
+        title: same_noise(run, strength, columns)
+        for title, strength in ((f"Prior, which ignores {control}", 0.0), ("CTRL, same noise", 1.0))
     }
-    images = {}
-    for name, figure in figures.items():
-        save_figure(folder / f"{name}.png", figure)
-        images[name] = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+    measured = "measured by the ruler" if run.config.ruler else "seen by the judge"
+    figures = {
+        "grid": grid_figure(pictures, [shortened(value) for value in values], column_names, control),
+        "curves": curves_figure(records, evaluation.certificate.log_z),
+        "accuracy": accuracy_figure(evaluation, values, control),
+        "confusion": confusion_figure(
+            evaluation.ctrl.confusion, values, f"{control} asked for", measured, "Confusion of CTRL, %"
+        ),
+        "sweep": sweep_figure(sweep, evaluation, run.config.steps),
+    }
+    images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
+    shutil.copyfile(folder / "classifier" / "reliability.png", folder / "reliability.png")
+    images["reliability"] = base64.b64encode((folder / "reliability.png").read_bytes()).decode()
+    render(
+        folder / "report.html",
+        "report.html",
+        images=images,
+        metrics=metrics,
+        config=run.config,
+        settings=flattened(run.config.model_dump()),
+        values=values,
+        rows=by_class(evaluation, len(values)),
+        command=command,
+    )
+
+
+def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:
+    """J, log Z, gap and its standard error for each class, averaged over the prior's conditions."""
     certificate = evaluation.certificate
-    certified = (certificate.objective_pairs, certificate.log_z_pairs, certificate.stderr_pairs.square())
-    objective, log_z, variance = (table.view(-1, len(rows)).mean(0) for table in certified)
-    stderr = (variance / len(columns)).sqrt()
-    per_class = zip(rows, *(a.tolist() for a in (objective, log_z, log_z - objective, stderr)), strict=True)
+    tables = (certificate.objective_pairs, certificate.log_z_pairs, certificate.stderr_pairs.square())
+    objective, log_z, variance = (table.view(-1, classes) for table in tables)
+    stderr = (variance.mean(0) / len(variance)).sqrt()
+    objective, log_z = objective.mean(0), log_z.mean(0)
+    return list(zip(*(column.tolist() for column in (objective, log_z, log_z - objective, stderr)), strict=True))
+
+
+def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
+    """Nested settings as GROUP.KEY: VALUE."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= flattened(value, f"{under}{key}.") if isinstance(value, dict) else {f"{under}{key}": value}
+    return out
+
+
+def write_classifier_report(folder: Path, judges: Judges, held_out: LabelledImages) -> None:
+    """Write reliability.png, confusion.png and a self-contained report.html about p̂."""
+    truth = held_out.labels[judges.control]
+    with torch.no_grad():
+        said = judges.classifier.log_prob(held_out.x).argmax(1)
+    confusion = confusion_matrix(truth, said, labels=range(len(judges.values)), normalize="true")
+    figures = {
+        "reliability": reliability_figure(judges.classifier, held_out, judges.control),
+        "confusion": confusion_figure(
+            torch.from_numpy(confusion), judges.values, f"true {judges.control}", "classifier says", "Held-out data, %"
+        ),
+    }
+    images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
+    shape = judges.classifier.shape
+    render(folder / "report.html", "classifier.html", images=images, judges=judges, shape=shape, held_out=len(held_out))
+
+
+def embedded(path: Path, figure: Figure) -> str:
+    """Write the figure as a PNG, and return it as text for a page."""
+    save_figure(path, figure)
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def render(path: Path, template: str, **content: Any) -> None:
+    """Write a page from a template."""
     environment = Environment(
         loader=PackageLoader("ctrl_diffusion"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("report.html").render(
-        metrics=metrics,
-        images=images,
-        config=config,
-        control=control,
-        per_class=list(per_class),
-    )
-    write_text(folder / "report.html", page)
+    write_text(path, environment.get_template(template).render(**content))

@@ -1,10 +1,12 @@
 """Simulate the reverse process and keep what the learners and the certificate read off it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .denoise import Denoiser
 from .transition import half_square, transition
@@ -44,9 +46,13 @@ def rollout(
     generator: torch.Generator | None = None,
     compare: bool = False,
     cond: dict[str, Tensor] | None = None,
+    at_state: Callable[[int, Tensor], Tensor] | None = None,
     **control,
 ) -> Trajectory:
     """Simulate from noise to data.
+
+    Under a gradient the graph holds the states only: every step is computed again on the way back (checkpointing), with
+    its labels set inside.
 
     Args:
         denoiser: prior or policy.
@@ -56,19 +62,29 @@ def rollout(
         generator: of the steps' noise.
         compare: also measure each step against the prior (one more evaluation a step).
         cond: the prior's own conditions, B rows each.
+        at_state: (i, x_i) → x_i, called before every step and at the end; cuts or clips the gradient.
         control: labels and strength, for a policy.
     """
     cond = cond or {}
-    x_t, states, kl, log_ratio = x_1, [x_1], [], []
-    for t, s in pairwise(times):
+
+    def advance(x_t: Tensor, z: Tensor, t: float, s: float) -> tuple[Tensor, Tensor | None]:
         here = transition(denoiser, x_t, t, s, eta, **control, **cond)
+        u = here.control(transition(denoiser.prior, x_t, t, s, eta, **cond)) if compare else None
+        return here.rsample(z), u
+
+    x_t, states, kl, log_ratio = x_1, [x_1], [], []
+    for i, (t, s) in enumerate(pairwise(times)):
         z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
-        if compare:
-            u = here.control(transition(denoiser.prior, x_t, t, s, eta, **cond))
+        if at_state:
+            x_t = at_state(i, x_t)
+        if torch.is_grad_enabled():
+            x_t, u = checkpoint(advance, x_t, z, t, s, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_t, u = advance(x_t, z, t, s)
+        states.append(x_t)
+        if u is not None:
             kl.append(half_square(u))
             log_ratio.append(kl[-1] + (u * z).flatten(1).sum(1))
-        x_t = here.rsample(z)
-        states.append(x_t)
-    x_0 = read_out(denoiser, x_t, times[-1], **cond)
+    x_0 = read_out(denoiser, at_state(len(times) - 1, x_t) if at_state else x_t, times[-1], **cond)
     compared = {"kl": torch.stack(kl), "log_ratio": torch.stack(log_ratio)} if compare else {}
     return Trajectory(times, torch.stack(states), x_0, **compared)

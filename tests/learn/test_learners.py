@@ -6,6 +6,7 @@ from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
+from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.reward import Reward, prior_table
 from ctrl_diffusion.sample import paths
@@ -34,15 +35,17 @@ def judge(policy, reward, conditions, times):
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
-@pytest.mark.parametrize("name", ["weighted", "adjoint"])
+@pytest.mark.parametrize("name", ["weighted", "adjoint", "lean adjoint", "backprop"])
 def test_learners_reach_the_component_asked_for(schedule, name):
     torch.manual_seed(0)
     policy, reward, conditions, times = toy(schedule)
     if name == "weighted":
         cache, _, _ = paths(policy.prior, 4000, times, torch.Generator().manual_seed(1))
         learner, updates = Weighted(cache, times, batch=256), 600
+    elif name == "backprop":
+        learner, updates = Backprop(times, batch=64), 150
     else:
-        learner, updates = Adjoint(times, batch=128), 400
+        learner, updates = Adjoint(times, batch=128, lean=name == "lean adjoint"), 400
     before, _ = judge(policy, reward, conditions, times)
     for _ in fit(policy, learner(policy, reward, conditions, torch.Generator().manual_seed(0)), updates, LR):
         pass

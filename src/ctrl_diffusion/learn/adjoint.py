@@ -1,12 +1,18 @@
-"""Adjoint matching (Domingo-Enrich et al. 2025): regress the control on the adjoint of the reward.
+"""Adjoint matching: regress the control on the gradient of its own value-to-go (Domingo-Enrich et al. 2025).
 
-Roll out the policy without a graph. Along each path the lean adjoint carries the reward's gradient back through the
-*prior's* chain only,
+Roll out the policy without a graph. With V_i the value-to-go of the policy along a path, the noise z held fixed,
 
-    a_N = ∇_x r(x_0(x_N)),      a_i = (∂mean_pre,i/∂x_i)ᵀ a_{i+1},
+    V_i(x_i) = V_{i+1}(mean_g(x_i) + std_i z_i) − ½‖u_i(x_i)‖² − u_i(x_i)·z_i,      V_N(x_N) = r(x_0(x_N)),
 
-and the whitened control is regressed on it, ½‖u_i − std_i a_{i+1}‖², at a few steps of each path. The least-squares
-solution is the soft-optimal control in the limit of small steps, and no gradient flows through a rollout.
+the adjoint a_i = ∇V_i is carried back by one vector-Jacobian product a step, and the whitened control is regressed on
+it, ½‖u_i − std_i a_{i+1}‖², at a few steps of each path. The gradient of this loss is that of −J, step by step, without
+a graph through the rollout; and at the optimum u_i = std_i E[a_{i+1}] holds for any number of steps.
+
+The martingale term u·z changes no expectation but takes the noise away: for the optimal control V_i is the same on
+every path from x_i in the limit of small steps, and so is its gradient (sticking the landing, Roeder et al. 2017).
+
+The *lean* adjoint of the paper drops all terms in u, a_i = (∂mean_pre,i/∂x_i)ᵀ a_{i+1}: half the cost of a rollout, the
+optimum only in the limit of small steps, and several times the variance when p̂ is steep (docs/lab-notes.md).
 
 Adjoints are heavy-tailed, so each is clipped per sample and per step: one clip of the batch's gradient would let a few
 paths own the update.
@@ -18,39 +24,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..control import Policy
+from ..control import Labels, Policy
 from ..data import Conditions
-from ..denoise import Denoiser
 from ..reward import Reward
 from ..rollout import Times, Trajectory, read_out, rollout
 from ..transition import half_square, step_std, transition
-from . import Step
+from . import Step, clip_rows
 
 
-def clip_rows(a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Scale rows of a (B, *) down to norm `limit`; also says which rows (B,) were longer."""
-    norm = a.flatten(1).norm(dim=1)
-    factor = (limit / norm.clamp(min=1e-12)).clamp(max=1.0)
-    return a * factor.view(-1, *[1] * (a.ndim - 1)), norm > limit
-
-
-def lean_adjoint(
-    prior: Denoiser,
+def adjoints_of(
+    policy: Policy,
     path: Trajectory,
     reward_gradient: Tensor,
+    labels: Labels,
     cond: dict[str, Tensor],
     eta: float = 1.0,
     clip: float = float("inf"),
+    lean: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
-    """Adjoints of a path through the prior's chain.
+    """Adjoints along a path of the policy.
 
     Args:
-        prior: the prior's denoiser.
+        policy: that drew the path.
         path: N steps of B samples.
         reward_gradient: a_N (B, *), the gradient of the reward at the last state.
-        cond: the prior's conditions.
+        labels, cond: of the path.
         eta: churn.
         clip: largest norm of an adjoint, per sample and step.
+        lean: through the prior's chain only, without the terms in u.
 
     Returns:
         a_1 … a_N (N, B, *); the prior's means of each step (N, B, *); the share of adjoints that were clipped.
@@ -59,15 +60,23 @@ def lean_adjoint(
     adjoints, means, count = [a], [], clipped.float().mean()
     steps = len(path.times) - 1
     for i in reversed(range(steps)):
-        with torch.enable_grad():
-            x_t = path.x[i].detach().requires_grad_()
-            mean = transition(prior, x_t, path.times[i], path.times[i + 1], eta, **cond).mean
-            (a,) = torch.autograd.grad(mean, x_t, a) if i > 0 else (None,)
-        means.append(mean.detach())
-        if i > 0:
-            a, clipped = clip_rows(a, clip)
-            count = count + clipped.float().mean()
-            adjoints.append(a)
+        t, s = path.times[i], path.times[i + 1]
+        with torch.set_grad_enabled(i > 0):  # nobody asks for a_0
+            x_t = path.x[i].detach().requires_grad_(i > 0)
+            pre = transition(policy.prior, x_t, t, s, eta, **cond)
+            means.append(pre.mean.detach())
+            if i == 0:
+                break
+            if lean:
+                value = (pre.mean * a).sum()
+            else:
+                here = transition(policy, x_t, t, s, eta, labels=labels, **cond)
+                u, z = here.control(pre), ((path.x[i + 1] - here.mean) / here.std).detach()
+                value = (here.mean * a).sum() - half_square(u).sum() - (u * z).sum()
+            (a,) = torch.autograd.grad(value, x_t)
+        a, clipped = clip_rows(a, clip)
+        count = count + clipped.float().mean()
+        adjoints.append(a)
     return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), float(count / steps)
 
 
@@ -81,14 +90,16 @@ class Adjoint:
         regressed: steps of each path that one update regresses; every path goes through its steps in its own order.
         reuse: updates from one rollout.
         clip: largest norm of an adjoint, per sample and step.
+        lean: use the lean adjoint.
         eta: churn of the chain; must be positive.
     """
 
     times: Times
-    batch: int = 160
+    batch: int = 80
     regressed: int = 5
     reuse: int = 4
     clip: float = 60.0
+    lean: bool = False
     eta: float = 1.0
 
     def __call__(
@@ -107,7 +118,7 @@ class Adjoint:
                 x_end = path.x[-1].requires_grad_()
                 earned = reward(read_out(policy, x_end, self.times[-1], **cond), labels)
                 (gradient,) = torch.autograd.grad(earned.sum(), x_end)
-            adjoints, means, clipped = lean_adjoint(policy.prior, path, gradient, cond, self.eta, self.clip)
+            adjoints, means, clipped = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
             # for each path its own order of steps
             every = torch.rand(steps, self.batch, generator=generator).argsort(0)
             for k in range(self.reuse):
@@ -120,9 +131,9 @@ class Adjoint:
                     labels={name: y[rows] for name, y in labels.items()}, **{name: c[rows] for name, c in cond.items()},
                 )  # fmt: skip
                 u = (here.mean - means[i, rows]) / sigma
-                loss = steps * half_square(u - sigma * adjoints[i, rows]).mean()
+                miss = half_square(u - sigma * adjoints[i, rows])
                 yield Step(
-                    loss,
+                    steps * miss.mean(),
                     {
                         "reward": float(earned.detach().mean()),
                         "kl": float(steps * half_square(u.detach()).mean()),

@@ -1,14 +1,36 @@
 """The border to diffusers: a pipeline folder becomes a `Prior`; one small file per family."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import SchedulerMixin
+from torch import nn
 
-from ..denoise import NetworkDenoiser
+from ..denoise import ControlSite, Network, NetworkDenoiser
 from ..schedule import VariancePreserving
+
+
+@dataclass
+class Family:
+    """What a family's file says of a network.
+
+    Args:
+        network: the module that holds the weights.
+        call: (x_t, timestep (B,), **cond) → prediction.
+        shape: (C, H, W) of one x.
+        site: where a control enters.
+        classes: how many classes the condition `c` has, None if unconditional.
+    """
+
+    network: nn.Module
+    call: Network
+    shape: tuple[int, int, int]
+    site: ControlSite
+    classes: int | None
 
 
 @dataclass
@@ -17,34 +39,71 @@ class Prior:
 
     Args:
         denoiser: E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x.
-        classes: number of classes of the condition, None if unconditional; the null class is `classes`.
+        classes: number of classes of the condition, None if unconditional.
+        names: every name a class is known by → its number; the number itself is always one.
         source: the folder it came from.
     """
 
     denoiser: NetworkDenoiser
     classes: int | None
+    names: dict[str, int]
     source: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name of every class, in order: the first it is known by, else its number."""
+        called = {number: name for name, number in reversed(self.names.items())}
+        return tuple(called[i] for i in range(self.classes or 0))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Prior":
         """Load a diffusers pipeline folder.
 
         Raises:
-            ValueError: no such folder, not a pipeline, or a family that is not supported.
+            ValueError: no such folder, not a pipeline, damaged, or of a kind that is not supported.
         """
-        from . import dit  # one import per family, only when asked
+        from . import dit, unet  # one import per family, only when asked
 
-        families = {"DiTPipeline": dit.load}
-        index = Path(folder) / "model_index.json"
-        if not index.is_file():
+        families = {"DDPMPipeline": unet.load, "DDIMPipeline": unet.load, "DiTPipeline": dit.load}
+        folder = Path(folder)
+        if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} is no pipeline folder of diffusers: it has no model_index.json.")
-        name = json.loads(index.read_text())["_class_name"]
+        try:
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            name, scheduler = index["_class_name"], index["scheduler"][1]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}/model_index.json is not one that diffusers writes ({error!r}).") from error
         if name not in families:
             raise ValueError(f"{folder} holds a {name}; supported: {', '.join(families)}.")
-        denoiser, classes = families[name](Path(folder))
-        return cls(denoiser, classes, str(folder))
+        if (index.get("vae") or [None])[0] is not None:
+            raise ValueError(f"{folder} is a latent model: it has a VAE. So far only pixel models are supported.")
+        try:
+            family = families[name](folder)
+            settings = getattr(diffusers, scheduler).from_pretrained(folder, subfolder="scheduler")
+        except (OSError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{folder} cannot be loaded: {reason}") from error
+        denoiser = denoiser_of(family, settings, folder)
+        names = {
+            synonym.strip(): int(number)
+            for number, text in index.get("id2label", {}).items()
+            for synonym in text.split(",")
+        }
+        names |= {str(i): i for i in range(family.classes or 0)}
+        return cls(denoiser, family.classes, names, str(folder))
 
 
-def schedule_of(scheduler: SchedulerMixin) -> VariancePreserving:
-    """The schedule a diffusers scheduler was configured with."""
-    return VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod))
+def denoiser_of(family: Family, scheduler: Any, folder: Path) -> NetworkDenoiser:
+    """A network under the schedule, prediction type and clipping its scheduler was configured with."""
+    config = scheduler.config
+    if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
+        raise ValueError(f"{folder} uses {type(scheduler).__name__}, which has no discrete noise schedule to read.")
+    if config.get("thresholding"):
+        raise ValueError(f"{folder} asks for dynamic thresholding of x̂, which is not supported.")
+    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
+    if clip is not None:
+        warnings.warn(f"this prior clips x̂ to ±{clip:g}: saturated pixels give learners no gradient.", stacklevel=3)
+    schedule = VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod))
+    return NetworkDenoiser(
+        family.network, family.call, schedule, config.prediction_type, family.shape, clip, family.site
+    )

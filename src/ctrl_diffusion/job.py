@@ -1,0 +1,405 @@
+"""The jobs behind the commands: from labelled images to p̂, and from a prior and p̂ to a certified control."""
+
+import json
+import shlex
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import demo
+from .config import EMBEDDED, PATHS, Config, merged, suggested
+from .control import NULL
+from .data import LabelledImages, read_imagefolder, write_imagefolder
+from .evaluate import Evaluation, Score
+from .files import check_room, clear, rounded, write_json
+from .judges import Judges, fit_judges
+from .learn import Learner
+from .learn.adjoint import Adjoint
+from .learn.backprop import Backprop
+from .learn.weighted import Weighted
+from .pretrained import Prior
+from .progress import Phase, silent
+from .report import save_figure, sheet_figure, write_classifier_report, write_report
+from .run import Run, open_prior, stream
+from .train import fit
+
+CLASSIFIER_FILES = ("classifier.*", "judge", "reader", "reliability.png", "confusion.png", "report.html")
+RUN_FILES = (
+    "config.yaml", "classifier", "control", "samples", "progress.jsonl", "metrics.json", "report.html",
+    "grid.png", "curves.png", "accuracy.png", "confusion.png", "reliability.png", "sweep.png",
+)  # fmt: skip
+SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png")
+MOST_CONDITIONS = 20
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
+
+
+def read_data(
+    folder: Path, control: str, condition: str | None, prior: Prior | None, values: tuple[str, ...] | None = None
+) -> LabelledImages:
+    """An imagefolder as a job needs it: at the prior's size, classes of c numbered as the prior numbers them.
+
+    Args:
+        folder: the imagefolder.
+        control, condition: columns of y and c.
+        prior: None takes the images as they are.
+        values: the classes p̂ knows, None for those that occur.
+
+    Raises:
+        ValueError: the data are not as they should be, or the prior has no condition.
+    """
+    if condition and prior and prior.classes is None:
+        raise ValueError(f"--condition {condition}: this prior is unconditional. Leave --condition out.")
+    if condition == control:
+        raise ValueError(f"--condition and --control both name the column {control!r}.")
+    columns = {control: values and {value: i for i, value in enumerate(values)}}
+    if condition:
+        columns[condition] = prior and prior.names
+    return read_imagefolder(folder, columns, prior and prior.denoiser.shape)
+
+
+def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
+    """The data with the condition's labels counted within `classes`, as a reader of these classes needs them."""
+    place = {c: i for i, c in enumerate(classes)}
+    numbers = torch.tensor([place[int(c)] for c in data.labels[condition]])
+    values = tuple(data.values[condition][c] for c in classes)
+    return LabelledImages(data.x, {**data.labels, condition: numbers}, {**data.values, condition: values})
+
+
+def classifier_job(
+    folder: Path,
+    control: str,
+    condition: str | None,
+    out: Path,
+    prior: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    phase: Phase = silent,
+) -> Judges:
+    """Fit p̂, the judge, and the reader of a condition on an imagefolder, and report them.
+
+    Args:
+        folder: the imagefolder.
+        control, condition: columns of y and c.
+        out: the folder to write.
+        prior: a pipeline folder, at whose size the images are read; None takes them as they are.
+        seed: of the parts and the fits.
+        overwrite: whether an earlier classifier in `out` may go.
+        phase: told of progress.
+
+    Raises:
+        ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
+    """
+    check_room(out, "classifier.json", overwrite)
+    data = read_data(folder, control, condition, open_prior(prior) if prior else None)
+    if condition:
+        data = only(data, condition, data.labels[condition].unique().tolist())
+    judges, held_out = fit_judges(data, control, condition, seed=seed, phase=phase)
+    clear(out, CLASSIFIER_FILES)
+    judges.save(out)
+    write_classifier_report(out, judges, held_out)
+    return judges
+
+
+@dataclass
+class Job:
+    """A training that is ready to start: everything that can be refused has been looked at.
+
+    Args:
+        config: whole.
+        prior, data: as read.
+        judges: as read, None if they are to be fitted.
+    """
+
+    config: Config
+    prior: Prior
+    data: LabelledImages
+    judges: Judges | None
+
+
+def prepare(given: dict[str, Any]) -> Job:
+    """Read prior, data and classifier; fill in the settings that depend on them.
+
+    Args:
+        given: settings by the names of `Config`, of which prior, data and control must be there.
+
+    Raises:
+        ValueError: whatever is wrong with them.
+    """
+    for name in ("prior", "data", "control"):
+        if not given.get(name):
+            raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
+    given = {**given, **{k: str(Path(given[k]).resolve()) for k in PATHS if given.get(k) and given[k] != EMBEDDED}}
+    Config.of(given)  # mistakes in the settings come before mistakes in the files
+    prior, control, condition = open_prior(given["prior"]), given["control"], given.get("condition")
+    judges = Judges.load(Path(given["classifier_from"])) if given.get("classifier_from") else None
+    shape = prior.denoiser.shape
+    if judges and (judges.control != control or judges.shape != shape):
+        raise ValueError(
+            f"the classifier in {given['classifier_from']} is of {judges.control!r} on images of {judges.shape}; "
+            f"needed: {control!r} on {shape}. Fit it with ctrl classifier --prior."
+        )
+    data = read_data(Path(given["data"]), control, condition, prior, judges and judges.values)
+    if judges is None:
+        data.check_classes(control)
+    classes = given.get("classes") or conditions_of(prior, data, condition)
+    if classes and condition:
+        data = only(data, condition, classes)
+    parameters = sum(p.numel() for p in prior.denoiser.network.parameters())
+    defaults = suggested(
+        shape, parameters, prior.denoiser.site.rank, groups=len(classes or [0]), classes=len(data.values[control])
+    )
+    config = Config.of(merged({**defaults, "classes": classes}, given))
+    prior.denoiser.times(config.steps, config.sigma_end, config.time_power)  # a chain that cannot be
+    return Job(config, prior, data, judges)
+
+
+def conditions_of(prior: Prior, data: LabelledImages, condition: str | None) -> list[int] | None:
+    """The prior's classes to train and certify: those in the data, else all, else some evenly spaced."""
+    if prior.classes is None:
+        return None
+    if condition:
+        return data.labels[condition].unique().tolist()
+    if prior.classes > MOST_CONDITIONS:
+        warnings.warn(
+            f"the prior has {prior.classes} classes and the data no --condition: {MOST_CONDITIONS} of them, evenly "
+            "spaced, are trained and certified. Name others as classes: in a --config.",
+            stacklevel=2,
+        )
+    chosen = torch.linspace(0, prior.classes - 1, min(prior.classes, MOST_CONDITIONS))
+    return chosen.round().long().tolist()
+
+
+def train_job(
+    given: dict[str, Any],
+    out: Path,
+    overwrite: bool = False,
+    quick: bool = False,
+    command: str | None = None,
+    phase: Phase = silent,
+) -> dict[str, Any]:
+    """Train a control, certify it and report it in a run folder.
+
+    Args:
+        given: settings by the names of `Config`, of which prior, data and control must be there.
+        out: the run folder.
+        overwrite: whether an earlier run in `out` may go.
+        quick: a twentieth of the training, a smoke test.
+        command: what the user typed, for the report.
+        phase: told of progress.
+
+    Returns:
+        The contents of metrics.json.
+
+    Raises:
+        ValueError: the settings, data or folder are not as they should be, or p̂ is no better than chance.
+    """
+    check_room(out, "config.yaml", overwrite)
+    return execute(prepare(given), out, quick, command, phase)
+
+
+def demo_job(
+    given: dict[str, Any],
+    out: Path,
+    overwrite: bool = False,
+    quick: bool = False,
+    command: str | None = None,
+    phase: Phase = silent,
+) -> dict[str, Any]:
+    """`train_job` on the embedded prior with digits that the ruler labelled, written into the run folder first."""
+    check_room(out, "config.yaml", overwrite)
+    given = merged(demo.SETTINGS, given)
+    with TemporaryDirectory() as scratch:
+        write_imagefolder(Path(scratch), demo.offline_dataset(given.get("seed", 0)))
+        job = prepare({**given, "data": scratch})
+        job.config.data = str((out / "data").resolve())
+        return execute(job, out, quick, command, phase, Path(scratch))
+
+
+def execute(
+    job: Job, folder: Path, quick: bool, command: str | None, phase: Phase, own_data: Path | None = None
+) -> dict[str, Any]:
+    """Do a prepared training in a run folder; `own_data` is a dataset that becomes the run's data/.
+
+    The folder is not touched before p̂ has shown that it is worth a training.
+    """
+    config, seconds = job.config.quick() if quick else job.config, {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - begin, 1)
+
+    with timed("classifier"):
+        judges, held_out = (
+            (job.judges, None)
+            if job.judges
+            else fit_judges(
+                job.data, config.control, config.condition, bool(config.ruler), config.classifier, config.seed, phase
+            )
+        )
+    clear(folder, RUN_FILES if own_data is None else ("data", *RUN_FILES))
+    if own_data:
+        shutil.copytree(own_data, folder / "data")
+    config.write(folder / "config.yaml")
+    if held_out is None:
+        shutil.copytree(config.classifier_from, folder / "classifier")
+    else:
+        judges.save(folder / "classifier")
+        write_classifier_report(folder / "classifier", judges, held_out)
+    run = Run.start(config, job.prior, judges)
+    with timed("train"), (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
+        records = []
+        for record in train(run, phase):
+            records.append(record)
+            print(json.dumps(rounded(record)), file=log, flush=True)
+        run.policy.controls[run.name].save(folder / "control")
+    with timed("sample"):
+        evaluation = run.evaluate(config.evaluation.paths, phase)
+        other_steps = (max(1, config.steps // 2), config.steps, 2 * config.steps)
+        sweep = run.sweep(STRENGTHS, other_steps, config.evaluation.sweep_paths, phase)
+        pair = run.conditions.all(1)
+        labels, cond = run.conditions.of(pair)
+        write_imagefolder(folder / "samples", labelled(run, run.sample(labels[run.name], **cond), labels, cond))
+    metrics = {
+        "accuracy_by": "ruler" if config.ruler else "judge",
+        **evaluation.metrics(),
+        "sweep": sweep_metrics(sweep, evaluation),
+        "classifier": judges.metrics(),
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    command = command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
+    write_report(folder, run, metrics, evaluation, sweep, records, command)
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
+
+
+def sweep_metrics(sweep: dict[str, dict[float, Score]], evaluation: Evaluation) -> dict[str, list[dict]]:
+    """The sweep by the names metrics.json uses."""
+    return {
+        kind: [
+            {
+                kind: value,
+                "accuracy": score.accuracy,
+                "accuracy_stderr": score.accuracy_stderr,
+                "class_accuracy": score.class_accuracy,
+                "diversity_ratio": score.diversity / max(evaluation.target.diversity, 1e-12),
+            }
+            for value, score in scores.items()
+        ]
+        for kind, scores in sweep.items()
+    }
+
+
+def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
+    """The learner of a stage with the run's settings."""
+    config, times = run.config, run.times
+    if stage == "weighted":
+        cache = run.prior_samples(config.weighted.cache, "prior samples to learn from", phase)
+        return Weighted(cache, times, config.weighted.batch)
+    if stage == "adjoint":
+        a = config.adjoint
+        return Adjoint(times, a.batch, regressed=a.regressed, reuse=a.reuse, clip=a.clip, lean=a.lean)
+    return Backprop(times, config.backprop.batch, clip=config.backprop.clip, through=config.backprop.through)
+
+
+def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
+    """Run the learners one after the other; yields a record of every update and probe."""
+    config, few = run.config, max(4, -(-160 // run.conditions.pairs))
+    for stage in config.learners:
+        settings = getattr(config, stage)
+        learner = learner_of(run, stage, phase)
+        steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
+        lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
+        every = max(1, settings.updates // config.evaluation.probes)
+        advance, note = phase(f"learner: {stage}", settings.updates), ""
+        yield {"stage": stage, "update": 0, **run.probe(few)}
+        for update in fit(run.policy, steps, settings.updates, lr, config.ema_decay):
+            record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
+            record |= update.metrics
+            if update.number % every == 0 and update.number < settings.updates:
+                probed = run.probe(few)
+                note = f"J {probed['J']:.1f} KL {probed['probe_kl']:.1f}"
+                record |= probed
+            advance(1, note)
+            yield record
+        yield {"stage": stage, "update": settings.updates, "averaged": True, **run.probe(few)}
+
+
+def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:
+    """Samples with the labels they were asked for; a null label is blank."""
+    # class −1 picks the last name, the blank
+    values = {run.name: (*run.values, "")}
+    if not cond:
+        return LabelledImages(x_0, labels, values)
+    column = run.config.condition or "class"
+    return LabelledImages(x_0, {column: cond["c"], **labels}, {column: run.prior.class_names, **values})
+
+
+def parse_setting(run: Run, settings: list[str]) -> int:
+    """The class asked for by `--set CONTROL=VALUE` settings, NULL if none.
+
+    Raises:
+        ValueError: not of that form, an unknown control or value.
+    """
+    chosen = NULL
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in run.policy.controls:
+            raise ValueError(
+                f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
+            )
+        if value not in run.values:
+            raise ValueError(f"--set {setting}: {name} must be one of {', '.join(run.values)}, got {value!r}.")
+        chosen = run.values.index(value)
+    return chosen
+
+
+def sample_job(
+    run: Run,
+    out: Path,
+    settings: list[str],
+    c: str | None,
+    n: int,
+    strength: float = 1.0,
+    steps: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    phase: Phase = silent,
+) -> None:
+    """Write n samples and a sheet of them (`grid.png`).
+
+    Raises:
+        ValueError: a wrong setting or class, or a folder that holds something.
+    """
+    y, cond = torch.full((n,), parse_setting(run, settings)), {}
+    if c is not None and run.prior.classes is None:
+        raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
+    if c is not None and c not in run.prior.names:
+        some = ", ".join(list(run.prior.names)[:10])
+        raise ValueError(f"--class must be one of the prior's {run.prior.classes} classes ({some} …), got {c!r}.")
+    if run.prior.classes is not None:
+        classes = torch.tensor(run.config.classes)
+        cond["c"] = classes[torch.arange(n) % len(classes)] if c is None else torch.full((n,), run.prior.names[c])
+    check_room(out, "metadata.csv", overwrite)
+    x_0 = run.sample(
+        y, strength=strength, steps=steps, generator=torch.Generator().manual_seed(seed), phase=phase, **cond
+    )
+    clear(out, SAMPLE_FILES)
+    write_imagefolder(out, labelled(run, x_0, {run.name: y}, cond))
+    save_figure(out / "grid.png", sheet_figure(x_0))

@@ -1,0 +1,215 @@
+"""What is fitted on the labels before any training: p̂ itself, the judge of y and the reader of c.
+
+classifier.*    p̂(y | x), the reward, fitted on one part of the labels, calibrated on a second
+judge/          a second classifier, fitted on a part p̂ never met; only where no ruler measures y
+reader/         reads the prior's condition c; only where the data have a column for it
+report.html     how good they are on held-out data, with reliability.png and confusion.png
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from .classifier import AUGMENTATIONS, Classifier, ClassifierReport, Head, calibrate, fit_classifier, report_classifier
+from .config import ClassifierSettings
+from .data import LabelledImages
+from .progress import Advance, Phase, silent
+
+Choice = tuple[Head, tuple[int, int | None]]  # head, (grid, depth)
+DEEP, BATCH = 4, 32
+# shares of the labels: fit, calibration, held-out, and the judge's own
+WITH_RULER, WITH_JUDGE = (0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)
+
+
+@dataclass
+class Judges:
+    """The classifiers of one run.
+
+    Args:
+        control: the column p̂ was fitted on.
+        values: the names of its classes, in order.
+        shape: (C, H, W) of the images it was fitted on.
+        classifier: p̂(y | x).
+        quality: of p̂ on held-out data.
+        judge: a classifier of y that shares no label with p̂; None where a ruler measures y.
+        judge_accuracy: on held-out data.
+        reader: a classifier of c; None if the data have no condition.
+        reader_accuracy: on held-out data.
+    """
+
+    control: str
+    values: tuple[str, ...]
+    shape: tuple[int, int, int]
+    classifier: Classifier
+    quality: ClassifierReport
+    judge: Classifier | None = None
+    judge_accuracy: float | None = None
+    reader: Classifier | None = None
+    reader_accuracy: float | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures by the names metrics.json uses."""
+        return {
+            **asdict(self.quality), "judge_accuracy": self.judge_accuracy, "reader_accuracy": self.reader_accuracy
+        }  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        """Write the folder's weights and `classifier.json`."""
+        about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
+        self.classifier.save(folder, about)
+        for name, classifier in (("judge", self.judge), ("reader", self.reader)):
+            if classifier:
+                classifier.save(folder / name)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Judges":
+        """Read a folder that `save` wrote.
+
+        Raises:
+            ValueError: no such folder, or a damaged one.
+        """
+        if not (folder / "classifier.json").is_file():
+            raise ValueError(
+                f"{folder} holds no classifier. Fit one with: ctrl classifier DATA --control NAME --out DIR"
+            )
+        try:
+            about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+            report = dict(about["report"])
+            judge_accuracy, reader_accuracy = report.pop("judge_accuracy"), report.pop("reader_accuracy")
+            others = {n: Classifier.load(folder / n) for n in ("judge", "reader") if (folder / n).is_dir()}
+            return cls(
+                about["control"], tuple(about["values"]), tuple(about["input"]), Classifier.load(folder),
+                ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Fit it again.") from error
+
+
+def are_numbers(values: tuple[str, ...]) -> bool:
+    """Whether every name is a number, so that the classes have an order."""
+    try:
+        return bool([float(value) for value in values])
+    except ValueError:
+        return False
+
+
+def fit_calibrated(
+    fitting: LabelledImages,
+    calibration: LabelledImages,
+    column: str,
+    settings: ClassifierSettings,
+    seed: int,
+    advance: Advance,
+) -> tuple[Classifier, Choice]:
+    """The best calibrated of the classifiers the settings leave open, by NLL on the calibration part."""
+    found = []
+    for choice in open_choices(settings, fitting.values[column]):
+        classifier = fit_on(fitting, column, choice, settings, seed, advance)
+        calibrate(classifier, calibration.x, calibration.labels[column])
+        nll = report_classifier(classifier, calibration.x, calibration.labels[column]).nll
+        found.append((nll, len(found), classifier, choice))
+    return min(found)[2:]
+
+
+def open_choices(settings: ClassifierSettings, values: tuple[str, ...]) -> list[Choice]:
+    """Head, grid and depth where the settings leave them open.
+
+    An ordinal head needs three or more numbers as names. Few convolutions averaged over the image see amounts, a grid
+    of averages sees places, more convolutions see shapes.
+    """
+    heads: tuple[Head, ...] = (
+        ("categorical", "ordinal") if are_numbers(values) and len(values) > 2 else ("categorical",)
+    )
+    heads = heads if settings.head == "auto" else (settings.head,)
+    trunks: set[tuple[int, int | None]] = {
+        (grid if settings.grid == "auto" else settings.grid, depth if settings.depth == "auto" else settings.depth)
+        for grid, depth in ((1, None), (4, None), (1, DEEP))
+    }
+    return list(product(heads, sorted(trunks, key=str)))
+
+
+def epochs_of(settings: ClassifierSettings, part: LabelledImages) -> int:
+    """Rounds through a part that make the settings' number of updates: a small part needs as many as a large one."""
+    return -(-settings.updates // -(-len(part) // BATCH))
+
+
+def fit_on(
+    part: LabelledImages, column: str, choice: Choice, settings: ClassifierSettings, seed: int, advance: Advance
+) -> Classifier:
+    """One classifier of a column, not calibrated."""
+    head, (grid, depth) = choice
+    epochs, augment = epochs_of(settings, part), AUGMENTATIONS[settings.augment]
+    return fit_classifier(
+        part.x, part.labels[column], len(part.values[column]), head, grid, depth,
+        epochs=epochs, batch=BATCH, seed=seed, augment=augment, progress=advance,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def accuracy(classifier: Classifier, data: LabelledImages, column: str) -> float:
+    """Share of a column's labels that the classifier finds."""
+    return float((classifier.log_prob(data.x).argmax(1) == data.labels[column]).float().mean())
+
+
+def joined(*parts: LabelledImages) -> LabelledImages:
+    """Parts of one dataset as one."""
+    labels = {name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels}
+    return LabelledImages(torch.cat([part.x for part in parts]), labels, parts[0].values)
+
+
+def fit_judges(
+    data: LabelledImages,
+    control: str,
+    condition: str | None = None,
+    ruler: bool = False,
+    settings: ClassifierSettings | None = None,
+    seed: int = 0,
+    phase: Phase = silent,
+) -> tuple[Judges, LabelledImages]:
+    """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
+
+    Args:
+        data: the labelled images.
+        control: the column of y.
+        condition: the column of c; also fits a reader.
+        ruler: whether a ruler measures y, so that no judge is needed.
+        settings: of the classifiers.
+        seed: of the parts and the fits.
+        phase: told of progress.
+
+    Returns:
+        The judges, and the held-out part that none of them met.
+
+    Raises:
+        ValueError: on held-out data p̂ is not better than chance by two standard errors.
+    """
+    settings = settings or ClassifierSettings()
+    fitting, calibration, held_out, *own = data.split(control, WITH_RULER if ruler else WITH_JUDGE, seed)
+    rounds = len(open_choices(settings, data.values[control])) * epochs_of(settings, fitting)
+    advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in own))
+    classifier, choice = fit_calibrated(fitting, calibration, control, settings, seed, advance)
+    quality = report_classifier(classifier, held_out.x, held_out.labels[control])
+    if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
+        raise ValueError(
+            f"the classifier of {control!r} is not clearly better than chance (held-out NLL {quality.nll:.2f} ± "
+            f"{quality.nll_stderr:.2f} nats, chance {quality.chance_nll:.2f}): its gradients would mislead. Check the "
+            "labels or bring more of them."
+        )
+    judges = Judges(control, data.values[control], tuple(data.x.shape[1:]), classifier, quality)
+    if own:
+        judges.judge = fit_on(own[0], control, choice, settings, seed + 1, advance)
+        judges.judge_accuracy = accuracy(judges.judge, held_out, control)
+    if condition:
+        met = joined(fitting, calibration, *own)
+        recipe = {"epochs": 40, "batch": 64, "lr": 3e-3, "weight_decay": 0.01}
+        judges.reader = fit_classifier(
+            met.x, met.labels[condition], len(met.values[condition]), grid=4, seed=seed,
+            progress=phase(f"reader of {condition}", 40), **recipe,
+        )  # fmt: skip
+        judges.reader_accuracy = accuracy(judges.reader, held_out, condition)
+    return judges, held_out

@@ -1,0 +1,74 @@
+"""Reward backpropagation: differentiate −J through the rollout.
+
+    −J = E[ Σ_i ½‖u_i‖² − r(x_0) ],      x_{i+1} = mean_g(x_i) + std_i z_i,
+
+with the noise z held fixed, so that the gradient is pathwise (Clark et al. 2024; Prabhudesai et al. 2024). Every step
+is checkpointed by `rollout`. What a path sends back is clipped at every state, per sample: a few steep paths would
+otherwise own the batch. Truncation cuts the reward's way back, never a step's own KL.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..control import Policy
+from ..data import Conditions
+from ..reward import Reward
+from ..rollout import Times, rollout
+from . import Step, clip_rows
+
+
+@dataclass
+class Backprop:
+    """The learner.
+
+    Args:
+        times: the chain's grid.
+        batch: paths an update.
+        clip: largest norm of the gradient of one path's J at a state.
+        through: the number of last steps whose states carry the gradient; None for all.
+        eta: churn of the chain; must be positive.
+    """
+
+    times: Times
+    batch: int = 64
+    clip: float = 60.0
+    through: int | None = None
+    eta: float = 1.0
+
+    def __call__(
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+    ) -> Iterator[Step]:
+        """Losses without end; how many gradients an update clipped is known after its backward pass, so it is logged
+        with the next.
+        """
+        steps = len(self.times) - 1
+        first = 0 if self.through is None else max(0, steps - self.through)
+        clipped: list[float] = []
+
+        def at_state(i: int, x_t: Tensor) -> Tensor:
+            if i < first:
+                return x_t.detach()
+            if x_t.requires_grad:
+                x_t.register_hook(clip)
+            return x_t
+
+        def clip(gradient: Tensor) -> Tensor:
+            # the loss is a mean over the batch, one path's share of the gradient is a B-th
+            gradient, longer = clip_rows(gradient, self.clip / len(gradient))
+            clipped.append(float(longer.float().mean()))
+            return gradient
+
+        while True:
+            labels, cond = conditions.of(conditions.draw(self.batch, generator))
+            x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
+            path = rollout(
+                policy, x_1, self.times, self.eta, generator, compare=True, cond=cond, at_state=at_state, labels=labels
+            )
+            earned, kl = reward(path.x_0, labels), path.kl.sum(0)
+            figures = {"reward": float(earned.detach().mean()), "kl": float(kl.detach().mean())}
+            figures["clipped"] = sum(clipped) / max(1, len(clipped))
+            clipped.clear()
+            yield Step((kl - earned).mean(), figures)

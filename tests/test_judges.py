@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from ctrl_diffusion import demo
+from ctrl_diffusion.config import ClassifierSettings
+from ctrl_diffusion.data import LabelledImages
+from ctrl_diffusion.judges import Judges, fit_judges, open_choices
+
+FAST = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
+
+
+def tagged(data):
+    """The same images, each with its number written into the first pixel, too faintly to matter."""
+    x = data.x.clone()
+    x[:, 0, 0, 0] = torch.arange(len(x)) * 1e-6 - 1
+    return LabelledImages(x, data.labels, data.values)
+
+
+def test_no_label_serves_two_masters(monkeypatch):
+    """p̂, its calibration, the judge and the held-out figures each have images of their own."""
+    from ctrl_diffusion import judges as module
+
+    seen = {}
+
+    def spy(name):
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            x = arguments[0] if name == "fit_classifier" else arguments[1]
+            seen.setdefault(name, []).append({round((float(v) + 1) * 1e6) for v in x[:, 0, 0, 0]})
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("fit_classifier", "calibrate"):
+        spy(name)
+    _, held_out = fit_judges(tagged(demo.offline_dataset(0)), "ink", settings=FAST)
+    reward, judge = seen["fit_classifier"]
+    parts = [reward, seen["calibrate"][0], {round((float(v) + 1) * 1e6) for v in held_out.x[:, 0, 0, 0]}, judge]
+    assert [len(part) for part in parts] == [200, 50, 75, 175]
+    assert len(set.union(*parts)) == 500
+
+
+def test_save_and_load(tmp_path):
+    data = demo.offline_dataset(0)
+    judges, held_out = fit_judges(data, "ink", "digit", settings=FAST)
+    judges.save(tmp_path)
+    again = Judges.load(tmp_path)
+    assert (again.control, again.values, again.shape) == ("ink", ("1", "2", "3", "4"), (1, 8, 8))
+    assert again.metrics() == pytest.approx(judges.metrics(), rel=1e-5)
+    for name in ("classifier", "judge", "reader"):
+        assert torch.equal(getattr(again, name).log_prob(held_out.x), getattr(judges, name).log_prob(held_out.x))
+    assert judges.judge_accuracy > 0.6
+    assert judges.reader_accuracy > 0.8
+    (tmp_path / "classifier.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged"):
+        Judges.load(tmp_path)
+    with pytest.raises(ValueError, match="holds no classifier"):
+        Judges.load(tmp_path / "missing")
+
+
+def test_a_classifier_no_better_than_chance_is_refused():
+    data = demo.offline_dataset(seed=0)
+    shuffled = data.labels["ink"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
+    wrong = LabelledImages(data.x, {"ink": shuffled}, data.values)
+    with pytest.raises(ValueError, match="not clearly better than chance"):
+        fit_judges(wrong, "ink", settings=FAST)
+
+
+def test_what_is_left_open_is_tried():
+    everything = ClassifierSettings()
+    assert len(open_choices(everything, ("low", "high"))) == 3
+    assert len(open_choices(everything, ("1", "2", "3"))) == 6
+    assert {head for head, _ in open_choices(everything, ("1", "2"))} == {"categorical"}
+    assert open_choices(FAST, ("1", "2", "3")) == [("ordinal", (1, 1))]
