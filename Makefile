@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench prior
+.PHONY: setup demo test lint bench docs prior
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -10,7 +10,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	$(BIN)/ctrl demo --out runs/demo
+	$(BIN)/ctrl demo --out runs/demo --overwrite
 
 test: setup
 	$(BIN)/pytest -n 2
@@ -22,6 +22,9 @@ lint: setup
 bench: setup
 	$(BIN)/python bench/prior.py
 	$(BIN)/python bench/demo.py
+
+docs: setup
+	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md
 
 prior: setup
 	$(BIN)/python -m ctrl_diffusion.assets.build_digits

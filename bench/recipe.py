@@ -1,36 +1,37 @@
-"""One variant of the demo's recipe, for the tables of docs/lab-notes.md.
+"""Variants of the demo's recipe, for the tables of docs/lab-notes.md.
 
-python bench/recipe.py learners=adjoint adjoint.clip=10
+python bench/recipe.py learners=backprop
+python bench/recipe.py adjoint.lean=true adjoint.clip=10 seed=1
 """
 
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 
 from ctrl_diffusion.cli import phases, quiet_dependencies
-from ctrl_diffusion.config import Config
-from ctrl_diffusion.run import run_demo
+from ctrl_diffusion.job import demo_job
 
 
-def overridden(settings: list[str]) -> Config:
-    """The default config with KEY=VALUE or GROUP.KEY=VALUE settings; lists are comma-separated."""
-    values = Config().model_dump()
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """KEY=VALUE or GROUP.KEY=VALUE settings as a nested dict; learners are comma-separated."""
+    values: dict[str, Any] = {}
     for setting in settings:
         path, _, text = setting.partition("=")
         *groups, key = path.split(".")
         inner = values
         for group in groups:
-            inner = inner[group]
+            inner = inner.setdefault(group, {})
         inner[key] = text.split(",") if key == "learners" else yaml.safe_load(text)
-    return Config.of(values)
+    return values
 
 
 def main() -> None:
     quiet_dependencies()
     with TemporaryDirectory() as folder, phases(quiet=False) as phase:
-        metrics = run_demo(overridden(sys.argv[1:]), Path(folder) / "run", phase)
+        metrics = demo_job(parsed(sys.argv[1:]), Path(folder) / "run", phase=phase)
     ctrl, gap = metrics["ctrl"], metrics["certificate"]
     print(
         f"{' '.join(sys.argv[1:]) or 'default'}: accuracy {ctrl['accuracy']:.3f} (target "

@@ -9,11 +9,13 @@ __version__ = version("ctrl-diffusion")
 # where the public names live; loaded on first use, so that `ctrl --help` does not wait for torch
 _HOME = {
     "Adjoint": "learn.adjoint",
+    "Backprop": "learn.backprop",
     "Certificate": "certificate",
     "Classifier": "classifier",
     "Conditions": "data",
     "Config": "config",
     "Denoiser": "denoise",
+    "Judges": "judges",
     "LoRAControl": "control",
     "Policy": "control",
     "Prior": "pretrained",
@@ -25,9 +27,12 @@ _HOME = {
     "certify": "certificate",
     "fit": "train",
     "fit_classifier": "classifier",
+    "fit_judges": "judges",
     "paths": "sample",
+    "prior_table": "reward",
     "read_imagefolder": "data",
     "report_classifier": "classifier",
+    "train_job": "job",
 }
 __all__ = sorted(_HOME)
 

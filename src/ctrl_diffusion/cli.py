@@ -51,13 +51,18 @@ def phases(quiet: bool) -> Iterator:
         TextColumn("{task.description:<27}"), BarColumn(12), MofNCompleteColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bars:
+    bars = Progress(*columns, console=Console(stderr=True), disable=quiet)
 
-        def phase(what: str, total: int):  # noqa: ANN202
-            task = bars.add_task(what, total=total, note="")
-            return lambda n=1, note="": bars.update(task, advance=n, note=note)
+    def phase(what: str, total: int):  # noqa: ANN202
+        bars.start()  # with the first phase, so that a mistake found before it is one line and nothing else
+        task = bars.add_task(what, total=total, note="")
+        return lambda n=1, note="": bars.update(task, advance=n, note=note)
 
+    try:
         yield phase
+    finally:
+        if bars.tasks:
+            bars.stop()
 
 
 def show_warning(message: Warning | str, category: type, filename: str, *_: object) -> None:

@@ -112,8 +112,9 @@ class LoRAControl(Control):
         ]
         return {"embedding": [self.table.weight], "adapter": adapter}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `control.safetensors` and `control.json` into the folder."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.name)
         tensors = {f"adapter.{key}": value.contiguous() for key, value in adapter.items()}
@@ -122,8 +123,9 @@ class LoRAControl(Control):
         write_json(folder / "control.json", {"name": self.name, "values": self.values, "rank": self.rank})
 
     @classmethod
-    def load(cls, folder: Path, denoiser: NetworkDenoiser) -> "LoRAControl":
+    def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
         """Attach a saved control to the prior it was trained on."""
+        folder = Path(folder)
         control = cls(**json.loads((folder / "control.json").read_text()), denoiser=denoiser)
         tensors = load_file(folder / "control.safetensors")
         with torch.no_grad():

@@ -141,7 +141,7 @@ def in_order(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_imagefolder(
-    folder: Path, columns: dict[str, dict[str, int] | None], shape: tuple[int, int, int] | None = None
+    folder: str | Path, columns: dict[str, dict[str, int] | None], shape: tuple[int, int, int] | None = None
 ) -> LabelledImages:
     """Read an imagefolder: images and a `metadata.csv` or `metadata.jsonl` with `file_name` and one column per label.
 
@@ -155,6 +155,7 @@ def read_imagefolder(
     Raises:
         ValueError: no table, a column or an image that is missing, a label that is blank or no class.
     """
+    folder = Path(folder)
     table, rows = read_table(folder, columns)
     names, labels = {}, {}
     for name, known in columns.items():

@@ -182,7 +182,7 @@ def conditions_of(prior: Prior, data: LabelledImages, condition: str | None) -> 
 
 def train_job(
     given: dict[str, Any],
-    out: Path,
+    out: str | Path,
     overwrite: bool = False,
     quick: bool = False,
     command: str | None = None,
@@ -204,19 +204,21 @@ def train_job(
     Raises:
         ValueError: the settings, data or folder are not as they should be, or p̂ is no better than chance.
     """
+    out = Path(out)
     check_room(out, "config.yaml", overwrite)
     return execute(prepare(given), out, quick, command, phase)
 
 
 def demo_job(
     given: dict[str, Any],
-    out: Path,
+    out: str | Path,
     overwrite: bool = False,
     quick: bool = False,
     command: str | None = None,
     phase: Phase = silent,
 ) -> dict[str, Any]:
     """`train_job` on the embedded prior with digits that the ruler labelled, written into the run folder first."""
+    out = Path(out)
     check_room(out, "config.yaml", overwrite)
     given = merged(demo.SETTINGS, given)
     with TemporaryDirectory() as scratch:

@@ -113,16 +113,15 @@ def reliability_figure(classifier: Classifier, held_out: LabelledImages, control
     count = cell.bincount(minlength=bins)
     said = torch.zeros(bins).index_add_(0, cell, p.flatten()) / count
     came = torch.zeros(bins).index_add_(0, cell, hit.flatten()) / count
-    error = (came * (1 - came) / count).sqrt()
     some = count > 0
+    said, came, count = (a[some].numpy() for a in (said, came, count))
+    error = (came * (1 - came) / count) ** 0.5
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.6, 3.3), layout="constrained")
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1)
-        axes.errorbar(
-            said[some], came[some], yerr=error[some], color=CTRL, marker="o", markersize=3.5, linewidth=1.2, capsize=2
-        )
-        for at, y, n in zip(said[some], came[some], count[some], strict=True):
+        axes.errorbar(said, came, yerr=error, color=CTRL, marker="o", markersize=3.5, linewidth=1.2, capsize=2)
+        for at, y, n in zip(said, came, count, strict=True):
             axes.annotate(int(n), (at, y), xytext=(4, -9), textcoords="offset points", fontsize=7, color="#777")
         axes.set(xlabel="probability said", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1.02))
         headline(axes, "Reliability on held-out data")
@@ -135,7 +134,7 @@ def confusion_figure(confusion: Tensor, values: Sequence[str], asked: str, came:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(size + 0.4, size), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(confusion, cmap="Blues", vmin=0, vmax=1)
+        axes.imshow(confusion.numpy(), cmap="Blues", vmin=0, vmax=1)
         places, names = range(len(values)), [shortened(value) for value in values]
         axes.set_xticks(places, names, rotation=0 if max(map(len, names)) < 5 else 40, ha="center")
         axes.set_yticks(places, names)
@@ -166,7 +165,7 @@ def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str)
         axes = figure.subplots()
         for i, (name, (score, colour)) in enumerate(bars.items()):
             at = [k + (i - 1) * 0.27 for k in range(len(values))]
-            axes.bar(at, score.confusion.diagonal(), width=0.25, color=colour, label=name)
+            axes.bar(at, score.confusion.diagonal().numpy(), width=0.25, color=colour, label=name)
         axes.set_xticks(range(len(values)), [shortened(value) for value in values])
         axes.tick_params(axis="x", length=0)
         axes.set(xlabel=f"{control} asked for", ylabel="share that has it", ylim=(0, 1.02))
@@ -191,16 +190,19 @@ def sweep_figure(sweep: dict[str, dict[float, Score]], evaluation: Evaluation, t
                 if None not in y:
                     axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
             axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
-            axes.axhline(evaluation.target.accuracy, color=CTRL, linewidth=0.8, linestyle="--", zorder=0)
+            axes.axhline(
+                evaluation.target.accuracy,
+                color=CTRL,
+                linewidth=0.8,
+                linestyle="--",
+                zorder=0,
+                label="target’s accuracy",
+            )
             axes.set_xticks(x)
             axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind], ylim=(0, None))
             headline(axes, {"strength": "Strength", "steps": "Sampling steps"}[kind] + " (grey: as trained)")
-        panels[0].annotate(
-            "target’s accuracy", (0.0, evaluation.target.accuracy), xytext=(0, 3), textcoords="offset points",
-            fontsize=8, color=CTRL,
-        )  # fmt: skip
         handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
