@@ -34,7 +34,7 @@ class ClassifierSettings(Strict):
 class WeightedSettings(Strict):
     """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions."""
 
-    updates: int = Field(1200, ge=1)
+    updates: int = Field(900, ge=1)
     batch: int = Field(128, ge=1)
     lr_embedding: float = Field(5e-2, gt=0)
     lr_adapter: float = Field(2e-3, gt=0)
@@ -192,7 +192,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     return {
         "steps": 20 if dimensions <= 1024 else 30,
         "rank": rank,
-        "weighted": {"updates": min(1200, 300 + 25 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
+        "weighted": {"updates": min(900, 300 + 20 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
         "adjoint": {"updates": min(1100, 120 + 25 * pairs), "batch": batch, **lr},
         "backprop": {"updates": min(300, 60 + 8 * pairs), "batch": min(64, batch), **lr},
         "evaluation": {
