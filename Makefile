@@ -16,12 +16,13 @@ test: setup
 	$(BIN)/pytest -n 2
 
 lint: setup
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench examples
+	$(BIN)/ruff format --check src tests bench examples
 
 bench: setup
 	$(BIN)/python bench/prior.py
 	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/own.py
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md

@@ -28,7 +28,7 @@ def ctrl():
 
     def call(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "ctrl_diffusion.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
 
     return call
 

@@ -1,0 +1,42 @@
+"""How noisy the two adjoints are on a finished run: the mean of ½‖u − std a‖² over paths, summed over steps.
+
+python bench/adjoints.py runs/demo
+"""
+
+import sys
+
+import torch
+
+from ctrl_diffusion import Run
+from ctrl_diffusion.cli import quiet_dependencies
+from ctrl_diffusion.learn.adjoint import adjoints_of
+from ctrl_diffusion.rollout import read_out, rollout
+from ctrl_diffusion.run import stream
+from ctrl_diffusion.transition import half_square, step_std, transition
+
+
+def main() -> None:
+    quiet_dependencies()
+    run = Run.load(sys.argv[1])
+    policy, times = run.policy, run.times
+    labels, cond = run.conditions.of(run.conditions.all(8))
+    generator = stream(0, "adjoints")
+    x_1 = torch.randn(run.conditions.pairs * 8, *policy.shape, generator=generator)
+    with torch.no_grad():
+        path = rollout(policy, x_1, times, generator=generator, cond=cond, labels=labels)
+    x_end = path.x[-1].requires_grad_()
+    (gradient,) = torch.autograd.grad(run.reward(read_out(policy, x_end, times[-1], **cond), labels).sum(), x_end)
+    for lean in (True, False):
+        adjoints, means, _ = adjoints_of(policy, path, gradient, labels, cond, clip=run.config.adjoint.clip, lean=lean)
+        missed = []
+        for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            std = float(step_std(policy.schedule, t, s))
+            with torch.no_grad():
+                u = (transition(policy, path.x[i], t, s, labels=labels, **cond).mean - means[i]) / std
+            missed.append(half_square(u - std * adjoints[i]))
+        total = torch.stack(missed).sum(0)
+        print(f"{'lean' if lean else 'full'}: mean {float(total.mean()):.1f} nats, median {float(total.median()):.1f}")
+
+
+if __name__ == "__main__":
+    main()
