@@ -44,12 +44,12 @@ class WeightedSettings(Strict):
 class AdjointSettings(Strict):
     """`learn/adjoint.py`."""
 
-    updates: int = Field(1100, ge=1)
+    updates: int = Field(1400, ge=1)
     batch: int = Field(80, ge=1)
     lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1e-3, gt=0)
     regressed: int = Field(5, ge=1)
-    reuse: int = Field(4, ge=1)
+    reuse: int = Field(8, ge=1)
     clip: float = Field(60.0, gt=0)
     lean: bool = False
 
@@ -193,7 +193,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         "steps": 20 if dimensions <= 1024 else 30,
         "rank": rank,
         "weighted": {"updates": min(900, 300 + 20 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
-        "adjoint": {"updates": min(1100, 120 + 25 * pairs), "batch": batch, **lr},
+        "adjoint": {"updates": min(1400, 140 + 32 * pairs), "batch": batch, **lr},
         "backprop": {"updates": min(300, 60 + 8 * pairs), "batch": min(64, batch), **lr},
         "evaluation": {
             "prior_samples": cache,

@@ -97,7 +97,7 @@ class Adjoint:
     times: Times
     batch: int = 80
     regressed: int = 5
-    reuse: int = 4
+    reuse: int = 8
     clip: float = 60.0
     lean: bool = False
     eta: float = 1.0
