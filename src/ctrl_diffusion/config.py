@@ -34,7 +34,7 @@ class ClassifierSettings(Strict):
 class WeightedSettings(Strict):
     """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions."""
 
-    updates: int = Field(900, ge=1)
+    updates: int = Field(700, ge=1)
     batch: int = Field(128, ge=1)
     lr_embedding: float = Field(5e-2, gt=0)
     lr_adapter: float = Field(2e-3, gt=0)
@@ -44,12 +44,12 @@ class WeightedSettings(Strict):
 class AdjointSettings(Strict):
     """`learn/adjoint.py`."""
 
-    updates: int = Field(1400, ge=1)
-    batch: int = Field(80, ge=1)
+    updates: int = Field(740, ge=1)
+    batch: int = Field(160, ge=1)
     lr_embedding: float = Field(1e-2, gt=0)
-    lr_adapter: float = Field(1e-3, gt=0)
+    lr_adapter: float = Field(1.5e-3, gt=0)
     regressed: int = Field(5, ge=1)
-    reuse: int = Field(8, ge=1)
+    reuse: int = Field(4, ge=1)
     clip: float = Field(60.0, gt=0)
     lean: bool = False
 
@@ -71,7 +71,7 @@ class EvaluationSettings(Strict):
     prior_samples: int = Field(1000, ge=8)
     paths: int = Field(2000, ge=1)
     probes: int = Field(10, ge=1)
-    sweep_paths: int = Field(400, ge=1)
+    sweep_paths: int = Field(200, ge=1)
 
 
 class Config(Strict):
@@ -186,18 +186,18 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         classes: of the control.
     """
     dimensions, pairs, small = math.prod(shape), groups * classes, parameters < 5_000_000
-    batch = min(80, max(16, 20_000 // dimensions // 8 * 8))
+    batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache = min(1000, max(100, 10_000 // groups))
     lr = {} if small else {"lr_adapter": 3e-4}
     return {
         "steps": 20 if dimensions <= 1024 else 30,
         "rank": rank,
-        "weighted": {"updates": min(900, 300 + 20 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
-        "adjoint": {"updates": min(1400, 140 + 32 * pairs), "batch": batch, **lr},
+        "weighted": {"updates": min(700, 300 + 20 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
+        "adjoint": {"updates": min(740, 120 + 16 * pairs), "batch": batch, **lr},
         "backprop": {"updates": min(300, 60 + 8 * pairs), "batch": min(64, batch), **lr},
         "evaluation": {
             "prior_samples": cache,
             "paths": min(2000, max(600, 50 * pairs)),
-            "sweep_paths": max(200, 10 * pairs),
+            "sweep_paths": 200,
         },
     }

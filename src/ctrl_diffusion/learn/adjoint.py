@@ -95,9 +95,9 @@ class Adjoint:
     """
 
     times: Times
-    batch: int = 80
+    batch: int = 160
     regressed: int = 5
-    reuse: int = 8
+    reuse: int = 4
     clip: float = 60.0
     lean: bool = False
     eta: float = 1.0
