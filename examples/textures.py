@@ -60,7 +60,7 @@ def train_pipeline(folder: Path, updates: int, width: int) -> None:
 
 def write_photos(folder: Path, n: int) -> None:
     """n labelled images as a user would bring them."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     x, y = textures(n, torch.Generator().manual_seed(1))
     pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:

@@ -66,6 +66,8 @@ def test_report_against_hand_computation(fitted, parts):
     report = report_classifier(fitted, x, y)
     p = fitted.log_prob(x).exp()
     assert report.accuracy == pytest.approx(float((p.argmax(1) == y).float().mean()))
+    share = torch.tensor(y.bincount() / len(y))
+    assert report.chance_nll == pytest.approx(float(-(share * share.log()).sum()), rel=1e-5)
     assert report.nll == pytest.approx(float(-p[torch.arange(len(y)), y].log().mean()), rel=1e-5)
     confidence, right = p.max(1).values, (p.argmax(1) == y).float()
     edges = torch.linspace(0, 1, 11)

@@ -172,7 +172,7 @@ def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
     (tmp_path / "thesis.txt").write_text("not a run")
     for overwrite, message in (
         (False, "not empty. Choose another --out, or pass --overwrite"),
-        (True, "no config.yaml"),
+        (True, "no progress.jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
             demo_job(TINY, tmp_path, overwrite)
@@ -281,7 +281,7 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         ("sample {run} --class 11 --out {tmp}/o", "--class must be one of the prior's 10 classes"),
         ("sample {run} --steps 5000 --out {tmp}/o", "fewer than 5000 distinct times"),
         ("sample {run} --out {run}", "is not empty. Choose another --out, or pass --overwrite"),
-        ("sample {run} --out {run} --overwrite", "no metadata.csv of ours"),
+        ("sample {run} --out {run} --overwrite", "no sample.json of ours"),
         ("sample {run} -n 0 --out {tmp}/o", "Invalid value for '-n'"),
         ("evaluate {typo}", "gama: Extra inputs are not permitted"),
         ("evaluate {unfinished}", "unfinished run: it lacks control"),

@@ -113,6 +113,18 @@ def test_wrong_labels_are_refused(network, labels, message):
         policy(x_t, 0.5, labels={name: torch.full((B,), y) for name, y in labels.items()}, c=c)
 
 
+@pytest.mark.parametrize("name", ["type", "half", "stroke.width", "Größe in mm"])
+def test_any_column_name_will_do(digits, name, tmp_path):
+    """Modules cannot be called "type" or have dots in their names; controls can."""
+    control = LoRAControl(name, VALUES, digits.denoiser, rank=1)
+    policy = Policy(digits.denoiser, control)
+    assert (
+        policy(torch.randn(2, 1, 8, 8), 0.5, labels={name: torch.tensor([0, 1])}, c=torch.tensor([0, 1])).shape[0] == 2
+    )
+    control.save(tmp_path)
+    assert LoRAControl.load(tmp_path, Prior.from_pretrained(assets.DIGITS).denoiser).name == name
+
+
 def test_a_prior_carries_one_control_and_global_randomness_is_left_alone(network):
     denoiser, *_ = network
     before = torch.get_rng_state()

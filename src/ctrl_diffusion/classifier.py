@@ -27,7 +27,8 @@ Head = Literal["categorical", "ordinal"]
 
 @dataclass
 class ClassifierReport:
-    """Quality on held-out data; nll in nats, ece over 10 bins of confidence, chance_nll = log K."""
+    """Quality on held-out data; nll in nats, ece over 10 bins of confidence, chance_nll that of the best
+    guess without looking, the entropy of the labels."""
 
     accuracy: float
     nll: float
@@ -88,7 +89,8 @@ class Classifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, 2 width) of x (B, C, H, W) in [−1, 1]."""
-        return self.trunk(x)
+        # in parts: thousands of images at once would not fit
+        return torch.cat([self.trunk(part) for part in x.split(1024)])
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p̂(y | x) in nats: (B, K)."""
@@ -222,7 +224,7 @@ def report_classifier(classifier: Classifier, x: Tensor, y: Tensor) -> Classifie
         nll=float(F.nll_loss(log_prob, y)),
         ece=float(multiclass_calibration_error(log_prob.exp(), y, num_classes=classes, n_bins=10)),
         temperature=float(classifier.temperature),
-        chance_nll=math.log(classes),
+        chance_nll=float(torch.distributions.Categorical(probs=y.bincount(minlength=classes) / len(y)).entropy()),
         nll_stderr=float(F.nll_loss(log_prob, y, reduction="none").std() / len(y) ** 0.5),
         nll_uncalibrated=float(F.nll_loss(raw, y)),
     )

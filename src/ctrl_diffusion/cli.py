@@ -219,9 +219,11 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
-    from .files import rounded, write_json
+    from .files import check_file, rounded, write_json
     from .run import Run
 
+    if out is not None:
+        check_file(out)
     with phases(quiet) as phase:
         opened = Run.load(run)
         by = "ruler" if opened.config.ruler else "judge"

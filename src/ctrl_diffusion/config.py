@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from .files import write_text
 
@@ -25,8 +25,8 @@ class ClassifierSettings(Strict):
     """p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen."""
 
     head: Literal["auto", "categorical", "ordinal"] = "auto"
-    grid: Literal["auto"] | int = "auto"
-    depth: Literal["auto"] | int = "auto"
+    grid: Literal["auto"] | PositiveInt = "auto"
+    depth: Literal["auto"] | PositiveInt = "auto"
     augment: Literal["none", "shift", "any_side_up"] = "shift"
     updates: int = Field(1500, ge=1)
 
@@ -91,7 +91,7 @@ class Config(Strict):
     data: str
     control: str
     condition: str | None = None
-    classes: list[int] | None = None
+    classes: list[int] | None = Field(None, min_length=1)
     ruler: Literal["ink"] | None = None
     classifier_from: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)

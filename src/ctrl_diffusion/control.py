@@ -7,6 +7,7 @@ prior is the same weights called outside a control: no second copy, and bit-iden
 
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -73,16 +74,18 @@ class LoRAControl(Control):
         if any(isinstance(module, LoraLayer) for module in denoiser.network.modules()):
             raise ValueError("this prior already carries a control. Load the prior again for another one.")
         self.rank = rank
+        # modules are named after it, and a module cannot be called "type" or have a dot in its name
+        self.adapter = "control_" + re.sub(r"\W", "_", name)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.site.targets))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            inject_adapter_in_model(config, denoiser.network, adapter_name=name)
+            inject_adapter_in_model(config, denoiser.network, adapter_name=self.adapter)
             self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
         nn.init.zeros_(self.table.weight)
         denoiser.network.eval()
         # not a registered child: the prior owns its network, the control only its own parameters
         self._network = [denoiser.network]
-        self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+        self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
         self._shift: Tensor | None = None
         for site in denoiser.site.embeddings:
             denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
@@ -108,7 +111,7 @@ class LoRAControl(Control):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         adapter = [
-            p for layer in self._layers for ab in (layer.lora_A, layer.lora_B) for p in ab[self.name].parameters()
+            p for layer in self._layers for ab in (layer.lora_A, layer.lora_B) for p in ab[self.adapter].parameters()
         ]
         return {"embedding": [self.table.weight], "adapter": adapter}
 
@@ -116,7 +119,7 @@ class LoRAControl(Control):
         """Write `control.safetensors` and `control.json` into the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.name)
+        adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
         tensors = {f"adapter.{key}": value.contiguous() for key, value in adapter.items()}
         with writing(folder / "control.safetensors") as temporary:
             save_file({**tensors, "table": self.table.weight.detach()}, temporary)
@@ -131,10 +134,10 @@ class LoRAControl(Control):
         with torch.no_grad():
             control.table.weight.copy_(tensors.pop("table"))
         adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}
-        expected = get_peft_model_state_dict(denoiser.network, adapter_name=control.name)
+        expected = get_peft_model_state_dict(denoiser.network, adapter_name=control.adapter)
         if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in adapter.items()}:
             raise ValueError(f"the control in {folder} was trained on another network than this prior's")
-        set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.name)
+        set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.adapter)
         control._switch(False)
         return control
 
@@ -200,7 +203,8 @@ class Policy(Denoiser):
     def __init__(self, prior: Denoiser, *controls: Control) -> None:
         super().__init__()
         self.base = prior
-        self.controls = nn.ModuleDict({control.name: control for control in controls})
+        self.controls = {control.name: control for control in controls}
+        self._modules_of_controls = nn.ModuleList(controls)
         self.schedule, self.shape, self.start = prior.schedule, prior.shape, prior.start
         self.eval()
 

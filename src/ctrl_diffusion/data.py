@@ -21,7 +21,7 @@ from torch import Tensor
 from .control import Labels
 from .files import write_text, writing
 
-MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 RAREST = 10  # examples of a class, below which some part of a split would hardly see it
 MOST_CLASSES = 64
 
@@ -121,14 +121,15 @@ def read_table(folder: Path, columns: Iterable[str]) -> tuple[Path, list[dict[st
     rows: list[dict] = []
     with table.open(newline="", encoding="utf-8-sig") as file:
         try:
-            rows += csv.DictReader(file) if table.suffix == ".csv" else (json.loads(line) for line in file)
-        except ValueError as error:
+            rows += csv.DictReader(file) if table.suffix == ".csv" else (dict(json.loads(line)) for line in file)
+        except (ValueError, TypeError, csv.Error) as error:
             raise ValueError(f"{table} line {len(rows) + 1} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"{table} has no rows. Write one line per image.")
     if missing := {"file_name", *columns} - set(rows[0]):
         raise ValueError(f"{table} has no column {', '.join(sorted(missing))}; it has: {', '.join(map(str, rows[0]))}.")
-    return table, [{str(k): "" if v is None else str(v).strip() for k, v in row.items()} for row in rows]
+    wanted = ("file_name", *columns)
+    return table, [{k: "" if row.get(k) is None else str(row[k]).strip() for k in wanted} for row in rows]
 
 
 def in_order(texts: Iterable[str]) -> tuple[str, ...]:
@@ -138,6 +139,25 @@ def in_order(texts: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(distinct, key=float))
     except ValueError:
         return tuple(sorted(distinct))
+
+
+def open_image(folder: Path, name: str, table: Path, number: int, load: bool = False) -> Image.Image:
+    """The image a row of the table names; without `load` its size and mode only.
+
+    Raises:
+        ValueError: it cannot be read, or its pixels are no bytes.
+    """
+    try:
+        with Image.open(folder / name) as image:
+            if load:
+                image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{table} row {number}: cannot read the image {name!r} ({error}).") from error
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{table} row {number}: {name!r} has pixels of mode {image.mode}. Convert it to 8 bits a channel."
+        )
+    return image
 
 
 def read_imagefolder(
@@ -168,43 +188,35 @@ def read_imagefolder(
         numbers = known if known is not None else {v: i for i, v in enumerate(in_order(row[name] for row in rows))}
         if known is None and len(numbers) > MOST_CLASSES:
             raise ValueError(
-                f"{table}: {name} has {len(numbers)} different values. A control has at most {MOST_CLASSES} classes: "
-                "cut it into a few."
+                f"{table}: {name} has {len(numbers)} different values, more than {MOST_CLASSES} classes. Cut it into "
+                "a few."
             )
         # a class may have several names; the first is what it is called
         first = {index: text for text, index in reversed(numbers.items())}
         names[name] = tuple(first[i] for i in range(len(first)))
         labels[name] = torch.tensor([numbers[row[name]] for row in rows])
-    images = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            with Image.open(folder / row["file_name"]) as image:
-                image.load()
-                images.append(image)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{table} row {number}: cannot read the image {row['file_name']!r} ({error}).") from error
+    opened = [open_image(folder, row["file_name"], table, number) for number, row in enumerate(rows, start=1)]
     if shape is None:
-        grey = all(image.mode in ("1", "L") for image in images)
-        shape = (1 if grey else 3, images[0].height, images[0].width)
+        grey = all(image.mode in ("1", "L") for image in opened)
+        shape = (1 if grey else 3, opened[0].height, opened[0].width)
     channels, height, width = shape
     if channels not in MODES:
-        raise ValueError(f"the prior makes images of {channels} channels; image files have 1 or 3.")
-    others = {image.size for image in images} - {(width, height)}
+        raise ValueError(
+            f"the prior makes images of {channels} channels; image files have {', '.join(map(str, MODES))}."
+        )
+    others = [image.size for image in opened if image.size != (width, height)]
     if others:
-        count, (w, h) = sum(image.size in others for image in images), sorted(others)[0]
         warnings.warn(
-            f"{count} of {len(images)} images are not {width}×{height} (one is {w}×{h}): they were resized.",
+            f"{len(others)} of {len(rows)} images are not {width}×{height} (one is {others[0][0]}×{others[0][1]}): "
+            "they were resized.",
             stacklevel=2,
         )
-    pixels = np.stack(
-        [
-            np.asarray(
-                image.convert(MODES[channels]).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32
-            )
-            for image in images
-        ]
-    )
-    x = torch.from_numpy(pixels).reshape(len(images), height, width, channels).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = np.empty((len(rows), height, width, channels), np.float32)
+    for number, row in enumerate(rows):
+        image = open_image(folder, row["file_name"], table, number + 1, load=True).convert(MODES[channels])
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        pixels[number] = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     return LabelledImages(x.contiguous(), labels, names)
 
 

@@ -42,24 +42,44 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_room(folder: Path, marker: str, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it is ours (it has the marker file) and may be overwritten.
+    """Refuse a folder that cannot be written, or that holds something and is not ours to overwrite.
+
+    Args:
+        folder: to be written into.
+        marker: a file only we write, which tells a folder of ours from anybody else's.
+        overwrite: whether what is ours may go.
 
     Raises:
         ValueError: what is in the way, and what to do.
     """
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file. Choose another --out.")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise ValueError(f"{folder} exists and is not empty. Choose another --out, or pass --overwrite.")
         if not (folder / marker).is_file():
             raise ValueError(f"{folder} holds files but no {marker} of ours to overwrite. Choose another --out.")
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that is not there and cannot be made, or cannot be written into."""
+    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{above} is a file. Choose another --out.")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"{above} cannot be written to. Choose another --out.")
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Name a file with --out.")
+    check_writable(path.absolute().parent)
 
 
 def clear(folder: Path, ours: Iterable[str]) -> None:
-    """Remove what is named (or matches), leave anything else alone; the folder exists afterwards."""
-    for path in [path for pattern in ours for path in folder.glob(pattern)]:
-        if path.is_dir():
+    """Remove what is named (or matches), in this order, and leave anything else; the folder exists afterwards."""
+    for path in [path for pattern in ours for path in sorted(folder.glob(pattern))]:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

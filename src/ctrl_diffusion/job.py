@@ -34,13 +34,16 @@ from .report import save_figure, sheet_figure, write_classifier_report, write_re
 from .run import Run, open_prior, stream
 from .train import fit
 
-CLASSIFIER_FILES = ("classifier.*", "judge", "reader", "reliability.png", "confusion.png", "report.html")
+# what each job writes; the last tells its folder from anybody else's
+PAGES = ("reliability.png", "confusion.png", "report.html")
+CLASSIFIER_FILES = ("judge", "reader", *PAGES, "classifier.safetensors", "classifier.json")
 RUN_FILES = (
-    "config.yaml", "classifier", "control", "samples", "progress.jsonl", "metrics.json", "report.html",
-    "grid.png", "curves.png", "accuracy.png", "confusion.png", "reliability.png", "sweep.png",
+    "classifier", "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png",
+    "confusion.png", "reliability.png", "sweep.png", "config.yaml", "progress.jsonl",
 )  # fmt: skip
-SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png")
+SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 MOST_CONDITIONS = 20
+PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -69,9 +72,12 @@ def read_data(
 
 
 def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
-    """The data with the condition's labels counted within `classes`, as a reader of these classes needs them."""
+    """The rows whose condition is one of `classes`, its labels counted within them, as a reader needs them."""
     place = {c: i for i, c in enumerate(classes)}
-    numbers = torch.tensor([place[int(c)] for c in data.labels[condition]])
+    data = data[
+        torch.tensor([i for i, c in enumerate(data.labels[condition].tolist()) if c in place], dtype=torch.long)
+    ]
+    numbers = torch.tensor([place[c] for c in data.labels[condition].tolist()], dtype=torch.long)
     values = tuple(data.values[condition][c] for c in classes)
     return LabelledImages(data.x, {**data.labels, condition: numbers}, {**data.values, condition: values})
 
@@ -100,7 +106,7 @@ def classifier_job(
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
     """
-    check_room(out, "classifier.json", overwrite)
+    check_room(out, CLASSIFIER_FILES[-1], overwrite)
     data = read_data(folder, control, condition, open_prior(prior) if prior else None)
     if condition:
         data = only(data, condition, data.labels[condition].unique().tolist())
@@ -119,12 +125,14 @@ class Job:
         config: whole.
         prior, data: as read.
         judges: as read, None if they are to be fitted.
+        pages: of the classifier that was handed over, by name.
     """
 
     config: Config
     prior: Prior
     data: LabelledImages
     judges: Judges | None
+    pages: dict[str, bytes]
 
 
 def prepare(given: dict[str, Any]) -> Job:
@@ -139,29 +147,72 @@ def prepare(given: dict[str, Any]) -> Job:
     for name in ("prior", "data", "control"):
         if not given.get(name):
             raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
-    given = {**given, **{k: str(Path(given[k]).resolve()) for k in PATHS if given.get(k) and given[k] != EMBEDDED}}
     Config.of(given)  # mistakes in the settings come before mistakes in the files
-    prior, control, condition = open_prior(given["prior"]), given["control"], given.get("condition")
-    judges = Judges.load(Path(given["classifier_from"])) if given.get("classifier_from") else None
-    shape = prior.denoiser.shape
-    if judges and (judges.control != control or judges.shape != shape):
-        raise ValueError(
-            f"the classifier in {given['classifier_from']} is of {judges.control!r} on images of {judges.shape}; "
-            f"needed: {control!r} on {shape}. Fit it with ctrl classifier --prior."
-        )
+    given = {**given, **{k: str(Path(given[k]).resolve()) for k in PATHS if given.get(k) and given[k] != EMBEDDED}}
+    control, condition, handed = (given.get(name) for name in ("control", "condition", "classifier_from"))
+    prior, judges, pages = open_prior(given["prior"]), None, {}
+    if handed:
+        judges, pages = Judges.load(Path(handed)), {name: (Path(handed) / name).read_bytes() for name in PAGES}
     data = read_data(Path(given["data"]), control, condition, prior, judges and judges.values)
-    if judges is None:
-        data.check_classes(control)
     classes = given.get("classes") or conditions_of(prior, data, condition)
+    check_classes(prior, classes)
     if classes and condition:
         data = only(data, condition, classes)
-    parameters = sum(p.numel() for p in prior.denoiser.network.parameters())
+    if judges:
+        check_judges(judges, handed, data, control, condition, bool(given.get("ruler")))
+    else:
+        data.check_classes(control)
+    if given.get("ruler") and data.values[control] != demo.VALUES[demo.CONTROL[0]]:
+        raise ValueError(f"ruler: {given['ruler']} measures {demo.CONTROL[0]}, not {control!r}. Leave the ruler out.")
+    site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
     defaults = suggested(
-        shape, parameters, prior.denoiser.site.rank, groups=len(classes or [0]), classes=len(data.values[control])
+        prior.denoiser.shape, parameters, site.rank, groups=len(classes or [0]), classes=len(data.values[control])
     )
-    config = Config.of(merged({**defaults, "classes": classes}, given))
-    prior.denoiser.times(config.steps, config.sigma_end, config.time_power)  # a chain that cannot be
-    return Job(config, prior, data, judges)
+    config = Config.of({**merged(defaults, given), "classes": classes})
+    while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
+        config.steps -= 1  # a prior of few timesteps
+    prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
+    if config.evaluation.prior_samples < len(data.values[control]):
+        raise ValueError("evaluation.prior_samples must be at least the number of the control's classes.")
+    return Job(config, prior, data, judges, pages)
+
+
+def fits(prior: Prior, config: Config, steps: int) -> bool:
+    """Whether the prior's schedule has a chain of so many steps."""
+    try:
+        prior.denoiser.times(steps, config.sigma_end, config.time_power)
+    except ValueError:
+        return False
+    return True
+
+
+def check_classes(prior: Prior, classes: list[int] | None) -> None:
+    """Refuse `classes` that are not the prior's."""
+    known = range(prior.classes or 0)
+    if classes and (len(set(classes)) < len(classes) or not set(classes) <= set(known)):
+        what = f"different numbers in 0 … {known[-1]}" if known else "null: this prior is unconditional"
+        raise ValueError(f"classes must be {what}; got {classes}.")
+
+
+def check_judges(
+    judges: Judges, folder: str, data: LabelledImages, control: str, condition: str | None, ruler: bool
+) -> None:
+    """Refuse a classifier that was fitted for something else; a reader nobody asked for is left aside."""
+    shape = tuple(data.x.shape[1:])
+    if judges.control != control or judges.shape != shape:
+        raise ValueError(
+            f"the classifier in {folder} is of {judges.control!r} on images of {judges.shape}; needed: {control!r} on "
+            f"{shape}. Fit it with ctrl classifier --prior."
+        )
+    if judges.judge is None and not ruler:
+        raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
+    if condition is None:
+        judges.reader = judges.reader_accuracy = None
+    elif (judges.condition, judges.condition_values) != (condition, data.values[condition]):
+        raise ValueError(
+            f"the classifier in {folder} has no reader of {condition!r} for the classes "
+            f"{', '.join(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
+        )
 
 
 def conditions_of(prior: Prior, data: LabelledImages, condition: str | None) -> list[int] | None:
@@ -205,7 +256,7 @@ def train_job(
         ValueError: the settings, data or folder are not as they should be, or p̂ is no better than chance.
     """
     out = Path(out)
-    check_room(out, "config.yaml", overwrite)
+    check_room(out, RUN_FILES[-1], overwrite)
     return execute(prepare(given), out, quick, command, phase)
 
 
@@ -219,7 +270,7 @@ def demo_job(
 ) -> dict[str, Any]:
     """`train_job` on the embedded prior with digits that the ruler labelled, written into the run folder first."""
     out = Path(out)
-    check_room(out, "config.yaml", overwrite)
+    check_room(out, RUN_FILES[-1], overwrite)
     given = merged(demo.SETTINGS, given)
     with TemporaryDirectory() as scratch:
         write_imagefolder(Path(scratch), demo.offline_dataset(given.get("seed", 0)))
@@ -251,16 +302,17 @@ def execute(
                 job.data, config.control, config.condition, bool(config.ruler), config.classifier, config.seed, phase
             )
         )
+    run = Run.start(config, job.prior, judges)
     clear(folder, RUN_FILES if own_data is None else ("data", *RUN_FILES))
+    (folder / RUN_FILES[-1]).touch()
     if own_data:
         shutil.copytree(own_data, folder / "data")
     config.write(folder / "config.yaml")
-    if held_out is None:
-        shutil.copytree(config.classifier_from, folder / "classifier")
-    else:
-        judges.save(folder / "classifier")
+    judges.save(folder / "classifier")
+    if held_out is not None:
         write_classifier_report(folder / "classifier", judges, held_out)
-    run = Run.start(config, job.prior, judges)
+    for name, page in job.pages.items():
+        (folder / "classifier" / name).write_bytes(page)
     with timed("train"), (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
         records = []
         for record in train(run, phase):
@@ -269,7 +321,8 @@ def execute(
         run.policy.controls[run.name].save(folder / "control")
     with timed("sample"):
         evaluation = run.evaluate(config.evaluation.paths, phase)
-        other_steps = (max(1, config.steps // 2), config.steps, 2 * config.steps)
+        others = [config.steps // 2, config.steps, 2 * config.steps]
+        other_steps = [k for k in others if k > 0 and fits(job.prior, config, k)]
         sweep = run.sweep(STRENGTHS, other_steps, config.evaluation.sweep_paths, phase)
         pair = run.conditions.all(1)
         labels, cond = run.conditions.of(pair)
@@ -283,12 +336,9 @@ def execute(
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
     }
     command = command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
-    write_report(folder, run, metrics, evaluation, sweep, records, command)
     write_json(folder / "metrics.json", metrics)
+    write_report(folder, run, metrics, evaluation, sweep, records, command)
     return metrics
-
-
-PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
 
 
 def sweep_metrics(sweep: dict[str, dict[float, Score]], evaluation: Evaluation) -> dict[str, list[dict]]:
@@ -322,7 +372,7 @@ def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
 
 def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
     """Run the learners one after the other; yields a record of every update and probe."""
-    config, few = run.config, max(4, -(-160 // run.conditions.pairs))
+    config, few = run.config, -(-160 // run.conditions.pairs)
     for stage in config.learners:
         settings = getattr(config, stage)
         learner = learner_of(run, stage, phase)
@@ -349,7 +399,7 @@ def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, T
     values = {run.name: (*run.values, "")}
     if not cond:
         return LabelledImages(x_0, labels, values)
-    column = run.config.condition or "class"
+    column = run.config.condition or "c"
     return LabelledImages(x_0, {column: cond["c"], **labels}, {column: run.prior.class_names, **values})
 
 
@@ -384,7 +434,7 @@ def sample_job(
     overwrite: bool = False,
     phase: Phase = silent,
 ) -> None:
-    """Write n samples and a sheet of them (`grid.png`).
+    """Write n samples, a sheet of them (`grid.png`) and what was asked for (`sample.json`).
 
     Raises:
         ValueError: a wrong setting or class, or a folder that holds something.
@@ -398,10 +448,19 @@ def sample_job(
     if run.prior.classes is not None:
         classes = torch.tensor(run.config.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)] if c is None else torch.full((n,), run.prior.names[c])
-    check_room(out, "metadata.csv", overwrite)
+    check_room(out, SAMPLE_FILES[-1], overwrite)
     x_0 = run.sample(
         y, strength=strength, steps=steps, generator=torch.Generator().manual_seed(seed), phase=phase, **cond
     )
     clear(out, SAMPLE_FILES)
     write_imagefolder(out, labelled(run, x_0, {run.name: y}, cond))
     save_figure(out / "grid.png", sheet_figure(x_0))
+    asked = {
+        "set": settings,
+        "class": c,
+        "n": n,
+        "strength": strength,
+        "steps": steps or run.config.steps,
+        "seed": seed,
+    }
+    write_json(out / "sample.json", asked)

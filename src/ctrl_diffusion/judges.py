@@ -40,6 +40,8 @@ class Judges:
         judge_accuracy: on held-out data.
         reader: a classifier of c; None if the data have no condition.
         reader_accuracy: on held-out data.
+        condition: the column the reader was fitted on.
+        condition_values: the names of its classes, in order.
     """
 
     control: str
@@ -51,6 +53,8 @@ class Judges:
     judge_accuracy: float | None = None
     reader: Classifier | None = None
     reader_accuracy: float | None = None
+    condition: str | None = None
+    condition_values: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
         """Figures by the names metrics.json uses."""
@@ -61,6 +65,7 @@ class Judges:
     def save(self, folder: Path) -> None:
         """Write the folder's weights and `classifier.json`."""
         about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
+        about |= {"condition": self.condition, "condition_values": self.condition_values}
         self.classifier.save(folder, about)
         for name, classifier in (("judge", self.judge), ("reader", self.reader)):
             if classifier:
@@ -85,6 +90,7 @@ class Judges:
             return cls(
                 about["control"], tuple(about["values"]), tuple(about["input"]), Classifier.load(folder),
                 ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
+                about["condition"], tuple(about["condition_values"]),
             )  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Fit it again.") from error
@@ -189,6 +195,8 @@ def fit_judges(
         ValueError: on held-out data p̂ is not better than chance by two standard errors.
     """
     settings = settings or ClassifierSettings()
+    if settings.augment == "any_side_up" and data.x.shape[2] != data.x.shape[3]:
+        raise ValueError("classifier.augment: any_side_up needs square images. Use shift or none.")
     fitting, calibration, held_out, *own = data.split(control, WITH_RULER if ruler else WITH_JUDGE, seed)
     rounds = len(open_choices(settings, data.values[control])) * epochs_of(settings, fitting)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in own))
@@ -212,4 +220,5 @@ def fit_judges(
             progress=phase(f"reader of {condition}", 40), **recipe,
         )  # fmt: skip
         judges.reader_accuracy = accuracy(judges.reader, held_out, condition)
+        judges.condition, judges.condition_values = condition, data.values[condition]
     return judges, held_out

@@ -30,7 +30,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": "#666",
     "figure.dpi": 160,
-    "svg.hashsalt": "ctrl",
+    "text.parse_math": False,
 }
 
 
@@ -161,12 +161,13 @@ def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str)
         "target: a perfect learner": (evaluation.target, "#8fb8d8"),
     }
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(3.6, 1.2 + 0.75 * len(values)), 3.3), layout="constrained")
+        figure = Figure(figsize=(min(9, max(3.6, 1.2 + 0.75 * len(values))), 3.3), layout="constrained")
         axes = figure.subplots()
         for i, (name, (score, colour)) in enumerate(bars.items()):
             at = [k + (i - 1) * 0.27 for k in range(len(values))]
             axes.bar(at, score.confusion.diagonal().numpy(), width=0.25, color=colour, label=name)
-        axes.set_xticks(range(len(values)), [shortened(value) for value in values])
+        names = [shortened(value) for value in values]
+        axes.set_xticks(range(len(values)), names, rotation=40 if sum(map(len, names)) > 40 else 0)
         axes.tick_params(axis="x", length=0)
         axes.set(xlabel=f"{control} asked for", ylabel="share that has it", ylim=(0, 1.02))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
@@ -184,7 +185,11 @@ def sweep_figure(sweep: dict[str, dict[float, Score]], evaluation: Evaluation, t
             lines = {
                 "accuracy": ([s.accuracy for s in scores], CTRL, "o"),
                 "still the class asked for": ([s.class_accuracy for s in scores], "#444", "s"),
-                "diversity / target’s": ([s.diversity / evaluation.target.diversity for s in scores], "#c2661c", "^"),
+                "diversity / target’s": (
+                    [s.diversity / max(evaluation.target.diversity, 1e-12) for s in scores],
+                    "#c2661c",
+                    "^",
+                ),
             }
             for name, (y, colour, marker) in lines.items():
                 if None not in y:

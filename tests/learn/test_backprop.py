@@ -5,10 +5,12 @@ import torch
 
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.data import Conditions
+from ctrl_diffusion.denoise import Denoiser
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.reward import Reward
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.transition import transition
 
 
 def toy(schedule=None):
@@ -61,32 +63,78 @@ def test_the_gradient_of_j_against_finite_differences(schedule):
         assert (ends[0] - ends[1]) / (2 * h) == pytest.approx(along, rel=1e-5, abs=1e-6)
 
 
-def test_truncation_cuts_the_reward_and_keeps_every_kl():
-    setup = toy()
-    whole, cut = gradient(setup, clip=float("inf")), gradient(setup, clip=float("inf"), through=1)
-    assert torch.equal(gradient(setup, clip=float("inf"), through=6), whole)
-    assert not torch.allclose(cut, whole, rtol=1e-2)
-    # with no reward at all, a state's own KL is still there for every step: by hand, states detached
-    policy, _, conditions, times = setup
-    silent = (policy, Reward({"y": policy.prior}, gamma=0.0), conditions, times)
-    found = gradient(silent, clip=float("inf"), through=1)
-    assert float(found.norm()) > 0
-    untruncated = gradient(silent, clip=float("inf"))
-    assert not torch.allclose(found, untruncated), "a later KL's way back through the states is cut too"
+class Shifted(Denoiser):
+    """A policy with one number for every step: x̂ = x̂_pre + θ_i at time t_i."""
+
+    def __init__(self, prior, times, value):
+        super().__init__()
+        self.base, self.schedule, self.shape = prior, prior.schedule, prior.shape
+        self.place = {t: i for i, t in enumerate(times)}
+        self.theta = torch.nn.Parameter(torch.full((len(times) - 1,), value, dtype=torch.float64))
+
+    @property
+    def prior(self):
+        return self.base
+
+    def forward(self, x_t, t, labels=None):
+        return self.base(x_t, t) + self.theta[self.place[t]]
+
+
+def linear():
+    """A standard normal prior and the reward b·x_0 with b = (3, 4): every gradient is known."""
+    prior = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), 1.0, Cosine())
+    times = prior.schedule.times(6, 0.1)
+    return prior, times, lambda x_0, labels: x_0 @ torch.tensor([3.0, 4.0], dtype=torch.float64)
+
+
+def theta_gradient(value, reward, options):
+    prior, times, linear_reward = linear()
+    policy = Shifted(prior, times, value)
+    torch.set_default_dtype(torch.float64)
+    try:
+        learner = Backprop(times, batch=8, **options)
+        steps = learner(policy, reward or linear_reward, Conditions({}, "y", 2), torch.Generator().manual_seed(1))
+        first = next(steps)
+        first.loss.backward()
+        return policy.theta.grad, next(steps).metrics
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("through", [1, 2, 5, 6, None])
+def test_truncation_lets_the_reward_reach_the_last_steps_only(through):
+    gradient, _ = theta_gradient(0.0, None, {"clip": float("inf"), "through": through})
+    whole, _ = theta_gradient(0.0, None, {"clip": float("inf")})
+    reached = 6 if through is None else through
+    # at θ = 0 the KL has no gradient: all there is comes from the reward
+    assert torch.equal(gradient[: 6 - reached], torch.zeros(6 - reached, dtype=torch.float64))
+    torch.testing.assert_close(gradient[6 - reached :], whole[6 - reached :])
+    assert (whole.abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("through", [1, 3, None])
+def test_truncation_keeps_every_steps_own_kl(through):
+    def nothing(x_0, labels):
+        return 0.0 * x_0.sum(1)
+
+    gradient, _ = theta_gradient(0.5, nothing, {"clip": float("inf"), "through": through})
+    prior, times, _ = linear()
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        x = torch.zeros(1, 2, dtype=torch.float64)
+        shifted = transition(Shifted(prior, times, 1.0), x, t, s)
+        per_theta = (shifted.mean - transition(prior, x, t, s).mean)[0, 0] / shifted.std
+        # ½‖u‖² with u = θ · per_theta in both dimensions
+        torch.testing.assert_close(gradient[i], 2 * 0.5 * per_theta.detach() ** 2)
 
 
 def test_clipping_is_per_sample_and_logged():
-    setup = toy()
-    assert torch.equal(gradient(setup, clip=1e6), gradient(setup, clip=float("inf")))
-    policy, reward, conditions, times = setup
-    torch.set_default_dtype(torch.float64)
-    try:
-        steps = Backprop(times, batch=8, clip=1e-6)(policy, reward, conditions, torch.Generator().manual_seed(1))
-        first = next(steps)
-        first.loss.backward()
-        second = next(steps)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert first.metrics["clipped"] == 0.0
-    assert second.metrics["clipped"] == 1.0
-    assert {"reward", "kl", "clipped"} == set(second.metrics)
+    """Every path's gradient at the last state is b shrunk by the read-out; half its norm as the limit halves it."""
+    prior, times, _ = linear()
+    unit = torch.ones(1, 1, dtype=torch.float64)
+    shrink = float((prior(unit.expand(1, 2), times[-1]) - prior(0 * unit.expand(1, 2), times[-1]))[0, 0])
+    whole, free = theta_gradient(0.0, None, {"clip": 5.0 * shrink * 1.01})
+    half, clipped = theta_gradient(0.0, None, {"clip": 5.0 * shrink / 2})
+    assert free["clipped"] == 0.0
+    assert clipped["clipped"] > 0.0
+    # the last step's own parameter sees the clip at the last state and no other
+    torch.testing.assert_close(half[-1], whole[-1] / 2)

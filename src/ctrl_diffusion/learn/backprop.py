@@ -28,7 +28,7 @@ class Backprop:
         times: the chain's grid.
         batch: paths an update.
         clip: largest norm of the gradient of one path's J at a state.
-        through: the number of last steps whose states carry the gradient; None for all.
+        through: the number of last steps that the reward reaches; None for all.
         eta: churn of the chain; must be positive.
     """
 
@@ -49,7 +49,7 @@ class Backprop:
         clipped: list[float] = []
 
         def at_state(i: int, x_t: Tensor) -> Tensor:
-            if i < first:
+            if i <= first:
                 return x_t.detach()
             if x_t.requires_grad:
                 x_t.register_hook(clip)

@@ -41,13 +41,11 @@ class Prior:
         denoiser: E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x.
         classes: number of classes of the condition, None if unconditional.
         names: every name a class is known by → its number; the number itself is always one.
-        source: the folder it came from.
     """
 
     denoiser: NetworkDenoiser
     classes: int | None
     names: dict[str, int]
-    source: str
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -90,7 +88,7 @@ class Prior:
             for synonym in text.split(",")
         }
         names |= {str(i): i for i in range(family.classes or 0)}
-        return cls(denoiser, family.classes, names, str(folder))
+        return cls(denoiser, family.classes, names)
 
 
 def denoiser_of(family: Family, scheduler: Any, folder: Path) -> NetworkDenoiser:

@@ -1,0 +1,136 @@
+"""What a training decides and refuses before it starts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ctrl_diffusion import assets, demo
+from ctrl_diffusion.config import ClassifierSettings, suggested
+from ctrl_diffusion.data import write_imagefolder
+from ctrl_diffusion.job import PAGES, classifier_job, conditions_of, prepare
+from ctrl_diffusion.judges import fit_judges
+from ctrl_diffusion.pretrained import Prior
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    write_imagefolder(folder, demo.offline_dataset(0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Folders as `ctrl classifier` writes them: with judge and reader, and without either."""
+    fast = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
+    folders = {}
+    for name, condition, ruler in (("whole", "digit", False), ("bare", None, True)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        judges, _ = fit_judges(demo.offline_dataset(0), "ink", condition, ruler, fast)
+        judges.save(folders[name])
+        for page in PAGES:
+            (folders[name] / page).write_bytes(b"page")
+    return folders
+
+
+def given(data, **more):
+    return {"prior": "digits", "data": str(data), "control": "ink", **more}
+
+
+def test_settings_are_filled_in_and_what_was_given_stays(data):
+    job = prepare(given(data, condition="digit", adjoint={"updates": 7}))
+    assert job.config.classes == list(range(10))
+    assert (job.config.adjoint.updates, job.config.adjoint.batch, job.config.rank) == (7, 160, 64)
+    assert job.config.evaluation.paths == 2000
+    assert job.data.values == {"ink": ("1", "2", "3", "4"), "digit": tuple("0123456789")}
+    assert prepare(given(data)).config.classes == list(range(10)), "without a column, all classes"
+
+
+def test_some_of_the_priors_classes(data):
+    job = prepare(given(data, condition="digit", classes=[7, 3]))
+    assert job.config.classes == [7, 3]
+    assert job.data.values["digit"] == ("7", "3")
+    assert 60 < len(job.data) < 140, "about a fifth of 500"
+    # the labels count within the classes that are asked for
+    whole = prepare(given(data, condition="digit")).data
+    sevens = whole.x[whole.labels["digit"] == 7]
+    torch.testing.assert_close(job.data.x[job.data.labels["digit"] == 0], sevens)
+
+
+def test_a_prior_of_many_classes_is_certified_on_some(data):
+    prior = Prior.from_pretrained(assets.DIGITS)
+    prior.classes = 1000
+    with pytest.warns(UserWarning, match="20 of them, evenly spaced"):
+        chosen = conditions_of(prior, prepare(given(data)).data, None)
+    assert (len(set(chosen)), chosen[0], chosen[-1]) == (20, 0, 999)
+
+
+def test_a_prior_of_few_timesteps_gets_fewer_steps(data, tmp_path):
+    folder = tmp_path / "few"
+    shutil.copytree(assets.DIGITS, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 30}))
+    config = prepare({**given(data), "prior": str(folder)}).config
+    assert 5 < config.steps < 20
+    with pytest.raises(ValueError, match="fewer than 20 distinct times"):
+        prepare({**given(data), "prior": str(folder), "steps": 20})
+
+
+def test_defaults_shrink_with_the_model_and_grow_with_the_task():
+    small, large = suggested((1, 8, 8), 800_000, 64, 10, 4), suggested((3, 64, 64), 100_000_000, 16, 1, 3)
+    assert small["adjoint"]["batch"] > large["adjoint"]["batch"] >= 16
+    assert small["adjoint"]["updates"] > large["adjoint"]["updates"]
+    assert large["steps"] > small["steps"]
+    assert large["adjoint"]["lr_adapter"] < 1e-3
+
+
+def test_a_classifier_that_is_handed_over(data, fitted):
+    job = prepare(given(data, condition="digit", classifier_from=str(fitted["whole"])))
+    assert job.judges.reader is not None
+    assert job.pages == dict.fromkeys(PAGES, b"page")
+    # a reader nobody asked for judges nothing
+    assert prepare(given(data, classifier_from=str(fitted["whole"]))).judges.reader is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": [3, 3]}, "classes must be different numbers in 0 … 9; got"),
+        ({"classes": [10]}, "classes must be different numbers in 0 … 9"),
+        ({"classes": []}, "classes: List should have at least 1 item"),
+        ({"classifier_from": "{bare}"}, "has no judge"),
+        (
+            {"classifier_from": "{whole}", "condition": "digit", "classes": [1, 2]},
+            "no reader of 'digit' for the classes 1, 2",
+        ),
+        ({"classifier_from": "{bare}", "ruler": "ink", "condition": "digit"}, "no reader of 'digit'"),
+        ({"classifier_from": "{whole}", "control": "digit"}, "is of 'ink' on images of"),
+        ({"control": "digit", "ruler": "ink"}, "measures ink, not 'digit'"),
+        ({"evaluation": {"prior_samples": 8}, "control": "digit"}, "at least the number of the control's classes"),
+        ({"data": 2024}, "data: Input should be a valid string"),
+        ({"prior": None}, "--prior is missing"),
+    ],
+)
+def test_refused_before_anything_starts(data, fitted, settings, message):
+    settings = {k: v.format(**fitted) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(ValueError, match=message):
+        prepare({**given(data), **settings})
+
+
+def test_augmentation_that_does_not_suit_the_images(data):
+    tall = demo.offline_dataset(0)
+    tall.x = tall.x[:, :, :, :6]
+    with pytest.raises(ValueError, match="needs square images"):
+        fit_judges(tall, "ink", settings=ClassifierSettings(augment="any_side_up"))
+
+
+def test_a_classifier_is_not_written_over_somebody_elses_files(data, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for overwrite, message in ((False, "--overwrite"), (True, r"no classifier\.json of ours")):
+        with pytest.raises(ValueError, match=message):
+            classifier_job(data, "ink", None, tmp_path, overwrite=overwrite)
+    with pytest.raises(ValueError, match="is a file"):
+        classifier_job(data, "ink", None, tmp_path / "thesis.txt" / "under")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
