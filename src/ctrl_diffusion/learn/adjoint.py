@@ -5,8 +5,8 @@ Roll out the policy without a graph. With V_i the value-to-go of the policy alon
     V_i(x_i) = V_{i+1}(mean_g(x_i) + std_i z_i) − ½‖u_i(x_i)‖² − u_i(x_i)·z_i,      V_N(x_N) = r(x_0(x_N)),
 
 the adjoint a_i = ∇V_i is carried back by one vector-Jacobian product a step, and the whitened control is regressed on
-it, ½‖u_i − std_i a_{i+1}‖², at a few steps of each path. On fresh paths the gradient of this loss is that of −J, step by
-step, without a graph through the rollout; and at the optimum u_i = std_i E[a_{i+1}] holds for any number of steps.
+it, ½‖u_i − std_i a_{i+1}‖², at a few steps of each path. On fresh paths the gradient of this loss is that of −J, step
+by step, without a graph through the rollout; and at the optimum u_i = std_i E[a_{i+1}] holds for any number of steps.
 
 The martingale term u·z changes no expectation but takes the noise away: for the optimal control V_i is the same on
 every path from x_i in the limit of small steps, and so is its gradient (sticking the landing, Roeder et al. 2017).
