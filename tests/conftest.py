@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ctrl_diffusion import assets
+from ctrl_diffusion.cli import main
 from ctrl_diffusion.pretrained import Prior
 
 torch.set_num_threads(1)
@@ -29,6 +30,22 @@ def ctrl():
     def call(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "ctrl_diffusion.cli", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+
+    return call
+
+
+@pytest.fixture
+def ctrl_here(monkeypatch, capsys):
+    """Run the command line in this process: the same entry point without the seconds of its imports."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["ctrl", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
     return call
 

@@ -57,7 +57,7 @@ class AdjointSettings(Strict):
 class BackpropSettings(Strict):
     """`learn/backprop.py`; `through` is the number of last steps the reward's gradient reaches, all of them if null."""
 
-    updates: int = Field(300, ge=1)
+    updates: int = Field(200, ge=1)
     batch: int = Field(64, ge=1)
     lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1e-3, gt=0)
@@ -194,7 +194,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         "rank": rank,
         "weighted": {"updates": min(700, 300 + 20 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
         "adjoint": {"updates": min(740, 120 + 16 * pairs), "batch": batch, **lr},
-        "backprop": {"updates": min(300, 60 + 8 * pairs), "batch": min(64, batch), **lr},
+        "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "evaluation": {
             "prior_samples": cache,
             "paths": min(2000, max(600, 50 * pairs)),
