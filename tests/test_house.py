@@ -57,7 +57,7 @@ def test_learners_do_not_know_each_other():
 
 def test_the_readme_shows_the_tree_on_disk():
     tree = re.search(r"```text\n(src/ctrl_diffusion/.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    named = set(re.findall(r"[\w/]+\.(?:py|html)\b", tree[1].split("\ntests/")[0]))
+    named = set(re.findall(r"[\w/]+\.(?:py|html)\b", tree[1].split("\nexamples/")[0]))
     on_disk = {p.name for p in MODULES + list(SOURCE.rglob("*.html")) if p.name != "__init__.py"}
     assert {Path(name).name for name in named} == on_disk
 

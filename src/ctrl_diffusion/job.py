@@ -153,13 +153,14 @@ def prepare(given: dict[str, Any]) -> Job:
     prior, judges, pages = open_prior(given["prior"]), None, {}
     if handed:
         judges, pages = Judges.load(Path(handed)), {name: (Path(handed) / name).read_bytes() for name in PAGES}
+        check_classifier(judges, handed, control, prior.denoiser.shape)
     data = read_data(Path(given["data"]), control, condition, prior, judges and judges.values)
     classes = given.get("classes") or conditions_of(prior, data, condition)
     check_classes(prior, classes)
     if classes and condition:
         data = only(data, condition, classes)
     if judges:
-        check_judges(judges, handed, data, control, condition, bool(given.get("ruler")))
+        check_judges(judges, handed, data, condition, bool(given.get("ruler")))
     else:
         data.check_classes(control)
     if given.get("ruler") and data.values[control] != demo.VALUES[demo.CONTROL[0]]:
@@ -194,16 +195,17 @@ def check_classes(prior: Prior, classes: list[int] | None) -> None:
         raise ValueError(f"classes must be {what}; got {classes}.")
 
 
-def check_judges(
-    judges: Judges, folder: str, data: LabelledImages, control: str, condition: str | None, ruler: bool
-) -> None:
-    """Refuse a classifier that was fitted for something else; a reader nobody asked for is left aside."""
-    shape = tuple(data.x.shape[1:])
+def check_classifier(judges: Judges, folder: str, control: str, shape: tuple[int, ...]) -> None:
+    """Refuse a classifier of another control or of images of another size."""
     if judges.control != control or judges.shape != shape:
         raise ValueError(
             f"the classifier in {folder} is of {judges.control!r} on images of {judges.shape}; needed: {control!r} on "
             f"{shape}. Fit it with ctrl classifier --prior."
         )
+
+
+def check_judges(judges: Judges, folder: str, data: LabelledImages, condition: str | None, ruler: bool) -> None:
+    """Refuse a classifier that lacks its judge, or reads other classes; a reader nobody asked for is left aside."""
     if judges.judge is None and not ruler:
         raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
     if condition is None:
