@@ -22,10 +22,10 @@ from ctrl_diffusion.schedule import Schedule
 from ctrl_diffusion.transition import step_std
 
 Array = NDArray[np.float64]
-NOISE, WEIGHTS = hermegauss(31)
+NOISE, WEIGHTS = hermegauss(21)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
-PLACES = np.linspace(-8, 8, 1601)  # in standard deviations of x_t
-SHIFTS = np.linspace(-12, 12, 161)  # candidate controls u
+PLACES = np.linspace(-6, 6, 601)  # in standard deviations of x_t
+SHIFTS = np.linspace(-10, 10, 101)  # candidate controls u
 
 
 def log_classes(m: Array, cuts: Array, slope: float) -> Array:
@@ -70,7 +70,7 @@ def main() -> None:
     prior = Prior.from_pretrained(assets.DIGITS).denoiser
     spread = float((2 * ink(digits()[0])).std())
     table = Table("slope", "steps", "power", "last σ", "floor (nats)", "accuracy")
-    for slope in (0.003, 0.005):
+    for slope in (0.004,):
         for steps, power, last in ((20, 1.0, 0.1), (40, 1.0, 0.1), (20, 2.0, 0.1), (20, 2.0, 0.05), (40, 2.0, 0.05)):
             gap, accuracy = floor(prior.schedule, prior.times(steps, last, power), spread, slope)
             table.add_row(f"{slope}", f"{steps}", f"{power:g}", f"{last}", f"{gap:.3f}", f"{accuracy:.3f}")

@@ -38,12 +38,10 @@ def test_probabilities_sum_to_one_and_reach_far_into_the_tails(fitted):
 def test_calibration_finds_its_temperature(fitted, parts):
     x, y = parts[1].x, parts[1].labels["ink"]
     score = fitted.score(fitted.features(x))
-    sure = torch.full((len(y), 4), 1 / (len(y) + 2) / 3)
-    sure[torch.arange(len(y)), y] = (len(y) + 1) / (len(y) + 2)
 
     def objective(temperature):
-        log_prob = fitted.log_prob_from(score, temperature)
-        return float(-(sure * log_prob).sum()) + 0.5 * (math.log(temperature) / 0.5) ** 2
+        nll = F.nll_loss(fitted.log_prob_from(score, temperature), y, reduction="sum")
+        return float(nll) + 0.5 * (math.log(temperature) / 0.5) ** 2
 
     calibrate(fitted, x, y)
     found = float(fitted.temperature)
@@ -64,24 +62,11 @@ def test_calibration_lowers_the_nll_of_an_overconfident_fit(fitted, parts):
 
 
 def test_all_right_by_chance_does_not_make_certain(fitted, parts):
-    """Three easy examples say nothing about the scale: the reward does not get steeper than two spreads of 1."""
+    """Three easy examples say nothing about the scale: the temperature stays within two spreads of 1."""
     x, y = parts[1].x, parts[1].labels["ink"]
     sure = fitted.log_prob(x).gather(1, y[:, None]).squeeze(1).topk(3).indices
     calibrate(fitted, x[sure], y[sure])
-    assert math.log(float(fitted.temperature)) > -1.0
-
-
-def test_nobody_is_surer_than_the_examples_allow():
-    """Thirty images a child could tell apart vouch for an error rate near 1/32, not for e^-14."""
-    y = torch.arange(90) % 2
-    x = (2.0 * y - 1).view(-1, 1, 1, 1) + 0.01 * torch.randn(90, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    classifier = fit_classifier(x[:60], y[:60], 2, epochs=100)
-    wrong_before = float(1 - classifier.log_prob(x[60:]).exp().gather(1, y[60:, None]).mean())
-    calibrate(classifier, x[60:], y[60:])
-    wrong_after = float(1 - classifier.log_prob(x[60:]).exp().gather(1, y[60:, None]).mean())
-    assert wrong_before < 1e-4
-    # the rule says 1/32; the prior on the temperature holds it back a little
-    assert 0.1 / 32 < wrong_after < 1.5 / 32
+    assert abs(math.log(float(fitted.temperature))) < 1.0
 
 
 def test_report_against_hand_computation(fitted, parts):

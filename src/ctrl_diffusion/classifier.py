@@ -199,19 +199,14 @@ def fit_classifier(
 def calibrate(classifier: Classifier, x: Tensor, y: Tensor, spread: float = 0.5) -> Classifier:
     """Set the temperature from (x, y), n examples the fit has not seen.
 
-    Minimises n · cross-entropy + ½ (log T/spread)² against labels that are right with probability (n + 1)/(n + 2), all
-    that n right answers can tell (Laplace's rule of succession, as Platt 1999 does). A few dozen examples that happen
-    to be all right would alone send T to 0: a reward that steep is a promise nobody checked, and a cliff has no
-    gradient. The prior on log T keeps it near the fit's own scale.
+    Minimises n · NLL + ½ (log T/spread)². A few dozen examples that happen to be all right would alone send T to 0, and
+    a reward that steep is a promise nobody checked; the prior on log T keeps it near the fit's own scale.
     """
-    score, n = classifier.score(classifier.features(x)), len(y)
+    score = classifier.score(classifier.features(x))
 
     def objective(log_temperature: float) -> float:
         log_prob = classifier.log_prob_from(score, math.exp(log_temperature))
-        right, wrong = (n + 1) / (n + 2), 1 / (n + 2) / (log_prob.shape[1] - 1)
-        chosen = log_prob.gather(1, y[:, None]).sum(dtype=torch.float64)
-        cross_entropy = -(right - wrong) * chosen - wrong * log_prob.sum(dtype=torch.float64)
-        return float(cross_entropy) + 0.5 * (log_temperature / spread) ** 2
+        return float(F.nll_loss(log_prob, y, reduction="sum")) + 0.5 * (log_temperature / spread) ** 2
 
     best = minimize_scalar(objective, bounds=(-3.0, 3.0), method="bounded")
     classifier.temperature.fill_(math.exp(best.x))
