@@ -22,10 +22,10 @@ from ctrl_diffusion.schedule import Schedule
 from ctrl_diffusion.transition import step_std
 
 Array = NDArray[np.float64]
-NOISE, WEIGHTS = hermegauss(21)
+NOISE, WEIGHTS = hermegauss(31)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
-PLACES = np.linspace(-6, 6, 601)  # in standard deviations of x_t
-SHIFTS = np.linspace(-10, 10, 101)  # candidate controls u
+PLACES = np.linspace(-6, 6, 1201)  # in standard deviations of x_t
+SHIFTS = np.linspace(-8, 8, 121)  # candidate controls u
 
 
 def log_classes(m: Array, cuts: Array, slope: float) -> Array:
