@@ -27,9 +27,9 @@ def digits() -> Prior:
 def ctrl():
     """Run the command line in a process of its own."""
 
-    def call(*arguments: object) -> subprocess.CompletedProcess:
+    def call(*arguments: object, timeout: int = 600) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "ctrl_diffusion.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
     return call
 

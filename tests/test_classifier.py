@@ -35,19 +35,22 @@ def test_probabilities_sum_to_one_and_reach_far_into_the_tails(fitted):
     torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(9))
 
 
-def test_calibration_finds_its_temperature(fitted, parts):
+def test_calibration_lowers_nll_on_its_split(fitted, parts):
     x, y = parts[1].x, parts[1].labels["ink"]
     score = fitted.score(fitted.features(x))
 
+    def nll(temperature):
+        return F.nll_loss(fitted.log_prob_from(score, temperature), y, reduction="sum")
+
     def objective(temperature):
-        nll = F.nll_loss(fitted.log_prob_from(score, temperature), y, reduction="sum")
-        return float(nll) + 0.5 * (math.log(temperature) / 0.5) ** 2
+        return nll(temperature) + 0.5 * (math.log(temperature) / 0.5) ** 2
 
     calibrate(fitted, x, y)
     found = float(fitted.temperature)
     assert abs(math.log(found)) > 0.1, "the uncalibrated fit must be off for this test to say anything"
-    for other in (1.0, found * 0.95, found * 1.05):
-        assert objective(other) > objective(found)
+    assert nll(found) < nll(1.0)
+    for factor in (0.95, 1.05):
+        assert objective(found * factor) > objective(found)
 
 
 def test_calibration_lowers_the_nll_of_an_overconfident_fit(fitted, parts):

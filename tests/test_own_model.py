@@ -43,7 +43,7 @@ def the_pipelines_own(root, run):
         assert not torch.equal(policy(x_t, 0.401, labels={"texture": y}), expected)
 
 
-def through_the_commands(ctrl, root, *options):
+def through_the_commands(ctrl, root, *options, timeout=600):
     """classifier, train, sample, evaluate; returns the metrics of the run in root/run."""
     own = ("--control", "texture", "--prior", root / "pipeline")
     commands = [
@@ -63,7 +63,7 @@ def through_the_commands(ctrl, root, *options):
         ("evaluate", root / "run", "-n", 30, "--out", root / "figures.json"),
     ]
     for command in commands:
-        done = ctrl(*command)
+        done = ctrl(*command, timeout=timeout)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
     return json.loads((root / "run" / "metrics.json").read_text())
@@ -94,7 +94,7 @@ def test_a_strangers_pipeline_goes_through_untouched(ctrl, tmp_path):
 def test_a_strangers_pipeline_learns_the_control(ctrl, tmp_path):
     """The bar of the project: within 0.07 of what a perfect learner would score, by default settings."""
     root = example(tmp_path)
-    metrics = through_the_commands(ctrl, root)
+    metrics = through_the_commands(ctrl, root, timeout=3600)
     assert metrics["target"]["accuracy"] > 0.9
     assert metrics["ctrl"]["accuracy"] >= metrics["target"]["accuracy"] - 0.07
     the_pipelines_own(root, root / "run")

@@ -226,8 +226,7 @@ def evaluate(
         check_file(out)
     with phases(quiet) as phase:
         opened = Run.load(run)
-        by = "ruler" if opened.config.ruler else "judge"
-        metrics = {"accuracy_by": by, **opened.evaluate(n, phase).metrics()}
+        metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, phase).metrics()}
     if out is None:
         typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
     else:

@@ -31,7 +31,16 @@ class ClassifierSettings(Strict):
     updates: int = Field(1500, ge=1)
 
 
-class WeightedSettings(Strict):
+class LearnerSettings(Strict):
+    """What every learner has: updates, samples an update, and a peak learning rate for each group of parameters."""
+
+    updates: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    lr_embedding: float = Field(1e-2, gt=0)
+    lr_adapter: float = Field(1e-3, gt=0)
+
+
+class WeightedSettings(LearnerSettings):
     """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions."""
 
     updates: int = Field(700, ge=1)
@@ -41,12 +50,11 @@ class WeightedSettings(Strict):
     cache: int = Field(1000, ge=1)
 
 
-class AdjointSettings(Strict):
+class AdjointSettings(LearnerSettings):
     """`learn/adjoint.py`."""
 
     updates: int = Field(740, ge=1)
     batch: int = Field(160, ge=1)
-    lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1.5e-3, gt=0)
     regressed: int = Field(5, ge=1)
     reuse: int = Field(4, ge=1)
@@ -54,13 +62,11 @@ class AdjointSettings(Strict):
     lean: bool = False
 
 
-class BackpropSettings(Strict):
+class BackpropSettings(LearnerSettings):
     """`learn/backprop.py`; `through` is the number of last steps the reward's gradient reaches, all of them if null."""
 
     updates: int = Field(200, ge=1)
     batch: int = Field(64, ge=1)
-    lr_embedding: float = Field(1e-2, gt=0)
-    lr_adapter: float = Field(1e-3, gt=0)
     clip: float = Field(60.0, gt=0)
     through: int | None = Field(None, ge=1)
 

@@ -67,6 +67,10 @@ class Evaluation:
     certificate: Certificate
     n: int
 
+    def diversity_ratio(self, score: Score) -> float:
+        """A score's diversity relative to the target's."""
+        return score.diversity / max(self.target.diversity, 1e-12)
+
     def metrics(self) -> dict[str, dict]:
         """The figures by the names metrics.json uses."""
         target, ctrl, gap = self.target, self.ctrl, self.certificate
@@ -86,7 +90,7 @@ class Evaluation:
                 "samples": self.n,
                 **shared(ctrl),
                 "macro_f1": ctrl.macro_f1,
-                "diversity_ratio": ctrl.diversity / max(target.diversity, 1e-12),
+                "diversity_ratio": self.diversity_ratio(ctrl),
                 "kl_nats": gap.kl,
                 "confusion": ctrl.confusion.tolist(),
             },

@@ -22,7 +22,7 @@ from .config import EMBEDDED, PATHS, Config, merged, suggested
 from .control import NULL
 from .data import LabelledImages, read_imagefolder, write_imagefolder
 from .evaluate import Evaluation, Score
-from .files import check_room, clear, rounded, write_json
+from .files import check_room, clear, rounded, write_json, writing
 from .judges import Judges, fit_judges
 from .learn import Learner
 from .learn.adjoint import Adjoint
@@ -73,11 +73,8 @@ def read_data(
 
 def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
     """The rows whose condition is one of `classes`, its labels counted within them, as a reader needs them."""
-    place = {c: i for i, c in enumerate(classes)}
-    data = data[
-        torch.tensor([i for i, c in enumerate(data.labels[condition].tolist()) if c in place], dtype=torch.long)
-    ]
-    numbers = torch.tensor([place[c] for c in data.labels[condition].tolist()], dtype=torch.long)
+    rows, numbers = (data.labels[condition][:, None] == torch.tensor(classes)).nonzero(as_tuple=True)
+    data = data[rows]
     values = tuple(data.values[condition][c] for c in classes)
     return LabelledImages(data.x, {**data.labels, condition: numbers}, {**data.values, condition: values})
 
@@ -314,7 +311,8 @@ def execute(
     if held_out is not None:
         write_classifier_report(folder / "classifier", judges, held_out)
     for name, page in job.pages.items():
-        (folder / "classifier" / name).write_bytes(page)
+        with writing(folder / "classifier" / name) as temporary:
+            temporary.write_bytes(page)
     with timed("train"), (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
         records = []
         for record in train(run, phase):
@@ -330,7 +328,7 @@ def execute(
         labels, cond = run.conditions.of(pair)
         write_imagefolder(folder / "samples", labelled(run, run.sample(labels[run.name], **cond), labels, cond))
     metrics = {
-        "accuracy_by": "ruler" if config.ruler else "judge",
+        "accuracy_by": run.accuracy_by,
         **evaluation.metrics(),
         "sweep": sweep_metrics(sweep, evaluation),
         "classifier": judges.metrics(),
@@ -352,7 +350,7 @@ def sweep_metrics(sweep: dict[str, dict[float, Score]], evaluation: Evaluation) 
                 "accuracy": score.accuracy,
                 "accuracy_stderr": score.accuracy_stderr,
                 "class_accuracy": score.class_accuracy,
-                "diversity_ratio": score.diversity / max(evaluation.target.diversity, 1e-12),
+                "diversity_ratio": evaluation.diversity_ratio(score),
             }
             for value, score in scores.items()
         ]

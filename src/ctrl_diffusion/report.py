@@ -186,7 +186,7 @@ def sweep_figure(sweep: dict[str, dict[float, Score]], evaluation: Evaluation, t
                 "accuracy": ([s.accuracy for s in scores], CTRL, "o"),
                 "still the class asked for": ([s.class_accuracy for s in scores], "#444", "s"),
                 "diversity / target’s": (
-                    [s.diversity / max(evaluation.target.diversity, 1e-12) for s in scores],
+                    [evaluation.diversity_ratio(s) for s in scores],
                     "#c2661c",
                     "^",
                 ),

@@ -81,6 +81,15 @@ class Run:
         return Judge(ruler, self.judges.reader)
 
     @property
+    def accuracy_by(self) -> str:
+        """Who measures y."""
+        return "ruler" if self.config.ruler else "judge"
+
+    def repeats(self, n: int) -> int:
+        """How often every (c, y) stands among at least n paths; two at least, since one path has no spread."""
+        return max(2, -(-n // self.conditions.pairs))
+
+    @property
     def conditions(self) -> Conditions:
         """All (c, y)."""
         cond = {} if self.config.classes is None else {"c": torch.tensor(self.config.classes)}
@@ -194,8 +203,7 @@ class Run:
         """
         conditions, members = self.conditions, self.config.evaluation.prior_samples
         x_prior = self.prior_samples(members, "prior samples for log Z", phase)
-        repeats = max(2, -(-n // conditions.pairs))  # one path has no spread
-        earned, x_0, kl, log_ratio = self.policy_paths(repeats, "paths to certify", phase)
+        earned, x_0, kl, log_ratio = self.policy_paths(self.repeats(n), "paths to certify", phase)
         table = prior_table(self.reward, conditions, x_prior)
         # the prior ignores y: an equal share of its samples stands for each y
         share = members // conditions.classes
@@ -215,7 +223,7 @@ class Run:
         Returns:
             "strength" and "steps" → value → `Score`.
         """
-        pair = self.conditions.all(max(2, -(-n // self.conditions.pairs)))
+        pair = self.conditions.all(self.repeats(n))
         labels, cond = self.conditions.of(pair)
         jobs = [("strength", w, self.config.steps) for w in strengths] + [("steps", k, k) for k in step_counts]
         advance, found = phase("strengths and step counts", len(pair) * len(jobs)), {"strength": {}, "steps": {}}
