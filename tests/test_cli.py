@@ -52,7 +52,11 @@ def test_demo_leaves_a_whole_run(quick_run):
     assert pictures | {"report.html"} <= names
     assert not [name for name in names if name.startswith(".")], "temporary files left behind"
     records = [json.loads(line) for line in (quick_run / "progress.jsonl").read_text().splitlines()]
-    assert {record["stage"] for record in records} == {"weighted", "adjoint"}
+    assert list(dict.fromkeys(record["stage"] for record in records)) == ["re-noising", "weighted", "adjoint"]
+    best = max((r for r in records if "J" in r and r["stage"] != "re-noising"), key=lambda r: r["J"])
+    assert records[-1] == {**best, "kept": True}
+    kept = metrics["training"]["kept"]
+    assert (kept["stage"], kept["update"]) == (best["stage"], best["update"])
     with (quick_run / "samples" / "metadata.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["digit"], row["ink"]) for row in rows[:5]] == [

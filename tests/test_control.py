@@ -160,3 +160,31 @@ def test_side_control_obeys_the_same_laws():
     mixed = policy(x_t, 0.5, labels={"y": y})
     assert torch.equal(mixed[y == NULL], prior(x_t, 0.5)[y == NULL])
     assert (mixed[y != NULL] != prior(x_t, 0.5)[y != NULL]).all()
+
+
+def test_snapshots_of_the_controls_parameters(network):
+    denoiser, x_t, c, bare = network
+    policy = Policy(denoiser, LoRAControl("ink", VALUES, denoiser, rank=4))
+    y, untrained = torch.zeros(B, dtype=torch.long), policy.snapshot()
+
+    def says():
+        with torch.no_grad():
+            return policy(x_t, 0.5, labels={"ink": y}, c=c)
+
+    with torch.no_grad():
+        for parameter in policy.trained():
+            parameter.add_(0.3)
+    trained = says()
+    assert not torch.isclose(trained, bare, atol=1e-3).flatten(1).all(1).any()
+    with policy.holding(untrained):
+        assert torch.equal(says(), bare)
+    assert torch.equal(says(), trained)
+    with pytest.raises(RuntimeError), policy.holding(untrained):
+        raise RuntimeError
+    assert torch.equal(says(), trained), "an error inside changes nothing"
+    policy.restore(untrained)
+    assert torch.equal(says(), bare)
+    with torch.no_grad():
+        policy.trained()[0].add_(1.0)
+    assert not any(p is q for p, q in zip(policy.trained(), untrained, strict=True))
+    assert not torch.equal(policy.trained()[0], untrained[0]), "a snapshot does not follow"

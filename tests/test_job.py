@@ -8,10 +8,13 @@ import torch
 
 from ctrl_diffusion import assets, demo
 from ctrl_diffusion.config import ClassifierSettings, suggested
+from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.data import write_imagefolder
-from ctrl_diffusion.job import PAGES, classifier_job, conditions_of, prepare
+from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.job import PAGES, Best, classifier_job, conditions_of, prepare
 from ctrl_diffusion.judges import fit_judges
 from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.schedule import Cosine
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,17 @@ def test_a_classifier_is_not_written_over_somebody_elses_files(data, tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         classifier_job(data, "ink", None, tmp_path / "thesis.txt" / "under")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_control_with_the_highest_j_is_kept():
+    prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
+    policy = Policy(prior, SideControl("y", ("a", "b"), prior, width=4))
+    best = Best(policy)
+    for number, figures in enumerate(({"J": -3.0}, {}, {"J": -1.0}, {"J": -2.0}, {"loss": 9.0})):
+        with torch.no_grad():
+            policy.trained()[0].fill_(number)
+        best.see({"update": number, **figures})
+    assert best.record == {"update": 2, "J": -1.0}
+    assert float(policy.trained()[0].detach().max()) == 4
+    best.restore()
+    assert (policy.trained()[0] == 2).all()

@@ -41,13 +41,15 @@ class LearnerSettings(Strict):
 
 
 class WeightedSettings(LearnerSettings):
-    """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions."""
+    """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions, `renoising` the
+    updates at w ≡ 1 that come first, 0 for none."""
 
     updates: int = Field(700, ge=1)
     batch: int = Field(128, ge=1)
     lr_embedding: float = Field(5e-2, gt=0)
     lr_adapter: float = Field(2e-3, gt=0)
     cache: int = Field(1000, ge=1)
+    renoising: int = Field(350, ge=0)
 
 
 class AdjointSettings(LearnerSettings):
@@ -139,6 +141,7 @@ class Config(Strict):
         values = self.model_dump()
         for learner in ("weighted", "adjoint", "backprop"):
             values[learner]["updates"] = max(1, values[learner]["updates"] // 20)
+        values["weighted"]["renoising"] //= 20
         values["weighted"]["cache"] = max(1, values["weighted"]["cache"] // 10)
         values["evaluation"] = {"prior_samples": 200, "paths": 160, "probes": 2, "sweep_paths": 40}
         return Config.of(values)
@@ -195,10 +198,11 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache = min(1000, max(100, 10_000 // groups))
     lr = {} if small else {"lr_adapter": 3e-4}
+    warm = min(700, 300 + 20 * pairs)
     return {
         "steps": 20 if dimensions <= 1024 else 30,
         "rank": rank,
-        "weighted": {"updates": min(700, 300 + 20 * pairs), "batch": min(128, 2 * batch), "cache": cache, **lr},
+        "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 2, **lr},
         "adjoint": {"updates": min(740, 120 + 16 * pairs), "batch": batch, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "evaluation": {

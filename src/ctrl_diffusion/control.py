@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -254,6 +255,32 @@ class Policy(Denoiser):
                     f"labels of {name!r} must lie in 0 … {size - 1} (−1 for null), got {int(y.min())} … {int(y.max())}."
                 )
         return labels
+
+    def snapshot(self) -> list[Tensor]:
+        """A copy of the controls' parameters."""
+        return [p.detach().clone() for p in self.trained()]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Give the controls the parameters of a snapshot."""
+        for p, value in zip(self.trained(), snapshot, strict=True):
+            p.copy_(value)
+
+    @contextmanager
+    def holding(self, snapshot: list[Tensor]) -> Iterator[None]:
+        """Inside, the controls have the parameters of a snapshot. Not between a forward pass and its backward pass."""
+        own = [p.data for p in self.trained()]
+        try:
+            for p, value in zip(self.trained(), snapshot, strict=True):
+                p.data = value
+            yield
+        finally:
+            for p, value in zip(self.trained(), own, strict=True):
+                p.data = value
+
+    def trained(self) -> list[nn.Parameter]:
+        """Trainable parameters of all controls in one order."""
+        return list(chain.from_iterable(self.parameter_groups().values()))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters of all controls by kind."""

@@ -1,13 +1,14 @@
 """The jobs behind the commands: from labelled images to p̂, and from a prior and p̂ to a certified control."""
 
 import json
+import math
 import shlex
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import demo
-from .config import EMBEDDED, PATHS, Config, merged, suggested
-from .control import NULL
+from .config import EMBEDDED, PATHS, Config, LearnerSettings, merged, suggested
+from .control import NULL, Policy
 from .data import LabelledImages, read_imagefolder, write_imagefolder
 from .evaluate import Evaluation, Score
 from .files import check_room, clear, rounded, write_json, writing
@@ -44,6 +45,7 @@ RUN_FILES = (
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 MOST_CONDITIONS = 20
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
+EVEN = "re-noising"  # the stage that learns what `weighted` takes off
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -327,9 +329,11 @@ def execute(
         pair = run.conditions.all(1)
         labels, cond = run.conditions.of(pair)
         write_imagefolder(folder / "samples", labelled(run, run.sample(labels[run.name], **cond), labels, cond))
+    kept = {"stage": records[-1]["stage"], "update": records[-1]["update"], "averaged": "averaged" in records[-1]}
     metrics = {
         "accuracy_by": run.accuracy_by,
         **evaluation.metrics(),
+        "training": {"kept": kept},
         "sweep": sweep_metrics(sweep, evaluation),
         "classifier": judges.metrics(),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
@@ -371,26 +375,63 @@ def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
 
 
 def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
-    """Run the learners one after the other; yields a record of every update and probe."""
-    config, few = run.config, -(-160 // run.conditions.pairs)
-    for stage in config.learners:
-        settings = getattr(config, stage)
-        learner = learner_of(run, stage, phase)
-        steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
-        lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
-        every = max(1, settings.updates // config.evaluation.probes)
-        advance, note = phase(f"learner: {stage}", settings.updates), ""
-        yield {"stage": stage, "update": 0, **run.probe(few)}
-        for update in fit(run.policy, steps, settings.updates, lr, config.ema_decay):
-            record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
-            record |= update.metrics
-            if update.number % every == 0 and update.number < settings.updates:
-                probed = run.probe(few)
-                note = f"J {probed['J']:.1f} KL {probed['probe_kl']:.1f}"
-                record |= probed
-            advance(1, note)
+    """Run the learners one after the other; yields a record of every update and probe.
+
+    The control with the highest J at any probe is kept; the last record is that probe's, marked as kept.
+    """
+    best = Best(run.policy)
+    for stage in run.config.learners:
+        settings, learner = getattr(run.config, stage), learner_of(run, stage, phase)
+        if isinstance(learner, Weighted) and settings.renoising:
+            start = run.policy.snapshot()
+            yield from train_stage(run, EVEN, replace(learner, even=True), settings, settings.renoising, phase)
+            learner.renoising = run.policy.snapshot()
+            run.policy.restore(start)
+        for record in train_stage(run, stage, learner, settings, settings.updates, phase):
+            best.see(record)
             yield record
-        yield {"stage": stage, "update": settings.updates, "averaged": True, **run.probe(few)}
+        best.restore()
+    yield {**best.record, "kept": True}
+
+
+@dataclass
+class Best:
+    """The control with the highest J so far."""
+
+    policy: Policy
+    record: dict[str, Any] = field(default_factory=lambda: {"J": -math.inf})
+    snapshot: list[Tensor] = field(default_factory=list)
+
+    def see(self, record: dict[str, Any]) -> None:
+        """Take a snapshot if the record has a higher J."""
+        if record.get("J", -math.inf) > self.record["J"]:
+            self.record, self.snapshot = record, self.policy.snapshot()
+
+    def restore(self) -> None:
+        """Give the policy the best control back."""
+        self.policy.restore(self.snapshot)
+
+
+def train_stage(
+    run: Run, stage: str, learner: Learner, settings: LearnerSettings, updates: int, phase: Phase
+) -> Iterator[dict[str, Any]]:
+    """One learner from the policy as it is to averaged weights; a record of every update and probe."""
+    config, few = run.config, -(-160 // run.conditions.pairs)
+    steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
+    lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
+    every = max(1, updates // config.evaluation.probes)
+    advance, note = phase(f"learner: {stage}", updates), ""
+    yield {"stage": stage, "update": 0, **run.probe(few)}
+    for update in fit(run.policy, steps, updates, lr, config.ema_decay):
+        record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
+        record |= update.metrics
+        if update.number % every == 0 and update.number < updates:
+            probed = run.probe(few)
+            note = f"J {probed['J']:.1f} KL {probed['probe_kl']:.1f}"
+            record |= probed
+        advance(1, note)
+        yield record
+    yield {"stage": stage, "update": updates, "averaged": True, **run.probe(few)}
 
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:

@@ -70,14 +70,17 @@ def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str]
 
 
 def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
-    """J climbing to log Z, KL and reward at the probes of a run."""
+    """J climbing to log Z, KL and reward at the probes of a run; the last record says which control was kept."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         position, ends = 0, []
         probes: list[tuple[int, dict]] = []
+        *records, kept = records
         for stage in dict.fromkeys(record["stage"] for record in records):
             mine = [record for record in records if record["stage"] == stage]
+            if kept["stage"] == stage:
+                kept_at = position + kept["update"]
             probes += [(position + record["update"], record) for record in mine if "J" in record]
             position += max(record["update"] for record in mine)
             ends.append((position, stage))
@@ -88,6 +91,7 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
             (right, "probe_reward", "reward"),
         ):
             axes.plot(x, [record[key] for _, record in probes], color=CTRL, marker="o", markersize=2.5, linewidth=1.2)
+            axes.plot(kept_at, kept[key], color="#333", marker="o", markersize=7, markerfacecolor="none")
             headline(axes, f"{title} (nats)")
             axes.set_xlabel("updates")
             for end, stage in ends:

@@ -7,7 +7,7 @@ At the end the averaged weights take the place of the last ones.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -51,8 +51,7 @@ def fit(
         FloatingPointError: a loss or gradient that is not finite; the weights keep their last good values.
     """
     accelerator = Accelerator(cpu=True)  # placing prior, noise and conditions on a device is not written yet
-    groups = policy.parameter_groups()
-    parameters = list(chain.from_iterable(groups.values()))
+    groups, parameters = policy.parameter_groups(), policy.trained()
     optimizer = torch.optim.AdamW(
         [{"params": members, "lr": lr[kind]} for kind, members in groups.items()], betas=(0.9, 0.99), weight_decay=0.0
     )

@@ -34,6 +34,37 @@ def judge(policy, reward, conditions, times):
         return certify(conditions, prior_table(reward, conditions, x_prior), earned, kl, log_ratio), x_0.view(2, N, 2)
 
 
+class Careless(GaussianMixture):
+    """A prior that is not the reverse of the noising, as no trained one is: its x̂ falls short."""
+
+    def forward(self, x_t, t):
+        return 0.6 * super().forward(x_t, t)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
+def test_what_renoising_alone_does_is_taken_off(schedule):
+    """At γ = 0 the optimal policy is the prior; regression on re-noised samples is not, unless it is corrected."""
+    torch.manual_seed(0)
+    prior = Careless(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, schedule)
+    policy, conditions = Policy(prior, SideControl("y", ("a", "b"), prior)), Conditions({}, "y", 2)
+    reward, times = Reward({"y": prior}, gamma=0.0), schedule.times(25, 0.1)
+    cache, _, _ = paths(prior, 4000, times, torch.Generator().manual_seed(1))
+
+    def kl_after(learner, seed):
+        for _ in fit(policy, learner(policy, reward, conditions, torch.Generator().manual_seed(seed)), 400, LR):
+            pass
+        return judge(policy, reward, conditions, times)[0].kl
+
+    start = policy.snapshot()
+    renoised = kl_after(Weighted(cache, times, even=True), seed=0)
+    learned = policy.snapshot()
+    policy.restore(start)
+    corrected = kl_after(Weighted(cache, times, renoising=learned), seed=1)
+    assert renoised > 0.4, "the prior is careless enough to tell"
+    # what is left is the noise of two independent fits
+    assert corrected < 0.1 * renoised
+
+
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
 @pytest.mark.parametrize("name", ["weighted", "adjoint", "lean adjoint", "backprop"])
 def test_learners_reach_the_component_asked_for(schedule, name):

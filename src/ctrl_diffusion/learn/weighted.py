@@ -33,18 +33,23 @@ class Weighted:
         x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn.
         times: the chain's grid.
         batch: samples an update.
+        even: learn at w ≡ 1 what re-noising alone does to the prior, whatever the label.
+        renoising: a snapshot of the policy's controls that learned it; None takes nothing off.
     """
 
     x_0: Tensor
     times: Times
     batch: int = 256
+    even: bool = False
+    renoising: list[Tensor] | None = None
 
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
     ) -> Iterator[Step]:
         """Losses without end."""
         with torch.no_grad():
-            weights = prior_table(reward, conditions, self.x_0).softmax(1)  # (G, M, K)
+            table = prior_table(reward, conditions, self.x_0)
+            weights = (torch.zeros_like(table) if self.even else table).softmax(1)  # (G, M, K)
         # for each pair the cumulated weights over its condition's samples
         cumulated, members = weights.transpose(1, 2).flatten(0, 1).double().cumsum(1), weights.shape[1]
         t_grid = torch.tensor(self.times[:-1], dtype=torch.float64)
@@ -62,6 +67,11 @@ class Weighted:
             i = (place * steps / self.batch).long().clamp(max=steps - 1)
             noise = torch.randn(x_0.shape, generator=generator)
             x_t = per_sample(alpha[i], x_0) * x_0 + per_sample(sigma[i], x_0) * noise
-            miss = policy(x_t, t_grid[i], labels=labels, **cond) - x_0
+            target = x_0
+            if self.renoising is not None:
+                with torch.no_grad(), policy.holding(self.renoising):
+                    renoised = policy(x_t, t_grid[i], labels=labels, **cond)
+                    target = x_0 - renoised + policy.prior(x_t, t_grid[i], **cond)
+            miss = policy(x_t, t_grid[i], labels=labels, **cond) - target
             loss = half_square(miss / per_sample(sigma[i], x_0)).mean()
             yield Step(loss)
