@@ -49,13 +49,13 @@ class WeightedSettings(LearnerSettings):
     lr_embedding: float = Field(5e-2, gt=0)
     lr_adapter: float = Field(2e-3, gt=0)
     cache: int = Field(1000, ge=1)
-    renoising: int = Field(350, ge=0)
+    renoising: int = Field(175, ge=0)
 
 
 class AdjointSettings(LearnerSettings):
     """`learn/adjoint.py`."""
 
-    updates: int = Field(740, ge=1)
+    updates: int = Field(700, ge=1)
     batch: int = Field(160, ge=1)
     lr_adapter: float = Field(1.5e-3, gt=0)
     regressed: int = Field(5, ge=1)
@@ -202,8 +202,8 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     return {
         "steps": 20 if dimensions <= 1024 else 30,
         "rank": rank,
-        "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 2, **lr},
-        "adjoint": {"updates": min(740, 120 + 16 * pairs), "batch": batch, **lr},
+        "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 4, **lr},
+        "adjoint": {"updates": min(700, 120 + 16 * pairs), "batch": batch, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "evaluation": {
             "prior_samples": cache,

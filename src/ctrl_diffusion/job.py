@@ -379,15 +379,17 @@ def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
 
     The control with the highest J at any probe is kept; the last record is that probe's, marked as kept.
     """
-    best = Best(run.policy)
+    best, untrained, probes = Best(run.policy), run.policy.snapshot(), run.config.evaluation.probes
     for stage in run.config.learners:
         settings, learner = getattr(run.config, stage), learner_of(run, stage, phase)
         if isinstance(learner, Weighted) and settings.renoising:
             start = run.policy.snapshot()
-            yield from train_stage(run, EVEN, replace(learner, even=True), settings, settings.renoising, phase)
+            run.policy.restore(untrained)
+            even = replace(learner, even=True)
+            yield from train_stage(run, EVEN, even, settings, settings.renoising, 1, phase)
             learner.renoising = run.policy.snapshot()
             run.policy.restore(start)
-        for record in train_stage(run, stage, learner, settings, settings.updates, phase):
+        for record in train_stage(run, stage, learner, settings, settings.updates, probes, phase):
             best.see(record)
             yield record
         best.restore()
@@ -413,13 +415,13 @@ class Best:
 
 
 def train_stage(
-    run: Run, stage: str, learner: Learner, settings: LearnerSettings, updates: int, phase: Phase
+    run: Run, stage: str, learner: Learner, settings: LearnerSettings, updates: int, probes: int, phase: Phase
 ) -> Iterator[dict[str, Any]]:
     """One learner from the policy as it is to averaged weights; a record of every update and probe."""
     config, few = run.config, -(-160 // run.conditions.pairs)
     steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
-    every = max(1, updates // config.evaluation.probes)
+    every = max(1, updates // probes)
     advance, note = phase(f"learner: {stage}", updates), ""
     yield {"stage": stage, "update": 0, **run.probe(few)}
     for update in fit(run.policy, steps, updates, lr, config.ema_decay):
