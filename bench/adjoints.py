@@ -1,4 +1,5 @@
-"""How noisy the two adjoints are on a finished run: the mean of ½‖u − std a‖² over paths, summed over steps.
+"""How noisy the two adjoints are on a finished run: the mean of ½‖u − std a‖² over paths, summed over steps, as trained
+with its clip; and the norms of the adjoints without a clip.
 
 python bench/adjoints.py runs/demo
 """
@@ -35,7 +36,13 @@ def main() -> None:
                 u = (transition(policy, path.x[i], t, s, labels=labels, **cond).mean - means[i]) / std
             missed.append(half_square(u - std * adjoints[i]))
         total = torch.stack(missed).sum(0)
-        print(f"{'lean' if lean else 'full'}: mean {float(total.mean()):.1f} nats, median {float(total.median()):.1f}")
+        free, _, _ = adjoints_of(policy, path, gradient, labels, cond, lean=lean)
+        norm = free.flatten(2).norm(dim=2)  # (N, B)
+        print(
+            f"{'lean' if lean else 'full'}: mean {float(total.mean()):.1f} nats, median {float(total.median()):.1f}; "
+            f"|a| at the data up to {float(norm[-1].max()):.1f}, anywhere median {float(norm.median()):.1f}, "
+            f"up to {float(norm.max()):.0f}"
+        )
 
 
 if __name__ == "__main__":

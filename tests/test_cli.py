@@ -57,6 +57,7 @@ def test_demo_leaves_a_whole_run(quick_run):
     assert records[-1] == {**best, "kept": True}
     kept = metrics["training"]["kept"]
     assert (kept["stage"], kept["update"]) == (best["stage"], best["update"])
+    assert [stage["stage"] for stage in metrics["training"]["stages"]] == ["re-noising", "weighted", "adjoint"]
     with (quick_run / "samples" / "metadata.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["digit"], row["ink"]) for row in rows[:5]] == [

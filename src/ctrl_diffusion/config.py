@@ -185,7 +185,8 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     """Settings that depend on prior and data; the rest are the defaults above.
 
     What there is to learn grows with the pairs (c, y); time and memory of an update with batch × dimensions; the noise
-    of a learning rate with the size of the network.
+    of a learning rate with the size of the network and, for adjoints, with one over the root of the batch. Where x has
+    many dimensions y is decided within a short stretch of the chain, which needs steps.
 
     Args:
         shape: of one x.
@@ -194,16 +195,17 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         groups: conditions of the prior that are trained.
         classes: of the control.
     """
-    dimensions, pairs, small = math.prod(shape), groups * classes, parameters < 5_000_000
+    dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
-    cache = min(1000, max(100, 10_000 // groups))
-    lr = {} if small else {"lr_adapter": 3e-4}
-    warm = min(700, 300 + 20 * pairs)
+    cache, warm = min(1000, max(100, 10_000 // groups)), min(700, 400 + 20 * pairs)
+    lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
+    adjoint, share = AdjointSettings(), (batch / 160) ** 0.5
+    adjoint_lr = {name: float(f"{share * getattr(adjoint, name):.2g}") for name in ("lr_embedding", "lr_adapter")}
     return {
-        "steps": 20 if dimensions <= 1024 else 30,
+        "steps": 20 if dimensions <= 256 else 40,
         "rank": rank,
         "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 4, **lr},
-        "adjoint": {"updates": min(700, 120 + 16 * pairs), "batch": batch, **lr},
+        "adjoint": {"updates": min(700, 120 + 16 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "evaluation": {
             "prior_samples": cache,

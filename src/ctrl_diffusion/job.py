@@ -330,10 +330,11 @@ def execute(
         labels, cond = run.conditions.of(pair)
         write_imagefolder(folder / "samples", labelled(run, run.sample(labels[run.name], **cond), labels, cond))
     kept = {"stage": records[-1]["stage"], "update": records[-1]["update"], "averaged": "averaged" in records[-1]}
+    stages = [record for record in records[:-1] if "averaged" in record]
     metrics = {
         "accuracy_by": run.accuracy_by,
         **evaluation.metrics(),
-        "training": {"kept": kept},
+        "training": {"kept": kept, "stages": stages},
         "sweep": sweep_metrics(sweep, evaluation),
         "classifier": judges.metrics(),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
