@@ -1,7 +1,6 @@
 """The jobs behind the commands: from labelled images to p̂, and from a prior and p̂ to a certified control."""
 
 import json
-import math
 import shlex
 import shutil
 import time
@@ -378,37 +377,44 @@ def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
 def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
     """Run the learners one after the other; yields a record of every update and probe.
 
-    The control with the highest J at any probe is kept; the last record is that probe's, marked as kept.
+    The best control of all probes is kept; the last record is that probe's, marked as kept.
     """
-    best, untrained, probes = Best(run.policy), run.policy.snapshot(), run.config.evaluation.probes
+    best, untrained = Best(run.policy), run.policy.snapshot()
     for stage in run.config.learners:
         settings, learner = getattr(run.config, stage), learner_of(run, stage, phase)
         if isinstance(learner, Weighted) and settings.renoising:
             start = run.policy.snapshot()
             run.policy.restore(untrained)
             even = replace(learner, even=True)
-            yield from train_stage(run, EVEN, even, settings, settings.renoising, 1, phase)
+            yield from train_stage(run, EVEN, even, settings, settings.renoising, phase)
             learner.renoising = run.policy.snapshot()
             run.policy.restore(start)
-        for record in train_stage(run, stage, learner, settings, settings.updates, probes, phase):
-            best.see(record)
-            yield record
+        yield from train_stage(run, stage, learner, settings, settings.updates, phase, best)
         best.restore()
     yield {**best.record, "kept": True}
 
 
 @dataclass
 class Best:
-    """The control with the highest J so far."""
+    """The best control so far, by J on the probes' paths, which share their noise.
+
+    A control that earns less reward must have a J higher by more than one standard error of the paired difference (the
+    rule of Breiman et al. 1984): what looks like a lower KL for nothing should not cost accuracy.
+    """
 
     policy: Policy
-    record: dict[str, Any] = field(default_factory=lambda: {"J": -math.inf})
+    record: dict[str, Any] = field(default_factory=dict)
+    log_w: Tensor | None = None
     snapshot: list[Tensor] = field(default_factory=list)
 
-    def see(self, record: dict[str, Any]) -> None:
-        """Take a snapshot if the record has a higher J."""
-        if record.get("J", -math.inf) > self.record["J"]:
-            self.record, self.snapshot = record, self.policy.snapshot()
+    def see(self, record: dict[str, Any], log_w: Tensor) -> None:
+        """Compare a probe with the best one; `log_w` (n,) of its paths."""
+        if self.log_w is not None:
+            gain = log_w - self.log_w
+            less = record["probe_reward"] < self.record["probe_reward"]
+            if gain.mean() <= (gain.std() / len(gain) ** 0.5 if less else 0.0):
+                return
+        self.record, self.log_w, self.snapshot = record, log_w, self.policy.snapshot()
 
     def restore(self) -> None:
         """Give the policy the best control back."""
@@ -416,25 +422,41 @@ class Best:
 
 
 def train_stage(
-    run: Run, stage: str, learner: Learner, settings: LearnerSettings, updates: int, probes: int, phase: Phase
+    run: Run,
+    stage: str,
+    learner: Learner,
+    settings: LearnerSettings,
+    updates: int,
+    phase: Phase,
+    best: Best | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One learner from the policy as it is to averaged weights; a record of every update and probe."""
+    """One learner from the policy as it is to averaged weights; a record of every update and probe.
+
+    Without `best` nobody compares the probes, and only the first and the last are taken.
+    """
     config, few = run.config, -(-160 // run.conditions.pairs)
     steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
-    every = max(1, updates // probes)
+    every = max(1, updates // config.evaluation.probes) if best else updates
     advance, note = phase(f"learner: {stage}", updates), ""
-    yield {"stage": stage, "update": 0, **run.probe(few)}
+
+    def probed(record: dict[str, Any]) -> dict[str, Any]:
+        figures, log_w = run.probe(few)
+        record = {**record, **figures}
+        if best:
+            best.see(record, log_w)
+        return record
+
+    yield probed({"stage": stage, "update": 0})
     for update in fit(run.policy, steps, updates, lr, config.ema_decay):
         record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
         record |= update.metrics
         if update.number % every == 0 and update.number < updates:
-            probed = run.probe(few)
-            note = f"J {probed['J']:.1f} KL {probed['probe_kl']:.1f}"
-            record |= probed
+            record = probed(record)
+            note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
         advance(1, note)
         yield record
-    yield {"stage": stage, "update": updates, "averaged": True, **run.probe(few)}
+    yield probed({"stage": stage, "update": updates, "averaged": True})
 
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:

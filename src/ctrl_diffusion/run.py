@@ -189,11 +189,12 @@ class Run:
         return self.reward(x_0, labels), x_0, kl, log_ratio
 
     @torch.no_grad()
-    def probe(self, repeats: int) -> dict[str, float]:
-        """J, reward and KL in nats on a few paths, whose noise is the same at every probe."""
+    def probe(self, repeats: int) -> tuple[dict[str, float], Tensor]:
+        """J, reward and KL in nats on a few paths, whose noise is the same at every probe; log w of each path."""
         earned, _, kl, log_ratio = self.policy_paths(repeats, "probe")
-        figures = {"J": earned - log_ratio, "probe_reward": earned, "probe_kl": kl}
-        return {name: float(value.mean()) for name, value in figures.items()}
+        log_w = earned - log_ratio
+        figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
+        return {name: float(value.mean()) for name, value in figures.items()}, log_w
 
     @torch.no_grad()
     def evaluate(self, n: int, phase: Phase = silent) -> Evaluation:
