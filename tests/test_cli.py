@@ -75,7 +75,11 @@ def test_the_report_needs_nothing_from_outside(quick_run):
         assert page.count("data:image/png;base64,") == pictures
         assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import", page)
         assert "{{" not in page
-    assert "ctrl demo --quick --out" in (quick_run / "report.html").read_text(), "the exact command"
+        assert "object at 0x" not in page
+    page, kept = ((quick_run / name).read_text() for name in ("report.html", "metrics.json"))
+    assert "ctrl demo --quick --out" in page, "the exact command"
+    kept = json.loads(kept)["training"]["kept"]
+    assert f"update {kept['update']} of {kept['stage']}" in page
 
 
 def test_sample_writes_labelled_pictures(ctrl, quick_run, tmp_path):

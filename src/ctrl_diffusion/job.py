@@ -27,7 +27,7 @@ from .judges import Judges, fit_judges
 from .learn import Learner
 from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
-from .learn.weighted import Weighted
+from .learn.weighted import RENOISING, Weighted
 from .pretrained import Prior
 from .progress import Phase, silent
 from .report import save_figure, sheet_figure, write_classifier_report, write_report
@@ -44,7 +44,6 @@ RUN_FILES = (
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 MOST_CONDITIONS = 20
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
-EVEN = "re-noising"  # the stage that learns what `weighted` takes off
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -386,7 +385,7 @@ def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
             start = run.policy.snapshot()
             run.policy.restore(untrained)
             even = replace(learner, even=True)
-            yield from train_stage(run, EVEN, even, settings, settings.renoising, phase)
+            yield from train_stage(run, RENOISING, even, settings, settings.renoising, phase)
             learner.renoising = run.policy.snapshot()
             run.policy.restore(start)
         yield from train_stage(run, stage, learner, settings, settings.updates, phase, best)

@@ -20,6 +20,7 @@ from .data import LabelledImages, to_pixels
 from .evaluate import Evaluation, Score
 from .files import write_text, writing
 from .judges import Judges
+from .learn.weighted import RENOISING
 from .run import Run, stream
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
@@ -70,13 +71,16 @@ def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str]
 
 
 def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
-    """J climbing to log Z, KL and reward at the probes of a run; the last record says which control was kept."""
+    """J climbing to log Z, KL and reward at the probes of a run; the last record says which control was kept.
+
+    The stage that learns what `weighted` takes off is no control yet and left out.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         position, ends = 0, []
         probes: list[tuple[int, dict]] = []
-        *records, kept = records
+        *records, kept = [record for record in records if record["stage"] != RENOISING]
         for stage in dict.fromkeys(record["stage"] for record in records):
             mine = [record for record in records if record["stage"] == stage]
             if kept["stage"] == stage:

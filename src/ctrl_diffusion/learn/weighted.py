@@ -24,6 +24,8 @@ from ..schedule import per_sample
 from ..transition import half_square
 from . import Step
 
+RENOISING = "re-noising"  # the name of the stage that learns what is taken off
+
 
 @dataclass
 class Weighted:
