@@ -1,4 +1,4 @@
-"""The demo's figures over seeds, with peak memory (`make bench`; about nine minutes a seed on two quiet cores).
+"""The demo's figures over seeds, with peak memory (`make bench`; about ten minutes a seed on two quiet cores).
 
 python bench/demo.py [SEED …]        (0 1 2 if none is given)
 
