@@ -87,6 +87,12 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
     assert small["adjoint"]["updates"] > large["adjoint"]["updates"]
     assert large["steps"] > small["steps"]
     assert large["adjoint"]["lr_adapter"] < 1e-3
+    # the demo's batch of 160 has the rates of the settings; a fifth of it √5 times less
+    assert (small["adjoint"]["lr_embedding"], small["adjoint"]["lr_adapter"]) == (1e-2, 1.5e-3)
+    middle = suggested((3, 16, 12), 800_000, 16, 1, 3)
+    assert middle["adjoint"]["batch"] == 32
+    assert middle["adjoint"]["lr_adapter"] == pytest.approx(1.5e-3 / 5**0.5, rel=0.01)  # two digits are kept
+    assert (small["steps"], middle["steps"]) == (20, 40)
 
 
 def test_a_classifier_that_is_handed_over(data, fitted):

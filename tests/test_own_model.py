@@ -15,7 +15,7 @@ from ctrl_diffusion.run import Run
 EXAMPLE = Path(__file__).parent.parent / "examples" / "textures.py"
 FAST = {
     "classifier": {"updates": 300, "grid": 4, "depth": 2},
-    "weighted": {"updates": 5, "batch": 16, "cache": 32},
+    "weighted": {"updates": 5, "batch": 16, "cache": 32, "renoising": 2},
     "adjoint": {"updates": 5, "batch": 8},
     "evaluation": {"prior_samples": 60, "paths": 30, "probes": 1, "sweep_paths": 6},
     "steps": 5,

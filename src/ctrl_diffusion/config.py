@@ -199,8 +199,9 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache, warm = min(1000, max(100, 10_000 // groups)), min(700, 400 + 20 * pairs)
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
-    adjoint, share = AdjointSettings(), (batch / 160) ** 0.5
-    adjoint_lr = {name: float(f"{share * getattr(adjoint, name):.2g}") for name in ("lr_embedding", "lr_adapter")}
+    full = AdjointSettings()
+    share = (batch / full.batch) ** 0.5
+    adjoint_lr = {name: float(f"{share * getattr(full, name):.2g}") for name in ("lr_embedding", "lr_adapter")}
     return {
         "steps": 20 if dimensions <= 256 else 40,
         "rank": rank,

@@ -269,14 +269,12 @@ class Policy(Denoiser):
     @contextmanager
     def holding(self, snapshot: list[Tensor]) -> Iterator[None]:
         """Inside, the controls have the parameters of a snapshot. Not between a forward pass and its backward pass."""
-        own = [p.data for p in self.trained()]
+        own = self.snapshot()
+        self.restore(snapshot)
         try:
-            for p, value in zip(self.trained(), snapshot, strict=True):
-                p.data = value
             yield
         finally:
-            for p, value in zip(self.trained(), own, strict=True):
-                p.data = value
+            self.restore(own)
 
     def trained(self) -> list[nn.Parameter]:
         """Trainable parameters of all controls in one order."""

@@ -397,8 +397,8 @@ def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
 class Best:
     """The best control so far, by J on the probes' paths, which share their noise.
 
-    A control that earns less reward must have a J higher by more than one standard error of the paired difference (the
-    rule of Breiman et al. 1984): what looks like a lower KL for nothing should not cost accuracy.
+    A control that earns less reward must have a J higher by more than one standard error of the paired difference, in
+    the spirit of Breiman et al. 1984: within the noise of a probe, a lower KL should not cost accuracy.
     """
 
     policy: Policy
@@ -431,7 +431,7 @@ def train_stage(
 ) -> Iterator[dict[str, Any]]:
     """One learner from the policy as it is to averaged weights; a record of every update and probe.
 
-    Without `best` nobody compares the probes, and only the first and the last are taken.
+    Without `best` nobody compares the probes, and only the last is taken.
     """
     config, few = run.config, -(-160 // run.conditions.pairs)
     steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
@@ -446,7 +446,8 @@ def train_stage(
             best.see(record, log_w)
         return record
 
-    yield probed({"stage": stage, "update": 0})
+    if best:
+        yield probed({"stage": stage, "update": 0})
     for update in fit(run.policy, steps, updates, lr, config.ema_decay):
         record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
         record |= update.metrics
