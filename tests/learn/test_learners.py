@@ -4,7 +4,7 @@ import torch
 from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.data import Conditions
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.weighted import Weighted
@@ -21,7 +21,7 @@ def toy(schedule):
     """Two overlapping components with unequal weights; y is the component, p(y | x) is exact."""
     prior = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, schedule, torch.tensor([0.3, 0.7]))
     policy = Policy(prior, SideControl("y", ("a", "b"), prior))
-    return policy, Reward({"y": prior}, gamma=1.0), Conditions({}, "y", 2), schedule.times(25, 0.1)
+    return policy, Reward({"y": ComponentLabel(prior)}, gamma=1.0), Conditions({}, {"y": 2}), schedule.times(25, 0.1)
 
 
 def judge(policy, reward, conditions, times):
@@ -46,8 +46,8 @@ def test_what_renoising_alone_does_is_taken_off(schedule):
     """At γ = 0 the optimal policy is the prior; regression on re-noised samples is not, unless it is corrected."""
     torch.manual_seed(0)
     prior = Careless(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, schedule)
-    policy, conditions = Policy(prior, SideControl("y", ("a", "b"), prior)), Conditions({}, "y", 2)
-    reward, times = Reward({"y": prior}, gamma=0.0), schedule.times(25, 0.1)
+    policy, conditions = Policy(prior, SideControl("y", ("a", "b"), prior)), Conditions({}, {"y": 2})
+    reward, times = Reward({"y": ComponentLabel(prior)}, gamma=0.0), schedule.times(25, 0.1)
     cache, _, _ = paths(prior, 4000, times, torch.Generator().manual_seed(1))
 
     def kl_after(learner, seed):

@@ -1,0 +1,245 @@
+"""The discretised chain without samples, for D ≤ 2: densities, log Z, the target, and the best a Gaussian step can do.
+
+Every state x_i of the chain has a lattice of its own, fine enough for the steps into and out of it: a sum of Gaussians
+over points 0.7 std apart is their integral to 1e-15 (Poisson summation: 2 exp(−2π²/0.7²)). With r the reward of the
+last state and p(x_{i+1} | x_i) a step of the prior,
+
+    h_N = exp r,      h_i = E_pre[h_{i+1} | x_i],      log Z = log E[h_0(x_1)]
+
+is exact, and p_N h_N / Z is where the tilted chain ends. The best policy whose steps are Gaussians with the prior's std
+follows from backward induction,
+
+    V_N = r,          V_i(x) = max_m  E[V_{i+1}(m + std z)] − ½‖(m − mean_pre(x))/std‖²,
+
+and log Z − E[V_0(x_1)] is the floor: no learner of such steps can have a smaller gap.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise, product
+
+import torch
+from torch import Tensor
+
+from .denoise import Denoiser
+from .rollout import Times, read_out
+from .transition import Gaussian, step, step_std, transition
+
+SPACING = 0.7  # of a lattice, in standard deviations of the step
+
+
+class Lattice:
+    """Points of a square lattice around 0, float64.
+
+    Args:
+        half: the last point lies at least here on every axis.
+        spacing: of the points.
+        dim: 1 or 2.
+    """
+
+    def __init__(self, half: float, spacing: float, dim: int) -> None:
+        n = math.ceil(half / spacing)
+        self.axis, self.spacing, self.dim = spacing * torch.arange(-n, n + 1, dtype=torch.float64), spacing, dim
+        self.points = self.axis[:, None] if dim == 1 else torch.cartesian_prod(self.axis, self.axis)  # (P, D)
+
+    def kernels(self, step: Gaussian) -> list[Tensor]:
+        """For each axis the masses (B, M) that steps (B, D) put on its points."""
+        offset = (self.axis - step.mean.mT[:, :, None]) / step.std  # (D, B, M)
+        mass = (-0.5 * offset.square()).exp()
+        return list(mass / mass.sum(2, keepdim=True))
+
+    def expect(self, kernels: list[Tensor], f: Tensor) -> Tensor:
+        """E[f(x')] (B,) of a function f (P,) after the steps."""
+        if self.dim == 1:
+            return kernels[0] @ f
+        return ((kernels[0] @ f.view(len(self.axis), -1)) * kernels[1]).sum(1)
+
+    def push(self, kernels: list[Tensor], mass: Tensor) -> Tensor:
+        """Masses (P,) after the steps, from masses (B,) before."""
+        if self.dim == 1:
+            return mass @ kernels[0]
+        return (kernels[0].mT @ (mass[:, None] * kernels[1])).flatten()
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Number of the point nearest to each x (B, D) on each axis: (B, D)."""
+        return ((x - self.axis[0]) / self.spacing).round().long().clamp(0, len(self.axis) - 1)
+
+    def interpolate(self, table: Tensor, x: Tensor) -> Tensor:
+        """Multilinear interpolation at x (B, D) of a table (P, D); constant beyond the lattice."""
+        n = len(self.axis)
+        place = ((x - self.axis[0]) / self.spacing).clamp(0, n - 1)
+        low = place.long().clamp(max=n - 2)
+        share, table = place - low, table.view(*[n] * self.dim, -1)
+        out = torch.zeros_like(x)
+        for corner in product((0, 1), repeat=self.dim):
+            up = torch.tensor(corner)
+            weight = torch.where(up.bool(), share, 1 - share).prod(1, keepdim=True)
+            out = out + weight * table[(low + up).unbind(1)]
+        return out
+
+
+@dataclass
+class Outcome:
+    """What a policy does to the chain, exactly, in nats.
+
+    Args:
+        objective: J.
+        kl_steps: (N,), KL of each step.
+        true_kl: KL of the last state's distribution from the target's; the gap is an upper bound of it.
+        end: (P,), masses of the last state.
+    """
+
+    objective: float
+    kl_steps: Tensor
+    true_kl: float
+    end: Tensor
+
+
+class LatticeChain:
+    """A prior's chain on lattices.
+
+    Args:
+        prior: of D ≤ 2 dimensions, in float64.
+        times: the chain's grid.
+        extent: no x_0 worth speaking of lies farther out on any axis.
+        eta: churn, positive.
+        cond: the prior's conditions, one row each.
+    """
+
+    def __init__(
+        self, prior: Denoiser, times: Times, extent: float, eta: float = 1.0, cond: dict[str, Tensor] | None = None
+    ) -> None:
+        (dim,) = prior.shape
+        if dim > 2:
+            raise ValueError(f"a lattice serves 1 or 2 dimensions, got {dim}.")
+        self.prior, self.times, self.eta, self.cond = prior, times, eta, cond or {}
+        stds = [float(step_std(prior.schedule, t, s, eta)) for t, s in pairwise(times)]
+        if min(stds) <= 0:
+            raise ValueError(f"every step must have noise; with eta = {eta} the smallest std is {min(stds)}.")
+        scales = [1.0, *stds, 1.0]
+        self.lattices = []
+        for i, t in enumerate(times):
+            alpha, sigma = (float(a) for a in prior.schedule(t))
+            spacing = SPACING * min(scales[i], scales[i + 1])
+            self.lattices.append(Lattice(math.hypot(alpha * extent, 5 * sigma), spacing, dim))
+        start = (-0.5 * self.lattices[0].points.square().sum(1)).exp()
+        self.start = start / start.sum()
+        self.x_0 = read_out(prior, self.lattices[-1].points, times[-1], **self._rows(self.lattices[-1]))
+
+    def _rows(self, lattice: Lattice) -> dict[str, Tensor]:
+        return {name: row.expand(len(lattice.points)) for name, row in self.cond.items()}
+
+    def steps(self, denoiser: Denoiser, **control: Tensor) -> Iterator[Gaussian]:
+        """The steps of a prior or policy from every point of each lattice, in float64; `control` has one row each."""
+        for lattice, (t, s) in zip(self.lattices, pairwise(self.times), strict=False):
+            labels = {name: y.expand(len(lattice.points)) for name, y in control.items()}
+            more = {"labels": labels} if labels else {}
+            here = transition(denoiser, lattice.points, t, s, self.eta, **more, **self._rows(lattice))
+            yield Gaussian(here.mean.double(), here.std.double())
+
+    @cached_property
+    def prior_steps(self) -> list[Gaussian]:
+        """The prior's steps."""
+        return list(self.steps(self.prior))
+
+    @cached_property
+    def prior_end(self) -> Tensor:
+        """Masses (P,) of the prior's last state."""
+        mass = self.start
+        for lattice, pre in zip(self.lattices[1:], self.prior_steps, strict=True):
+            mass = lattice.push(lattice.kernels(pre), mass)
+        return mass
+
+    def log_z(self, reward: Tensor) -> float:
+        """log Z of a reward (P,) of the last state."""
+        return float((self.prior_end.log() + reward).logsumexp(0))
+
+    def target(self, reward: Tensor) -> Tensor:
+        """Masses (P,) of the last state of the chain tilted by a reward (P,)."""
+        return (self.prior_end.log() + reward).softmax(0)
+
+    def best(self, reward: Tensor) -> list[Gaussian]:
+        """The steps of the best policy with the prior's std, for a reward (P,) of the last state."""
+        value, found = reward, []
+        for lattice, pre in zip(self.lattices[:0:-1], self.prior_steps[::-1], strict=True):
+            best = Gaussian(best_mean(lattice, value, pre), pre.std)
+            value = lattice.expect(lattice.kernels(best), value) - best.kl(pre)
+            found.append(best)
+        return found[::-1]
+
+    def outcome(self, steps: list[Gaussian], reward: Tensor) -> Outcome:
+        """What steps from every point of each lattice come to, for a reward (P,) of the last state."""
+        mass, kl = self.start, []
+        for lattice, here, pre in zip(self.lattices[1:], steps, self.prior_steps, strict=True):
+            kl.append(mass @ here.kl(pre))
+            mass = lattice.push(lattice.kernels(here), mass)
+        target, some = self.target(reward), mass > 0
+        true_kl = (mass * (mass.log() - target.log()))[some].sum()
+        return Outcome(float(mass @ reward - sum(kl)), torch.stack(kl), float(true_kl), mass)
+
+    def sample_target(self, reward: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """n samples (n, D) of the tilted chain's last state, even within a cell of the lattice."""
+        lattice = self.lattices[-1]
+        points = lattice.points[self.target(reward).multinomial(n, replacement=True, generator=generator)]
+        jitter = torch.rand(points.shape, generator=generator, dtype=torch.float64) - 0.5
+        return points + lattice.spacing * jitter
+
+
+def best_mean(lattice: Lattice, value: Tensor, pre: Gaussian) -> Tensor:
+    """argmax_m E[value(m + std z)] − ½‖(m − pre.mean)/std‖² (B, D), the value (P,) being known on the lattice.
+
+    The best lattice point of the prior's mean rounded to the lattice, one axis after the other, then one Newton step.
+    """
+    std = float(pre.std)
+    size = [len(lattice.axis)] * lattice.dim
+    smooth = lattice.expect(lattice.kernels(Gaussian(lattice.points, pre.std)), value).view(size)
+    cost = (lattice.axis[:, None] - lattice.axis).square() / (2 * std**2)  # of moving from a point to a point, one axis
+    # max over the last axis, then over the first: a distance transform (Felzenszwalb & Huttenlocher 2012)
+    worth, choice = (smooth[..., None, :] - cost).max(-1)
+    chosen = [choice]
+    if lattice.dim == 2:
+        _, first = (worth.mT[:, None, :] - cost).max(-1)  # (second, first) → the first axis' best
+        first = first.mT
+        chosen = [first, choice.gather(0, first)]
+    at = lattice.nearest(pre.mean).unbind(1)
+    q = torch.stack([axis[at] for axis in chosen], dim=1)  # (B, D)
+    slopes = torch.gradient(smooth, spacing=lattice.spacing)
+    here = q.unbind(1)
+    slope = torch.stack([g[here] for g in slopes], dim=1)
+    bend = torch.stack(
+        [torch.stack([h[here] for h in torch.gradient(g, spacing=lattice.spacing)], dim=1) for g in slopes], dim=1
+    )
+    point = lattice.axis[q]
+    downhill = torch.eye(lattice.dim, dtype=torch.float64) / std**2 - bend
+    move = torch.linalg.lstsq(downhill, (slope - (point - pre.mean) / std**2)[:, :, None]).solution.squeeze(2)
+    return point + move.clamp(-lattice.spacing, lattice.spacing)
+
+
+class Tabulated(Denoiser):
+    """A policy known on a chain's lattices, linear in between: it shifts x̂ at each state of the chain.
+
+    Args:
+        chain: the chain; its condition is part of the policy.
+        steps: from every point of each lattice.
+    """
+
+    def __init__(self, chain: LatticeChain, steps: list[Gaussian]) -> None:
+        super().__init__()
+        self.base, self.schedule, self.shape = chain.prior, chain.prior.schedule, chain.prior.shape
+        self.tables: dict[float, tuple[Lattice, Tensor]] = {}
+        for lattice, after, pre, (t, s) in zip(
+            chain.lattices, steps, chain.prior_steps, pairwise(chain.times), strict=False
+        ):
+            nothing = torch.zeros_like(lattice.points[:1])
+            of_x_hat = step(self.schedule, nothing + 1, nothing, t, s, chain.eta).mean
+            self.tables[t] = lattice, (after.mean - pre.mean) / of_x_hat
+
+    @property
+    def prior(self) -> Denoiser:
+        return self.base
+
+    def forward(self, x_t: Tensor, t: float, **cond: Tensor) -> Tensor:
+        lattice, shift = self.tables[t]
+        return self.base(x_t, t, **cond) + lattice.interpolate(shift, x_t)
