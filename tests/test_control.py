@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from ctrl_diffusion import assets
 from ctrl_diffusion.control import NULL, LoRAControl, Policy, SideControl
@@ -77,7 +78,7 @@ def test_only_the_control_learns(network):
 
 
 def test_gradients_survive_a_prior_pass_before_backward(network):
-    """Adapters are switched off again before backward runs: the graph must not notice."""
+    """The prior has its own weights back before backward runs: the graph must not notice."""
     denoiser, x_t, c, _ = network
     policy = Policy(denoiser, lora(denoiser))
     y = {"ink": torch.zeros(B, dtype=torch.long)}
@@ -88,6 +89,24 @@ def test_gradients_survive_a_prior_pass_before_backward(network):
     x_hat.sum().backward()
     for expected, parameter in zip(plain, adapter, strict=True):
         assert torch.equal(parameter.grad, expected)
+
+
+def test_the_weights_of_an_active_control_are_pefts_adapter(network):
+    """W + BA in place of peft's own Wx + B(Ax): the same prediction and gradients, but for rounding."""
+    denoiser, x_t, c, _ = network
+    policy = Policy(denoiser.double(), lora(denoiser).double())
+    control, x_t, y = policy.controls["ink"], x_t.double(), {"ink": torch.arange(B) % 4}
+    adapter = policy.parameter_groups()["adapter"]
+    ours = policy(x_t, 0.5, labels=y, c=c)
+    gradients = torch.autograd.grad(ours.square().sum(), adapter)
+    control._shift = control.table(y["ink"])
+    layers = [module for module in denoiser.network.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = False
+    theirs = denoiser(x_t, 0.5, c=c)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(gradients, torch.autograd.grad(theirs.square().sum(), adapter), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_save_and_load(network, tmp_path):

@@ -1,8 +1,8 @@
 """Policy = frozen prior + controls; everything a control does vanishes when its label is null.
 
-A control adds to the prior where the prior's family lets it: one PEFT LoRA adapter and one zero-initialised embedding
-added to the network's time/class embedding, both by forward hooks. Adapters are off unless a control is active, so the
-prior is the same weights called outside a control: no second copy, and bit-identical to the bare network.
+A control adds to the prior where the prior's family lets it: one PEFT LoRA adapter, and one zero-initialised embedding
+added to the network's time/class embedding by a forward hook. While a control is active its layers have the weights
+W + BA; outside, the prior's own: no second copy, and bit-identical to the bare network.
 """
 
 import json
@@ -90,25 +90,30 @@ class LoRAControl(Control):
         self._shift: Tensor | None = None
         for site in denoiser.site.embeddings:
             denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
-        self._switch(False)
+        self._silence()
 
     def _add_shift(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output if self._shift is None else output + self._shift
 
-    def _switch(self, on: bool) -> None:
-        # peft's own enable_adapters() also flips requires_grad, which would drop gradients of a graph already built
+    def _silence(self) -> None:
+        # the layers' own way of adding the adapter; peft's enable_adapters() would also flip requires_grad
         for layer in self._layers:
-            layer._disable_adapters = not on
+            layer._disable_adapters = True
 
     @contextmanager
     def active(self, y: Tensor) -> Iterator[None]:
+        # (W + BA)x and not Wx + B(Ax): the same, but with many rows to a layer far fewer products (docs/lab-notes.md)
+        homes = [layer.get_base_layer()._parameters for layer in self._layers]
+        own = [home["weight"] for home in homes]
         self._shift = self.table(self.index(y))
-        self._switch(True)
+        for home, layer in zip(homes, self._layers, strict=True):
+            home["weight"] = home["weight"] + layer.get_delta_weight(self.adapter)
         try:
             yield
         finally:
             self._shift = None
-            self._switch(False)
+            for home, weight in zip(homes, own, strict=True):
+                home["weight"] = weight
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         adapter = [
@@ -139,12 +144,12 @@ class LoRAControl(Control):
         if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in adapter.items()}:
             raise ValueError(f"the control in {folder} was trained on another network than this prior's")
         set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.adapter)
-        control._switch(False)
+        control._silence()
         return control
 
 
 class SideControl(Control):
-    """A small network beside the prior: x̂ = x̂_pre + σ_t² f(x_t, t, y), f = 0 at the start.
+    """A small network beside the prior: x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y), f = 0 at the start.
 
     For priors without a network of their own (closed forms, plain callables). The exact shift is
     σ_t²/α_t ∇ log h(x_t), so f is of order one at every t.
@@ -153,31 +158,44 @@ class SideControl(Control):
         name: the label's name.
         values: what the user calls the classes, in order.
         denoiser: the prior.
+        conditions: how many conditions c the prior has.
         width: hidden units.
         seed: of the initial weights.
     """
 
-    def __init__(self, name: str, values: Sequence[str], denoiser: Denoiser, width: int = 128, seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        values: Sequence[str],
+        denoiser: Denoiser,
+        conditions: int = 0,
+        width: int = 128,
+        seed: int = 0,
+    ) -> None:
         super().__init__(name, values)
         dim = math.prod(denoiser.shape)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.table = nn.Embedding(self.size + 1, width, padding_idx=self.size)
-            self.inner = nn.Linear(dim + 3, width)
+            self.inner = nn.Linear(2 * dim + 3, width)
             self.outer = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
+            self.of_c = nn.Embedding(conditions, width) if conditions else None
         nn.init.zeros_(self.outer[-1].weight)
         nn.init.zeros_(self.outer[-1].bias)
         self._y: Tensor | None = None
         self._schedule = denoiser.schedule
-        denoiser.register_forward_hook(self._add)
+        denoiser.register_forward_hook(self._add, with_kwargs=True)
 
-    def _add(self, module: nn.Module, args: tuple[Tensor, Tensor | float], x_hat: Tensor) -> Tensor:
+    def _add(self, module: nn.Module, args: tuple[Tensor, Tensor | float], cond: dict, x_hat: Tensor) -> Tensor:
         if self._y is None:
             return x_hat
         x_t, t = args[0], torch.as_tensor(args[1]).to(args[0]).expand(len(args[0]))
         alpha, sigma = (a.to(x_t) for a in self._schedule(t))
         clock = torch.stack([t, alpha, sigma], dim=1)
-        hidden = self.inner(torch.cat([x_t.flatten(1), clock], dim=1)) + self.table(self.index(self._y))
+        hidden = self.inner(torch.cat([x_t.flatten(1), x_hat.flatten(1), clock], dim=1))
+        hidden = hidden + self.table(self.index(self._y))
+        if self.of_c is not None:
+            hidden = hidden + self.of_c(cond["c"])
         return x_hat + (sigma**2)[:, None].mul(self.outer(hidden)).view_as(x_hat)
 
     @contextmanager
@@ -190,7 +208,8 @@ class SideControl(Control):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         network = [*self.inner.parameters(), *self.outer.parameters()]
-        return {"embedding": [self.table.weight], "adapter": network}
+        tables = [self.table.weight] if self.of_c is None else [self.table.weight, self.of_c.weight]
+        return {"embedding": tables, "adapter": network}
 
 
 class Policy(Denoiser):
