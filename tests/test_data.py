@@ -144,7 +144,7 @@ def test_pixels_are_rounded_and_clipped():
 
 
 def test_conditions_number_every_pair():
-    conditions = Conditions({"c": torch.tensor([7, 8, 9])}, "ink", 4)
+    conditions = Conditions({"c": torch.tensor([7, 8, 9])}, {"ink": 4})
     labels, cond = conditions.of(conditions.all(2))
     assert conditions.pairs == 12
     pairs = list(zip(cond["c"].tolist(), labels["ink"].tolist(), strict=True))

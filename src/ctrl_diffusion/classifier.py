@@ -213,6 +213,33 @@ def calibrate(classifier: Classifier, x: Tensor, y: Tensor, spread: float = 0.5)
     return classifier
 
 
+class Estimator:
+    """A fitted scikit-learn classifier as p̂(y | x). It has no gradient: train with `weighted` and `ppo`.
+
+    Args:
+        estimator: with `predict_proba`, fitted on rows of pixels (n, C · H · W) and classes 0 … K − 1.
+        classes: K.
+        smallest: no probability is taken to be less; a reward must be finite.
+
+    Raises:
+        ValueError: no `predict_proba`, or a class it was not fitted on.
+    """
+
+    def __init__(self, estimator: Any, classes: int, smallest: float = 1e-4) -> None:
+        if not hasattr(estimator, "predict_proba"):
+            raise ValueError(f"{type(estimator).__name__} has no predict_proba: p̂(y | x) needs probabilities.")
+        missing = sorted(set(range(classes)) - set(estimator.classes_.tolist()))
+        if missing:
+            raise ValueError(f"the classifier was not fitted on class {', '.join(map(str, missing))} of {classes}.")
+        self.estimator, self.smallest = estimator, smallest
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p̂(y | x) in nats (B, K) for x (B, *)."""
+        p = torch.from_numpy(self.estimator.predict_proba(x.detach().flatten(1).cpu().numpy()))
+        p = p.clamp(min=self.smallest)
+        return (p / p.sum(1, keepdim=True)).log().to(x)
+
+
 @torch.no_grad()
 def report_classifier(classifier: Classifier, x: Tensor, y: Tensor) -> ClassifierReport:
     """Measure on (x, y), a split neither fit nor calibration has seen."""

@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from .files import write_text
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
-LearnerName = Literal["weighted", "adjoint", "backprop"]
+LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "data", "classifier_from")
 
 
@@ -55,12 +55,12 @@ class WeightedSettings(LearnerSettings):
 class AdjointSettings(LearnerSettings):
     """`learn/adjoint.py`."""
 
-    updates: int = Field(700, ge=1)
+    updates: int = Field(800, ge=1)
     batch: int = Field(160, ge=1)
     lr_adapter: float = Field(1.5e-3, gt=0)
     regressed: int = Field(5, ge=1)
     reuse: int = Field(4, ge=1)
-    clip: float = Field(60.0, gt=0)
+    clip: float = Field(10.0, gt=0)
     lean: bool = False
 
 
@@ -69,8 +69,19 @@ class BackpropSettings(LearnerSettings):
 
     updates: int = Field(200, ge=1)
     batch: int = Field(64, ge=1)
-    clip: float = Field(60.0, gt=0)
+    clip: float = Field(10.0, gt=0)
     through: int | None = Field(None, ge=1)
+
+
+class PPOSettings(LearnerSettings):
+    """`learn/ppo.py`."""
+
+    updates: int = Field(800, ge=1)
+    batch: int = Field(160, ge=1)
+    lr_adapter: float = Field(5e-4, gt=0)
+    surrogates: int = Field(5, ge=1)
+    reuse: int = Field(8, ge=1)
+    clip: float = Field(0.2, gt=0, lt=1)
 
 
 class EvaluationSettings(Strict):
@@ -114,6 +125,7 @@ class Config(Strict):
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()
     backprop: BackpropSettings = BackpropSettings()
+    ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @classmethod
@@ -139,7 +151,7 @@ class Config(Strict):
     def quick(self) -> "Config":
         """A smoke test of the same job: a twentieth of the training, fewer samples."""
         values = self.model_dump()
-        for learner in ("weighted", "adjoint", "backprop"):
+        for learner in get_args(LearnerName):
             values[learner]["updates"] = max(1, values[learner]["updates"] // 20)
         values["weighted"]["renoising"] //= 20
         values["weighted"]["cache"] = max(1, values["weighted"]["cache"] // 10)
@@ -206,8 +218,9 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         "steps": 20 if dimensions <= 256 else 40,
         "rank": rank,
         "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 4, **lr},
-        "adjoint": {"updates": min(700, 120 + 16 * pairs), "batch": batch, **adjoint_lr, **lr},
+        "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
+        "ppo": {"updates": min(800, 160 + 16 * pairs), "batch": batch, **({"lr_adapter": 1.5e-4} if lr else {})},
         "evaluation": {
             "prior_samples": cache,
             "paths": min(2000, max(600, 50 * pairs)),

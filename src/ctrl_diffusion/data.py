@@ -7,6 +7,7 @@ any, and one column per control. In memory x is (n, C, H, W) in [−1, 1].
 import csv
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -224,17 +225,21 @@ def read_imagefolder(
 class Conditions:
     """Every pair (c, y): G conditions of the prior times K classes of the control.
 
-    Pair p stands for condition p // K and class p % K.
+    Pair p stands for condition p // K and class p % K. With several controls y is one class of each, K the product of
+    their sizes, and the last control's class runs fastest.
 
     Args:
         cond: the prior's conditions by keyword, G rows each.
-        control: the control's name.
-        classes: K.
+        controls: the number of classes of each control.
     """
 
     cond: dict[str, Tensor]
-    control: str
-    classes: int
+    controls: dict[str, int]
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return math.prod(self.controls.values())
 
     @property
     def groups(self) -> int:
@@ -265,4 +270,7 @@ class Conditions:
 
     def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
         """Labels and conditions of pairs (B,)."""
-        return {self.control: pair % self.classes}, self.cond_of(self.group_of(pair))
+        y, labels = pair % self.classes, {}
+        for name, size in reversed(self.controls.items()):
+            labels[name], y = y % size, y // size
+        return labels, self.cond_of(self.group_of(pair))

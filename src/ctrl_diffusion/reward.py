@@ -1,11 +1,20 @@
 """The reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from .classifier import Classifier
 from .control import NULL, Labels
 from .data import Conditions
+
+
+class Likelihood(Protocol):
+    """p(y | x) of one control: a `Classifier`, a scikit-learn one (`classifier.Estimator`), or a closed form."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(y | x) in nats (B, K) for x (B, *)."""
+        ...
 
 
 class Reward:
@@ -16,7 +25,7 @@ class Reward:
         gamma: γ ≥ 0; 1 asks for the posterior itself.
     """
 
-    def __init__(self, classifiers: dict[str, Classifier], gamma: float = 1.0) -> None:
+    def __init__(self, classifiers: dict[str, Likelihood], gamma: float = 1.0) -> None:
         if gamma < 0:
             raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
         self.classifiers, self.gamma = classifiers, gamma
@@ -35,6 +44,27 @@ class Reward:
 
 
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
-    """Reward of every class (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn."""
-    rows = torch.cat([reward.table(conditions.control, x) for x in x_0.split(1024)])
-    return rows.view(conditions.groups, -1, conditions.classes)
+    """Reward of every y (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn.
+
+    Raises:
+        ValueError: a reward that is not finite.
+    """
+    rows = []
+    for x in x_0.split(1024):
+        total = x.new_zeros(len(x), 1)
+        for name in conditions.controls:
+            total = (total[:, :, None] + checked(reward.table(name, x), name)[:, None]).flatten(1)
+        rows.append(total)
+    return torch.cat(rows).view(conditions.groups, -1, conditions.classes)
+
+
+def checked(table: Tensor, name: str) -> Tensor:
+    """The rewards (B, K) of one control, if all are finite."""
+    wrong = ~table.isfinite()
+    if wrong.any():
+        y = int(wrong.any(0).nonzero()[0])
+        raise ValueError(
+            f"the reward of {name!r} is not finite on samples of the prior: {float(table[wrong][0])} for class {y} on "
+            f"{int(wrong[:, y].sum())} of {len(table)}. p̂ must give every class a probability above 0."
+        )
+    return table

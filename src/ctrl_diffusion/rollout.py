@@ -21,6 +21,7 @@ class Trajectory:
     Args:
         times: t_0 > … > t_N.
         x: states (N + 1, B, *).
+        z: noise of each step (N, B, *), x_{i+1} = mean_i + std_i z_i.
         x_0: (B, *), the prior's denoiser at the last state.
         kl: (N, B), KL of each step against the prior's in nats; None if not compared.
         log_ratio: (N, B), log p_g/p_pre of each step in nats, same expectation as kl; None if not compared.
@@ -28,6 +29,7 @@ class Trajectory:
 
     times: Times
     x: Tensor
+    z: Tensor
     x_0: Tensor
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
@@ -72,7 +74,7 @@ def rollout(
         u = here.control(transition(denoiser.prior, x_t, t, s, eta, **cond)) if compare else None
         return here.rsample(z), u
 
-    x_t, states, kl, log_ratio = x_1, [x_1], [], []
+    x_t, states, noise, kl, log_ratio = x_1, [x_1], [], [], []
     for i, (t, s) in enumerate(pairwise(times)):
         z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
         if at_state:
@@ -82,9 +84,10 @@ def rollout(
         else:
             x_t, u = advance(x_t, z, t, s)
         states.append(x_t)
+        noise.append(z)
         if u is not None:
             kl.append(half_square(u))
             log_ratio.append(kl[-1] + (u * z).flatten(1).sum(1))
     x_0 = read_out(denoiser, at_state(len(times) - 1, x_t) if at_state else x_t, times[-1], **cond)
     compared = {"kl": torch.stack(kl), "log_ratio": torch.stack(log_ratio)} if compare else {}
-    return Trajectory(times, torch.stack(states), x_0, **compared)
+    return Trajectory(times, torch.stack(states), torch.stack(noise), x_0, **compared)

@@ -6,11 +6,11 @@ import torch
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.denoise import Denoiser
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.reward import Reward
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.transition import transition
+from ctrl_diffusion.transition import step_std, transition
 
 
 def toy(schedule=None):
@@ -21,7 +21,7 @@ def toy(schedule=None):
     with torch.no_grad():
         for parameter in policy.controls["y"].parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return policy, Reward({"y": prior}), Conditions({}, "y", 2), prior.schedule.times(6, 0.1)
+    return policy, Reward({"y": ComponentLabel(prior)}), Conditions({}, {"y": 2}), prior.schedule.times(6, 0.1)
 
 
 def loss_of(setup, **options):
@@ -93,7 +93,7 @@ def theta_gradient(value, reward, options):
     torch.set_default_dtype(torch.float64)
     try:
         learner = Backprop(times, batch=8, **options)
-        steps = learner(policy, reward or linear_reward, Conditions({}, "y", 2), torch.Generator().manual_seed(1))
+        steps = learner(policy, reward or linear_reward, Conditions({}, {"y": 2}), torch.Generator().manual_seed(1))
         first = next(steps)
         first.loss.backward()
         return policy.theta.grad, next(steps).metrics
@@ -128,13 +128,16 @@ def test_truncation_keeps_every_steps_own_kl(through):
 
 
 def test_clipping_is_per_sample_and_logged():
-    """Every path's gradient at the last state is b shrunk by the read-out; half its norm as the limit halves it."""
+    """Every path's gradient at the last state is b shrunk by the read-out; a limit of half its length halves it."""
     prior, times, _ = linear()
     unit = torch.ones(1, 1, dtype=torch.float64)
     shrink = float((prior(unit.expand(1, 2), times[-1]) - prior(0 * unit.expand(1, 2), times[-1]))[0, 0])
-    whole, free = theta_gradient(0.0, None, {"clip": 5.0 * shrink * 1.01})
-    half, clipped = theta_gradient(0.0, None, {"clip": 5.0 * shrink / 2})
+    std = float(step_std(prior.schedule, times[-2], times[-1]))
+    whole, free = theta_gradient(0.0, None, {"clip": float("inf")})
+    half, clipped = theta_gradient(0.0, None, {"clip": 5.0 * shrink * std / 2})
+    just, _ = theta_gradient(0.0, None, {"clip": 5.0 * shrink * std * 1.01})
     assert free["clipped"] == 0.0
     assert clipped["clipped"] > 0.0
+    torch.testing.assert_close(just[-1], whole[-1])
     # the last step's own parameter sees the clip at the last state and no other
     torch.testing.assert_close(half[-1], whole[-1] / 2)

@@ -3,7 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from ..control import Labels, Policy
+from ..rollout import Trajectory
+from ..transition import Gaussian, transition
 
 
 @dataclass
@@ -18,8 +23,37 @@ class Step:
 Learner = Callable[..., Iterator[Step]]
 
 
-def clip_rows(a: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def check_noise(eta: float) -> None:
+    """Refuse a chain whose steps have no noise: u = (mean_g − mean_pre)/std would divide by nothing."""
+    if not 0.0 < eta <= 1.0:
+        raise ValueError(f"this learner needs noise in every step: eta must lie in (0, 1], got {eta}. Use 1.0.")
+
+
+def clip_rows(a: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     """Scale rows of a (B, *) down to norm `limit`; also says which rows (B,) were longer."""
     norm = a.flatten(1).norm(dim=1)
     factor = (limit / norm.clamp(min=1e-12)).clamp(max=1.0)
     return a * factor.view(-1, *[1] * (a.ndim - 1)), norm > limit
+
+
+def visits(steps: int, paths: int, share: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Transitions of a rollout to learn from, update by update: steps and paths (share · paths,), without end.
+
+    Every path goes through its steps in an order of its own, `share` of them an update, so that each is met once before
+    any is met again and an update sees all steps.
+    """
+    order = torch.rand(steps, paths, generator=generator).argsort(0)
+    row, start = torch.arange(paths), 0
+    while True:
+        i = order[(start + torch.arange(share)) % steps]
+        yield i.flatten(), row.expand_as(i).flatten()
+        start += share
+
+
+def revisit(
+    policy: Policy, path: Trajectory, i: Tensor, row: Tensor, labels: Labels, cond: dict[str, Tensor], eta: float
+) -> Gaussian:
+    """The steps i of paths `row` (n,) as the policy would take them now."""
+    t_grid = torch.tensor(path.times, dtype=torch.float64)
+    own = {"labels": {name: y[row] for name, y in labels.items()}, **{name: c[row] for name, c in cond.items()}}
+    return transition(policy, path.x[i, row], t_grid[i], t_grid[i + 1], eta, **own)

@@ -20,6 +20,7 @@ paths own the update.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ from ..control import Labels, Policy
 from ..data import Conditions
 from ..reward import Reward
 from ..rollout import Times, Trajectory, read_out, rollout
-from ..transition import half_square, step_std, transition
-from . import Step, clip_rows
+from ..transition import half_square, transition
+from . import Step, check_noise, clip_rows, revisit, visits
 
 
 def adjoints_of(
@@ -50,14 +51,13 @@ def adjoints_of(
         reward_gradient: a_N (B, *), the gradient of the reward at the last state.
         labels, cond: of the path.
         eta: churn.
-        clip: largest norm of an adjoint, per sample and step.
+        clip: largest norm of std_i a_{i+1}, what one sample may ask of a step's control.
         lean: through the prior's chain only, without the terms in u.
 
     Returns:
         a_1 … a_N (N, B, *); the prior's means of each step (N, B, *); the share of adjoints that were clipped.
     """
-    a, clipped = clip_rows(reward_gradient, clip)
-    adjoints, means, count = [a], [], clipped.float().mean()
+    a, adjoints, means, count = reward_gradient, [], [], 0.0
     steps = len(path.times) - 1
     for i in reversed(range(steps)):
         t, s = path.times[i], path.times[i + 1]
@@ -65,19 +65,19 @@ def adjoints_of(
             x_t = path.x[i].detach().requires_grad_(i > 0)
             pre = transition(policy.prior, x_t, t, s, eta, **cond)
             means.append(pre.mean.detach())
+            a, clipped = clip_rows(a, clip / pre.std)
+            adjoints.append(a)
+            count = count + float(clipped.float().mean())
             if i == 0:
                 break
             if lean:
                 value = (pre.mean * a).sum()
             else:
                 here = transition(policy, x_t, t, s, eta, labels=labels, **cond)
-                u, z = here.control(pre), ((path.x[i + 1] - here.mean) / here.std).detach()
-                value = (here.mean * a).sum() - half_square(u).sum() - (u * z).sum()
+                u = here.control(pre)
+                value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i]).sum()
             (a,) = torch.autograd.grad(value, x_t)
-        a, clipped = clip_rows(a, clip)
-        count = count + clipped.float().mean()
-        adjoints.append(a)
-    return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), float(count / steps)
+    return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), count / steps
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Adjoint:
         batch: paths a rollout.
         regressed: steps of each path that one update regresses; every path goes through its steps in its own order.
         reuse: updates from one rollout.
-        clip: largest norm of an adjoint, per sample and step.
+        clip: largest norm of std_i a_{i+1}, what one sample may ask of a step's control.
         lean: use the lean adjoint.
         eta: churn of the chain; must be positive.
     """
@@ -98,17 +98,18 @@ class Adjoint:
     batch: int = 160
     regressed: int = 5
     reuse: int = 4
-    clip: float = 60.0
+    clip: float = 10.0
     lean: bool = False
     eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_noise(self.eta)
 
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
     ) -> Iterator[Step]:
         """Losses without end."""
         steps = len(self.times) - 1
-        t_grid, s_grid = (torch.tensor(times, dtype=torch.float64) for times in (self.times[:-1], self.times[1:]))
-        std = step_std(policy.schedule, t_grid, s_grid, self.eta)
         while True:
             labels, cond = conditions.of(conditions.draw(self.batch, generator))
             x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
@@ -119,19 +120,10 @@ class Adjoint:
                 earned = reward(read_out(policy, x_end, self.times[-1], **cond), labels)
                 (gradient,) = torch.autograd.grad(earned.sum(), x_end)
             adjoints, means, clipped = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
-            # for each path its own order of steps
-            every = torch.rand(steps, self.batch, generator=generator).argsort(0)
-            for k in range(self.reuse):
-                i = every[k * self.regressed % steps :][: self.regressed]  # (R, B)
-                rows = torch.arange(self.batch).expand_as(i)
-                i, rows = i.flatten(), rows.flatten()
-                sigma = std[i].to(x_1).view(-1, *[1] * (x_1.ndim - 1))
-                here = transition(
-                    policy, path.x[i, rows], t_grid[i], s_grid[i], self.eta,
-                    labels={name: y[rows] for name, y in labels.items()}, **{name: c[rows] for name, c in cond.items()},
-                )  # fmt: skip
-                u = (here.mean - means[i, rows]) / sigma
-                miss = half_square(u - sigma * adjoints[i, rows])
+            for i, row in islice(visits(steps, self.batch, self.regressed, generator), self.reuse):
+                here = revisit(policy, path, i, row, labels, cond, self.eta)
+                u = (here.mean - means[i, row]) / here.std
+                miss = half_square(u - here.std * adjoints[i, row])
                 yield Step(
                     steps * miss.mean(),
                     {

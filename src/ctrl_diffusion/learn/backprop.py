@@ -9,6 +9,8 @@ otherwise own the batch. Truncation cuts the reward's way back, never a step's o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from ..control import Policy
 from ..data import Conditions
 from ..reward import Reward
 from ..rollout import Times, rollout
-from . import Step, clip_rows
+from ..transition import step_std
+from . import Step, check_noise, clip_rows
 
 
 @dataclass
@@ -27,16 +30,19 @@ class Backprop:
     Args:
         times: the chain's grid.
         batch: paths an update.
-        clip: largest norm of the gradient of one path's J at a state.
+        clip: largest norm of std_i ∇J at the state after step i, what one path may ask of the step's control.
         through: the number of last steps that the reward reaches; None for all.
         eta: churn of the chain; must be positive.
     """
 
     times: Times
     batch: int = 64
-    clip: float = 60.0
+    clip: float = 10.0
     through: int | None = None
     eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_noise(self.eta)
 
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
@@ -46,18 +52,19 @@ class Backprop:
         """
         steps = len(self.times) - 1
         first = 0 if self.through is None else max(0, steps - self.through)
+        stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]
         clipped: list[float] = []
 
         def at_state(i: int, x_t: Tensor) -> Tensor:
             if i <= first:
                 return x_t.detach()
             if x_t.requires_grad:
-                x_t.register_hook(clip)
+                x_t.register_hook(partial(clip, std=stds[i - 1]))
             return x_t
 
-        def clip(gradient: Tensor) -> Tensor:
+        def clip(gradient: Tensor, std: float) -> Tensor:
             # the loss is a mean over the batch, one path's share of the gradient is a B-th
-            gradient, longer = clip_rows(gradient, self.clip / len(gradient))
+            gradient, longer = clip_rows(gradient, self.clip / std / len(gradient))
             clipped.append(float(longer.float().mean()))
             return gradient
 

@@ -1,0 +1,115 @@
+"""Proximal policy optimisation: a policy gradient on transitions that needs no gradient of the reward.
+
+Roll out the policy without a graph. With δ_j = log p_g/p_pre of step j along a path,
+
+    G_i = r(x_0) − Σ_{j ≥ i} δ_j
+
+has the policy's value-to-go V_i(x_i) as its mean given x_i, and E[G_i ∇ log p_g(x_{i+1} | x_i)] is the gradient of J in
+step i, the KL of the step included. The clipped surrogate (Schulman et al. 2017, eq. 7) takes several updates from the
+same paths,
+
+    min( ρ A_i, clip(ρ, 1 − ε, 1 + ε) A_i ),      ρ = p_g/p_old (x_{i+1} | x_i),      A_i = G_i − b_i(c, y).
+
+The baseline b_i(c, y) is a running mean of G_i over paths of the pair: pairs of unlike log Z would drown each other.
+As G_i counts what was sampled and not its mean, it is the same on every path from x_i once the policy is optimal, in
+the limit of small steps: the noise goes as the policy comes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..control import Policy
+from ..data import Conditions
+from ..reward import Reward
+from ..rollout import Times, Trajectory, rollout
+from ..transition import half_square
+from . import Step, check_noise, revisit, visits
+
+
+def rewards_to_go(path: Trajectory, earned: Tensor) -> Tensor:
+    """G (N, B): the reward (B,) less the log-ratios of this step and those after it."""
+    return earned - path.log_ratio.flip(0).cumsum(0).flip(0)
+
+
+def surrogate(log_rho: Tensor, a: Tensor, clip: float) -> Tensor:
+    """min(ρ a, clip(ρ, 1 − ε, 1 + ε) a) (n,): beyond 1 ± ε a ratio that helps the advantage earns no more."""
+    rho = log_rho.exp()
+    return torch.minimum(rho * a, rho.clamp(1 - clip, 1 + clip) * a)
+
+
+class Baseline:
+    """Running means of G for each step and pair.
+
+    Args:
+        momentum: of the average over rollouts.
+    """
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        self.momentum = momentum
+        self.mean: Tensor | None = None
+
+    def advantages(self, g: Tensor, pair: Tensor, pairs: int) -> Tensor:
+        """G − b (N, B) for paths of pairs (B,), by the mean before these paths; then takes them in.
+
+        A pair not met before is given these paths' own mean.
+        """
+        count = torch.bincount(pair, minlength=pairs)
+        mean = g.new_zeros(len(g), pairs).index_add_(1, pair, g) / count.clamp(min=1)
+        if self.mean is None:
+            self.mean = torch.full_like(mean, float("nan"))
+        known = torch.where(self.mean.isnan(), mean, self.mean)
+        self.mean = torch.where(count > 0, self.momentum * known + (1 - self.momentum) * mean, self.mean)
+        return g - known[:, pair]
+
+
+@dataclass
+class PPO:
+    """The learner.
+
+    Args:
+        times: the chain's grid.
+        batch: paths a rollout.
+        surrogates: steps of each path that one update looks at.
+        reuse: updates from one rollout.
+        clip: ε; ratios beyond 1 ± ε earn no more.
+        eta: churn of the chain; must be positive.
+    """
+
+    times: Times
+    batch: int = 160
+    surrogates: int = 5
+    reuse: int = 8
+    clip: float = 0.2
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_noise(self.eta)
+
+    def __call__(
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+    ) -> Iterator[Step]:
+        """Losses without end."""
+        steps, baseline = len(self.times) - 1, Baseline()
+        while True:
+            pair = conditions.draw(self.batch, generator)
+            labels, cond = conditions.of(pair)
+            x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
+            with torch.no_grad():
+                path = rollout(policy, x_1, self.times, self.eta, generator, compare=True, cond=cond, labels=labels)
+                earned = reward(path.x_0, labels)
+            advantage = baseline.advantages(rewards_to_go(path, earned), pair, conditions.pairs)
+            for i, row in islice(visits(steps, self.batch, self.surrogates, generator), self.reuse):
+                here = revisit(policy, path, i, row, labels, cond, self.eta)
+                log_rho = half_square(path.z[i, row]) - half_square((path.x[i + 1, row] - here.mean) / here.std)
+                yield Step(
+                    -steps * surrogate(log_rho, advantage[i, row], self.clip).mean(),
+                    {
+                        "reward": float(earned.mean()),
+                        "kl": float(path.kl.sum(0).mean()),
+                        "clipped": float(((log_rho.detach().exp() - 1).abs() > self.clip).float().mean()),
+                    },
+                )

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from ctrl_diffusion.classifier import Estimator
+from ctrl_diffusion.data import Conditions
+from ctrl_diffusion.exact import Logistic
+from ctrl_diffusion.reward import Reward, prior_table
+
+CONDITIONS = Conditions({"c": torch.arange(2)}, {"side": 2, "height": 2})
+LIKELIHOODS = {"side": Logistic(torch.tensor([1.0, 0.0])), "height": Logistic(torch.tensor([0.0, 1.0]), 0.3)}
+
+
+def test_the_table_has_the_reward_of_every_y_of_several_controls():
+    reward, x = Reward(LIKELIHOODS, 0.7), torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
+    table = prior_table(reward, CONDITIONS, x)
+    assert table.shape == (2, 5, 4)
+    for pair in range(CONDITIONS.pairs):
+        labels, cond = CONDITIONS.of(torch.full((5,), pair))
+        g = int(cond["c"][0])
+        torch.testing.assert_close(table[g, :, pair % 4], reward(x.view(2, 5, 2)[g], labels))
+
+
+class Broken:
+    def __init__(self, value):
+        self.value = value
+
+    def log_prob(self, x):
+        out = torch.zeros(len(x), 2)
+        out[3, 1] = self.value
+        return out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_is_refused(value):
+    with pytest.raises(ValueError, match=r"'side' is not finite .* for class 1 on 1 of 10"):
+        prior_table(Reward({"side": Broken(value)}), Conditions({}, {"side": 2}), torch.zeros(10, 2))
+
+
+def test_an_estimator_answers_with_its_probabilities():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(60, 4))
+    fitted = LogisticRegression().fit(rows, (rows[:, 0] > 0).astype(int) + (rows[:, 1] > 0))
+    x = torch.randn(5, 1, 2, 2)
+    found = Estimator(fitted, 3, smallest=1e-12).log_prob(x)
+    torch.testing.assert_close(found.exp(), torch.from_numpy(fitted.predict_proba(x.flatten(1).numpy())).float())
+    sure = Estimator(LogisticRegression(C=1e6).fit(rows, (rows[:, 0] > 0).astype(int)), 2)
+    assert float(sure.log_prob(1000 * x).min()) == pytest.approx(np.log(1e-4), abs=1e-3)
+
+
+def test_an_estimator_that_cannot_serve_is_refused():
+    rows = np.random.default_rng(0).normal(size=(60, 4))
+    fitted = LogisticRegression().fit(rows, 2 * (rows[:, 0] > 0).astype(int))
+    with pytest.raises(ValueError, match="not fitted on class 1 of 3"):
+        Estimator(fitted, 3)
+    with pytest.raises(ValueError, match="int has no predict_proba"):
+        Estimator(3, 3)
