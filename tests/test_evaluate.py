@@ -6,6 +6,7 @@ from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.evaluate import (
     Judge,
+    energy_test,
     frechet_distance,
     nearest_distance,
     score_samples,
@@ -37,7 +38,7 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
     x, reader = demo.offline_dataset(seed=0).x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
     judge = Judge(lambda x: torch.zeros(len(x), dtype=torch.long), reader if with_reader else None)
     target = score_target(x, torch.zeros(10, 4, 1), judge)
-    samples = score_samples(x, Conditions({"c": torch.arange(10)}, "y", 1), judge)
+    samples = score_samples(x, Conditions({"c": torch.arange(10)}, {"y": 1}), judge)
     assert target.accuracy == samples.accuracy == samples.macro_f1 == 1.0
     torch.testing.assert_close(torch.tensor(target.diversity), torch.tensor(samples.diversity))
     if with_reader:
@@ -55,7 +56,7 @@ def test_a_sharp_reward_picks_what_it_rewards():
 
 
 def test_confusion_has_what_was_asked_in_its_rows():
-    conditions = Conditions({}, "y", 3)  # six samples, two for each class in turn
+    conditions = Conditions({}, {"y": 3})  # six samples, two for each class in turn
     came = torch.tensor([0, 1, 1, 1, 0, 2])
     score = score_samples(torch.zeros(6, 1, 2, 2), conditions, Judge(lambda x: came))
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
@@ -74,3 +75,20 @@ def test_nearest_distance():
     torch.testing.assert_close(
         nearest_distance(torch.tensor([[3.0, 0.0], [3.0, 4.0]]), reference), torch.tensor([3.0, 0.0])
     )
+
+
+def test_the_energy_distance_is_its_definition():
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+    distance, _ = energy_test(x, y, permutations=1)
+    assert distance == pytest.approx(2 * (3 + 2) / 2 - 2 * 1 / 4 - 0)
+
+
+def test_the_energy_test_keeps_its_level_and_sees_a_shift():
+    generator, p = torch.Generator().manual_seed(0), []
+    for _ in range(100):
+        x, y = torch.randn(2, 60, 2, generator=generator)
+        p.append(energy_test(x, y, 99, generator)[1])
+    # a level of 0.1 in 100 trials: binomial, 99.9 % of it between 2 and 21
+    assert 2 <= sum(value <= 0.1 for value in p) <= 21
+    x, y = torch.randn(2, 500, 2, generator=generator)
+    assert energy_test(x, y + 0.3, 99, generator)[1] == 0.01

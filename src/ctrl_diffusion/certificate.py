@@ -8,12 +8,17 @@ P* is the prior's own N-step chain tilted by the reward. log Z comes from indepe
 then averaged uniformly; J from paths of the policy by the mean of log w = r − log p_g/p_pre, whose expectation is J and
 whose spread vanishes at the optimum. log Z from the same paths (log-mean-exp of log w) is a check only: it is at least
 J and blind to modes the policy misses.
+
+Standard errors of both log Z are by the delta method, Var[log Ẑ] ≈ Var[ŵ]/Z²: one pass over the samples, and what a
+bootstrap of them comes to (tests/test_certificate.py) while some tens of effective samples stand behind each. Where
+they do not, no error estimate from the same samples is to be trusted, and a warning says so.
 """
 
 import math
 import warnings
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .data import Conditions
@@ -28,11 +33,12 @@ class Certificate:
         log_z: from independent samples of the prior.
         log_z_policy: from the policy's paths.
         gap: log_z − objective, an upper bound of the KL between the policy's and the exact x_0.
-        stderr, objective_stderr, log_z_stderr: of gap, J and log Z.
+        stderr, objective_stderr, log_z_stderr, log_z_policy_stderr: of gap, J and both log Z.
         kl: KL(P_g ‖ P_pre).
         ess: effective share of the policy's paths under w, the smallest over the pairs.
         ess_prior: effective share of the prior's samples under p̂^γ, the smallest over the pairs.
-        objective_pairs, log_z_pairs, stderr_pairs, ess_pairs: the same per pair; stderr is the gap's, ess the paths'.
+        objective_pairs, objective_stderr_pairs, log_z_pairs, log_z_stderr_pairs, log_z_policy_pairs,
+            log_z_policy_stderr_pairs, ess_pairs: the same per pair; ess is the paths'.
     """
 
     objective: float
@@ -42,13 +48,27 @@ class Certificate:
     stderr: float
     objective_stderr: float
     log_z_stderr: float
+    log_z_policy_stderr: float
     kl: float
     ess: float
     ess_prior: float
     objective_pairs: Tensor
+    objective_stderr_pairs: Tensor
     log_z_pairs: Tensor
-    stderr_pairs: Tensor
+    log_z_stderr_pairs: Tensor
+    log_z_policy_pairs: Tensor
+    log_z_policy_stderr_pairs: Tensor
     ess_pairs: Tensor
+
+    @property
+    def gap_pairs(self) -> Tensor:
+        """The gap of each pair."""
+        return self.log_z_pairs - self.objective_pairs
+
+    @property
+    def stderr_pairs(self) -> Tensor:
+        """The standard error of each pair's gap."""
+        return torch.hypot(self.log_z_stderr_pairs, self.objective_stderr_pairs)
 
 
 def log_mean_exp(a: Tensor, dim: int) -> Tensor:
@@ -94,6 +114,7 @@ def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, l
     # variances of both estimates of log Z per pair by the delta method: the spread of w/Z over its samples
     w, w_prior, members = log_w.softmax(1), table.softmax(1), table.shape[1]
     policy_variance, prior_variance = (w * n).var(1) / n, (w_prior * members).var(1).flatten() / members
+    policy_stderr = float(policy_variance.sum().sqrt() / conditions.pairs)
     ess, ess_prior = 1 / w.square().sum(1) / n, float((1 / w_prior.square().sum(1)).min())
     if ess_prior < 30:
         warnings.warn(
@@ -104,7 +125,7 @@ def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, l
         )
     # to second order the log of a mean is low by half its variance
     difference = float((z_policy + policy_variance / 2 - z - prior_variance / 2).mean())
-    stderr = math.hypot(z_stderr, float(policy_variance.sum().sqrt() / conditions.pairs))
+    stderr = math.hypot(z_stderr, policy_stderr)
     if abs(difference) > 3 * stderr:
         warnings.warn(
             f"log Z from the policy's paths differs from the prior's by {difference:+.3f} nats, more than three "
@@ -120,11 +141,15 @@ def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, l
         stderr=math.hypot(j_stderr, z_stderr),
         objective_stderr=j_stderr,
         log_z_stderr=z_stderr,
+        log_z_policy_stderr=policy_stderr,
         kl=float(kl.mean()),
         ess=float(ess.min()),
         ess_prior=ess_prior / members,
         objective_pairs=objective,
+        objective_stderr_pairs=j_variance.sqrt(),
         log_z_pairs=z,
-        stderr_pairs=(j_variance + prior_variance).sqrt(),
+        log_z_stderr_pairs=prior_variance.sqrt(),
+        log_z_policy_pairs=z_policy,
+        log_z_policy_stderr_pairs=policy_variance.sqrt(),
         ess_pairs=ess,
     )

@@ -26,7 +26,7 @@ from .pretrained import Prior
 from .progress import Phase, silent
 from .reward import Reward, prior_table
 from .rollout import Times
-from .sample import paths
+from .sample import exact_samples, paths, pool_of
 
 RULERS = {"ink": demo.ink_ruler}
 
@@ -93,7 +93,7 @@ class Run:
     def conditions(self) -> Conditions:
         """All (c, y)."""
         cond = {} if self.config.classes is None else {"c": torch.tensor(self.config.classes)}
-        return Conditions(cond, self.name, len(self.values))
+        return Conditions(cond, {self.name: len(self.values)})
 
     @property
     def times(self) -> Times:
@@ -140,6 +140,7 @@ class Run:
         strength: float = 1.0,
         steps: int | None = None,
         generator: torch.Generator | None = None,
+        exact: bool = False,
         phase: Phase = silent,
     ) -> Tensor:
         """Samples (n, C, H, W) in [−1, 1] of p(x | c, y).
@@ -153,10 +154,13 @@ class Run:
             strength: 0 is the prior, 1 the trained policy, more extrapolates.
             steps: of the reverse process; the training chain's if None.
             generator: of all noise; the run's seed if None.
+            exact: draw many paths and keep some by their weights, exact in the limit of many, for the chain sampled
+                here (`sample.exact_samples`).
             phase: told of progress.
 
         Raises:
-            ValueError: c or y out of range, of different lengths, or c missing or not wanted.
+            ValueError: c or y out of range, of different lengths, or c missing or not wanted; too few paths count for
+                an exact sample.
         """
         classes = self.prior.classes
         if (c is None) != (classes is None):
@@ -168,8 +172,16 @@ class Run:
             raise ValueError(f"c must lie in 0 … {classes - 1}, got {int(c.min())} … {int(c.max())}.")
         generator = generator or stream(self.config.seed, "sample")
         times = self.times_of(steps) if steps else self.times
-        cond, progress = {} if c is None else {"c": c}, phase("sampling", len(y))
-        x_0, _, _ = paths(self.policy, len(y), times, generator, cond, {self.name: y}, strength, progress=progress)
+        cond, labels = {} if c is None else {"c": c}, {self.name: y}
+        if exact:
+            asked = torch.stack([y, *cond.values()], dim=1).unique(dim=0, return_counts=True)[1]
+            progress = phase("paths to resample", sum(map(pool_of, asked.tolist())))
+            x_0, _ = exact_samples(
+                self.policy, self.reward, times, generator, labels, cond, strength, progress=progress
+            )
+        else:
+            progress = phase("sampling", len(y))
+            x_0, _, _ = paths(self.policy, len(y), times, generator, cond, labels, strength, progress=progress)
         return x_0.clamp(-1, 1)
 
     def prior_samples(self, members: int, purpose: str, phase: Phase = silent) -> Tensor:
@@ -189,12 +201,12 @@ class Run:
         return self.reward(x_0, labels), x_0, kl, log_ratio
 
     @torch.no_grad()
-    def probe(self, repeats: int) -> tuple[dict[str, float], Tensor]:
-        """J, reward and KL in nats on a few paths, whose noise is the same at every probe; log w of each path."""
+    def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:
+        """J, reward and KL in nats on a few paths, whose noise is the same at every probe; log w and reward of each."""
         earned, _, kl, log_ratio = self.policy_paths(repeats, "probe")
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
-        return {name: float(value.mean()) for name, value in figures.items()}, log_w
+        return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
 
     @torch.no_grad()
     def evaluate(self, n: int, phase: Phase = silent) -> Evaluation:

@@ -1,5 +1,6 @@
 """Sampling with labels, a strength, any number of steps and a seed."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -7,9 +8,12 @@ from torch import Tensor
 
 from .control import Labels
 from .denoise import Denoiser
+from .reward import Reward
 from .rollout import Times, Trajectory, rollout
 
 Progress = Callable[[int], None]
+POOL, SMALLEST_POOL = 16, 400
+WARNED_SHARE, REFUSED_SHARE = 0.05, 0.005
 
 
 @torch.no_grad()
@@ -58,3 +62,72 @@ def paths(
         if progress:
             progress(len(x_1))
     return torch.cat(samples), torch.cat(kls), torch.cat(log_ratios)
+
+
+def pool_of(asked: int) -> int:
+    """How many paths are drawn for so many exact samples of one (c, y)."""
+    return max(POOL * asked, SMALLEST_POOL)
+
+
+@torch.no_grad()
+def exact_samples(
+    denoiser: Denoiser,
+    reward: Reward,
+    times: Times,
+    generator: torch.Generator,
+    labels: Labels,
+    cond: dict[str, Tensor] | None = None,
+    strength: float = 1.0,
+    progress: Progress | None = None,
+) -> tuple[Tensor, float]:
+    """Samples of the chain tilted by the reward, in the limit of many paths: importance resampling.
+
+    For every (c, y) among the rows, paths of the policy are drawn, `pool_of` its samples; the
+    samples are drawn from them by w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
+
+    Args:
+        denoiser: the policy.
+        reward: r.
+        times: the chain's grid, any.
+        generator: of all noise.
+        labels, cond: n rows each.
+        strength: w of the control; any is exact, one near the target wastes fewer paths.
+        progress: called with the number of paths done since the last call.
+
+    Returns:
+        x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y).
+
+    Raises:
+        ValueError: an effective share below 0.5 %: what would come is a handful of paths again and again.
+
+    Warns:
+        RuntimeWarning: an effective share below 5 %.
+    """
+    rows = {**labels, **(cond or {})}
+    _, pair = torch.stack(list(rows.values()), dim=1).unique(dim=0, return_inverse=True)
+    x_0, smallest = None, 1.0
+    for p in range(int(pair.max()) + 1):
+        asked = (pair == p).nonzero().squeeze(1)
+        pool = pool_of(len(asked))
+        one = {name: row[asked[:1]].expand(pool) for name, row in rows.items()}
+        mine, given = {name: one[name] for name in labels}, {name: one[name] for name in cond or {}}
+        x, _, log_ratio = paths(
+            denoiser, pool, times, generator, given, mine, strength, compare=True, progress=progress
+        )
+        w = (reward(x, mine) - log_ratio).softmax(0)
+        smallest = min(smallest, float(1 / w.square().sum()) / pool)
+        if smallest < REFUSED_SHARE:
+            raise ValueError(
+                f"exact sampling: only {smallest:.2%} of the policy's paths count under their weights, too few to draw "
+                "from. Train the control further, or sample without --exact."
+            )
+        x_0 = x.new_empty(len(pair), *x.shape[1:]) if x_0 is None else x_0
+        x_0[asked] = x[w.multinomial(len(asked), replacement=True, generator=generator)]
+    if smallest < WARNED_SHARE:
+        warnings.warn(
+            f"exact sampling: {smallest:.1%} of the policy's paths count under their weights; samples repeat. The more "
+            "the control is trained, the more paths count.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return x_0, smallest

@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+
+from ctrl_diffusion.control import Policy, SideControl
+from ctrl_diffusion.evaluate import energy_test
+from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.sample import exact_samples, paths, pool_of
+from ctrl_diffusion.schedule import Cosine, RectifiedFlow
+
+
+def tilted(schedule, slope):
+    """A standard normal under r = slope · x_0; the prior as the policy."""
+    prior = GaussianMixture(torch.zeros(1, 1), 1.0, schedule)
+    policy = Policy(prior, SideControl("y", ("a", "b"), prior))
+    times = schedule.times(10, 0.05)
+    return policy, lambda x_0, labels: slope * x_0.squeeze(1) * (labels["y"] == 1), times
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
+def test_resampling_by_weight_makes_any_policy_exact(schedule):
+    """The prior's chain of a normal is normal: tilted by a slope it is shifted by slope · variance, y by y."""
+    policy, reward, times = tilted(schedule, 1.0)
+    n = 2000
+    y = torch.tensor([0, 1]).repeat(n)
+    x_0, share = exact_samples(policy, reward, times, torch.Generator().manual_seed(0), {"y": y})
+    before, _, _ = paths(policy.prior, 20_000, times, torch.Generator().manual_seed(1))
+    variance = float(before.var())
+    # a normal tilted by a slope of one: the effective share is exp(−variance), known to a tenth from 32,000 paths
+    assert share == pytest.approx(math.exp(-variance), rel=0.1)
+    # drawn with replacement from 16 paths a sample: the errors of 2,000 draws and of the pool they come from
+    error = math.sqrt(variance / n + variance / (pool_of(n) * share))
+    assert float(x_0[y == 0].mean()) == pytest.approx(0.0, abs=5 * error)
+    assert float(x_0[y == 1].mean()) == pytest.approx(variance, abs=5 * error)
+    exact = math.sqrt(variance) * torch.randn(n, 1, generator=torch.Generator().manual_seed(2)) + variance
+    asked, plain = x_0[y == 1], before[:n]
+    assert energy_test(asked, exact, 50)[0] < 0.5 * energy_test(plain, exact, 50)[0]
+
+
+def test_rows_keep_their_place_and_their_seed():
+    policy, reward, times = tilted(Cosine(), 2.0)
+    y = torch.tensor([1, 0, 1, -1, 0, 1])
+    one, other = (exact_samples(policy, reward, times, torch.Generator().manual_seed(3), {"y": y})[0] for _ in "ab")
+    assert torch.equal(one, other)
+    assert one.shape == (6, 1)
+    assert float(one[y == 1].mean()) > float(one[y == 0].mean())
+
+
+def test_few_paths_that_count_are_warned_of_and_fewer_refused():
+    generator, y = torch.Generator().manual_seed(0), {"y": torch.ones(4, dtype=torch.long)}
+    policy, reward, times = tilted(Cosine(), 3.0)
+    with pytest.warns(RuntimeWarning, match="samples repeat"):
+        exact_samples(policy, reward, times, generator, y)
+    policy, reward, times = tilted(Cosine(), 30.0)
+    with pytest.raises(ValueError, match="too few to draw"):
+        exact_samples(policy, reward, times, generator, y)
