@@ -146,25 +146,29 @@ def test_a_classifier_is_not_written_over_somebody_elses_files(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rewards", "kept"),
+    ("rewards", "averaged", "kept"),
     [
-        ([-9.0, -3.0, -1.0, -1.1], 2),  # J −9, −5, −3, −2.98: the last gain is within the noise of the probe,
-        ([-9.0, -3.0, -1.0, -0.9], 3),  # unless it does not cost reward
-        ([-9.0, -3.0, -3.5, -3.0], 3),
-        ([-9.0, -3.0, -3.5, -4.0], 2),  # less reward for a clear gain in J, not for an unclear one
+        ([-9.0, -3.0, -1.0, -1.5], -2.98, 2),  # averaged, J up by less than the noise, but reward lost
+        ([-9.0, -3.0, -1.0, -1.01], -2.98, 3),  # reward as good as the same
+        ([-9.0, -3.0, -1.0, -1.01], -3.01, 3),  # averaged weights win a draw
+        ([-9.0, -3.0, -1.0, -1.01], -3.10, 2),  # but not a loss
+        ([-9.0, -3.0, -3.5, -3.0], -2.98, 3),
+        ([-9.0, -3.0, -3.5, -4.0], -2.90, 3),  # less reward for a clear gain in J,
+        ([-9.0, -3.0, -3.5, -4.0], -2.98, 2),  # not for an unclear one
     ],
 )
-def test_the_control_with_the_highest_j_is_kept(rewards, kept):
+def test_the_best_control_is_kept(rewards, averaged, kept):
     prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
     policy = Policy(prior, SideControl("y", ("a", "b"), prior, width=4))
     best, noise = Best(policy), torch.randn(160, generator=torch.Generator().manual_seed(0))
     noise -= noise.mean()
-    for number, (j, reward) in enumerate(zip((-9.0, -5.0, -3.0, -2.98), rewards, strict=True)):
+    for number, (j, reward) in enumerate(zip((-9.0, -5.0, -3.0, averaged), rewards, strict=True)):
         with torch.no_grad():
             policy.trained()[0].fill_(number)
         # the paths' own spread is shared, all but 0.3 each: the standard error of a difference is 0.03
         own = 0.3 * torch.randn(160, generator=torch.Generator().manual_seed(number))
-        best.see({"update": number, "J": j, "probe_reward": reward}, j + 5 * noise + own - own.mean())
+        record = {"update": number, "J": j} | ({"averaged": True} if number == 3 else {})
+        best.see(record, j + 5 * noise + own - own.mean(), reward + 4 * noise + own - own.mean())
     with torch.no_grad():
         policy.trained()[0].fill_(9)
     best.restore()

@@ -91,7 +91,7 @@ Control = Annotated[str, typer.Option(help="The column of y, the new control.")]
 Condition = Annotated[str | None, typer.Option(help="The column of c, the prior's class, if there is one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test, not a result.")]
-Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop: one after the other.")]
+Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo: one after the other.")]
 
 
 def summary(metrics: dict, control: str, out: Path) -> str:
@@ -198,6 +198,7 @@ def sample(
     strength: Annotated[float, typer.Option(help="0 the prior, 1 as trained, more extrapolates.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -206,7 +207,7 @@ def sample(
     from .run import Run
 
     with phases(quiet) as phase:
-        sample_job(Run.load(run), out, set_, class_, n, strength, steps, seed, overwrite, phase)
+        sample_job(Run.load(run), out, set_, class_, n, strength, steps, seed, exact, overwrite, phase)
     if not quiet:
         typer.echo(f"{n} samples in {out}")
 
@@ -231,6 +232,23 @@ def evaluate(
         typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
     else:
         write_json(out, metrics)
+
+
+@app.command(epilog="Example: ctrl exact --quick --out runs/exact")
+def exact(
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("runs/exact"),
+    quick: Annotated[bool, typer.Option("--quick", help="Two tasks, a tenth of the training: a smoke test.")] = False,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Race the learners on priors whose exact conditional is known, and report how close they come."""
+    from .job import exact_job
+
+    with phases(quiet) as phase:
+        rows = exact_job(out, quick, seed, overwrite, typed(), phase)
+    if not quiet:
+        typer.echo(f"{len(rows)} races\nreport: {out / 'report.html'}")
 
 
 def main() -> None:

@@ -27,11 +27,14 @@ from .judges import Judges, fit_judges
 from .learn import Learner
 from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
+from .learn.ppo import PPO
 from .learn.weighted import RENOISING, Weighted
 from .pretrained import Prior
 from .progress import Phase, silent
-from .report import save_figure, sheet_figure, write_classifier_report, write_report
+from .report import save_figure, sheet_figure, write_classifier_report, write_exact_report, write_report
+from .reward import prior_table
 from .run import Run, open_prior, stream
+from .testbed import races
 from .train import fit
 
 # what each job writes; the last tells its folder from anybody else's
@@ -42,6 +45,7 @@ RUN_FILES = (
     "confusion.png", "reliability.png", "sweep.png", "config.yaml", "progress.jsonl",
 )  # fmt: skip
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
+EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png")
 MOST_CONDITIONS = 20
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -370,6 +374,9 @@ def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
     if stage == "adjoint":
         a = config.adjoint
         return Adjoint(times, a.batch, regressed=a.regressed, reuse=a.reuse, clip=a.clip, lean=a.lean)
+    if stage == "ppo":
+        p = config.ppo
+        return PPO(times, p.batch, surrogates=p.surrogates, reuse=p.reuse, clip=p.clip)
     return Backprop(times, config.backprop.batch, clip=config.backprop.clip, through=config.backprop.through)
 
 
@@ -378,6 +385,8 @@ def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
 
     The best control of all probes is kept; the last record is that probe's, marked as kept.
     """
+    few = -(-64 // run.conditions.groups)
+    prior_table(run.reward, run.conditions, run.prior_samples(few, "rewards"))  # refused if one is not finite
     best, untrained = Best(run.policy), run.policy.snapshot()
     for stage in run.config.learners:
         settings, learner = getattr(run.config, stage), learner_of(run, stage, phase)
@@ -397,27 +406,35 @@ def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
 class Best:
     """The best control so far, by J on the probes' paths, which share their noise.
 
-    A control that earns less reward must have a J higher by more than one standard error of the paired difference, in
-    the spirit of Breiman et al. 1984: within the noise of a probe, a lower KL should not cost accuracy.
+    What lies within the noise of a probe should cost neither accuracy nor the averaging of weights, so one standard
+    error of the paired difference decides, in the spirit of Breiman et al. 1984: a control that earns less reward by
+    more than that must have a J higher by more than that, and averaged weights may have one lower by less.
     """
 
     policy: Policy
     record: dict[str, Any] = field(default_factory=dict)
     log_w: Tensor | None = None
+    earned: Tensor | None = None
     snapshot: list[Tensor] = field(default_factory=list)
 
-    def see(self, record: dict[str, Any], log_w: Tensor) -> None:
-        """Compare a probe with the best one; `log_w` (n,) of its paths."""
+    def see(self, record: dict[str, Any], log_w: Tensor, earned: Tensor) -> None:
+        """Compare a probe with the best one; log w and reward (n,) are of its paths."""
         if self.log_w is not None:
-            gain = log_w - self.log_w
-            less = record["probe_reward"] < self.record["probe_reward"]
-            if gain.mean() <= (gain.std() / len(gain) ** 0.5 if less else 0.0):
+            gain, error = paired(log_w - self.log_w)
+            reward, reward_error = paired(earned - self.earned)
+            needed = error if reward < -reward_error else -error if "averaged" in record else 0.0
+            if gain <= needed:
                 return
-        self.record, self.log_w, self.snapshot = record, log_w, self.policy.snapshot()
+        self.record, self.log_w, self.earned, self.snapshot = record, log_w, earned, self.policy.snapshot()
 
     def restore(self) -> None:
         """Give the policy the best control back."""
         self.policy.restore(self.snapshot)
+
+
+def paired(difference: Tensor) -> tuple[float, float]:
+    """Mean of differences (n,) and its standard error."""
+    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
 def train_stage(
@@ -440,10 +457,10 @@ def train_stage(
     advance, note = phase(f"learner: {stage}", updates), ""
 
     def probed(record: dict[str, Any]) -> dict[str, Any]:
-        figures, log_w = run.probe(few)
+        figures, log_w, earned = run.probe(few)
         record = {**record, **figures}
         if best:
-            best.see(record, log_w)
+            best.see(record, log_w, earned)
         return record
 
     if best:
@@ -497,13 +514,14 @@ def sample_job(
     strength: float = 1.0,
     steps: int | None = None,
     seed: int = 0,
+    exact: bool = False,
     overwrite: bool = False,
     phase: Phase = silent,
 ) -> None:
     """Write n samples, a sheet of them (`grid.png`) and what was asked for (`sample.json`).
 
     Raises:
-        ValueError: a wrong setting or class, or a folder that holds something.
+        ValueError: a wrong setting or class, a folder that holds something, or too few paths that count (exact).
     """
     y, cond = torch.full((n,), parse_setting(run, settings)), {}
     if c is not None and run.prior.classes is None:
@@ -515,9 +533,8 @@ def sample_job(
         classes = torch.tensor(run.config.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)] if c is None else torch.full((n,), run.prior.names[c])
     check_room(out, SAMPLE_FILES[-1], overwrite)
-    x_0 = run.sample(
-        y, strength=strength, steps=steps, generator=torch.Generator().manual_seed(seed), phase=phase, **cond
-    )
+    generator = torch.Generator().manual_seed(seed)
+    x_0 = run.sample(y, strength=strength, steps=steps, generator=generator, exact=exact, phase=phase, **cond)
     clear(out, SAMPLE_FILES)
     write_imagefolder(out, labelled(run, x_0, {run.name: y}, cond))
     save_figure(out / "grid.png", sheet_figure(x_0))
@@ -528,5 +545,33 @@ def sample_job(
         "strength": strength,
         "steps": steps or run.config.steps,
         "seed": seed,
+        "exact": exact,
     }
     write_json(out / "sample.json", asked)
+
+
+def exact_job(
+    out: Path,
+    quick: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    command: str | None = None,
+    phase: Phase = silent,
+) -> list[dict[str, Any]]:
+    """Race the learners on the testbed; writes exact.json after every row, then the pictures and report.html.
+
+    Returns:
+        The rows of exact.json.
+
+    Raises:
+        ValueError: a folder that cannot be written, or holds something.
+    """
+    check_room(out, EXACT_FILES[0], overwrite)
+    clear(out, EXACT_FILES[1:])
+    rows, pictures = [], []
+    for row, picture in races(quick, seed, phase):
+        rows.append(row)
+        pictures += [picture] if picture else []
+        write_json(out / EXACT_FILES[0], {"rows": rows})
+    write_exact_report(out, rows, pictures, command or "ctrl exact", version("ctrl-diffusion"))
+    return rows

@@ -22,6 +22,7 @@ from .files import write_text, writing
 from .judges import Judges
 from .learn.weighted import RENOISING
 from .run import Run, stream
+from .testbed import Picture
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
 STYLE = {
@@ -337,6 +338,61 @@ def write_classifier_report(folder: Path, judges: Judges, held_out: LabelledImag
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
     shape = judges.classifier.shape
     render(folder / "report.html", "classifier.html", images=images, judges=judges, shape=shape, held_out=len(held_out))
+
+
+def density_figure(pictures: Sequence[Picture]) -> Figure:
+    """Samples of a trained policy over the density of the chain's target, one panel for each task."""
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
+        panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+        for axes, picture in zip(panels, pictures, strict=False):
+            reach = picture.axis.abs() <= 3
+            axis, density = picture.axis[reach].numpy(), picture.density[reach][:, reach].numpy()
+            axes.contourf(axis, axis, density.T, levels=8, cmap="Blues")
+            axes.scatter(*picture.ends.T.numpy(), s=1.5, color="#c2661c", alpha=0.5, linewidths=0)
+            axes.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3), xticks=[-2, 0, 2], yticks=[-2, 0, 2])
+            headline(axes, f"{picture.task.likelihood}, {picture.task.schedule}")
+        for axes in panels[len(pictures) :]:
+            axes.remove()
+    return figure
+
+
+def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """The certificate's gap against the true KL where that is known: no point may lie right of the line."""
+    known = [row for row in rows if row["true_kl_nats"] is not None]
+    colours = dict(
+        zip(dict.fromkeys(row["learner"] for row in known), ("#888", CTRL, "#2a8c5a", "#c2661c"), strict=False)
+    )
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for learner, colour in colours.items():
+            mine = [row for row in known if row["learner"] == learner]
+            axes.errorbar(
+                [row["true_kl_nats"] for row in mine], [row["gap_nats"] for row in mine],
+                yerr=[row["gap_stderr"] for row in mine], linestyle="", marker="o", markersize=3, color=colour,
+                linewidth=0.8, label=learner,
+            )  # fmt: skip
+        low = max(1e-4, min(row["true_kl_nats"] for row in known) / 2)
+        high = 2 * max(row["gap_nats"] for row in known)
+        axes.plot([low, high], [low, high], color=QUIET, linewidth=1, zorder=0)
+        axes.annotate("gap = true KL", (high / 4, high / 4), xytext=(4, -10), textcoords="offset points", fontsize=7)
+        axes.set(xscale="log", yscale="log", xlabel="true KL of the samples (nats)", ylabel="certified gap (nats)")
+        axes.legend(frameon=False, fontsize=8)
+        headline(axes, "The certificate is an upper bound")
+    return figure
+
+
+def write_exact_report(
+    folder: Path, rows: Sequence[dict[str, Any]], pictures: Sequence[Picture], command: str, version: str
+) -> None:
+    """Write density.png, gap.png and a self-contained report.html about the races on the testbed."""
+    shown = [p for p in pictures if p.task.gamma == 1.0 and p.learner == "adjoint"]
+    figures = {"density": density_figure(shown), "gap": gap_figure(rows)}
+    images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
+    render(folder / "report.html", "exact.html", images=images, rows=rows, command=command, version=version)
 
 
 def embedded(path: Path, figure: Figure) -> str:

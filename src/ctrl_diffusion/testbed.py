@@ -1,0 +1,306 @@
+"""Races learners on priors whose everything is known: what `ctrl exact` runs.
+
+The prior is a ring of eight Gaussians in the first two dimensions, under two conditions c: all components alike, or
+those to the right more often. A learner gets what it would get of any prior: a denoiser, a reward, conditions. Where
+D ≤ 2 it is judged on lattices (`lattice.py`), without samples: its KL from the target, and the floor below which no
+learner can come. The certificate beside it is the one every run reports, from samples.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .certificate import Certificate, certify
+from .control import Labels, Policy, SideControl
+from .data import Conditions
+from .denoise import Denoiser
+from .evaluate import energy_test
+from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
+from .lattice import LatticeChain, Outcome
+from .learn import Learner
+from .learn.adjoint import Adjoint
+from .learn.backprop import Backprop
+from .learn.ppo import PPO
+from .learn.weighted import Weighted
+from .progress import Phase, silent
+from .reward import Reward, prior_table
+from .rollout import rollout
+from .sample import paths
+from .schedule import Cosine, RectifiedFlow, Schedule
+from .train import fit
+
+RADIUS, SIGMA_END = 1.33, 0.1
+SCHEDULES: dict[str, Schedule] = {"vp": Cosine(), "flow": RectifiedFlow()}
+LIKELIHOODS = ("logistic", "two controls", "linear-Gaussian", "component")
+LEARNERS = ("weighted", "adjoint", "backprop", "ppo")
+LR = {"embedding": 5e-3, "adapter": 3e-3}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prior, likelihoods and a chain.
+
+    Args:
+        schedule: vp or flow.
+        likelihood: one of LIKELIHOODS.
+        gamma: γ.
+        dim: of x; the ring lies in the first two dimensions.
+        steps: of the chain.
+        spread: standard deviation of the components.
+    """
+
+    schedule: str
+    likelihood: str
+    gamma: float = 1.0
+    dim: int = 2
+    steps: int = 25
+    spread: float = 0.4
+
+    def prior(self, dtype: torch.dtype = torch.float32) -> GaussianMixture:
+        """The ring."""
+        angle = torch.arange(8, dtype=dtype) * (math.pi / 4)
+        means = torch.zeros(8, self.dim, dtype=dtype)
+        means[:, 0], means[:, 1] = RADIUS * angle.cos(), RADIUS * angle.sin()
+        to_the_right = (1 + 0.8 * angle.cos()) / 8
+        weights = torch.stack([torch.full_like(angle, 1 / 8), to_the_right])
+        return GaussianMixture(means, self.spread, SCHEDULES[self.schedule], weights)
+
+    def likelihoods(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """p(y | x) of each control."""
+        right, up = torch.eye(max(self.dim, 2), dtype=dtype)[:2, : self.dim]
+        if self.likelihood == "logistic":
+            return {"side": Logistic(right)}
+        if self.likelihood == "two controls":
+            return {"side": Logistic(right), "height": Logistic(up, 0.3)}
+        if self.likelihood == "linear-Gaussian":
+            return {"place": LinearGaussian(0.6 * right + 0.8 * up, torch.tensor([-1.0, 0.0, 1.0], dtype=dtype), 0.3)}
+        prior = self.prior(dtype)
+        return {"component": ComponentLabel(GaussianMixture(prior.means, self.spread, prior.schedule))}
+
+    @property
+    def conditions(self) -> Conditions:
+        """Both conditions with every y."""
+        sizes = {name: likelihood.classes for name, likelihood in self.likelihoods().items()}
+        return Conditions({"c": torch.arange(2)}, sizes)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The chain's grid, uniform in t."""
+        return SCHEDULES[self.schedule].times(self.steps, SIGMA_END)
+
+    def reward(self, dtype: torch.dtype = torch.float32) -> Reward:
+        """γ Σ log p(y | x)."""
+        return Reward(self.likelihoods(dtype), self.gamma)
+
+
+class Answers:
+    """What is known of a task on lattices (D ≤ 2), for every pair (c, y).
+
+    Args:
+        task: the task.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.conditions = task, task.conditions
+        prior = task.prior(torch.float64)
+        self.chains = [
+            LatticeChain(prior, task.times, RADIUS + 5 * task.spread, cond={"c": torch.tensor([g])})
+            for g in range(self.conditions.groups)
+        ]
+        x_0 = torch.cat([chain.x_0 for chain in self.chains])
+        self.rewards = prior_table(task.reward(torch.float64), self.conditions, x_0)  # (G, P, K)
+
+    def of(self, pair: int) -> tuple[LatticeChain, Tensor]:
+        """The chain of a pair and its reward (P,)."""
+        g, y = divmod(pair, self.conditions.classes)
+        return self.chains[g], self.rewards[g, :, y]
+
+    @cached_property
+    def floors(self) -> Tensor:
+        """log Z − J of the best policy with the prior's std, for each pair (P,)."""
+        found = []
+        for pair in range(self.conditions.pairs):
+            chain, reward = self.of(pair)
+            found.append(chain.log_z(reward) - chain.outcome(chain.best(reward), reward).objective)
+        return torch.tensor(found)
+
+    def outcome(self, policy: Denoiser, pair: int) -> Outcome:
+        """What a policy does for a pair."""
+        chain, reward = self.of(pair)
+        labels, _ = self.conditions.of(torch.tensor([pair]))
+        return chain.outcome(list(chain.steps(Doubled(policy), **labels)), reward)
+
+
+class Doubled(Denoiser):
+    """A policy in single precision, asked and answering in double.
+
+    Args:
+        policy: the policy.
+    """
+
+    def __init__(self, policy: Denoiser) -> None:
+        super().__init__()
+        self.policy, self.schedule, self.shape = policy, policy.schedule, policy.shape
+
+    @torch.no_grad()
+    def forward(self, x_t: Tensor, t: float, labels: Labels | None = None, **cond: Tensor) -> Tensor:
+        return self.policy(x_t.float(), t, labels=labels, **cond).double()
+
+
+def new_policy(task: Task, seed: int = 0) -> Policy:
+    """The prior with untrained controls: still the prior."""
+    prior, sizes = task.prior(), task.conditions.controls
+    controls = [
+        SideControl(name, tuple(map(str, range(size))), prior, conditions=2, seed=seed) for name, size in sizes.items()
+    ]
+    return Policy(prior, *controls)
+
+
+def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> Iterator[tuple[Learner, int]]:
+    """A learner of LEARNERS with its number of updates, after others that warm it up."""
+    times, updates = task.times, lambda n: max(1, round(effort * n))
+    if name in ("weighted", "backprop"):
+        members = 10_000
+        cond = task.conditions.cond_of(torch.arange(2).repeat_interleave(members))
+        cache, _, _ = paths(task.prior(), 2 * members, times, generator, cond, batch=members)
+        yield Weighted(cache, times, batch=512), updates(1500 if name == "weighted" else 300)
+    if name == "adjoint":
+        yield Adjoint(times, batch=256), updates(800)
+    if name == "backprop":
+        yield Backprop(times, batch=128), updates(250)
+    if name == "ppo":
+        yield PPO(times, batch=512), updates(1600)
+
+
+def learn(name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phase = silent) -> Policy:
+    """A policy trained by one learner.
+
+    Args:
+        name: of LEARNERS.
+        task: what to learn.
+        seed: of everything random.
+        effort: share of the learner's updates.
+        phase: told of progress.
+    """
+    policy, generator = new_policy(task, seed), torch.Generator().manual_seed(seed)
+    for learner, updates in stages(name, task, effort, generator):
+        advance = phase(f"{name}, {task.schedule}, {task.likelihood}, γ = {task.gamma:g}", updates)
+        steps = learner(policy, task.reward(), task.conditions, generator)
+        for _ in fit(policy, steps, updates, LR):
+            advance(1)
+    return policy
+
+
+@torch.no_grad()
+def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> Certificate:
+    """The certificate any run reports, from at least n paths and as many samples of the prior for each condition."""
+    conditions, reward, times = task.conditions, task.reward(), task.times
+    generator = torch.Generator().manual_seed(seed)
+    cond = conditions.cond_of(torch.arange(conditions.groups).repeat_interleave(n))
+    x_prior, _, _ = paths(policy.prior, conditions.groups * n, times, generator, cond, batch=n)
+    labels, cond = conditions.of(conditions.all(-(-n // conditions.pairs)))
+    total = len(cond["c"])
+    x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=n)
+    return certify(conditions, prior_table(reward, conditions, x_prior), reward(x_0, labels), kl, log_ratio)
+
+
+@torch.no_grad()
+def end_states(task: Task, policy: Denoiser, pair: int, n: int, generator: torch.Generator) -> Tensor:
+    """n last states (n, D) of a policy's chain for one pair."""
+    labels, cond = task.conditions.of(torch.full((n,), pair))
+    control = {"labels": labels} if isinstance(policy, Policy) else {}
+    x_1 = torch.randn(n, task.dim, generator=generator)
+    return rollout(policy, x_1, task.times, generator=generator, cond=cond, **control).x[-1]
+
+
+@dataclass
+class Picture:
+    """Samples over the density they should have: the last states of the last pair (c, y).
+
+    Args:
+        learner, task: what was run.
+        ends: (n, 2).
+        axis: (M,) of both coordinates.
+        density: (M, M) of the chain's target.
+    """
+
+    learner: str
+    task: Task
+    ends: Tensor
+    axis: Tensor
+    density: Tensor
+
+
+def race(
+    task: Task, name: str, answers: Answers | None, seed: int = 0, effort: float = 1.0, phase: Phase = silent
+) -> tuple[dict[str, Any], Picture | None]:
+    """Train one learner on a task and judge it.
+
+    Args:
+        task: what to learn.
+        name: of LEARNERS.
+        answers: of the task; None where D > 2.
+        seed: of everything random.
+        effort: share of the learner's updates.
+        phase: told of progress.
+
+    Returns:
+        A row by the names of exact.json, None for what D > 2 hides; the energy test is of the last pair's last states.
+        And the picture of these.
+    """
+    begin = time.perf_counter()
+    policy = learn(name, task, seed, effort, phase)
+    seconds = time.perf_counter() - begin
+    gap = certificate_of(task, policy, seed=seed)
+    row = {
+        "learner": name, "schedule": task.schedule, "likelihood": task.likelihood, "dim": task.dim,
+        "steps": task.steps, "gamma": task.gamma, "spread": task.spread, "objective_nats": gap.objective,
+        "log_z_nats": gap.log_z, "gap_nats": gap.gap, "gap_stderr": gap.stderr, "gap_floor_nats": None,
+        "true_kl_nats": None, "energy_p_value": None, "seconds": round(seconds, 1),
+    }  # fmt: skip
+    if answers is None:
+        return row, None
+    pairs, generator = task.conditions.pairs, torch.Generator().manual_seed(seed)
+    row["gap_floor_nats"] = float(answers.floors.mean())
+    row["true_kl_nats"] = sum(answers.outcome(policy, pair).true_kl for pair in range(pairs)) / pairs
+    chain, reward = answers.of(pairs - 1)
+    ends = end_states(task, policy, pairs - 1, 1000, generator)
+    row["energy_p_value"] = energy_test(ends, chain.sample_target(reward, 1000, generator), 200, generator)[1]
+    lattice = chain.lattices[-1]
+    density = chain.target(reward).view(len(lattice.axis), -1) / lattice.spacing**2
+    return row, Picture(name, task, ends, lattice.axis, density)
+
+
+def programme(quick: bool = False) -> list[tuple[Task, tuple[str, ...]]]:
+    """Every task with the learners that race on it."""
+    if quick:
+        return [(Task(schedule, "logistic"), LEARNERS) for schedule in SCHEDULES]
+    races = [
+        (Task(schedule, likelihood, gamma), LEARNERS)
+        for likelihood in ("logistic", "two controls", "linear-Gaussian")
+        for gamma in (1.0, 0.5, 2.0)
+        for schedule in SCHEDULES
+    ]
+    races += [(Task(schedule, "component", steps=50), LEARNERS) for schedule in SCHEDULES]
+    races += [(Task(schedule, "component", steps=50, spread=0.2), ("adjoint",)) for schedule in SCHEDULES]
+    races += [
+        (Task("flow", "linear-Gaussian", dim=dim, steps=steps), ("adjoint",))
+        for dim in (2, 32, 256)
+        for steps in (25, 50)
+        if (dim, steps) != (2, 25)
+    ]
+    return races
+
+
+def races(quick: bool = False, seed: int = 0, phase: Phase = silent) -> Iterator[tuple[dict[str, Any], Picture | None]]:
+    """Run the whole programme, row by row; quick is a tenth of the training on two tasks."""
+    for task, names in programme(quick):
+        answers = Answers(task) if task.dim <= 2 else None
+        for name in names:
+            yield race(task, name, answers, seed, 0.1 if quick else 1.0, phase)
