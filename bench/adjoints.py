@@ -12,7 +12,7 @@ from ctrl_diffusion import Run
 from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.learn.adjoint import adjoints_of
 from ctrl_diffusion.rollout import read_out, rollout
-from ctrl_diffusion.run import stream
+from ctrl_diffusion.sample import stream
 from ctrl_diffusion.transition import half_square, step_std, transition
 
 

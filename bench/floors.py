@@ -37,7 +37,7 @@ def prior_of(schedule: Schedule) -> GaussianMixture:
 def costs(schedule: Schedule, steps: int, eta: float = 1.0, start: float = 1.0) -> dict[str, float]:
     """Floor and gap of the plugged-in conditional in nats, and how far log Z is from the clean mixture's."""
     prior = prior_of(schedule)
-    chain = LatticeChain(prior, schedule.times(steps, 0.03, start, power=2.0), extent=3.4, eta=eta)
+    chain = LatticeChain(prior, schedule.times(steps, 0.03, start, power=2.0), 1.3, 0.4, eta)
     reward, (conditional, clean) = LIKELIHOOD.log_prob(chain.x_0)[:, 0], posterior(prior, LIKELIHOOD, 0)
     log_z = chain.log_z(reward)
     plugged = chain.outcome(list(chain.steps(conditional)), reward)

@@ -23,8 +23,7 @@ from ctrl_diffusion.evaluate import frechet_distance, nearest_distance
 from ctrl_diffusion.files import write_json
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
-from ctrl_diffusion.run import stream
-from ctrl_diffusion.sample import paths
+from ctrl_diffusion.sample import paths, stream
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from ctrl_diffusion.learn.adjoint import adjoints_of
 from ctrl_diffusion.rollout import read_out, rollout
-from ctrl_diffusion.run import Run, stream
+from ctrl_diffusion.run import Run
+from ctrl_diffusion.sample import stream
 from ctrl_diffusion.transition import half_square, transition
 
 

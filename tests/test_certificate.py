@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion.certificate import certify, log_z
+from ctrl_diffusion.certificate import certify, gamma_within, log_z, tilt_kl
 from ctrl_diffusion.control import Labels
 from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.denoise import Denoiser
@@ -107,6 +107,17 @@ def test_both_log_z_have_the_errors_a_bootstrap_finds():
         spread = torch.stack([samples[:, draw].logsumexp(1) for draw in draws]).std(0)
         # 400 resamplings know a spread to 3.5 %: four of these
         torch.testing.assert_close(getattr(found, f"{name}_stderr_pairs"), spread, rtol=0.14, atol=0)
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.5])
+def test_a_budget_buys_the_gamma_whose_target_costs_as_much(budget):
+    """A normal tilted by γ b x lies ½ γ² b² nats away."""
+    x = torch.randn(1, 200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gamma = gamma_within(1.5 * x, budget, most=5.0)
+    # the variance of 200,000 normals is known to 0.3 %, that of their tilt to some times that
+    assert gamma == pytest.approx(math.sqrt(2 * budget) / 1.5, rel=0.02)
+    assert tilt_kl(1.5 * x, gamma) == pytest.approx(budget, rel=1e-6)
+    assert gamma_within(1.5 * x, 1e6, most=0.7) == 0.7
 
 
 def test_a_policy_that_misses_a_mode_is_warned_of():

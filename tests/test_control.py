@@ -207,3 +207,50 @@ def test_snapshots_of_the_controls_parameters(network):
         policy.trained()[0].add_(1.0)
     assert not any(p is q for p, q in zip(policy.trained(), untrained, strict=True))
     assert not torch.equal(policy.trained()[0], untrained[0]), "a snapshot does not follow"
+
+
+def test_what_is_kept_of_a_control_follows_its_parameters(network):
+    """Without a gradient BA is computed once for each state of the parameters, whoever changes them."""
+    denoiser, x_t, c, _ = network
+    policy, y = Policy(denoiser, lora(denoiser)), {"ink": torch.arange(B) % 4}
+
+    def fresh():
+        return policy(x_t, 0.5, labels=y, c=c).detach()  # with a gradient, so from the parameters themselves
+
+    before = policy.snapshot()
+    with torch.no_grad():
+        assert torch.equal(policy(x_t, 0.5, labels=y, c=c), fresh())
+    optimizer = torch.optim.SGD(policy.trained(), lr=1e-3)
+    policy(x_t, 0.5, labels=y, c=c).square().sum().backward()
+    optimizer.step()
+    first = policy.trained()[1]
+    for change in (lambda: None, lambda: policy.restore(before), lambda: first.add_(0.1), lambda: first.mul_(2.0)):
+        with torch.no_grad():
+            change()
+            assert torch.equal(policy(x_t, 0.5, labels=y, c=c), fresh())
+    with policy.frozen():
+        x_t = x_t.clone().requires_grad_()
+        (frozen,) = torch.autograd.grad(policy(x_t, 0.5, labels=y, c=c).sum(), x_t)
+    (whole,) = torch.autograd.grad(policy(x_t, 0.5, labels=y, c=c).sum(), x_t)
+    assert torch.equal(frozen, whole)
+    assert all(p.requires_grad for p in policy.trained())
+
+
+def test_a_null_label_is_a_control_left_out_whatever_the_other_says():
+    prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
+    policy = Policy(prior, *(SideControl(name, ("a", "b"), prior, width=8) for name in ("side", "height")))
+    with torch.no_grad():
+        for parameter in policy.trained():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        x_t, y = torch.randn(4, 1), torch.tensor([0, 1, 1, 0])
+        alone = policy(x_t, 0.5, labels={"side": y})
+        assert torch.equal(policy(x_t, 0.5, labels={"side": y, "height": torch.full_like(y, NULL)}), alone)
+        assert not torch.equal(policy(x_t, 0.5, labels={"side": y, "height": y}), alone)
+
+
+def test_a_control_that_is_active_already_says_so(network):
+    denoiser, *_ = network
+    control = lora(denoiser)
+    y = torch.zeros(1, dtype=torch.long)
+    with control.active(y), pytest.raises(RuntimeError, match="active already"), control.active(y):
+        pass

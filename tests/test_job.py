@@ -145,6 +145,17 @@ def test_a_classifier_is_not_written_over_somebody_elses_files(data, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_control_whose_j_is_no_number_is_not_kept():
+    prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
+    best = Best(Policy(prior, SideControl("y", ("a", "b"), prior, width=4)))
+    good, bad = torch.randn(2, 160, generator=torch.Generator().manual_seed(0))
+    bad[3] = float("nan")
+    assert best.see({"stage": "adjoint", "J": 0.0}, good, good)
+    for earned in (good, bad):
+        assert not best.see({"stage": "adjoint", "J": float("nan"), "averaged": True}, bad, earned)
+    assert "diverged" in best.reason_to_stop({"stage": "adjoint", "J": float("nan")}, 1, None)
+
+
 @pytest.mark.parametrize(
     ("rewards", "averaged", "kept"),
     [

@@ -48,8 +48,8 @@ def test_rows_keep_their_place_and_their_seed():
 
 
 def test_few_paths_that_count_are_warned_of_and_fewer_refused():
-    generator, y = torch.Generator().manual_seed(0), {"y": torch.ones(4, dtype=torch.long)}
-    policy, reward, times = tilted(Cosine(), 3.0)
+    generator, y = torch.Generator().manual_seed(0), {"y": torch.ones(400, dtype=torch.long)}
+    policy, reward, times = tilted(Cosine(), 2.4)  # a share of exp(−2.4² · 0.69) = 2 % of 6,400 paths
     with pytest.warns(RuntimeWarning, match="samples repeat"):
         exact_samples(policy, reward, times, generator, y)
     policy, reward, times = tilted(Cosine(), 30.0)

@@ -11,7 +11,7 @@ J and blind to modes the policy misses.
 
 Standard errors of both log Z are by the delta method, Var[log Ẑ] ≈ Var[ŵ]/Z²: one pass over the samples, and what a
 bootstrap of them comes to (tests/test_certificate.py) while some tens of effective samples stand behind each. Where
-they do not, no error estimate from the same samples is to be trusted, and a warning says so.
+they do not, no error estimate from the same samples is to be trusted; for log Z of the prior a warning says so.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .data import Conditions
+from .schedule import bisect
 
 
 @dataclass
@@ -90,6 +91,27 @@ def log_z(table: Tensor) -> tuple[Tensor, float]:
     influence = (table - z[:, None]).exp().mean(2)  # (G, M): d mean_k log Z / d sample
     stderr = (influence.var(1) / table.shape[1]).sum().sqrt() / len(table)
     return z.flatten(), float(stderr)
+
+
+def tilt_kl(table: Tensor, gamma: float) -> float:
+    """KL of the target from the prior in nats at γ, from rewards (G, M, K) at γ = 1: the mean over (c, y)."""
+    tilted = gamma * table
+    return float(((tilted.softmax(1) * tilted).sum(1) - log_mean_exp(tilted, dim=1)).mean())
+
+
+def gamma_within(table: Tensor, budget: float, most: float) -> float:
+    """The largest γ ≤ `most` whose target lies within a KL of `budget` nats of the prior.
+
+    The KL grows with γ, so the target with that γ is the nearest to the posterior that the budget buys.
+
+    Args:
+        table: (G, M, K), rewards at γ = 1 of M prior samples of each condition.
+        budget: mean over (c, y), positive.
+        most: γ if the budget allows it.
+    """
+    if tilt_kl(table, most) <= budget:
+        return most
+    return bisect(lambda gamma: tilt_kl(table, gamma) >= budget, 0.0, most)
 
 
 def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, log_ratio: Tensor) -> Certificate:

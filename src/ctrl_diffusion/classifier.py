@@ -222,15 +222,17 @@ class Estimator:
         smallest: no probability is taken to be less; a reward must be finite.
 
     Raises:
-        ValueError: no `predict_proba`, or a class it was not fitted on.
+        ValueError: no `predict_proba`, not fitted, or fitted on other classes than 0 … K − 1.
     """
 
     def __init__(self, estimator: Any, classes: int, smallest: float = 1e-4) -> None:
         if not hasattr(estimator, "predict_proba"):
             raise ValueError(f"{type(estimator).__name__} has no predict_proba: p̂(y | x) needs probabilities.")
-        missing = sorted(set(range(classes)) - set(estimator.classes_.tolist()))
-        if missing:
-            raise ValueError(f"the classifier was not fitted on class {', '.join(map(str, missing))} of {classes}.")
+        known = list(getattr(estimator, "classes_", []))
+        if known != list(range(classes)):
+            raise ValueError(
+                f"the classifier was fitted on the classes {known}; needed: 0 … {classes - 1}, every one and no other."
+            )
         self.estimator, self.smallest = estimator, smallest
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Add new conditional controls to pre-trained diffusion and flow models.",
 )
 
+SHOWN = 12  # progress bars
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closing words.")]
 
@@ -54,6 +55,8 @@ def phases(quiet: bool) -> Iterator:
     bars = Progress(*columns, console=Console(stderr=True), disable=quiet)
 
     def phase(what: str, total: int):  # noqa: ANN202
+        for old in bars.tasks[-SHOWN::-1]:
+            bars.update(old.id, visible=False)  # the display cuts off what a terminal has no room for, at the bottom
         bars.start()  # with the first phase, so that a mistake found before it is one line and nothing else
         task = bars.add_task(what, total=total, note="")
         return lambda n=1, note="": bars.update(task, advance=n, note=note)
@@ -164,6 +167,7 @@ def train(
     condition: Condition = None,
     classifier: Annotated[Path | None, typer.Option(help="A folder of ctrl classifier; left out, fit one.")] = None,
     gamma: Annotated[float | None, typer.Option(help="γ; 1 asks for the posterior itself.")] = None,
+    kl: Annotated[float | None, typer.Option(help="Most nats from the prior; γ is lowered to it.")] = None,
     learner: Learner = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the chain that is trained and certified.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings (a config.yaml); options above win.")] = None,
@@ -178,8 +182,8 @@ def train(
 
     given = {
         "prior": prior, "data": data and str(data), "control": control, "condition": condition,
-        "classifier_from": classifier and str(classifier), "gamma": gamma, "steps": steps, "seed": seed,
-        "learners": learner and learner.split(","),
+        "classifier_from": classifier and str(classifier), "gamma": gamma, "kl_budget": kl, "steps": steps,
+        "seed": seed, "learners": learner and learner.split(","),
     }  # fmt: skip
     settings = {**(read_settings(config) if config else {}), **{k: v for k, v in given.items() if v is not None}}
     with phases(quiet) as phase:

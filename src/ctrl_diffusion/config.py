@@ -104,6 +104,8 @@ class Config(Strict):
         classes: the prior's classes that are trained and certified, null for an unconditional prior.
         ruler: a built-in measure of the true y; null asks a judge, fitted on labels of its own.
         classifier_from: a folder that `ctrl classifier` wrote; null fits one.
+        kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
+        patience: a learner stops after so many probes in turn without a better control; null lets it finish.
     """
 
     prior: str
@@ -115,12 +117,14 @@ class Config(Strict):
     classifier_from: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     gamma: float = Field(1.0, ge=0)
+    kl_budget: float | None = Field(None, gt=0)
     steps: int = Field(20, ge=1)
     sigma_end: float = Field(0.05, gt=0, lt=1)
     time_power: float = Field(2.0, ge=1)
     rank: int = Field(64, ge=1)
     learners: list[LearnerName] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
+    patience: int | None = Field(None, ge=1)
     classifier: ClassifierSettings = ClassifierSettings()
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()

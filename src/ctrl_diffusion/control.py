@@ -88,6 +88,7 @@ class LoRAControl(Control):
         self._network = [denoiser.network]
         self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
         self._shift: Tensor | None = None
+        self._kept: tuple[list[int], list[Tensor]] = ([], [])
         for site in denoiser.site.embeddings:
             denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
         self._silence()
@@ -100,15 +101,30 @@ class LoRAControl(Control):
         for layer in self._layers:
             layer._disable_adapters = True
 
+    def _differences(self) -> list[Tensor]:
+        """BA of every layer; kept until a parameter changes, where nobody asks for its gradient."""
+        adapter = self.parameter_groups()["adapter"]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in adapter):
+            return [layer.get_delta_weight(self.adapter) for layer in self._layers]
+        versions = [p._version for p in adapter]
+        if versions != self._kept[0]:
+            with torch.no_grad():
+                self._kept = versions, [layer.get_delta_weight(self.adapter) for layer in self._layers]
+        return self._kept[1]
+
     @contextmanager
     def active(self, y: Tensor) -> Iterator[None]:
         # (W + BA)x and not Wx + B(Ax): the same, but with many rows to a layer far fewer products (docs/lab-notes.md)
+        if self._shift is not None:
+            raise RuntimeError(f"the control {self.name!r} is active already.")
         homes = [layer.get_base_layer()._parameters for layer in self._layers]
         own = [home["weight"] for home in homes]
-        self._shift = self.table(self.index(y))
-        for home, layer in zip(homes, self._layers, strict=True):
-            home["weight"] = home["weight"] + layer.get_delta_weight(self.adapter)
+        changed = [weight + difference for weight, difference in zip(own, self._differences(), strict=True)]
+        shift = self.table(self.index(y))
         try:
+            self._shift = shift
+            for home, weight in zip(homes, changed, strict=True):
+                home["weight"] = weight
             yield
         finally:
             self._shift = None
@@ -149,7 +165,9 @@ class LoRAControl(Control):
 
 
 class SideControl(Control):
-    """A small network beside the prior: x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y), f = 0 at the start.
+    """A small network beside the prior: x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y), f = 0 at first and for a null y.
+
+    A control attached later sees, in place of x̂_pre, what those before it made of it.
 
     For priors without a network of their own (closed forms, plain callables). The exact shift is
     σ_t²/α_t ∇ log h(x_t), so f is of order one at every t.
@@ -196,7 +214,8 @@ class SideControl(Control):
         hidden = hidden + self.table(self.index(self._y))
         if self.of_c is not None:
             hidden = hidden + self.of_c(cond["c"])
-        return x_hat + (sigma**2)[:, None].mul(self.outer(hidden)).view_as(x_hat)
+        shift = torch.where((self._y == NULL)[:, None], 0.0, (sigma**2)[:, None] * self.outer(hidden))
+        return x_hat + shift.view_as(x_hat)
 
     @contextmanager
     def active(self, y: Tensor) -> Iterator[None]:
@@ -294,6 +313,18 @@ class Policy(Denoiser):
             yield
         finally:
             self.restore(own)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, nobody asks for the gradient of the controls' parameters: only that of x."""
+        trained = self.trained()
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
 
     def trained(self) -> list[nn.Parameter]:
         """Trainable parameters of all controls in one order."""

@@ -270,7 +270,8 @@ class Conditions:
 
     def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
         """Labels and conditions of pairs (B,)."""
-        y, labels = pair % self.classes, {}
-        for name, size in reversed(self.controls.items()):
-            labels[name], y = y % size, y // size
+        labels, step = {}, self.classes
+        for name, size in self.controls.items():
+            step //= size
+            labels[name] = pair // step % size
         return labels, self.cond_of(self.group_of(pair))

@@ -33,7 +33,8 @@ from .pretrained import Prior
 from .progress import Phase, silent
 from .report import save_figure, sheet_figure, write_classifier_report, write_exact_report, write_report
 from .reward import prior_table
-from .run import Run, open_prior, stream
+from .run import Run, open_prior
+from .sample import stream
 from .testbed import races
 from .train import fit
 
@@ -48,6 +49,7 @@ SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sa
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png")
 MOST_CONDITIONS = 20
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
+COLLAPSE = 10.0  # nats
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -306,6 +308,8 @@ def execute(
             )
         )
     run = Run.start(config, job.prior, judges)
+    if config.kl_budget:
+        run.spend(config.kl_budget, phase)
     clear(folder, RUN_FILES if own_data is None else ("data", *RUN_FILES))
     (folder / RUN_FILES[-1]).touch()
     if own_data:
@@ -332,7 +336,7 @@ def execute(
         labels, cond = run.conditions.of(pair)
         write_imagefolder(folder / "samples", labelled(run, run.sample(labels[run.name], **cond), labels, cond))
     kept = {"stage": records[-1]["stage"], "update": records[-1]["update"], "averaged": "averaged" in records[-1]}
-    stages = [record for record in records[:-1] if "averaged" in record]
+    stages = [record for record in records[:-1] if "averaged" in record or "stopped" in record]
     metrics = {
         "accuracy_by": run.accuracy_by,
         **evaluation.metrics(),
@@ -399,6 +403,7 @@ def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
             run.policy.restore(start)
         yield from train_stage(run, stage, learner, settings, settings.updates, phase, best)
         best.restore()
+        phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
     yield {**best.record, "kept": True}
 
 
@@ -412,20 +417,38 @@ class Best:
     """
 
     policy: Policy
+    first: float | None = None
     record: dict[str, Any] = field(default_factory=dict)
     log_w: Tensor | None = None
     earned: Tensor | None = None
     snapshot: list[Tensor] = field(default_factory=list)
 
-    def see(self, record: dict[str, Any], log_w: Tensor, earned: Tensor) -> None:
-        """Compare a probe with the best one; log w and reward (n,) are of its paths."""
-        if self.log_w is not None:
+    def see(self, record: dict[str, Any], log_w: Tensor, earned: Tensor) -> bool:
+        """Whether a probe is the best one so far; log w and reward (n,) are of its paths."""
+        if self.first is None:
+            self.first = record["J"]
+        else:
             gain, error = paired(log_w - self.log_w)
             reward, reward_error = paired(earned - self.earned)
             needed = error if reward < -reward_error else -error if "averaged" in record else 0.0
-            if gain <= needed:
-                return
+            if not gain > needed:  # a J that is no number is not better
+                return False
         self.record, self.log_w, self.earned, self.snapshot = record, log_w, earned, self.policy.snapshot()
+        return True
+
+    @property
+    def improved(self) -> bool:
+        """Whether any control is better than the first one seen."""
+        return self.first is not None and self.record["J"] > self.first
+
+    def reason_to_stop(self, record: dict[str, Any], idle: int, patience: int | None) -> str | None:
+        """Why a learner should stop after a probe, `idle` probes in turn not having been the best; None to go on.
+
+        The warm start may pay many nats before the next learner wins them back: it is never said to diverge.
+        """
+        if record["stage"] != "weighted" and not record["J"] >= self.first - abs(self.first) - COLLAPSE:
+            return f"diverged: J fell to {record['J']:.1f} from the {self.first:.1f} training began with"
+        return f"no better control in {idle} probes" if patience and idle >= patience else None
 
     def restore(self) -> None:
         """Give the policy the best control back."""
@@ -448,31 +471,44 @@ def train_stage(
 ) -> Iterator[dict[str, Any]]:
     """One learner from the policy as it is to averaged weights; a record of every update and probe.
 
-    Without `best` nobody compares the probes, and only the last is taken.
+    It stops early when the patience is at an end, when a loss or gradient is not finite, and when J falls far below
+    what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
+    Without `best` nobody compares the probes, only the last is taken, and a loss that is not finite is an error.
     """
     config, few = run.config, -(-160 // run.conditions.pairs)
     steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = max(1, updates // config.evaluation.probes) if best else updates
-    advance, note = phase(f"learner: {stage}", updates), ""
+    advance, note, idle = phase(f"learner: {stage}", updates), "", 0
 
     def probed(record: dict[str, Any]) -> dict[str, Any]:
+        nonlocal idle
         figures, log_w, earned = run.probe(few)
         record = {**record, **figures}
         if best:
-            best.see(record, log_w, earned)
+            idle = 0 if best.see(record, log_w, earned) else idle + 1
         return record
 
+    record = {"stage": stage, "update": 0}
     if best:
-        yield probed({"stage": stage, "update": 0})
-    for update in fit(run.policy, steps, updates, lr, config.ema_decay):
-        record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
-        record |= update.metrics
-        if update.number % every == 0 and update.number < updates:
-            record = probed(record)
-            note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
-        advance(1, note)
-        yield record
+        yield probed(record)
+    try:
+        for update in fit(run.policy, steps, updates, lr, config.ema_decay):
+            record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
+            record |= update.metrics
+            if update.number % every == 0 and update.number < updates:
+                record = probed(record)
+                note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
+                if best and (reason := best.reason_to_stop(record, idle, config.patience)):
+                    yield {**record, "stopped": reason}
+                    return
+            advance(1, note)
+            yield record
+    except FloatingPointError as error:
+        if best is None or not best.improved:
+            raise
+        yield {"stage": stage, "update": record["update"], "stopped": f"diverged: {error}"}
+        return
     yield probed({"stage": stage, "update": updates, "averaged": True})
 
 
@@ -524,6 +560,8 @@ def sample_job(
         ValueError: a wrong setting or class, a folder that holds something, or too few paths that count (exact).
     """
     y, cond = torch.full((n,), parse_setting(run, settings)), {}
+    if exact and not settings:
+        raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
     if c is not None and run.prior.classes is None:
         raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
     if c is not None and c not in run.prior.names:
@@ -568,7 +606,9 @@ def exact_job(
     """
     check_room(out, EXACT_FILES[0], overwrite)
     clear(out, EXACT_FILES[1:])
-    rows, pictures = [], []
+    rows: list[dict[str, Any]] = []
+    pictures = []
+    write_json(out / EXACT_FILES[0], {"rows": rows})
     for row, picture in races(quick, seed, phase):
         rows.append(row)
         pictures += [picture] if picture else []

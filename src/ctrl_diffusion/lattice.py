@@ -1,13 +1,13 @@
 """The discretised chain without samples, for D ≤ 2: densities, log Z, the target, and the best a Gaussian step can do.
 
-Every state x_i of the chain has a lattice of its own, fine enough for the steps into and out of it: a sum of Gaussians
-over points 0.7 std apart is their integral to 1e-15 (Poisson summation: 2 exp(−2π²/0.7²)). With r the reward of the
-last state and p(x_{i+1} | x_i) a step of the prior,
+Every state x_i of the chain has a lattice of its own, 0.7 std of the steps into and out of it apart: a sum of a
+Gaussian over such points is its integral to 1e-15 (Poisson summation: 2 exp(−2π²/0.7²)), and tests hold log Z and J to
+closed forms. The masses of the prior are pushed forward to p_N; with r the reward of the last state
 
-    h_N = exp r,      h_i = E_pre[h_{i+1} | x_i],      log Z = log E[h_0(x_1)]
+    log Z = log Σ p_N exp r
 
-is exact, and p_N h_N / Z is where the tilted chain ends. The best policy whose steps are Gaussians with the prior's std
-follows from backward induction,
+and p_N exp(r)/Z is where the tilted chain ends. The best policy whose steps are Gaussians with the prior's std follows
+from backward induction,
 
     V_N = r,          V_i(x) = max_m  E[V_{i+1}(m + std z)] − ½‖(m − mean_pre(x))/std‖²,
 
@@ -28,6 +28,7 @@ from .rollout import Times, read_out
 from .transition import Gaussian, step, step_std, transition
 
 SPACING = 0.7  # of a lattice, in standard deviations of the step
+REACH = 5.0  # of a lattice beyond the radius of the data, in standard deviations
 
 
 class Lattice:
@@ -44,11 +45,10 @@ class Lattice:
         self.axis, self.spacing, self.dim = spacing * torch.arange(-n, n + 1, dtype=torch.float64), spacing, dim
         self.points = self.axis[:, None] if dim == 1 else torch.cartesian_prod(self.axis, self.axis)  # (P, D)
 
-    def kernels(self, step: Gaussian) -> list[Tensor]:
-        """For each axis the masses (B, M) that steps (B, D) put on its points."""
-        offset = (self.axis - step.mean.mT[:, :, None]) / step.std  # (D, B, M)
-        mass = (-0.5 * offset.square()).exp()
-        return list(mass / mass.sum(2, keepdim=True))
+    def kernels(self, steps: Gaussian) -> list[Tensor]:
+        """For each axis the masses (B, M) that steps (B, D) put on its points; what falls beyond is folded back."""
+        offset = (self.axis - steps.mean.mT[:, :, None]) / steps.std  # (D, B, M)
+        return list((-0.5 * offset.square()).softmax(2))
 
     def expect(self, kernels: list[Tensor], f: Tensor) -> Tensor:
         """E[f(x')] (B,) of a function f (P,) after the steps."""
@@ -88,13 +88,11 @@ class Outcome:
         objective: J.
         kl_steps: (N,), KL of each step.
         true_kl: KL of the last state's distribution from the target's; the gap is an upper bound of it.
-        end: (P,), masses of the last state.
     """
 
     objective: float
     kl_steps: Tensor
     true_kl: float
-    end: Tensor
 
 
 class LatticeChain:
@@ -103,13 +101,19 @@ class LatticeChain:
     Args:
         prior: of D ≤ 2 dimensions, in float64.
         times: the chain's grid.
-        extent: no x_0 worth speaking of lies farther out on any axis.
+        radius, spread: x_0 lies within so much of 0 on any axis, but for a normal error of standard deviation `spread`.
         eta: churn, positive.
         cond: the prior's conditions, one row each.
     """
 
     def __init__(
-        self, prior: Denoiser, times: Times, extent: float, eta: float = 1.0, cond: dict[str, Tensor] | None = None
+        self,
+        prior: Denoiser,
+        times: Times,
+        radius: float,
+        spread: float,
+        eta: float = 1.0,
+        cond: dict[str, Tensor] | None = None,
     ) -> None:
         (dim,) = prior.shape
         if dim > 2:
@@ -123,7 +127,8 @@ class LatticeChain:
         for i, t in enumerate(times):
             alpha, sigma = (float(a) for a in prior.schedule(t))
             spacing = SPACING * min(scales[i], scales[i + 1])
-            self.lattices.append(Lattice(math.hypot(alpha * extent, 5 * sigma), spacing, dim))
+            half = alpha * radius + REACH * math.hypot(alpha * spread, sigma)
+            self.lattices.append(Lattice(half if i else max(half, REACH), spacing, dim))
         start = (-0.5 * self.lattices[0].points.square().sum(1)).exp()
         self.start = start / start.sum()
         self.x_0 = read_out(prior, self.lattices[-1].points, times[-1], **self._rows(self.lattices[-1]))
@@ -177,7 +182,7 @@ class LatticeChain:
             mass = lattice.push(lattice.kernels(here), mass)
         target, some = self.target(reward), mass > 0
         true_kl = (mass * (mass.log() - target.log()))[some].sum()
-        return Outcome(float(mass @ reward - sum(kl)), torch.stack(kl), float(true_kl), mass)
+        return Outcome(float(mass @ reward - sum(kl)), torch.stack(kl), float(true_kl))
 
     def sample_target(self, reward: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """n samples (n, D) of the tilted chain's last state, even within a cell of the lattice."""
@@ -190,7 +195,9 @@ class LatticeChain:
 def best_mean(lattice: Lattice, value: Tensor, pre: Gaussian) -> Tensor:
     """argmax_m E[value(m + std z)] − ½‖(m − pre.mean)/std‖² (B, D), the value (P,) being known on the lattice.
 
-    The best lattice point of the prior's mean rounded to the lattice, one axis after the other, then one Newton step.
+    The best lattice point of the prior's mean rounded to the lattice, one axis after the other, then one Newton step;
+    of these and the prior's mean itself the best is taken. Whatever is found is a policy, so J is never overstated and
+    a floor computed with it never understated.
     """
     std = float(pre.std)
     size = [len(lattice.axis)] * lattice.dim
@@ -214,7 +221,12 @@ def best_mean(lattice: Lattice, value: Tensor, pre: Gaussian) -> Tensor:
     point = lattice.axis[q]
     downhill = torch.eye(lattice.dim, dtype=torch.float64) / std**2 - bend
     move = torch.linalg.lstsq(downhill, (slope - (point - pre.mean) / std**2)[:, :, None]).solution.squeeze(2)
-    return point + move.clamp(-lattice.spacing, lattice.spacing)
+    tried = [
+        Gaussian(mean, pre.std) for mean in (point + move.clamp(-lattice.spacing, lattice.spacing), point, pre.mean)
+    ]
+    worth = torch.stack([lattice.expect(lattice.kernels(steps), value) - steps.kl(pre) for steps in tried])
+    means = torch.stack([steps.mean for steps in tried])
+    return means.gather(0, worth.argmax(0)[None, :, None].expand(1, *pre.mean.shape)).squeeze(0)
 
 
 class Tabulated(Denoiser):

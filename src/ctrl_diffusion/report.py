@@ -21,7 +21,8 @@ from .evaluate import Evaluation, Score
 from .files import write_text, writing
 from .judges import Judges
 from .learn.weighted import RENOISING
-from .run import Run, stream
+from .run import Run
+from .sample import stream
 from .testbed import Picture
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
@@ -353,7 +354,7 @@ def density_figure(pictures: Sequence[Picture]) -> Figure:
             axes.contourf(axis, axis, density.T, levels=8, cmap="Blues")
             axes.scatter(*picture.ends.T.numpy(), s=1.5, color="#c2661c", alpha=0.5, linewidths=0)
             axes.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3), xticks=[-2, 0, 2], yticks=[-2, 0, 2])
-            headline(axes, f"{picture.task.likelihood}, {picture.task.schedule}")
+            headline(axes, picture.task.title)
         for axes in panels[len(pictures) :]:
             axes.remove()
     return figure
@@ -361,7 +362,7 @@ def density_figure(pictures: Sequence[Picture]) -> Figure:
 
 def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """The certificate's gap against the true KL where that is known: no point may lie right of the line."""
-    known = [row for row in rows if row["true_kl_nats"] is not None]
+    known = [row for row in rows if row["true_kl_nats"] is not None and row["true_kl_nats"] > 0]
     colours = dict(
         zip(dict.fromkeys(row["learner"] for row in known), ("#888", CTRL, "#2a8c5a", "#c2661c"), strict=False)
     )
@@ -388,7 +389,15 @@ def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 def write_exact_report(
     folder: Path, rows: Sequence[dict[str, Any]], pictures: Sequence[Picture], command: str, version: str
 ) -> None:
-    """Write density.png, gap.png and a self-contained report.html about the races on the testbed."""
+    """Write density.png, gap.png and a self-contained report.html about the races on the testbed.
+
+    Args:
+        folder: to write into.
+        rows: of exact.json.
+        pictures: of the races; those of `adjoint` at γ = 1 are shown.
+        command: what was typed.
+        version: of this package.
+    """
     shown = [p for p in pictures if p.task.gamma == 1.0 and p.learner == "adjoint"]
     figures = {"density": density_figure(shown), "gap": gap_figure(rows)}
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}

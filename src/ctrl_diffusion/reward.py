@@ -49,13 +49,11 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     Raises:
         ValueError: a reward that is not finite.
     """
-    rows = []
-    for x in x_0.split(1024):
-        total = x.new_zeros(len(x), 1)
-        for name in conditions.controls:
-            total = (total[:, :, None] + checked(reward.table(name, x), name)[:, None]).flatten(1)
-        rows.append(total)
-    return torch.cat(rows).view(conditions.groups, -1, conditions.classes)
+    total = x_0.new_zeros(len(x_0), 1)
+    for name in conditions.controls:
+        table = torch.cat([reward.table(name, x) for x in x_0.split(1024)])
+        total = (total[:, :, None] + checked(table, name)[:, None]).flatten(1)
+    return total.view(conditions.groups, -1, conditions.classes)
 
 
 def checked(table: Tensor, name: str) -> Tensor:
@@ -64,7 +62,7 @@ def checked(table: Tensor, name: str) -> Tensor:
     if wrong.any():
         y = int(wrong.any(0).nonzero()[0])
         raise ValueError(
-            f"the reward of {name!r} is not finite on samples of the prior: {float(table[wrong][0])} for class {y} on "
-            f"{int(wrong[:, y].sum())} of {len(table)}. p̂ must give every class a probability above 0."
+            f"the reward of {name!r} is not finite on samples of the prior: {float(table[wrong[:, y], y][0])} for "
+            f"class {y} on {int(wrong[:, y].sum())} of {len(table)}. p̂ must give every class a probability above 0."
         )
     return table

@@ -10,13 +10,12 @@ metrics.json, samples/, the pictures and report.html
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from . import assets, demo
-from .certificate import certify
+from .certificate import certify, gamma_within
 from .config import EMBEDDED, Config
 from .control import LoRAControl, Policy
 from .data import Conditions
@@ -26,15 +25,9 @@ from .pretrained import Prior
 from .progress import Phase, silent
 from .reward import Reward, prior_table
 from .rollout import Times
-from .sample import exact_samples, paths, pool_of
+from .sample import exact_samples, paths, pool_of, stream
 
 RULERS = {"ink": demo.ink_ruler}
-
-
-def stream(seed: int, purpose: str) -> torch.Generator:
-    """An independent random stream for each purpose of a run."""
-    state = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
 def open_prior(name: str) -> Prior:
@@ -183,6 +176,14 @@ class Run:
             progress = phase("sampling", len(y))
             x_0, _, _ = paths(self.policy, len(y), times, generator, cond, labels, strength, progress=progress)
         return x_0.clamp(-1, 1)
+
+    @torch.no_grad()
+    def spend(self, budget: float, phase: Phase = silent) -> float:
+        """Lower γ until the target lies within `budget` nats of the prior; returns it."""
+        x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for γ", phase)
+        table = prior_table(Reward({self.name: self.judges.classifier}), self.conditions, x_prior)
+        self.config.gamma = float(f"{gamma_within(table, budget, self.config.gamma):.4g}")
+        return self.config.gamma
 
     def prior_samples(self, members: int, purpose: str, phase: Phase = silent) -> Tensor:
         """Independent samples of the prior, `members` for each condition in turn."""

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +13,14 @@ from .reward import Reward
 from .rollout import Times, Trajectory, rollout
 
 Progress = Callable[[int], None]
-POOL, SMALLEST_POOL = 16, 400
+POOL, SMALLEST_POOL = 16, 1000
 WARNED_SHARE, REFUSED_SHARE = 0.05, 0.005
+
+
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """An independent random stream for each purpose."""
+    state = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
 @torch.no_grad()
@@ -95,7 +102,8 @@ def exact_samples(
         progress: called with the number of paths done since the last call.
 
     Returns:
-        x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y).
+        x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y). It is estimated from
+        the paths themselves, and too high where hardly any of them lies where the target does.
 
     Raises:
         ValueError: an effective share below 0.5 %: what would come is a handful of paths again and again.
@@ -103,18 +111,20 @@ def exact_samples(
     Warns:
         RuntimeWarning: an effective share below 5 %.
     """
-    rows = {**labels, **(cond or {})}
-    _, pair = torch.stack(list(rows.values()), dim=1).unique(dim=0, return_inverse=True)
+    cond = cond or {}
+    _, pair = torch.stack([*labels.values(), *cond.values()], dim=1).unique(dim=0, return_inverse=True)
     x_0, smallest = None, 1.0
     for p in range(int(pair.max()) + 1):
         asked = (pair == p).nonzero().squeeze(1)
         pool = pool_of(len(asked))
-        one = {name: row[asked[:1]].expand(pool) for name, row in rows.items()}
-        mine, given = {name: one[name] for name in labels}, {name: one[name] for name in cond or {}}
+        mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
         x, _, log_ratio = paths(
             denoiser, pool, times, generator, given, mine, strength, compare=True, progress=progress
         )
-        w = (reward(x, mine) - log_ratio).softmax(0)
+        log_w = reward(x, mine) - log_ratio
+        if not log_w.isfinite().all():
+            raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
+        w = log_w.softmax(0)
         smallest = min(smallest, float(1 / w.square().sum()) / pool)
         if smallest < REFUSED_SHARE:
             raise ValueError(

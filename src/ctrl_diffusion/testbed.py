@@ -31,7 +31,7 @@ from .learn.weighted import Weighted
 from .progress import Phase, silent
 from .reward import Reward, prior_table
 from .rollout import rollout
-from .sample import paths
+from .sample import paths, stream
 from .schedule import Cosine, RectifiedFlow, Schedule
 from .train import fit
 
@@ -84,6 +84,12 @@ class Task:
         return {"component": ComponentLabel(GaussianMixture(prior.means, self.spread, prior.schedule))}
 
     @property
+    def title(self) -> str:
+        """What a picture of it is called: what is unlike the usual is said."""
+        steps = f", {self.steps} steps" if self.steps != 25 else ""
+        return f"{self.likelihood}, {self.schedule}{steps}" + (f", spread {self.spread}" if self.spread != 0.4 else "")
+
+    @property
     def conditions(self) -> Conditions:
         """Both conditions with every y."""
         sizes = {name: likelihood.classes for name, likelihood in self.likelihoods().items()}
@@ -110,7 +116,7 @@ class Answers:
         self.task, self.conditions = task, task.conditions
         prior = task.prior(torch.float64)
         self.chains = [
-            LatticeChain(prior, task.times, RADIUS + 5 * task.spread, cond={"c": torch.tensor([g])})
+            LatticeChain(prior, task.times, RADIUS, task.spread, cond={"c": torch.tensor([g])})
             for g in range(self.conditions.groups)
         ]
         x_0 = torch.cat([chain.x_0 for chain in self.chains])
@@ -130,7 +136,7 @@ class Answers:
             found.append(chain.log_z(reward) - chain.outcome(chain.best(reward), reward).objective)
         return torch.tensor(found)
 
-    def outcome(self, policy: Denoiser, pair: int) -> Outcome:
+    def outcome(self, policy: Policy, pair: int) -> Outcome:
         """What a policy does for a pair."""
         chain, reward = self.of(pair)
         labels, _ = self.conditions.of(torch.tensor([pair]))
@@ -144,7 +150,7 @@ class Doubled(Denoiser):
         policy: the policy.
     """
 
-    def __init__(self, policy: Denoiser) -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy, self.schedule, self.shape = policy, policy.schedule, policy.shape
 
@@ -163,7 +169,7 @@ def new_policy(task: Task, seed: int = 0) -> Policy:
 
 
 def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> Iterator[tuple[Learner, int]]:
-    """A learner of LEARNERS with its number of updates, after others that warm it up."""
+    """A learner of LEARNERS with its number of updates; `backprop` is warmed up by `weighted`."""
     times, updates = task.times, lambda n: max(1, round(effort * n))
     if name in ("weighted", "backprop"):
         members = 10_000
@@ -188,7 +194,7 @@ def learn(name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phas
         effort: share of the learner's updates.
         phase: told of progress.
     """
-    policy, generator = new_policy(task, seed), torch.Generator().manual_seed(seed)
+    policy, generator = new_policy(task, seed), stream(seed, "learn")
     for learner, updates in stages(name, task, effort, generator):
         advance = phase(f"{name}, {task.schedule}, {task.likelihood}, γ = {task.gamma:g}", updates)
         steps = learner(policy, task.reward(), task.conditions, generator)
@@ -201,7 +207,7 @@ def learn(name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phas
 def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> Certificate:
     """The certificate any run reports, from at least n paths and as many samples of the prior for each condition."""
     conditions, reward, times = task.conditions, task.reward(), task.times
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, "certificate")
     cond = conditions.cond_of(torch.arange(conditions.groups).repeat_interleave(n))
     x_prior, _, _ = paths(policy.prior, conditions.groups * n, times, generator, cond, batch=n)
     labels, cond = conditions.of(conditions.all(-(-n // conditions.pairs)))
@@ -259,14 +265,15 @@ def race(
     seconds = time.perf_counter() - begin
     gap = certificate_of(task, policy, seed=seed)
     row = {
-        "learner": name, "schedule": task.schedule, "likelihood": task.likelihood, "dim": task.dim,
-        "steps": task.steps, "gamma": task.gamma, "spread": task.spread, "objective_nats": gap.objective,
-        "log_z_nats": gap.log_z, "gap_nats": gap.gap, "gap_stderr": gap.stderr, "gap_floor_nats": None,
-        "true_kl_nats": None, "energy_p_value": None, "seconds": round(seconds, 1),
+        "learner": name, "warmed_by": "weighted" if name == "backprop" else None, "schedule": task.schedule,
+        "likelihood": task.likelihood, "dim": task.dim, "steps": task.steps, "gamma": task.gamma,
+        "spread": task.spread, "objective_nats": gap.objective, "log_z_nats": gap.log_z, "gap_nats": gap.gap,
+        "gap_stderr": gap.stderr, "gap_floor_nats": None, "true_kl_nats": None, "energy_p_value": None,
+        "seconds": round(seconds, 1),
     }  # fmt: skip
     if answers is None:
         return row, None
-    pairs, generator = task.conditions.pairs, torch.Generator().manual_seed(seed)
+    pairs, generator = task.conditions.pairs, stream(seed, "samples")
     row["gap_floor_nats"] = float(answers.floors.mean())
     row["true_kl_nats"] = sum(answers.outcome(policy, pair).true_kl for pair in range(pairs)) / pairs
     chain, reward = answers.of(pairs - 1)

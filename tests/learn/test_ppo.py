@@ -99,7 +99,7 @@ def test_the_baseline_is_of_step_and_pair():
 
 
 def test_a_classifier_without_gradient_will_do():
-    """scikit-learn's own, which no other learner could use; the share of y it gives rises as its J does."""
+    """scikit-learn's own, through `predict_proba`; learners that follow a gradient say that there is none."""
     torch.manual_seed(0)
     prior = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.5, RectifiedFlow())
     x = prior.sample(500, torch.Generator().manual_seed(0))
@@ -112,6 +112,9 @@ def test_a_classifier_without_gradient_will_do():
         x_0, _, log_ratio = paths(policy, 2000, times, torch.Generator().manual_seed(1), labels=y, compare=True)
         return float((reward(x_0, y) - log_ratio).mean())
 
+    for other in (Adjoint(times, batch=4), Backprop(times, batch=4)):
+        with pytest.raises(ValueError, match="no gradient"):
+            next(other(policy, reward, conditions, torch.Generator().manual_seed(0)))
     before = j()
     learner = PPO(times, batch=256)
     for _ in fit(

@@ -29,6 +29,12 @@ def check_noise(eta: float) -> None:
         raise ValueError(f"this learner needs noise in every step: eta must lie in (0, 1], got {eta}. Use 1.0.")
 
 
+def check_gradient(earned: Tensor) -> None:
+    """Refuse rewards (B,) that know nothing of x: a learner that follows their gradient would see the KL alone."""
+    if not earned.requires_grad:
+        raise ValueError("this reward has no gradient, which this learner follows. Train with weighted or ppo.")
+
+
 def clip_rows(a: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     """Scale rows of a (B, *) down to norm `limit`; also says which rows (B,) were longer."""
     norm = a.flatten(1).norm(dim=1)

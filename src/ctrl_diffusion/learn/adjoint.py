@@ -30,7 +30,7 @@ from ..data import Conditions
 from ..reward import Reward
 from ..rollout import Times, Trajectory, read_out, rollout
 from ..transition import half_square, transition
-from . import Step, check_noise, clip_rows, revisit, visits
+from . import Step, check_gradient, check_noise, clip_rows, revisit, visits
 
 
 def adjoints_of(
@@ -118,8 +118,12 @@ class Adjoint:
             with torch.enable_grad():
                 x_end = path.x[-1].requires_grad_()
                 earned = reward(read_out(policy, x_end, self.times[-1], **cond), labels)
+                check_gradient(earned)
                 (gradient,) = torch.autograd.grad(earned.sum(), x_end)
-            adjoints, means, clipped = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
+            with policy.frozen():
+                adjoints, means, clipped = adjoints_of(
+                    policy, path, gradient, labels, cond, self.eta, self.clip, self.lean
+                )
             for i, row in islice(visits(steps, self.batch, self.regressed, generator), self.reuse):
                 here = revisit(policy, path, i, row, labels, cond, self.eta)
                 u = (here.mean - means[i, row]) / here.std

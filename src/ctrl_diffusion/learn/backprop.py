@@ -20,7 +20,7 @@ from ..data import Conditions
 from ..reward import Reward
 from ..rollout import Times, rollout
 from ..transition import step_std
-from . import Step, check_noise, clip_rows
+from . import Step, check_gradient, check_noise, clip_rows
 
 
 @dataclass
@@ -75,6 +75,7 @@ class Backprop:
                 policy, x_1, self.times, self.eta, generator, compare=True, cond=cond, at_state=at_state, labels=labels
             )
             earned, kl = reward(path.x_0, labels), path.kl.sum(0)
+            check_gradient(earned)
             figures = {"reward": float(earned.detach().mean()), "kl": float(kl.detach().mean())}
             figures["clipped"] = sum(clipped) / max(1, len(clipped))
             clipped.clear()
