@@ -88,13 +88,12 @@ def main() -> None:
                 rows = [row for row in found[key] if row["schedule"] == name]
                 axes.plot([row[key] for row in rows], [row["floor_nats"] for row in rows], color=CTRL, marker=marker,
                           markersize=3.5, linewidth=1.2, label=name)  # fmt: skip
-                axes.set_yscale("log")
         left.loglog(STEPS, [1.2 / n for n in STEPS], color=QUIET, linewidth=1, linestyle="--", label="∝ 1/steps")
         left.set(xlabel="steps", ylabel="nats")
         left.set_xticks(STEPS, [str(n) for n in STEPS])
         left.minorticks_off()
-        middle.set(xlabel="churn η (50 steps)")
-        right.set(xlabel="first time (50 steps)")
+        middle.set(xlabel="churn η (50 steps)", yscale="log")
+        right.set(xlabel="first time (50 steps)", ylim=(0, None))
         right.invert_xaxis()
         for axes, title in (
             (left, "Gaussian steps"),

@@ -21,7 +21,7 @@ def test_the_example_runs(quick_run, tmp_path, monkeypatch):
     (tmp_path / "runs" / "demo").symlink_to(quick_run)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    for long, short in (("updates=700", "updates=2"), ("1000", "20"), ("10_000", "200"), ("50", "2"), ("2000", "80")):
+    for long, short in (("updates=800", "updates=2"), ("1000", "20"), ("10_000", "200"), ("50", "2"), ("2000", "80")):
         assert long in code
         code = code.replace(long, short)
     names = {}
