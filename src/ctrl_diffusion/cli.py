@@ -93,7 +93,7 @@ def root(
 Control = Annotated[str, typer.Option(help="The column of y, the new control.")]
 Condition = Annotated[str | None, typer.Option(help="The column of c, the prior's class, if there is one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
-Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test, not a result.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
 Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo: one after the other.")]
 
 

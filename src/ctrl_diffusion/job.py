@@ -1,6 +1,7 @@
 """The jobs behind the commands: from labelled images to p̂, and from a prior and p̂ to a certified control."""
 
 import json
+import math
 import shlex
 import shutil
 import time
@@ -323,7 +324,7 @@ def execute(
             temporary.write_bytes(page)
     with timed("train"), (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
         records = []
-        for record in train(run, phase):
+        for record in map(finite, train(run, phase)):
             records.append(record)
             print(json.dumps(rounded(record)), file=log, flush=True)
         run.policy.controls[run.name].save(folder / "control")
@@ -367,6 +368,11 @@ def sweep_metrics(sweep: dict[str, dict[float, Score]], evaluation: Evaluation) 
         ]
         for kind, scores in sweep.items()
     }
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without the figures that are no numbers: JSON has no word for them."""
+    return {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
