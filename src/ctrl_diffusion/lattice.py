@@ -180,8 +180,8 @@ class LatticeChain:
         for lattice, here, pre in zip(self.lattices[1:], steps, self.prior_steps, strict=True):
             kl.append(mass @ here.kl(pre))
             mass = lattice.push(lattice.kernels(here), mass)
-        target, some = self.target(reward), mass > 0
-        true_kl = (mass * (mass.log() - target.log()))[some].sum()
+        log_target, some = (self.prior_end.log() + reward).log_softmax(0), mass > 0
+        true_kl = (mass * (mass.log() - log_target))[some].sum()
         return Outcome(float(mass @ reward - sum(kl)), torch.stack(kl), float(true_kl))
 
     def sample_target(self, reward: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -89,8 +89,8 @@ def exact_samples(
 ) -> tuple[Tensor, float]:
     """Samples of the chain tilted by the reward, in the limit of many paths: importance resampling.
 
-    For every (c, y) among the rows, paths of the policy are drawn, `pool_of` its samples; the
-    samples are drawn from them by w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
+    For every (c, y) among the rows many paths of the policy are drawn (`pool_of`), and from them the samples, by
+    w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
 
     Args:
         denoiser: the policy.
