@@ -164,8 +164,9 @@ def test_a_control_whose_j_is_no_number_is_not_kept():
         ([-9.0, -3.0, -1.0, -1.01], -3.01, 3),  # averaged weights win a draw
         ([-9.0, -3.0, -1.0, -1.01], -3.10, 2),  # but not a loss
         ([-9.0, -3.0, -3.5, -3.0], -2.98, 3),
-        ([-9.0, -3.0, -3.5, -4.0], -2.90, 3),  # less reward for a clear gain in J,
-        ([-9.0, -3.0, -3.5, -4.0], -2.98, 2),  # not for an unclear one
+        ([-9.0, -3.0, -3.5, -3.55], -2.90, 3),  # less reward for a clear gain in J that is worth it,
+        ([-9.0, -3.0, -3.5, -3.75], -2.90, 2),  # not for one that is not,
+        ([-9.0, -3.0, -3.5, -3.55], -2.98, 2),  # nor for an unclear one
     ],
 )
 def test_the_best_control_is_kept(rewards, averaged, kept):

@@ -418,8 +418,9 @@ class Best:
     """The best control so far, by J on the probes' paths, which share their noise.
 
     What lies within the noise of a probe should cost neither accuracy nor the averaging of weights, so one standard
-    error of the paired difference decides, in the spirit of Breiman et al. 1984: a control that earns less reward by
-    more than that must have a J higher by more than that, and averaged weights may have one lower by less.
+    error of the paired difference decides, in the spirit of Breiman et al. 1984: averaged weights may have a J lower by
+    less than that, and a control that earns less reward by more must have a J higher by more than that, and by no less
+    than the reward it gave up: it must be the better one even if reward counted twice.
     """
 
     policy: Policy
@@ -436,7 +437,8 @@ class Best:
         else:
             gain, error = paired(log_w - self.log_w)
             reward, reward_error = paired(earned - self.earned)
-            needed = error if reward < -reward_error else -error if "averaged" in record else 0.0
+            loses = reward < -reward_error
+            needed = max(error, -reward) if loses else -error if "averaged" in record else 0.0
             if not gain > needed:  # a J that is no number is not better
                 return False
         self.record, self.log_w, self.earned, self.snapshot = record, log_w, earned, self.policy.snapshot()
