@@ -31,7 +31,7 @@ def check_noise(eta: float) -> None:
 
 def check_gradient(earned: Tensor) -> None:
     """Refuse rewards (B,) that know nothing of x: a learner that follows their gradient would see the KL alone."""
-    if not earned.requires_grad:
+    if torch.is_grad_enabled() and not earned.requires_grad:
         raise ValueError("this reward has no gradient, which this learner follows. Train with weighted or ppo.")
 
 
