@@ -420,7 +420,7 @@ class Best:
     What lies within the noise of a probe should cost neither accuracy nor the averaging of weights, so one standard
     error of the paired difference decides, in the spirit of Breiman et al. 1984: averaged weights may have a J lower by
     less than that, and a control that earns less reward by more must have a J higher by more than that, and by no less
-    than the reward it gave up: it must be the better one even if reward counted twice.
+    than the reward it gave up, within its error: J alone would sell most of a control's reward for as much KL.
     """
 
     policy: Policy
@@ -438,7 +438,7 @@ class Best:
             gain, error = paired(log_w - self.log_w)
             reward, reward_error = paired(earned - self.earned)
             loses = reward < -reward_error
-            needed = max(error, -reward) if loses else -error if "averaged" in record else 0.0
+            needed = max(error, -reward - reward_error) if loses else -error if "averaged" in record else 0.0
             if not gain > needed:  # a J that is no number is not better
                 return False
         self.record, self.log_w, self.earned, self.snapshot = record, log_w, earned, self.policy.snapshot()
