@@ -10,8 +10,8 @@ import torch
 
 from ctrl_diffusion import Run
 from ctrl_diffusion.cli import quiet_dependencies
-from ctrl_diffusion.learn.adjoint import adjoints_of
-from ctrl_diffusion.rollout import read_out, rollout
+from ctrl_diffusion.learn.adjoint import adjoints_of, reward_gradient
+from ctrl_diffusion.rollout import rollout
 from ctrl_diffusion.sample import stream
 from ctrl_diffusion.transition import half_square, step_std, transition
 
@@ -25,8 +25,7 @@ def main() -> None:
     x_1 = torch.randn(run.conditions.pairs * 8, *policy.shape, generator=generator)
     with torch.no_grad():
         path = rollout(policy, x_1, times, generator=generator, cond=cond, labels=labels)
-    x_end = path.x[-1].requires_grad_()
-    (gradient,) = torch.autograd.grad(run.reward(read_out(policy, x_end, times[-1], **cond), labels).sum(), x_end)
+    _, gradient = reward_gradient(policy, path, run.reward, labels, cond)
     for lean in (True, False):
         adjoints, means, _ = adjoints_of(policy, path, gradient, labels, cond, clip=run.config.adjoint.clip, lean=lean)
         missed = []

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ctrl_diffusion.learn.adjoint import adjoints_of
-from ctrl_diffusion.rollout import read_out, rollout
+from ctrl_diffusion.learn.adjoint import adjoints_of, reward_gradient
+from ctrl_diffusion.rollout import rollout
 from ctrl_diffusion.run import Run
 from ctrl_diffusion.sample import stream
 from ctrl_diffusion.transition import half_square, transition
@@ -43,9 +43,7 @@ def main() -> None:
         for _ in range(2):
             with torch.no_grad():
                 after = rollout(policy, path.x[i], times[i:], 1.0, generator, cond=cond, labels=labels)
-            end = after.x[-1].requires_grad_()
-            earned = run.reward(read_out(policy, end, times[-1], **cond), labels)
-            (gradient,) = torch.autograd.grad(earned.sum(), end)
+            _, gradient = reward_gradient(policy, after, run.reward, labels, cond)
             adjoints, _, _ = adjoints_of(policy, after, gradient, labels, cond, clip=run.config.adjoint.clip)
             targets.append(here.std * adjoints[0])
         one, two = (u - target for target in targets)

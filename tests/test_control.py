@@ -210,7 +210,7 @@ def test_snapshots_of_the_controls_parameters(network):
 
 
 def test_what_is_kept_of_a_control_follows_its_parameters(network):
-    """Without a gradient BA is computed once for each state of the parameters, whoever changes them."""
+    """BA is computed once inside `frozen` and always outside, whoever changed the parameters in between."""
     denoiser, x_t, c, _ = network
     policy, y = Policy(denoiser, lora(denoiser)), {"ink": torch.arange(B) % 4}
 
@@ -224,10 +224,20 @@ def test_what_is_kept_of_a_control_follows_its_parameters(network):
     policy(x_t, 0.5, labels=y, c=c).square().sum().backward()
     optimizer.step()
     first = policy.trained()[1]
-    for change in (lambda: None, lambda: policy.restore(before), lambda: first.add_(0.1), lambda: first.mul_(2.0)):
+    for change in (
+        lambda: None,
+        lambda: policy.restore(before),
+        lambda: first.add_(0.1),
+        lambda: first.mul_(2.0),
+        lambda: first.data.mul_(2.0),  # as averaged weights are copied: torch does not count it as a change
+    ):
         with torch.no_grad():
             change()
-            assert torch.equal(policy(x_t, 0.5, labels=y, c=c), fresh())
+            expected = fresh()
+            assert torch.equal(policy(x_t, 0.5, labels=y, c=c), expected)
+            with policy.frozen():
+                for _ in range(2):
+                    assert torch.equal(policy(x_t, 0.5, labels=y, c=c), expected)
     with policy.frozen():
         x_t = x_t.clone().requires_grad_()
         (frozen,) = torch.autograd.grad(policy(x_t, 0.5, labels=y, c=c).sum(), x_t)

@@ -153,7 +153,7 @@ def test_the_target_is_sampled():
     prior = ring(Cosine())
     chain = LatticeChain(prior, prior.times(10, 0.1), RADIUS, SPREAD)
     reward = 2.0 * chain.x_0[:, 0]
-    x, target = chain.sample_target(reward, 100_000, torch.Generator().manual_seed(0)), chain.target(reward)
+    x, target = chain.sample_target(reward, 100_000, torch.Generator().manual_seed(0)), chain.log_target(reward).exp()
     mean = target @ chain.lattices[-1].points
     torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=5 * 1.0 / 100_000**0.5)  # spread below 1
 

@@ -6,7 +6,7 @@ import torch
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.evaluate import energy_test
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.sample import exact_samples, paths, pool_of
+from ctrl_diffusion.sample import POOL, exact_samples, paths
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 
 
@@ -30,7 +30,7 @@ def test_resampling_by_weight_makes_any_policy_exact(schedule):
     # a normal tilted by a slope of one: the effective share is exp(−variance), known to a tenth from 32,000 paths
     assert share == pytest.approx(math.exp(-variance), rel=0.1)
     # drawn with replacement from 16 paths a sample: the errors of 2,000 draws and of the pool they come from
-    error = math.sqrt(variance / n + variance / (pool_of(n) * share))
+    error = math.sqrt(variance / n + variance / (POOL * n * share))
     assert float(x_0[y == 0].mean()) == pytest.approx(0.0, abs=5 * error)
     assert float(x_0[y == 1].mean()) == pytest.approx(variance, abs=5 * error)
     exact = math.sqrt(variance) * torch.randn(n, 1, generator=torch.Generator().manual_seed(2)) + variance

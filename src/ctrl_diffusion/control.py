@@ -47,6 +47,18 @@ class Control(nn.Module, ABC):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by kind ("embedding", "adapter"): they need separate learning rates."""
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the parameters must not change, and nobody asks for their gradient: only for that of x."""
+        asked = [(p, p.requires_grad) for group in self.parameter_groups().values() for p in group]
+        for p, _ in asked:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p, before in asked:
+                p.requires_grad_(before)
+
     def index(self, y: Tensor) -> Tensor:
         """Row of the embedding table for labels y: null is the last row, which stays zero."""
         return torch.where(y == NULL, self.size, y)
@@ -88,7 +100,7 @@ class LoRAControl(Control):
         self._network = [denoiser.network]
         self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
         self._shift: Tensor | None = None
-        self._kept: tuple[list[int], list[Tensor]] = ([], [])
+        self._kept: list[Tensor] | None = None
         for site in denoiser.site.embeddings:
             denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
         self._silence()
@@ -102,15 +114,20 @@ class LoRAControl(Control):
             layer._disable_adapters = True
 
     def _differences(self) -> list[Tensor]:
-        """BA of every layer; kept until a parameter changes, where nobody asks for its gradient."""
-        adapter = self.parameter_groups()["adapter"]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in adapter):
-            return [layer.get_delta_weight(self.adapter) for layer in self._layers]
-        versions = [p._version for p in adapter]
-        if versions != self._kept[0]:
-            with torch.no_grad():
-                self._kept = versions, [layer.get_delta_weight(self.adapter) for layer in self._layers]
-        return self._kept[1]
+        """BA of every layer."""
+        if self._kept is not None:
+            return self._kept
+        return [layer.get_delta_weight(self.adapter) for layer in self._layers]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        with super().frozen():
+            outer = self._kept
+            self._kept = self._differences()
+            try:
+                yield
+            finally:
+                self._kept = outer
 
     @contextmanager
     def active(self, y: Tensor) -> Iterator[None]:
@@ -316,15 +333,10 @@ class Policy(Denoiser):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, nobody asks for the gradient of the controls' parameters: only that of x."""
-        trained = self.trained()
-        for p in trained:
-            p.requires_grad_(False)
-        try:
+        with ExitStack() as stack:
+            for control in self.controls.values():
+                stack.enter_context(control.frozen())
             yield
-        finally:
-            for p in trained:
-                p.requires_grad_(True)
 
     def trained(self) -> list[nn.Parameter]:
         """Trainable parameters of all controls in one order."""

@@ -8,7 +8,8 @@ With x_t = α x_0 + σ ε, every prediction in use is a linear view of x̂:
     flow:  v = ε − x_0,      x̂ = x_t − σ v       (α + σ = 1)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,11 @@ class Denoiser(nn.Module):
     def prior(self) -> "Denoiser":
         """The pre-trained denoiser: this one itself, unless it is a policy."""
         return self
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, what is trained of this denoiser must not change, and nobody asks for its gradient."""
+        yield
 
     def times(self, steps: int, sigma_end: float, power: float = 1.0) -> tuple[float, ...]:
         """The grid of a chain of this denoiser; see `Schedule.times`."""

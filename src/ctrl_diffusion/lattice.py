@@ -161,9 +161,9 @@ class LatticeChain:
         """log Z of a reward (P,) of the last state."""
         return float((self.prior_end.log() + reward).logsumexp(0))
 
-    def target(self, reward: Tensor) -> Tensor:
-        """Masses (P,) of the last state of the chain tilted by a reward (P,)."""
-        return (self.prior_end.log() + reward).softmax(0)
+    def log_target(self, reward: Tensor) -> Tensor:
+        """Log-masses (P,) of the last state of the chain tilted by a reward (P,)."""
+        return (self.prior_end.log() + reward).log_softmax(0)
 
     def best(self, reward: Tensor) -> list[Gaussian]:
         """The steps of the best policy with the prior's std, for a reward (P,) of the last state."""
@@ -180,14 +180,13 @@ class LatticeChain:
         for lattice, here, pre in zip(self.lattices[1:], steps, self.prior_steps, strict=True):
             kl.append(mass @ here.kl(pre))
             mass = lattice.push(lattice.kernels(here), mass)
-        log_target, some = (self.prior_end.log() + reward).log_softmax(0), mass > 0
-        true_kl = (mass * (mass.log() - log_target))[some].sum()
+        true_kl = (mass * (mass.log() - self.log_target(reward)))[mass > 0].sum()
         return Outcome(float(mass @ reward - sum(kl)), torch.stack(kl), float(true_kl))
 
     def sample_target(self, reward: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """n samples (n, D) of the tilted chain's last state, even within a cell of the lattice."""
         lattice = self.lattices[-1]
-        points = lattice.points[self.target(reward).multinomial(n, replacement=True, generator=generator)]
+        points = lattice.points[self.log_target(reward).exp().multinomial(n, replacement=True, generator=generator)]
         jitter = torch.rand(points.shape, generator=generator, dtype=torch.float64) - 0.5
         return points + lattice.spacing * jitter
 

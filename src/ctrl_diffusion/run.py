@@ -25,7 +25,7 @@ from .pretrained import Prior
 from .progress import Phase, silent
 from .reward import Reward, prior_table
 from .rollout import Times
-from .sample import exact_samples, paths, pool_of, stream
+from .sample import exact_samples, paths, stream
 
 RULERS = {"ink": demo.ink_ruler}
 
@@ -167,11 +167,7 @@ class Run:
         times = self.times_of(steps) if steps else self.times
         cond, labels = {} if c is None else {"c": c}, {self.name: y}
         if exact:
-            asked = torch.stack([y, *cond.values()], dim=1).unique(dim=0, return_counts=True)[1]
-            progress = phase("paths to resample", sum(map(pool_of, asked.tolist())))
-            x_0, _ = exact_samples(
-                self.policy, self.reward, times, generator, labels, cond, strength, progress=progress
-            )
+            x_0, _ = exact_samples(self.policy, self.reward, times, generator, labels, cond, strength, phase)
         else:
             progress = phase("sampling", len(y))
             x_0, _, _ = paths(self.policy, len(y), times, generator, cond, labels, strength, progress=progress)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .control import Labels
 from .denoise import Denoiser
+from .progress import Phase, silent
 from .reward import Reward
 from .rollout import Times, Trajectory, rollout
 
@@ -61,7 +62,8 @@ def paths(
         x_1 = torch.randn(rows.stop - start, *denoiser.shape, generator=generator)
         here = {name: c[rows] for name, c in (cond or {}).items()}
         control = {"labels": {n: y[rows] for n, y in labels.items()}, "strength": strength} if labels else {}
-        path: Trajectory = rollout(denoiser, x_1, times, eta, generator, compare, cond=here, **control)
+        with denoiser.frozen():
+            path: Trajectory = rollout(denoiser, x_1, times, eta, generator, compare, cond=here, **control)
         zeros = torch.zeros(len(x_1))
         samples.append(path.x_0)
         kls.append(path.kl.sum(0) if compare else zeros)
@@ -69,11 +71,6 @@ def paths(
         if progress:
             progress(len(x_1))
     return torch.cat(samples), torch.cat(kls), torch.cat(log_ratios)
-
-
-def pool_of(asked: int) -> int:
-    """How many paths are drawn for so many exact samples of one (c, y)."""
-    return max(POOL * asked, SMALLEST_POOL)
 
 
 @torch.no_grad()
@@ -85,12 +82,12 @@ def exact_samples(
     labels: Labels,
     cond: dict[str, Tensor] | None = None,
     strength: float = 1.0,
-    progress: Progress | None = None,
+    phase: Phase = silent,
 ) -> tuple[Tensor, float]:
     """Samples of the chain tilted by the reward, in the limit of many paths: importance resampling.
 
-    For every (c, y) among the rows many paths of the policy are drawn (`pool_of`), and from them the samples, by
-    w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
+    For every (c, y) among the rows POOL paths of the policy are drawn for each sample, SMALLEST_POOL at least, and from
+    them the samples, by w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
 
     Args:
         denoiser: the policy.
@@ -99,7 +96,7 @@ def exact_samples(
         generator: of all noise.
         labels, cond: n rows each.
         strength: w of the control; any is exact, one near the target wastes fewer paths.
-        progress: called with the number of paths done since the last call.
+        phase: told of progress.
 
     Returns:
         x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y). It is estimated from
@@ -112,15 +109,15 @@ def exact_samples(
         RuntimeWarning: an effective share below 5 %.
     """
     cond = cond or {}
-    _, pair = torch.stack([*labels.values(), *cond.values()], dim=1).unique(dim=0, return_inverse=True)
-    x_0, smallest = None, 1.0
-    for p in range(int(pair.max()) + 1):
+    _, pair, count = torch.stack([*labels.values(), *cond.values()], dim=1).unique(
+        dim=0, return_inverse=True, return_counts=True
+    )
+    pools = (POOL * count).clamp(min=SMALLEST_POOL).tolist()
+    advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
+    for p, pool in enumerate(pools):
         asked = (pair == p).nonzero().squeeze(1)
-        pool = pool_of(len(asked))
         mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
-        x, _, log_ratio = paths(
-            denoiser, pool, times, generator, given, mine, strength, compare=True, progress=progress
-        )
+        x, _, log_ratio = paths(denoiser, pool, times, generator, given, mine, strength, compare=True, progress=advance)
         log_w = reward(x, mine) - log_ratio
         if not log_w.isfinite().all():
             raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")

@@ -280,7 +280,7 @@ def race(
     ends = end_states(task, policy, pairs - 1, 1000, generator)
     row["energy_p_value"] = energy_test(ends, chain.sample_target(reward, 1000, generator), 200, generator)[1]
     lattice = chain.lattices[-1]
-    density = chain.target(reward).view(len(lattice.axis), -1) / lattice.spacing**2
+    density = chain.log_target(reward).exp().view(len(lattice.axis), -1) / lattice.spacing**2
     return row, Picture(name, task, ends, lattice.axis, density)
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..control import Labels, Policy
-from ..rollout import Trajectory
+from ..data import Conditions
+from ..rollout import Times, Trajectory, rollout
 from ..transition import Gaussian, transition
 
 
@@ -23,10 +25,43 @@ class Step:
 Learner = Callable[..., Iterator[Step]]
 
 
-def check_noise(eta: float) -> None:
-    """Refuse a chain whose steps have no noise: u = (mean_g − mean_pre)/std would divide by nothing."""
-    if not 0.0 < eta <= 1.0:
-        raise ValueError(f"this learner needs noise in every step: eta must lie in (0, 1], got {eta}. Use 1.0.")
+@dataclass
+class OnPolicy:
+    """What learners on the policy's own paths share.
+
+    Args:
+        times: the chain's grid.
+        batch: paths a rollout.
+        eta: churn of the chain; must be positive.
+
+    Raises:
+        ValueError: steps without noise: u = (mean_g − mean_pre)/std would divide by nothing.
+    """
+
+    times: Times
+    batch: int
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.eta <= 1.0:
+            raise ValueError(
+                f"this learner needs noise in every step: eta must lie in (0, 1], got {self.eta}. Use 1.0."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Of the chain."""
+        return len(self.times) - 1
+
+    def fresh_paths(
+        self, policy: Policy, conditions: Conditions, generator: torch.Generator, **options: Any
+    ) -> tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]:
+        """Paths of the policy from new noise, with their pairs (c, y), labels and conditions; options of `rollout`."""
+        pair = conditions.draw(self.batch, generator)
+        labels, cond = conditions.of(pair)
+        x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
+        path = rollout(policy, x_1, self.times, self.eta, generator, cond=cond, labels=labels, **options)
+        return path, pair, labels, cond
 
 
 def check_gradient(earned: Tensor) -> None:

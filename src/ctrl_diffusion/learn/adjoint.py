@@ -28,9 +28,21 @@ from torch import Tensor
 from ..control import Labels, Policy
 from ..data import Conditions
 from ..reward import Reward
-from ..rollout import Times, Trajectory, read_out, rollout
+from ..rollout import Trajectory, read_out
 from ..transition import half_square, transition
-from . import Step, check_gradient, check_noise, clip_rows, revisit, visits
+from . import OnPolicy, Step, check_gradient, clip_rows, revisit, visits
+
+
+def reward_gradient(
+    policy: Policy, path: Trajectory, reward: Reward, labels: Labels, cond: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Reward (B,) of a path's ends and its gradient at the last state (B, *), through the read-out."""
+    with torch.enable_grad():
+        x_end = path.x[-1].detach().requires_grad_()
+        earned = reward(read_out(policy, x_end, path.times[-1], **cond), labels)
+        check_gradient(earned)
+        (gradient,) = torch.autograd.grad(earned.sum(), x_end)
+    return earned.detach(), gradient
 
 
 def adjoints_of(
@@ -81,58 +93,44 @@ def adjoints_of(
 
 
 @dataclass
-class Adjoint:
+class Adjoint(OnPolicy):
     """The learner.
 
     Args:
-        times: the chain's grid.
-        batch: paths a rollout.
+        times, batch, eta: see `OnPolicy`.
         regressed: steps of each path that one update regresses; every path goes through its steps in its own order.
         reuse: updates from one rollout.
         clip: largest norm of std_i a_{i+1}, what one sample may ask of a step's control.
         lean: use the lean adjoint.
-        eta: churn of the chain; must be positive.
     """
 
-    times: Times
     batch: int = 160
     regressed: int = 5
     reuse: int = 4
     clip: float = 10.0
     lean: bool = False
-    eta: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_noise(self.eta)
 
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
     ) -> Iterator[Step]:
         """Losses without end."""
-        steps = len(self.times) - 1
         while True:
-            labels, cond = conditions.of(conditions.draw(self.batch, generator))
-            x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
-            with torch.no_grad():
-                path = rollout(policy, x_1, self.times, self.eta, generator, cond=cond, labels=labels)
-            with torch.enable_grad():
-                x_end = path.x[-1].requires_grad_()
-                earned = reward(read_out(policy, x_end, self.times[-1], **cond), labels)
-                check_gradient(earned)
-                (gradient,) = torch.autograd.grad(earned.sum(), x_end)
+            with torch.no_grad(), policy.frozen():
+                path, _, labels, cond = self.fresh_paths(policy, conditions, generator)
+            earned, gradient = reward_gradient(policy, path, reward, labels, cond)
             with policy.frozen():
                 adjoints, means, clipped = adjoints_of(
                     policy, path, gradient, labels, cond, self.eta, self.clip, self.lean
                 )
-            for i, row in islice(visits(steps, self.batch, self.regressed, generator), self.reuse):
+            for i, row in islice(visits(self.steps, self.batch, self.regressed, generator), self.reuse):
                 here = revisit(policy, path, i, row, labels, cond, self.eta)
                 u = (here.mean - means[i, row]) / here.std
                 miss = half_square(u - here.std * adjoints[i, row])
                 yield Step(
-                    steps * miss.mean(),
+                    self.steps * miss.mean(),
                     {
-                        "reward": float(earned.detach().mean()),
-                        "kl": float(steps * half_square(u.detach()).mean()),
+                        "reward": float(earned.mean()),
+                        "kl": float(self.steps * half_square(u.detach()).mean()),
                         "clipped": clipped,
                     },
                 )

@@ -18,31 +18,23 @@ from torch import Tensor
 from ..control import Policy
 from ..data import Conditions
 from ..reward import Reward
-from ..rollout import Times, rollout
 from ..transition import step_std
-from . import Step, check_gradient, check_noise, clip_rows
+from . import OnPolicy, Step, check_gradient, clip_rows
 
 
 @dataclass
-class Backprop:
+class Backprop(OnPolicy):
     """The learner.
 
     Args:
-        times: the chain's grid.
-        batch: paths an update.
+        times, batch, eta: see `OnPolicy`; one rollout an update.
         clip: largest norm of std_i ∇J at the state after step i, what one path may ask of the step's control.
         through: the number of last steps that the reward reaches; None for all.
-        eta: churn of the chain; must be positive.
     """
 
-    times: Times
     batch: int = 64
     clip: float = 10.0
     through: int | None = None
-    eta: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_noise(self.eta)
 
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
@@ -50,8 +42,7 @@ class Backprop:
         """Losses without end; how many gradients an update clipped is known after its backward pass, so it is logged
         with the next.
         """
-        steps = len(self.times) - 1
-        first = 0 if self.through is None else max(0, steps - self.through)
+        first = 0 if self.through is None else max(0, self.steps - self.through)
         stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]
         clipped: list[float] = []
 
@@ -69,11 +60,7 @@ class Backprop:
             return gradient
 
         while True:
-            labels, cond = conditions.of(conditions.draw(self.batch, generator))
-            x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
-            path = rollout(
-                policy, x_1, self.times, self.eta, generator, compare=True, cond=cond, at_state=at_state, labels=labels
-            )
+            path, _, labels, _ = self.fresh_paths(policy, conditions, generator, compare=True, at_state=at_state)
             earned, kl = reward(path.x_0, labels), path.kl.sum(0)
             check_gradient(earned)
             figures = {"reward": float(earned.detach().mean()), "kl": float(kl.detach().mean())}

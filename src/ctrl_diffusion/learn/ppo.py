@@ -25,9 +25,9 @@ from torch import Tensor
 from ..control import Policy
 from ..data import Conditions
 from ..reward import Reward
-from ..rollout import Times, Trajectory, rollout
+from ..rollout import Trajectory
 from ..transition import half_square
-from . import Step, check_noise, revisit, visits
+from . import OnPolicy, Step, revisit, visits
 
 
 def rewards_to_go(path: Trajectory, earned: Tensor) -> Tensor:
@@ -67,46 +67,36 @@ class Baseline:
 
 
 @dataclass
-class PPO:
+class PPO(OnPolicy):
     """The learner.
 
     Args:
-        times: the chain's grid.
-        batch: paths a rollout.
+        times, batch, eta: see `OnPolicy`.
         surrogates: steps of each path that one update looks at.
         reuse: updates from one rollout.
         clip: ε; ratios beyond 1 ± ε earn no more.
-        eta: churn of the chain; must be positive.
     """
 
-    times: Times
     batch: int = 160
     surrogates: int = 5
     reuse: int = 8
     clip: float = 0.2
-    eta: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_noise(self.eta)
 
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
     ) -> Iterator[Step]:
         """Losses without end."""
-        steps, baseline = len(self.times) - 1, Baseline()
+        baseline = Baseline()
         while True:
-            pair = conditions.draw(self.batch, generator)
-            labels, cond = conditions.of(pair)
-            x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
-            with torch.no_grad():
-                path = rollout(policy, x_1, self.times, self.eta, generator, compare=True, cond=cond, labels=labels)
+            with torch.no_grad(), policy.frozen():
+                path, pair, labels, cond = self.fresh_paths(policy, conditions, generator, compare=True)
                 earned = reward(path.x_0, labels)
             advantage = baseline.advantages(rewards_to_go(path, earned), pair, conditions.pairs)
-            for i, row in islice(visits(steps, self.batch, self.surrogates, generator), self.reuse):
+            for i, row in islice(visits(self.steps, self.batch, self.surrogates, generator), self.reuse):
                 here = revisit(policy, path, i, row, labels, cond, self.eta)
                 log_rho = half_square(path.z[i, row]) - half_square((path.x[i + 1, row] - here.mean) / here.std)
                 yield Step(
-                    -steps * surrogate(log_rho, advantage[i, row], self.clip).mean(),
+                    -self.steps * surrogate(log_rho, advantage[i, row], self.clip).mean(),
                     {
                         "reward": float(earned.mean()),
                         "kl": float(path.kl.sum(0).mean()),
