@@ -21,8 +21,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/prior.py
-	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/demo.py ink
+	$(BIN)/python bench/demo.py digit
 	$(BIN)/python bench/own.py
+	$(BIN)/python bench/exact.py
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md

@@ -1,9 +1,9 @@
-"""The demo's figures over seeds, with peak memory (`make bench`; about ten minutes a seed on two quiet cores).
+"""The demos' figures over seeds, with peak memory (`make bench`; about ten minutes a seed on two quiet cores).
 
-python bench/demo.py [SEED …]        (0 1 2 if none is given)
+python bench/demo.py ink|digit [SEED …]        (0 1 2 if none is given)
 
-Writes the rows of these seeds into docs/demo.json and seed 0's pictures, which README and docs quote. Figures depend on
-seed, versions and thread count; seconds and memory are this machine's.
+Writes the rows of these seeds into docs/demo.json or docs/digit.json and seed 0's pictures, which README and docs
+quote. Figures depend on seed, versions and thread count; seconds and memory are this machine's.
 """
 
 import json
@@ -20,14 +20,18 @@ from rich.table import Table
 from ctrl_diffusion.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
-PICTURES = ("grid", "curves", "accuracy", "confusion", "reliability", "sweep")
+# what is written of each demo, and the pictures of seed 0
+FILES = {"ink": "demo.json", "digit": "digit.json"}
+PICTURES = {
+    "ink": {name: f"{name}.png" for name in ("grid", "curves", "accuracy", "confusion", "reliability", "sweep")},
+    "digit": {"grid": "digit.png"},
+}
 
 
-def measured(seed: int, out: Path) -> dict:
+def measured(control: str, seed: int, out: Path) -> dict:
     """Run the demo and return its figures."""
-    subprocess.run(
-        [sys.executable, "-m", "ctrl_diffusion.cli", "demo", "--seed", str(seed), "--out", str(out)], check=True
-    )
+    options = ["--controls", control, "--seed", str(seed), "--out", str(out)]
+    subprocess.run([sys.executable, "-m", "ctrl_diffusion.cli", "demo", *options], check=True)
     metrics = json.loads((out / "metrics.json").read_text())
     del metrics["versions"]
     # of all children so far: the largest process; kilobytes on Linux
@@ -36,21 +40,25 @@ def measured(seed: int, out: Path) -> dict:
 
 
 def main() -> None:
+    control, *seeds = sys.argv[1:]
+    path = DOCS / FILES[control]
     with TemporaryDirectory() as folder:
-        for seed in [int(text) for text in sys.argv[1:]] or [0, 1, 2]:
+        for seed in [int(text) for text in seeds] or [0, 1, 2]:
             out = Path(folder) / str(seed)
-            row = measured(seed, out)
-            for name in PICTURES if seed == 0 else ():
-                shutil.copy(out / f"{name}.png", DOCS / f"{name}.png")
-            known = json.loads((DOCS / "demo.json").read_text()) if (DOCS / "demo.json").is_file() else []
+            row = measured(control, seed, out)
+            for name, page in PICTURES[control].items() if seed == 0 else ():
+                shutil.copy(out / f"{name}.png", DOCS / page)
+            known = json.loads(path.read_text()) if path.is_file() else []
             rows = sorted([row, *(r for r in known if r["seed"] != seed)], key=lambda r: r["seed"])
-            write_json(DOCS / "demo.json", rows)
-    table = Table("seed", "prior", "ctrl", "target", "digit read", "diversity", "J", "log Z", "gap", "GB", "seconds")
+            write_json(path, rows)
+    heads = "seed prior ctrl target judge digit diversity J log_Z gap GB seconds"
+    table = Table(*heads.split())
     for row in rows:
         ctrl, gap = row["ctrl"], row["certificate"]
         table.add_row(
             str(row["seed"]), f"{row['prior']['accuracy']:.3f}", f"{ctrl['accuracy']:.3f}",
-            f"{row['target']['accuracy']:.3f}", f"{ctrl['class_accuracy']:.3f}", f"{ctrl['diversity_ratio']:.3f}",
+            f"{row['target']['accuracy']:.3f}", f"{ctrl['judge_accuracy']:.3f}",
+            "" if ctrl["class_accuracy"] is None else f"{ctrl['class_accuracy']:.3f}", f"{ctrl['diversity_ratio']:.3f}",
             f"{gap['objective_nats']:.2f}", f"{gap['log_z_nats']:.2f}",
             f"{gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f}", f"{row['peak_memory_gb']:.2f}",
             f"{row['seconds']['total']:.0f}",

@@ -50,14 +50,18 @@ def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 50) -> 
 def main() -> None:
     quiet_dependencies()
     prior, reader = Prior.from_pretrained(assets.DIGITS), fit_reader()
-    settings = Config(data="", **{k: demo.SETTINGS[k] for k in ("prior", "control")})
+    settings = Config(data="", **{k: demo.SETTINGS["ink"][k] for k in ("prior", "control")})
     x, c = digits()
     seen, unseen = (x[torch.as_tensor(rows)] for rows in split())
     times = prior.denoiser.times(settings.steps, settings.sigma_end, settings.time_power)
     asked = torch.arange(10).repeat_interleave(200)
     samples, _, _ = paths(prior.denoiser, len(asked), times, stream(0, "bench"), {"c": asked})
     samples = samples.clamp(-1, 1)
-    as_written = torch.from_numpy(to_pixels(samples)).float().unsqueeze(1) / 127.5 - 1
+    without_c, _, _ = paths(prior.unconditional().denoiser, len(asked), times, stream(0, "without c"))
+    as_written, bare_as_written = (
+        torch.from_numpy(to_pixels(x)).float().unsqueeze(1) / 127.5 - 1 for x in (samples, without_c)
+    )
+    p = reader.log_prob(bare_as_written).exp()
     blurred = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     nearest_real, nearest_sample = nearest_distance(unseen, seen), nearest_distance(as_written, seen)
     close = torch.quantile(nearest_real, 0.05)
@@ -68,8 +72,15 @@ def main() -> None:
         ),
         "frechet_to_unseen": {
             "samples": frechet_distance(unseen, as_written, reader),
+            "samples of the null class": frechet_distance(unseen, bare_as_written, reader),
             "training digits": frechet_distance(unseen, seen, reader),
             "training digits, blurred": frechet_distance(unseen, blurred, reader),
+        },
+        "null_class": {
+            # the mean of the reader's largest probability: real digits first
+            "reader_is_sure_of_unseen_digits": float(reader.log_prob(unseen).exp().amax(1).mean()),
+            "reader_is_sure": float(p.amax(1).mean()),
+            "digit_shares": (p.argmax(1).bincount(minlength=10) / len(p)).tolist(),
         },
         "nearest_training_digit": {
             "samples_median": float(nearest_sample.median()),

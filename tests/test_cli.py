@@ -19,7 +19,7 @@ REQUIRED = {
     "prior": {"accuracy"},
     "sweep": {"strength", "steps"},
     "target": {"accuracy", "class_accuracy", "diversity"},
-    "ctrl": {"accuracy", "macro_f1", "class_accuracy", "diversity_ratio", "kl_nats"},
+    "ctrl": {"accuracy", "macro_f1", "judge_accuracy", "class_accuracy", "diversity_ratio", "kl_nats"},
     "certificate": {"objective_nats", "log_z_nats", "log_z_policy_nats", "gap_nats", "gap_stderr", "ess_fraction"},
     "classifier": {"accuracy", "nll", "ece", "temperature"},
     "seconds": {"classifier", "train", "sample", "total"},
@@ -43,6 +43,8 @@ def test_demo_leaves_a_whole_run(quick_run):
         assert names <= set(metrics[group])
     assert metrics["accuracy_by"] == "ruler"
     assert metrics["ctrl"]["accuracy"] > metrics["prior"]["accuracy"]
+    # the judge knows 1,297 other digits: it must agree with the ruler about nearly every sample
+    assert metrics["ctrl"]["judge_accuracy"] == pytest.approx(metrics["ctrl"]["accuracy"], abs=0.1)
     strengths = {row["strength"]: row for row in metrics["sweep"]["strength"]}
     assert list(strengths) == [0.0, 0.5, 1.0, 1.5, 2.0]
     assert [row["steps"] for row in metrics["sweep"]["steps"]] == [10, 20, 40]
@@ -51,7 +53,7 @@ def test_demo_leaves_a_whole_run(quick_run):
         metrics["certificate"]["log_z_nats"] - metrics["certificate"]["objective_nats"], abs=1e-3
     )
     names = {path.name for path in quick_run.iterdir()}
-    assert {"config.yaml", "data", "classifier", "control", "progress.jsonl", "samples"} <= names
+    assert {"config.yaml", "data", "judge_data", "classifier", "control", "progress.jsonl", "samples"} <= names
     pictures = {"grid.png", "curves.png", "accuracy.png", "confusion.png", "reliability.png", "sweep.png"}
     assert pictures | {"report.html"} <= names
     assert not [name for name in names if name.startswith(".")], "temporary files left behind"
@@ -261,11 +263,33 @@ def test_a_config_makes_the_run_again(tmp_path, ctrl):
     for name in ("control/control.safetensors", "classifier/classifier.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     a, b = (yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in "ab")
-    assert (a.pop("data"), b.pop("data")) == ("data", str(tmp_path / "a" / "data"))
+    for name in ("data", "judge_data"):
+        assert (a.pop(name), b.pop(name)) == (name, str(tmp_path / "a" / name))
     assert a == b
     # an option wins over the file
     done = ctrl("train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "c", "--quiet", "--steps", 5)
     assert yaml.safe_load((tmp_path / "c" / "config.yaml").read_text())["steps"] == 5
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_the_demo_of_a_prior_that_knows_no_classes(tmp_path, ctrl_here):
+    """y = digit on the null class: no condition, no ruler, a judge fitted on other digits."""
+    settings = {"classifier": {"updates": 300, "grid": 4, "depth": 2}, "evaluation": {**TINY["evaluation"]}}
+    settings["evaluation"]["prior_samples"] = 20
+    metrics = demo_job({**TINY, **settings}, tmp_path / "a", control="digit")
+    assert metrics["accuracy_by"] == "judge"
+    assert metrics["ctrl"]["judge_accuracy"] == metrics["ctrl"]["accuracy"]
+    assert metrics["ctrl"]["class_accuracy"] is None
+    assert len(metrics["certificate"]["pairs"]["gap_nats"]) == 10
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert (config["unconditional"], config["classes"], config["condition"]) == (True, None, None)
+    tables = [(tmp_path / "a" / name / "metadata.csv").read_text().splitlines() for name in ("data", "judge_data")]
+    assert [len(table) - 1 for table in tables] == [200, 1597]
+    done = ctrl_here("sample", tmp_path / "a", "--set", "digit=7", "-n", 2, "--quiet", "--out", tmp_path / "sevens")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sevens" / "metadata.csv").read_text().splitlines()[1] == "00000.png,7"
+    done = ctrl_here("sample", tmp_path / "a", "--class", 3, "--out", tmp_path / "no")
+    assert (done.returncode, done.stderr) == (2, "ctrl: --class 3: this prior is unconditional. Leave --class out.\n")
 
 
 @pytest.mark.filterwarnings("ignore:log Z")
@@ -389,6 +413,7 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         ("evaluate {damaged}", "is damaged"),
         ("demo --seed 4294967296 --out {tmp}/o", "Invalid value for '--seed'"),
         ("demo --learner magic --out {tmp}/o", "learners.0: Input should be"),
+        ("demo --controls slant --out {tmp}/o", "the demo's controls are ink, digit; got 'slant'"),
         ("demo --quick --out {run}", "or pass --overwrite"),
         ("demo --quick --out {file}", "is a file"),
         ("exact --quick --out {run}", "or pass --overwrite"),

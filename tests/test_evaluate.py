@@ -52,7 +52,21 @@ def test_a_sharp_reward_picks_what_it_rewards():
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
     target = score_target(x, table, Judge(demo.ink_ruler))
     assert target.accuracy > 1 - 1e-6
+    assert target.judge_accuracy is None
     torch.testing.assert_close(target.confusion, torch.eye(4), rtol=0, atol=1e-6)
+
+
+def test_the_second_opinion_is_counted_as_the_rulers_is():
+    """A judge that sees what the ruler sees has its accuracy, on samples and on the target alike."""
+    x, judge = demo.offline_dataset(seed=0).x[:40], Classifier(1, 4).eval().requires_grad_(False)
+    both = Judge(lambda x: judge.log_prob(x).argmax(1), second=judge)
+    target = score_target(x, torch.randn(1, 40, 4), both)
+    samples = score_samples(x, Conditions({}, {"y": 4}), both)
+    for score in (target, samples):
+        torch.testing.assert_close(score.judge_accuracy, score.accuracy)
+    blind = Judge(demo.ink_ruler, second=judge)
+    seen = judge.log_prob(x).argmax(1) == torch.arange(4).repeat_interleave(10)
+    assert score_samples(x, Conditions({}, {"y": 4}), blind).judge_accuracy == pytest.approx(float(seen.float().mean()))
 
 
 def test_confusion_has_what_was_asked_in_its_rows():

@@ -4,7 +4,7 @@ import torch
 from ctrl_diffusion import demo
 from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.data import LabelledImages
-from ctrl_diffusion.judges import Judges, fit_judges, open_choices
+from ctrl_diffusion.judges import Judges, fit_judges, joined, open_choices
 
 FAST = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
 
@@ -16,7 +16,8 @@ def tagged(data):
     return LabelledImages(x, data.labels, data.values)
 
 
-def test_no_label_serves_two_masters(monkeypatch):
+@pytest.mark.parametrize(("elsewhere", "sizes"), [(False, [200, 50, 75, 175]), (True, [350, 75, 75, 1297])])
+def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
     """p̂, its calibration, the judge and the held-out figures each have images of their own."""
     from ctrl_diffusion import judges as module
 
@@ -34,11 +35,14 @@ def test_no_label_serves_two_masters(monkeypatch):
 
     for name in ("fit_classifier", "calibrate"):
         spy(name)
-    _, held_out = fit_judges(tagged(demo.offline_dataset(0)), "ink", settings=FAST)
+    data, others = demo.labelled_digits("ink", 0)
+    both = tagged(joined(data, others))
+    data, others = both[range(500)], both[range(500, len(both))]
+    _, held_out = fit_judges(data, "ink", settings=FAST, judge_data=others if elsewhere else None)
     reward, judge = seen["fit_classifier"]
     parts = [reward, seen["calibrate"][0], {round((float(v) + 1) * 1e6) for v in held_out.x[:, 0, 0, 0]}, judge]
-    assert [len(part) for part in parts] == [200, 50, 75, 175]
-    assert len(set.union(*parts)) == 500
+    assert [len(part) for part in parts] == sizes
+    assert len(set.union(*parts)) == sum(sizes)
 
 
 def test_save_and_load(tmp_path):

@@ -30,6 +30,17 @@ def test_the_denoiser_reads_the_network_as_diffusers_does(digits):
     assert (digits.classes, digits.denoiser.shape) == (10, (1, 8, 8))
 
 
+def test_a_prior_without_its_classes_asks_for_the_null_class(digits):
+    """What it knows without c is what it was trained to know: bit for bit the null class of diffusers' network."""
+    x_t = torch.randn(4, 1, 8, 8)
+    bare = digits.unconditional()
+    assert (bare.classes, bare.class_names, bare.denoiser.shape) == (None, (), (1, 8, 8))
+    with torch.no_grad():
+        assert torch.equal(bare.denoiser(x_t, 0.4), digits.denoiser(x_t, 0.4, c=torch.full((4,), 10)))
+    with pytest.raises(ValueError, match="is unconditional already"):
+        bare.unconditional()
+
+
 def unet(**options):
     torch.manual_seed(0)
     settings = {
@@ -80,6 +91,8 @@ def test_learned_variance_is_dropped_and_classes_are_known(tmp_path):
     prior = Prior.from_pretrained(tmp_path)
     assert (prior.classes, prior.names) == (4, {"0": 0, "1": 1, "2": 2, "3": 3})
     assert prior.denoiser(torch.randn(2, 3, 8, 6), 0.5, c=torch.tensor([0, 3])).shape == (2, 3, 8, 6)
+    with pytest.raises(ValueError, match="was not trained with a class for none"):
+        prior.unconditional()
 
 
 def test_a_noise_model_begins_at_a_finite_snr(tmp_path):

@@ -117,20 +117,21 @@ def typed() -> str:
 @app.command(epilog="Example: ctrl demo --out runs/demo --seed 0")
 def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    controls: Annotated[str, typer.Option(help="ink, or digit on the same model without its classes.")] = "ink",
     learner: Learner = None,
     seed: Seed = 0,
     quick: Quick = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Teach the embedded digits model a control it did not have (ink), and certify it."""
+    """Teach the embedded digits model a control it did not have, and certify it."""
     from .job import demo_job
 
     given = {"seed": seed} | ({"learners": learner.split(",")} if learner else {})
     with phases(quiet) as phase:
-        metrics = demo_job(given, out, overwrite, quick, typed(), phase)
+        metrics = demo_job(given, out, overwrite, quick, typed(), phase, controls)
     if not quiet:
-        typer.echo(summary(metrics, "ink", out))
+        typer.echo(summary(metrics, controls, out))
 
 
 @app.command(

@@ -12,7 +12,7 @@ from .files import write_text
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
-PATHS = ("prior", "data", "classifier_from")
+PATHS = ("prior", "data", "judge_data", "classifier_from")
 
 
 class Strict(BaseModel):
@@ -98,7 +98,10 @@ class Config(Strict):
 
     Args:
         prior: a pipeline folder, or "digits", the embedded one.
+        unconditional: ask a class-conditional prior for its null class only.
         data: the labelled imagefolder.
+        judge_data: another imagefolder with the same column, on which the judge is fitted; null keeps a part of the
+            data for it.
         control: the column of y.
         condition: the column of the prior's class c, if the data have one.
         classes: the prior's classes that are trained and certified, null for an unconditional prior.
@@ -109,7 +112,9 @@ class Config(Strict):
     """
 
     prior: str
+    unconditional: bool = False
     data: str
+    judge_data: str | None = None
     control: str
     condition: str | None = None
     classes: list[int] | None = Field(None, min_length=1)

@@ -1,9 +1,13 @@
-"""The demo's material: scikit-learn's digits, the ink ruler, the offline dataset and the settings.
+"""The demos' material: scikit-learn's digits, the ink ruler, the offline datasets and the settings.
 
-The control y is *ink*, the stroke weight: the mean pixel on a scale from 0 (black) to 1, in four even classes cut at
-the quartiles of the real digits and named 1 (light) … 4 (heavy). The true ink of any sample is measured by the ruler
-that made the labels, not by a network.
+ink     y is the stroke weight: the mean pixel on a scale from 0 (black) to 1, in four even classes cut at the quartiles
+        of the real digits and named 1 (light) … 4 (heavy), for each of the prior's ten digits. The true ink of any
+        sample is measured by the ruler that made the labels, not by a network.
+digit   y is the digit itself, and the prior never hears of it: it is asked for its null class. A judge fitted on other
+        digits says what came out.
 """
+
+from typing import Any
 
 import torch
 from sklearn.model_selection import train_test_split
@@ -15,14 +19,27 @@ from .data import LabelledImages
 CONDITION = ("digit", tuple("0123456789"))
 CONTROL = ("ink", tuple("1234"))
 VALUES = dict([CONDITION, CONTROL])
-LABELLED = 500
-# ink does not care where it is nor which side is up, and its classes are ordered
-SETTINGS = {
-    "prior": "digits",
-    "control": CONTROL[0],
-    "condition": CONDITION[0],
-    "ruler": "ink",
-    "classifier": {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800},
+LABELLED = {"ink": 500, "digit": 200}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ink": {
+        "prior": "digits",
+        "control": "ink",
+        "condition": "digit",
+        "ruler": "ink",
+        # ink does not care where it is nor which side is up, and its classes are ordered
+        "classifier": {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800},
+    },
+    "digit": {
+        "prior": "digits",
+        "unconditional": True,
+        "control": "digit",
+        # the names are numbers and yet in no order; what tells digits apart is where the strokes are
+        "classifier": {"head": "categorical", "grid": 4, "depth": 2},
+        # one condition alone: as many samples of the prior as ten conditions would have
+        "weighted": {"cache": 4000},
+        "adjoint": {"updates": 900},
+        "evaluation": {"prior_samples": 4000, "paths": 2000},
+    },
 }
 
 
@@ -37,9 +54,18 @@ def ink_ruler(x: Tensor) -> Tensor:
     return torch.bucketize(ink(x), cuts, right=True)
 
 
+def labelled_digits(control: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """The offline dataset of a demo, drawn evenly over the classes of its control, and all other digits."""
+    x, c = digits()
+    labels = {CONDITION[0]: c, CONTROL[0]: ink_ruler(x)}
+    labels = labels if control == CONTROL[0] else {control: labels[control]}
+    data = LabelledImages(x, labels, {name: VALUES[name] for name in labels})
+    parts = train_test_split(
+        torch.arange(len(x)).numpy(), train_size=LABELLED[control], stratify=labels[control].numpy(), random_state=seed
+    )
+    return data[parts[0]], data[parts[1]]
+
+
 def offline_dataset(seed: int) -> LabelledImages:
     """500 real digits with their class and their ink, drawn evenly over the ink classes."""
-    x, c = digits()
-    y = ink_ruler(x)
-    rows, _ = train_test_split(torch.arange(len(x)).numpy(), train_size=LABELLED, stratify=y.numpy(), random_state=seed)
-    return LabelledImages(x, {CONDITION[0]: c, CONTROL[0]: y}, VALUES)[rows]
+    return labelled_digits(CONTROL[0], seed)[0]

@@ -28,10 +28,12 @@ class Judge:
         ruler: x (n, C, H, W) → the class of y (n,): the measure that made the labels, or a classifier that p̂ never met.
         reader: reads which of the prior's conditions it is; its features measure diversity. Without one, adherence is
             not judged and diversity is measured in pixels.
+        second: a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
     """
 
     ruler: Ruler
     reader: Classifier | None = None
+    second: Classifier | None = None
 
     def features(self, x: Tensor) -> Tensor:
         """What diversity is measured in: (n, F)."""
@@ -40,6 +42,10 @@ class Judge:
     def adheres(self, x: Tensor, group: Tensor) -> Tensor | None:
         """Whether each x (n, C, H, W) is read as its condition (n,): (n,) of 0 and 1."""
         return None if self.reader is None else (self.reader.log_prob(x).argmax(1) == group).to(x)
+
+    def second_opinion(self, x: Tensor) -> Tensor | None:
+        """The class of y (n,) the second classifier sees."""
+        return None if self.second is None else self.second.log_prob(x).argmax(1)
 
 
 @dataclass
@@ -54,6 +60,7 @@ class Score:
     class_accuracy: float | None
     diversity: float
     confusion: Tensor
+    judge_accuracy: float | None = None
     macro_f1: float | None = None
 
 
@@ -79,6 +86,7 @@ class Evaluation:
             return {
                 "accuracy": score.accuracy,
                 "accuracy_stderr": score.accuracy_stderr,
+                "judge_accuracy": score.judge_accuracy,
                 "class_accuracy": score.class_accuracy,
                 "diversity": score.diversity,
             }
@@ -147,7 +155,11 @@ def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
     """
     groups, members, classes = table.shape
     w = table.softmax(1)
-    came = F.one_hot(judge.ruler(x_0), classes).to(w).view(groups, members, classes)
+
+    def one_hot(y: Tensor) -> Tensor:
+        return F.one_hot(y, classes).to(w).view(groups, members, classes)
+
+    came, seen = one_hot(judge.ruler(x_0)), judge.second_opinion(x_0)
     confusion = torch.einsum("gmk,gmj->gkj", w, came)
     accuracy = confusion.diagonal(dim1=1, dim2=2)[:, None]  # (G, 1, K)
     adheres = judge.adheres(x_0, torch.arange(groups).repeat_interleave(members))
@@ -159,6 +171,7 @@ def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
         class_accuracy=None if adheres is None else float((w * adheres.view(groups, members, 1)).sum(1).mean()),
         diversity=float(diversity.mean()),
         confusion=confusion.mean(0),
+        judge_accuracy=None if seen is None else float((w * one_hot(seen)).sum(1).mean()),
     )
 
 
@@ -169,12 +182,14 @@ def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
     features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
     right, adheres = (measured == y).float(), judge.adheres(x_0, conditions.group_of(pair))
+    seen = judge.second_opinion(x_0)
     return Score(
         accuracy=float(right.mean()),
         accuracy_stderr=float(right.std() / len(right) ** 0.5),
         class_accuracy=None if adheres is None else float(adheres.mean()),
         diversity=float(weighted_diversity(features, even).mean()),
         confusion=torch.from_numpy(confusion_matrix(y, measured, labels=range(conditions.classes), normalize="true")),
+        judge_accuracy=None if seen is None else float((seen == y).float().mean()),
         macro_f1=float(f1_score(y.numpy(), measured.numpy(), average="macro", zero_division=0.0)),
     )
 

@@ -46,8 +46,9 @@ RUN_FILES = (
     "classifier", "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png",
     "confusion.png", "reliability.png", "sweep.png", "config.yaml", "progress.jsonl",
 )  # fmt: skip
+DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
-EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png")
+EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
 MOST_CONDITIONS = 20
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
 COLLAPSE = 10.0  # nats
@@ -127,7 +128,7 @@ class Job:
 
     Args:
         config: whole.
-        prior, data: as read.
+        prior, data, judge_data: as read.
         judges: as read, None if they are to be fitted.
         pages: of the classifier that was handed over, by name.
     """
@@ -137,6 +138,7 @@ class Job:
     data: LabelledImages
     judges: Judges | None
     pages: dict[str, bytes]
+    judge_data: LabelledImages | None = None
 
 
 def prepare(given: dict[str, Any]) -> Job:
@@ -154,7 +156,7 @@ def prepare(given: dict[str, Any]) -> Job:
     Config.of(given)  # mistakes in the settings come before mistakes in the files
     given = {**given, **{k: str(Path(given[k]).resolve()) for k in PATHS if given.get(k) and given[k] != EMBEDDED}}
     control, condition, handed = (given.get(name) for name in ("control", "condition", "classifier_from"))
-    prior, judges, pages = open_prior(given["prior"]), None, {}
+    prior, judges, pages = open_prior(given["prior"], given.get("unconditional", False)), None, {}
     if handed:
         judges, pages = Judges.load(Path(handed)), {name: (Path(handed) / name).read_bytes() for name in PAGES}
         check_classifier(judges, handed, control, prior.denoiser.shape)
@@ -167,6 +169,10 @@ def prepare(given: dict[str, Any]) -> Job:
         check_judges(judges, handed, data, condition, bool(given.get("ruler")))
     else:
         data.check_classes(control)
+    judge_data = None
+    if given.get("judge_data") and not judges:
+        judge_data = read_data(Path(given["judge_data"]), control, None, prior, data.values[control])
+        judge_data.check_classes(control)
     if given.get("ruler") and data.values[control] != demo.VALUES[demo.CONTROL[0]]:
         raise ValueError(f"ruler: {given['ruler']} measures {demo.CONTROL[0]}, not {control!r}. Leave the ruler out.")
     site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
@@ -179,7 +185,7 @@ def prepare(given: dict[str, Any]) -> Job:
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
     if config.evaluation.prior_samples < len(data.values[control]):
         raise ValueError("evaluation.prior_samples must be at least the number of the control's classes.")
-    return Job(config, prior, data, judges, pages)
+    return Job(config, prior, data, judges, pages, judge_data)
 
 
 def fits(prior: Prior, config: Config, steps: int) -> bool:
@@ -273,22 +279,28 @@ def demo_job(
     quick: bool = False,
     command: str | None = None,
     phase: Phase = silent,
+    control: str = demo.CONTROL[0],
 ) -> dict[str, Any]:
-    """`train_job` on the embedded prior with digits that the ruler labelled, written into the run folder first."""
+    """`train_job` on the embedded prior with labelled digits, and others for the judge, written into the run folder."""
     out = Path(out)
+    if control not in demo.SETTINGS:
+        raise ValueError(f"the demo's controls are {', '.join(demo.SETTINGS)}; got {control!r}.")
     check_room(out, RUN_FILES[-1], overwrite)
-    given = merged(demo.SETTINGS, given)
+    given = merged(demo.SETTINGS[control], given)
     with TemporaryDirectory() as scratch:
-        write_imagefolder(Path(scratch), demo.offline_dataset(given.get("seed", 0)))
-        job = prepare({**given, "data": scratch})
-        job.config.data = str((out / "data").resolve())
+        folders = dict(zip(DATA_FOLDERS, demo.labelled_digits(control, given.get("seed", 0)), strict=True))
+        for name, data in folders.items():
+            write_imagefolder(Path(scratch) / name, data)
+        job = prepare({**given, **{name: f"{scratch}/{name}" for name in folders}})
+        for name in folders:
+            setattr(job.config, name, str((out / name).resolve()))
         return execute(job, out, quick, command, phase, Path(scratch))
 
 
 def execute(
     job: Job, folder: Path, quick: bool, command: str | None, phase: Phase, own_data: Path | None = None
 ) -> dict[str, Any]:
-    """Do a prepared training in a run folder; `own_data` is a dataset that becomes the run's data/.
+    """Do a prepared training in a run folder; `own_data` holds datasets that become the run's.
 
     The folder is not touched before p̂ has shown that it is worth a training.
     """
@@ -301,20 +313,20 @@ def execute(
         seconds[name] = round(time.perf_counter() - begin, 1)
 
     with timed("classifier"):
-        judges, held_out = (
-            (job.judges, None)
-            if job.judges
-            else fit_judges(
-                job.data, config.control, config.condition, bool(config.ruler), config.classifier, config.seed, phase
+        judges, held_out = job.judges, None
+        if judges is None:
+            ruler = bool(config.ruler)
+            judges, held_out = fit_judges(
+                job.data, config.control, config.condition, ruler, config.classifier, config.seed, phase, job.judge_data
             )
-        )
     run = Run.start(config, job.prior, judges)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
-    clear(folder, RUN_FILES if own_data is None else ("data", *RUN_FILES))
+    clear(folder, RUN_FILES if own_data is None else (*DATA_FOLDERS, *RUN_FILES))
     (folder / RUN_FILES[-1]).touch()
     if own_data:
-        shutil.copytree(own_data, folder / "data")
+        for name in DATA_FOLDERS:
+            shutil.copytree(own_data / name, folder / name)
     config.write(folder / "config.yaml")
     judges.save(folder / "classifier")
     if held_out is not None:

@@ -176,6 +176,7 @@ def fit_judges(
     settings: ClassifierSettings | None = None,
     seed: int = 0,
     phase: Phase = silent,
+    judge_data: LabelledImages | None = None,
 ) -> tuple[Judges, LabelledImages]:
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
@@ -187,6 +188,7 @@ def fit_judges(
         settings: of the classifiers.
         seed: of the parts and the fits.
         phase: told of progress.
+        judge_data: what the judge is fitted on instead, so that p̂ has the more of the data.
 
     Returns:
         The judges, and the held-out part that none of them met.
@@ -197,9 +199,11 @@ def fit_judges(
     settings = settings or ClassifierSettings()
     if settings.augment == "any_side_up" and data.x.shape[2] != data.x.shape[3]:
         raise ValueError("classifier.augment: any_side_up needs square images. Use shift or none.")
-    fitting, calibration, held_out, *own = data.split(control, WITH_RULER if ruler else WITH_JUDGE, seed)
+    shares = WITH_JUDGE if judge_data is None and not ruler else WITH_RULER
+    fitting, calibration, held_out, *own = data.split(control, shares, seed)
+    of_judge = own if judge_data is None else [judge_data]
     rounds = len(open_choices(settings, data.values[control])) * epochs_of(settings, fitting)
-    advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in own))
+    advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
     classifier, choice = fit_calibrated(fitting, calibration, control, settings, seed, advance)
     quality = report_classifier(classifier, held_out.x, held_out.labels[control])
     if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
@@ -209,8 +213,8 @@ def fit_judges(
             "labels or bring more of them."
         )
     judges = Judges(control, data.values[control], tuple(data.x.shape[1:]), classifier, quality)
-    if own:
-        judges.judge = fit_on(own[0], control, choice, settings, seed + 1, advance)
+    for part in of_judge:
+        judges.judge = fit_on(part, control, choice, settings, seed + 1, advance)
         judges.judge_accuracy = accuracy(judges.judge, held_out, control)
     if condition:
         met = joined(fitting, calibration, *own)

@@ -24,7 +24,7 @@ from .judges import Judges
 from .learn.weighted import RENOISING
 from .run import Run
 from .sample import stream
-from .testbed import Picture
+from .testbed import GROWING, Picture
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
 STYLE = {
@@ -391,10 +391,36 @@ def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Gap and training time of one task against dimensions, one line for each number of steps."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        least = min(row["seconds"] for row in rows)
+        for steps, marker in zip(sorted({row["steps"] for row in rows}), "o^sD", strict=False):
+            mine = sorted((row for row in rows if row["steps"] == steps), key=lambda row: row["dim"])
+            x, look = [row["dim"] for row in mine], {"color": CTRL, "marker": marker, "markersize": 4, "linewidth": 1.2}
+            error = [row["gap_stderr"] for row in mine]
+            left.errorbar(x, [row["gap_nats"] for row in mine], yerr=error, label=f"{steps} steps", **look)
+            right.plot(x, [row["seconds"] / least for row in mine], label=f"{steps} steps", **look)
+        for axes, title in ((left, "Gap (nats)"), (right, "Training time, the quickest = 1")):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, [str(dim) for dim in x])
+            axes.set(xlabel="dimensions", ylim=(0, None))
+            axes.legend(frameon=False, fontsize=8)
+            headline(axes, title)
+    return figure
+
+
+def of_growing(row: dict[str, Any]) -> bool:
+    """Whether a row of exact.json is of the task that grows in dimensions."""
+    return (row["schedule"], row["likelihood"], row["gamma"]) == (GROWING.schedule, GROWING.likelihood, GROWING.gamma)
+
+
 def write_exact_report(
     folder: Path, rows: Sequence[dict[str, Any]], pictures: Sequence[Picture], command: str, version: str
 ) -> None:
-    """Write density.png, gap.png and a self-contained report.html about the races on the testbed.
+    """Write density.png, gap.png, growth.png (where D grows) and a report.html about the races on the testbed.
 
     Args:
         folder: to write into.
@@ -405,6 +431,9 @@ def write_exact_report(
     """
     shown = [p for p in pictures if p.task.gamma == 1.0 and p.learner == "adjoint"]
     figures = {"density": density_figure(shown), "gap": gap_figure(rows)}
+    growing = [r for r in rows if r["learner"] == "adjoint" and of_growing(r)]
+    if any(row["dim"] > 2 for row in growing):
+        figures["growth"] = growth_figure(growing)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
     render(folder / "report.html", "exact.html", images=images, rows=rows, command=command, version=version)
 

@@ -30,9 +30,10 @@ from .sample import exact_samples, paths, stream
 RULERS = {"ink": demo.ink_ruler}
 
 
-def open_prior(name: str) -> Prior:
-    """The embedded prior by its name, else a pipeline folder."""
-    return Prior.from_pretrained(assets.DIGITS if name == EMBEDDED else name)
+def open_prior(name: str, unconditional: bool = False) -> Prior:
+    """The embedded prior by its name, else a pipeline folder; by its null class if it is to be unconditional."""
+    prior = Prior.from_pretrained(assets.DIGITS if name == EMBEDDED else name)
+    return prior.unconditional() if unconditional else prior
 
 
 @dataclass
@@ -68,10 +69,10 @@ class Run:
 
     @property
     def judge(self) -> Judge:
-        """The ruler if there is one, else the judge; with the reader."""
+        """The ruler if there is one, else the judge; with the reader and the judge's own opinion."""
         other = self.judges.judge
         ruler = RULERS[self.config.ruler] if self.config.ruler else lambda x: other.log_prob(x).argmax(1)
-        return Judge(ruler, self.judges.reader)
+        return Judge(ruler, self.judges.reader, other)
 
     @property
     def accuracy_by(self) -> str:
@@ -119,7 +120,7 @@ class Run:
         missing = [name for name in ("classifier", "control") if not (folder / name).is_dir()]
         if missing:
             raise ValueError(f"{folder} is an unfinished run: it lacks {', '.join(missing)}. Train it again.")
-        judges, prior = Judges.load(folder / "classifier"), open_prior(config.prior)
+        judges, prior = Judges.load(folder / "classifier"), open_prior(config.prior, config.unconditional)
         try:
             policy = Policy(prior.denoiser, LoRAControl.load(folder / "control", prior.denoiser))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -2,13 +2,13 @@
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..denoise import ControlSite, Network, NetworkDenoiser
 from ..schedule import VariancePreserving
@@ -24,6 +24,7 @@ class Family:
         shape: (C, H, W) of one x.
         site: where a control enters.
         classes: how many classes the condition `c` has, None if unconditional.
+        null: the class that stands for none, None if the network was not trained with one.
     """
 
     network: nn.Module
@@ -31,6 +32,7 @@ class Family:
     shape: tuple[int, int, int]
     site: ControlSite
     classes: int | None
+    null: int | None = None
 
 
 @dataclass
@@ -41,11 +43,13 @@ class Prior:
         denoiser: E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x.
         classes: number of classes of the condition, None if unconditional.
         names: every name a class is known by → its number; the number itself is always one.
+        null: the class that stands for none, None if the network was not trained with one.
     """
 
     denoiser: NetworkDenoiser
     classes: int | None
     names: dict[str, int]
+    null: int | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -88,7 +92,27 @@ class Prior:
             for synonym in text.split(",")
         }
         names |= {str(i): i for i in range(family.classes or 0)}
-        return cls(denoiser, family.classes, names)
+        return cls(denoiser, family.classes, names, family.null)
+
+    def unconditional(self) -> "Prior":
+        """p(x) of a prior of p(x | c): the same network, always asked for its null class.
+
+        Raises:
+            ValueError: it is unconditional already, or was not trained with a null class.
+        """
+        if self.null is None:
+            reason = "is unconditional already" if self.classes is None else "was not trained with a class for none"
+            raise ValueError(f"unconditional: this prior {reason}. Leave it out.")
+        conditional = self.denoiser
+
+        def call(x_t: Tensor, timestep: Tensor) -> Tensor:
+            return conditional.call(x_t, timestep, c=torch.full_like(timestep, self.null, dtype=torch.long))
+
+        denoiser = NetworkDenoiser(
+            conditional.network, call, conditional.schedule, conditional.prediction, conditional.shape,
+            conditional.clip, conditional.site,
+        )  # fmt: skip
+        return replace(self, denoiser=denoiser, classes=None, names={}, null=None)
 
 
 def denoiser_of(family: Family, scheduler: Any, folder: Path) -> NetworkDenoiser:

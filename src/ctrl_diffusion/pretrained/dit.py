@@ -23,4 +23,5 @@ def load(folder: Path) -> Family:
         width=config.num_attention_heads * config.attention_head_dim,
         targets=("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "proj_out_1", "proj_out_2"),
     )
-    return Family(network, call, (config.in_channels, size, size), site, config.num_embeds_ada_norm)
+    classes = config.num_embeds_ada_norm
+    return Family(network, call, (config.in_channels, size, size), site, classes, null=classes)

@@ -1,0 +1,27 @@
+import torch
+
+from ctrl_diffusion.report import write_exact_report
+from ctrl_diffusion.testbed import GROWING, Picture
+
+
+def test_the_page_of_the_races_shows_how_the_gap_grows(tmp_path):
+    """The rows of growing dimensions get a picture of their own; without them the page does not speak of it."""
+    row = {
+        "learner": "adjoint", "warmed_by": None, "schedule": GROWING.schedule, "likelihood": GROWING.likelihood,
+        "steps": 25, "gamma": GROWING.gamma, "spread": 0.4, "objective_nats": -1.0, "log_z_nats": -0.9,
+        "gap_nats": 0.1, "gap_stderr": 0.01, "gap_floor_nats": None, "true_kl_nats": None, "energy_p_value": None,
+    }  # fmt: skip
+    rows = [
+        {**row, "dim": 2, "seconds": 10.0, "true_kl_nats": 0.05, "gap_floor_nats": 0.04},
+        {**row, "dim": 32, "seconds": 20.0},
+    ]
+    axis = torch.linspace(-4, 4, 9)
+    picture = Picture("adjoint", GROWING, torch.zeros(5, 2), axis, torch.rand(9, 9))
+    for name, given in (("grown", rows), ("flat", rows[:1])):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_exact_report(folder, given, [picture], "ctrl exact", "0")
+        assert (folder / "growth.png").is_file() == (name == "grown")
+        page = (folder / "report.html").read_text()
+        assert page.count("data:image/png;base64,") == 2 + (name == "grown")
+        assert ("Beyond two dimensions" in page) == (name == "grown")
