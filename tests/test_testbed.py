@@ -1,5 +1,6 @@
 import json
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from ctrl_diffusion.certificate import log_mean_exp
 from ctrl_diffusion.evaluate import energy_test
 from ctrl_diffusion.lattice import Tabulated
 from ctrl_diffusion.reward import prior_table
+from ctrl_diffusion.rollout import rollout
 from ctrl_diffusion.sample import exact_samples
 from ctrl_diffusion.testbed import LEARNERS, SCHEDULES, Answers, Task, end_states, learn, programme, race
+from ctrl_diffusion.transition import transition
 
 # the bars of each learner above its floor, in nats, at γ = 1 and 2
 BARS = {"adjoint": (0.05, 0.10), "backprop": (0.05, 0.10), "ppo": (0.12, 0.25), "weighted": (0.12, 0.25)}
@@ -71,6 +74,30 @@ def test_a_learner_comes_near_its_floor_and_the_gap_bounds_the_truth(schedule, l
     assert row["gap_nats"] > row["true_kl_nats"] - 3 * row["gap_stderr"]
     assert row["true_kl_nats"] < 0.3 * untrained
     assert picture.ends.shape == (1000, 2)
+
+
+def test_what_a_control_misses_point_by_point_is_what_it_misses_in_j():
+    """J(best) − J(g) = E_g Σ ½‖u − u*‖² for small steps, u* the best control; the last states' curvature is the rest."""
+    task = Task("flow", "linear-Gaussian")
+    answers, pair = answers_of(task), task.conditions.pairs - 1
+    chain, reward = answers.of(pair)
+    policy, best = learn("adjoint", task, effort=0.1), chain.best(reward)
+    exact = Tabulated(chain, best)
+    labels, cond = task.conditions.of(torch.full((4000,), pair))
+    with torch.no_grad():
+        x_1 = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+        path = rollout(policy, x_1, task.times, generator=torch.Generator().manual_seed(1), cond=cond, labels=labels)
+        missed, whole = 0.0, 0.0
+        for i, (t, s) in enumerate(pairwise(task.times)):
+            pre, here, ideal = (
+                transition(denoiser, path.x[i], t, s, **cond, **control)
+                for denoiser, control in ((policy.prior, {}), (policy, {"labels": labels}), (exact, {}))
+            )
+            missed += float((here.control(pre) - ideal.control(pre)).square().sum(1).mean()) / 2
+            whole += float(ideal.control(pre).square().sum(1).mean()) / 2
+    excess = chain.outcome(best, reward).objective - answers.outcome(policy, pair).objective
+    assert missed == pytest.approx(float(excess), rel=0.25)
+    assert missed < 0.5 * whole
 
 
 def test_resampling_halves_the_error_of_a_half_trained_policy():
