@@ -77,7 +77,7 @@ def test_a_learner_comes_near_its_floor_and_the_gap_bounds_the_truth(schedule, l
 
 
 def test_what_a_control_misses_point_by_point_is_what_it_misses_in_j():
-    """J(best) − J(g) = E_g Σ ½‖u − u*‖² for small steps, u* the best control; the last states' curvature is the rest."""
+    """For small steps J(best) − J(g) = E_g Σ ½‖u − u*‖², with u* the best control; at 25 some curvature is left."""
     task = Task("flow", "linear-Gaussian")
     answers, pair = answers_of(task), task.conditions.pairs - 1
     chain, reward = answers.of(pair)
