@@ -93,6 +93,8 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
     assert middle["adjoint"]["batch"] == 32
     assert middle["adjoint"]["lr_adapter"] == pytest.approx(1.5e-3 / 5**0.5, rel=0.01)  # two digits are kept
     assert (small["steps"], middle["steps"]) == (20, 40)
+    many = suggested((1, 8, 8), 800_000, 64, 1, 10)  # ten classes share the samples of one condition
+    assert [s["weighted"]["cache"] for s in (small, middle, many)] == [1000, 1000, 3000]
 
 
 def test_a_classifier_that_is_handed_over(data, fitted):

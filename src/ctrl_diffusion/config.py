@@ -205,9 +205,10 @@ def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
     """Settings that depend on prior and data; the rest are the defaults above.
 
-    What there is to learn grows with the pairs (c, y); time and memory of an update with batch × dimensions; the noise
-    of a learning rate with the size of the network and, for adjoints, with one over the root of the batch. Where x has
-    many dimensions y is decided within a short stretch of the chain, which needs steps.
+    Every (c, y) needs some hundred samples of the prior it can call its own. What there is to learn grows with the
+    pairs; time and memory of an update with batch × dimensions; the noise of a learning rate with the size of the
+    network and, for adjoints, with one over the root of the batch. Where x has many dimensions y is decided within a
+    short stretch of the chain, which needs steps.
 
     Args:
         shape: of one x.
@@ -218,7 +219,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     """
     dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
-    cache, warm = min(1000, max(100, 10_000 // groups)), min(700, 400 + 20 * pairs)
+    cache, warm = max(100, min(10_000 // groups, max(1000, 300 * classes))), min(700, 400 + 20 * pairs)
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = AdjointSettings()
     share = (batch / full.batch) ** 0.5
