@@ -97,6 +97,22 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
     assert [s["weighted"]["cache"] for s in (small, middle, many)] == [1000, 1000, 3000]
 
 
+def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
+    job = prepare(given(data, judge_data=str(data)))
+    assert job.judge_data.values == {"ink": ("1", "2", "3", "4")}
+    assert job.config.judge_data == str(data.resolve())
+    lines = (data / "metadata.csv").read_text().splitlines()
+    for name, labels, message in (
+        ("unknown", lambda i: 9, "ink must be one of 1, 2, 3, 4, got '9'"),
+        ("missing", lambda i: 1 + i % 3, r"ink = '4' has 0 example\(s\)"),
+    ):
+        shutil.copytree(data, tmp_path / name)
+        table = [lines[0], *(f"{line.rpartition(',')[0]},{labels(i)}" for i, line in enumerate(lines[1:]))]
+        (tmp_path / name / "metadata.csv").write_text("\n".join(table))
+        with pytest.raises(ValueError, match=message):
+            prepare(given(data, judge_data=str(tmp_path / name)))
+
+
 def test_a_classifier_that_is_handed_over(data, fitted):
     job = prepare(given(data, condition="digit", classifier_from=str(fitted["whole"])))
     assert job.judges.reader is not None
