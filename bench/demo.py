@@ -39,6 +39,11 @@ def measured(control: str, seed: int, out: Path) -> dict:
     return {"seed": seed, **metrics, "peak_memory_gb": round(peak, 2)}
 
 
+def figure(value: float | None, digits: int) -> str:
+    """A figure for the table; blank if nobody measured it."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def main() -> None:
     control, *seeds = sys.argv[1:]
     path = DOCS / FILES[control]
@@ -55,13 +60,12 @@ def main() -> None:
     table = Table(*heads.split())
     for row in rows:
         ctrl, gap = row["ctrl"], row["certificate"]
+        shares = (row["prior"]["accuracy"], ctrl["accuracy"], row["target"]["accuracy"], ctrl["judge_accuracy"])
+        shares += (ctrl["class_accuracy"], ctrl["diversity_ratio"])
+        nats = f"{gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f}"
         table.add_row(
-            str(row["seed"]), f"{row['prior']['accuracy']:.3f}", f"{ctrl['accuracy']:.3f}",
-            f"{row['target']['accuracy']:.3f}", f"{ctrl['judge_accuracy']:.3f}",
-            "" if ctrl["class_accuracy"] is None else f"{ctrl['class_accuracy']:.3f}", f"{ctrl['diversity_ratio']:.3f}",
-            f"{gap['objective_nats']:.2f}", f"{gap['log_z_nats']:.2f}",
-            f"{gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f}", f"{row['peak_memory_gb']:.2f}",
-            f"{row['seconds']['total']:.0f}",
+            str(row["seed"]), *(figure(share, 3) for share in shares), figure(gap["objective_nats"], 2),
+            figure(gap["log_z_nats"], 2), nats, figure(row["peak_memory_gb"], 2), figure(row["seconds"]["total"], 0),
         )  # fmt: skip
     Console(width=120).print(table)
 
