@@ -352,7 +352,7 @@ def density_figure(pictures: Sequence[Picture]) -> Figure:
         for axes, picture in zip(panels, pictures, strict=False):
             reach = picture.axis.abs() <= 3
             axis, density = picture.axis[reach].numpy(), picture.density[reach][:, reach].numpy()
-            axes.contourf(axis, axis, density.T, levels=8, cmap="Blues")
+            axes.contourf(axis, axis, density.T, levels=np.linspace(0.03, 1, 9) * density.max(), cmap="Blues")
             axes.scatter(*picture.ends.T.numpy(), s=1.5, color="#c2661c", alpha=0.5, linewidths=0)
             axes.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3), xticks=[-2, 0, 2], yticks=[-2, 0, 2])
             headline(axes, picture.task.title)

@@ -86,8 +86,8 @@ class Task:
     @property
     def title(self) -> str:
         """What a picture of it is called: what is unlike the usual is said."""
-        steps = f", {self.steps} steps" if self.steps != 25 else ""
-        return f"{self.likelihood}, {self.schedule}{steps}" + (f", spread {self.spread}" if self.spread != 0.4 else "")
+        unusual = [f"{self.steps} steps"] * (self.steps != 25) + [f"spread {self.spread}"] * (self.spread != 0.4)
+        return f"{self.likelihood}, {self.schedule}\n{', '.join(unusual)}".strip()
 
     @property
     def conditions(self) -> Conditions:
