@@ -13,7 +13,7 @@ SHAPE = (1, 8, 8)
 
 
 def test_imagefolder_round_trip(tmp_path):
-    data = demo.offline_dataset(seed=0)
+    data = demo.labelled_digits("ink", 0)[0]
     write_imagefolder(tmp_path, data)
     assert (tmp_path / "metadata.csv").read_text().splitlines()[0] == "file_name,digit,ink"
     back = read_imagefolder(tmp_path, CLASSES, SHAPE)
@@ -30,7 +30,7 @@ def test_imagefolder_round_trip(tmp_path):
 
 
 def test_the_ink_classes_are_even_and_seen_by_the_ruler():
-    data = demo.offline_dataset(seed=1)
+    data = demo.labelled_digits("ink", 1)[0]
     assert len(data) == 500
     counts = data.labels["ink"].bincount()
     # cut at the quartiles of 1,797 digits, many with equal ink: even up to ties
@@ -41,7 +41,7 @@ def test_the_ink_classes_are_even_and_seen_by_the_ruler():
 
 @pytest.mark.parametrize("shares", [(0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)])
 def test_splits_are_disjoint_stratified_and_seeded(shares):
-    data = demo.offline_dataset(seed=0)
+    data = demo.labelled_digits("ink", 0)[0]
     tagged = LabelledImages(torch.arange(500.0).view(-1, 1, 1, 1), data.labels, data.values)
     parts = tagged.split("ink", shares, seed=3)
     assert [len(part) for part in parts] == [round(500 * share) for share in shares]
@@ -54,7 +54,7 @@ def test_splits_are_disjoint_stratified_and_seeded(shares):
 
 
 def test_a_class_nobody_could_learn_is_refused():
-    data = demo.offline_dataset(seed=0)
+    data = demo.labelled_digits("ink", 0)[0]
     with pytest.raises(ValueError, match=r"all 123 examples have ink = '1'. A control needs two classes"):
         LabelledImages(data.x[:123], {"ink": torch.zeros(123, dtype=torch.long)}, {"ink": ("1",)}).split("ink")
     rare = torch.cat([(data.labels["ink"] != 2).nonzero(), (data.labels["ink"] == 2).nonzero()[:3]]).squeeze(1)

@@ -35,7 +35,7 @@ def test_one_sample_that_owns_the_weight_has_no_diversity():
 @pytest.mark.parametrize("with_reader", [True, False])
 def test_a_target_without_reward_is_the_prior_itself(with_reader):
     """With equal rewards the weights are even: target and samples must agree on the same images."""
-    x, reader = demo.offline_dataset(seed=0).x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
+    x, reader = demo.labelled_digits("ink", 0)[0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
     judge = Judge(lambda x: torch.zeros(len(x), dtype=torch.long), reader if with_reader else None)
     target = score_target(x, torch.zeros(10, 4, 1), judge)
     samples = score_samples(x, Conditions({"c": torch.arange(10)}, {"y": 1}), judge)
@@ -48,7 +48,7 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
 
 
 def test_a_sharp_reward_picks_what_it_rewards():
-    y = demo.ink_ruler(x := demo.offline_dataset(seed=0).x[:40])
+    y = demo.ink_ruler(x := demo.labelled_digits("ink", 0)[0].x[:40])
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
     target = score_target(x, table, Judge(demo.ink_ruler))
     assert target.accuracy > 1 - 1e-6
@@ -58,12 +58,14 @@ def test_a_sharp_reward_picks_what_it_rewards():
 
 def test_the_second_opinion_is_counted_as_the_rulers_is():
     """A judge that sees what the ruler sees has its accuracy, on samples and on the target alike."""
-    x, judge = demo.offline_dataset(seed=0).x[:40], Classifier(1, 4).eval().requires_grad_(False)
+    x, judge = demo.labelled_digits("ink", 0)[0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
     both = Judge(lambda x: judge.log_prob(x).argmax(1), second=judge)
     target = score_target(x, torch.randn(1, 40, 4), both)
     samples = score_samples(x, Conditions({}, {"y": 4}), both)
     for score in (target, samples):
         torch.testing.assert_close(score.judge_accuracy, score.accuracy)
+    alone = Judge(None, second=judge)  # where nothing else measures y
+    assert score_samples(x, Conditions({}, {"y": 4}), alone).accuracy == samples.accuracy
     blind = Judge(demo.ink_ruler, second=judge)
     seen = judge.log_prob(x).argmax(1) == torch.arange(4).repeat_interleave(10)
     assert score_samples(x, Conditions({}, {"y": 4}), blind).judge_accuracy == pytest.approx(float(seen.float().mean()))
@@ -78,7 +80,7 @@ def test_confusion_has_what_was_asked_in_its_rows():
 
 
 def test_frechet_distance_is_zero_on_equal_sets_and_grows_with_a_shift():
-    x = demo.offline_dataset(seed=0).x
+    x = demo.labelled_digits("ink", 0)[0].x
     reader = Classifier(1, 10, grid=4).eval().requires_grad_(False)
     assert abs(frechet_distance(x, x, reader)) < 1e-3
     assert frechet_distance(x, x + 0.3, reader) > 10 * abs(frechet_distance(x, x, reader))

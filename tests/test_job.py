@@ -20,7 +20,7 @@ from ctrl_diffusion.schedule import Cosine
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    write_imagefolder(folder, demo.offline_dataset(0))
+    write_imagefolder(folder, demo.labelled_digits("ink", 0)[0])
     return folder
 
 
@@ -31,7 +31,7 @@ def fitted(tmp_path_factory):
     folders = {}
     for name, condition, ruler in (("whole", "digit", False), ("bare", None, True)):
         folders[name] = tmp_path_factory.mktemp(name)
-        judges, _ = fit_judges(demo.offline_dataset(0), "ink", condition, ruler, fast)
+        judges, _ = fit_judges(demo.labelled_digits("ink", 0)[0], "ink", condition, ruler, fast)
         judges.save(folders[name])
         for page in PAGES:
             (folders[name] / page).write_bytes(b"page")
@@ -147,7 +147,7 @@ def test_refused_before_anything_starts(data, fitted, settings, message):
 
 
 def test_augmentation_that_does_not_suit_the_images(data):
-    tall = demo.offline_dataset(0)
+    tall = demo.labelled_digits("ink", 0)[0]
     tall.x = tall.x[:, :, :, :6]
     with pytest.raises(ValueError, match="needs square images"):
         fit_judges(tall, "ink", settings=ClassifierSettings(augment="any_side_up"))

@@ -46,7 +46,7 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
 
 def test_save_and_load(tmp_path):
-    data = demo.offline_dataset(0)
+    data = demo.labelled_digits("ink", 0)[0]
     judges, held_out = fit_judges(data, "ink", "digit", settings=FAST)
     judges.save(tmp_path)
     again = Judges.load(tmp_path)
@@ -64,7 +64,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_a_classifier_no_better_than_chance_is_refused():
-    data = demo.offline_dataset(seed=0)
+    data = demo.labelled_digits("ink", 0)[0]
     shuffled = data.labels["ink"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
     wrong = LabelledImages(data.x, {"ink": shuffled}, data.values)
     with pytest.raises(ValueError, match="not clearly better than chance"):

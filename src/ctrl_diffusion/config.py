@@ -101,7 +101,7 @@ class Config(Strict):
         unconditional: ask a class-conditional prior for its null class only.
         data: the labelled imagefolder.
         judge_data: another imagefolder with the same column, on which the judge is fitted; null keeps a part of the
-            data for it.
+            data for it. Not read if `classifier_from` brings a judge.
         control: the column of y.
         condition: the column of the prior's class c, if the data have one.
         classes: the prior's classes that are trained and certified, null for an unconditional prior.

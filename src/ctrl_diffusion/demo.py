@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "control": "digit",
         # the names are numbers and yet in no order; what tells digits apart is where the strokes are
         "classifier": {"head": "categorical", "grid": 4, "depth": 2},
-        # one condition alone: as many samples of the prior as ten conditions would have
+        # ten classes share the samples of the one condition
         "weighted": {"cache": 4000},
         "adjoint": {"updates": 900},
         "evaluation": {"prior_samples": 4000, "paths": 2000},
@@ -57,15 +57,10 @@ def ink_ruler(x: Tensor) -> Tensor:
 def labelled_digits(control: str, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """The offline dataset of a demo, drawn evenly over the classes of its control, and all other digits."""
     x, c = digits()
-    labels = {CONDITION[0]: c, CONTROL[0]: ink_ruler(x)}
-    labels = labels if control == CONTROL[0] else {control: labels[control]}
+    known = {CONDITION[0]: c, CONTROL[0]: ink_ruler(x)}
+    labels = {name: y for name, y in known.items() if name in (control, SETTINGS[control].get("condition"))}
     data = LabelledImages(x, labels, {name: VALUES[name] for name in labels})
     parts = train_test_split(
         torch.arange(len(x)).numpy(), train_size=LABELLED[control], stratify=labels[control].numpy(), random_state=seed
     )
     return data[parts[0]], data[parts[1]]
-
-
-def offline_dataset(seed: int) -> LabelledImages:
-    """500 real digits with their class and their ink, drawn evenly over the ink classes."""
-    return labelled_digits(CONTROL[0], seed)[0]

@@ -25,13 +25,13 @@ class Judge:
     """How samples are judged.
 
     Args:
-        ruler: x (n, C, H, W) → the class of y (n,): the measure that made the labels, or a classifier that p̂ never met.
+        ruler: x (n, C, H, W) → the class of y (n,): the measure that made the labels; None asks `second` instead.
         reader: reads which of the prior's conditions it is; its features measure diversity. Without one, adherence is
             not judged and diversity is measured in pixels.
         second: a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
     """
 
-    ruler: Ruler
+    ruler: Ruler | None
     reader: Classifier | None = None
     second: Classifier | None = None
 
@@ -43,9 +43,10 @@ class Judge:
         """Whether each x (n, C, H, W) is read as its condition (n,): (n,) of 0 and 1."""
         return None if self.reader is None else (self.reader.log_prob(x).argmax(1) == group).to(x)
 
-    def second_opinion(self, x: Tensor) -> Tensor | None:
-        """The class of y (n,) the second classifier sees."""
-        return None if self.second is None else self.second.log_prob(x).argmax(1)
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The class of y (n,) of each x that counts, and the one the second classifier sees."""
+        seen = None if self.second is None else self.second.log_prob(x).argmax(1)
+        return seen if self.ruler is None else self.ruler(x), seen
 
 
 @dataclass
@@ -159,7 +160,8 @@ def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
     def one_hot(y: Tensor) -> Tensor:
         return F.one_hot(y, classes).to(w).view(groups, members, classes)
 
-    came, seen = one_hot(judge.ruler(x_0)), judge.second_opinion(x_0)
+    measured, seen = judge.measure(x_0)
+    came = one_hot(measured)
     confusion = torch.einsum("gmk,gmj->gkj", w, came)
     accuracy = confusion.diagonal(dim1=1, dim2=2)[:, None]  # (G, 1, K)
     adheres = judge.adheres(x_0, torch.arange(groups).repeat_interleave(members))
@@ -178,11 +180,10 @@ def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
 def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
     """The score of samples x_0 (P · n, *), n for each pair (c, y) in turn."""
     pair = conditions.all(len(x_0) // conditions.pairs)
-    y, measured = pair % conditions.classes, judge.ruler(x_0)
+    y, (measured, seen) = pair % conditions.classes, judge.measure(x_0)
     features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
     right, adheres = (measured == y).float(), judge.adheres(x_0, conditions.group_of(pair))
-    seen = judge.second_opinion(x_0)
     return Score(
         accuracy=float(right.mean()),
         accuracy_stderr=float(right.std() / len(right) ** 0.5),

@@ -188,7 +188,7 @@ def fit_judges(
         settings: of the classifiers.
         seed: of the parts and the fits.
         phase: told of progress.
-        judge_data: what the judge is fitted on instead, so that p̂ has the more of the data.
+        judge_data: what the judge is fitted on, also beside a ruler, so that p̂ keeps the more of the data.
 
     Returns:
         The judges, and the held-out part that none of them met.

@@ -70,9 +70,8 @@ class Run:
     @property
     def judge(self) -> Judge:
         """The ruler if there is one, else the judge; with the reader and the judge's own opinion."""
-        other = self.judges.judge
-        ruler = RULERS[self.config.ruler] if self.config.ruler else lambda x: other.log_prob(x).argmax(1)
-        return Judge(ruler, self.judges.reader, other)
+        ruler = RULERS[self.config.ruler] if self.config.ruler else None
+        return Judge(ruler, self.judges.reader, self.judges.judge)
 
     @property
     def accuracy_by(self) -> str:
