@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ctrl_diffusion.certificate import certify, gamma_within, log_z, tilt_kl
+from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Labels
-from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.denoise import Denoiser
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.sample import paths

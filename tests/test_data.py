@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.data import Conditions, LabelledImages, in_order, read_imagefolder, to_pixels, write_imagefolder
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.data import LabelledImages, in_order, read_imagefolder, to_pixels, write_imagefolder
 
 CLASSES = {"digit": {str(c): c for c in range(10)}, "ink": {str(y + 1): y for y in range(4)}}
 SHAPE = (1, 8, 8)

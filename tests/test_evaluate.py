@@ -3,7 +3,7 @@ import torch
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import Classifier
-from ctrl_diffusion.data import Conditions
+from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.evaluate import (
     Judge,
     energy_test,

@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ctrl_diffusion.classifier import Estimator
-from ctrl_diffusion.data import Conditions
+from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.exact import Logistic
 from ctrl_diffusion.reward import Reward, prior_table
 
@@ -58,3 +58,23 @@ def test_an_estimator_that_cannot_serve_is_refused():
         Estimator(LogisticRegression().fit(rows, np.arange(60) % 3), 2)
     with pytest.raises(ValueError, match="int has no predict_proba"):
         Estimator(3, 3)
+
+
+class Signed:
+    """p(y | x, c) that turns around with c: log-odds of y = 1 are x for c = 0 and −x for c = 1."""
+
+    conditional = True
+
+    def log_prob(self, x, c):
+        odds = x * (1 - 2 * c[:, None])
+        return torch.nn.functional.logsigmoid(torch.cat([-odds, odds], dim=1))
+
+
+def test_a_likelihood_may_depend_on_the_condition():
+    reward, conditions = Reward({"y": Signed()}), Conditions({"c": torch.tensor([0, 1])}, {"y": 2})
+    x = torch.linspace(-3, 3, 1200)[:, None]  # more than is asked for at once
+    table = prior_table(reward, conditions, torch.cat([x, x]))
+    torch.testing.assert_close(table[0], table[1].flip(1))
+    for pair in range(4):
+        labels, cond = conditions.of(torch.full((len(x),), pair))
+        torch.testing.assert_close(reward(x, labels, cond), table[pair // 2, :, pair % 2])

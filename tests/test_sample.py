@@ -15,7 +15,7 @@ def tilted(schedule, slope):
     prior = GaussianMixture(torch.zeros(1, 1), 1.0, schedule)
     policy = Policy(prior, SideControl("y", ("a", "b"), prior))
     times = schedule.times(10, 0.05)
-    return policy, lambda x_0, labels: slope * x_0.squeeze(1) * (labels["y"] == 1), times
+    return policy, lambda x_0, labels, cond: slope * x_0.squeeze(1) * (labels["y"] == 1), times
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])

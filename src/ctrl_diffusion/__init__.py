@@ -12,7 +12,7 @@ _HOME = {
     "Backprop": "learn.backprop",
     "Certificate": "certificate",
     "Classifier": "classifier",
-    "Conditions": "data",
+    "Conditions": "conditions",
     "Config": "config",
     "Denoiser": "denoise",
     "Estimator": "classifier",

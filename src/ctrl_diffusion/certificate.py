@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import Conditions
+from .conditions import Conditions
 from .schedule import bisect
 
 

@@ -1,4 +1,4 @@
-"""Labelled offline data, and the conditions (c, y) a control is trained and judged on.
+"""Labelled offline data.
 
 On disk a dataset is an imagefolder: images and a `metadata.csv` or `.jsonl` with `file_name`, the prior's condition if
 any, and one column per control. In memory x is (n, C, H, W) in [−1, 1].
@@ -7,7 +7,6 @@ any, and one column per control. In memory x is (n, C, H, W) in [−1, 1].
 import csv
 import io
 import json
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .control import Labels
 from .files import write_text, writing
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -219,59 +217,3 @@ def read_imagefolder(
         pixels[number] = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     return LabelledImages(x.contiguous(), labels, names)
-
-
-@dataclass
-class Conditions:
-    """Every pair (c, y): G conditions of the prior times K classes of the control.
-
-    Pair p stands for condition p // K and class p % K. With several controls y is one class of each, K the product of
-    their sizes, and the last control's class runs fastest.
-
-    Args:
-        cond: the prior's conditions by keyword, G rows each.
-        controls: the number of classes of each control.
-    """
-
-    cond: dict[str, Tensor]
-    controls: dict[str, int]
-
-    @property
-    def classes(self) -> int:
-        """K."""
-        return math.prod(self.controls.values())
-
-    @property
-    def groups(self) -> int:
-        """G, the number of the prior's conditions (1 if it has none)."""
-        return len(next(iter(self.cond.values()))) if self.cond else 1
-
-    @property
-    def pairs(self) -> int:
-        """G · K."""
-        return self.groups * self.classes
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """n pairs (n,), each as often as the others but for the remainder."""
-        rounds = -(-n // self.pairs)
-        return torch.cat([torch.randperm(self.pairs, generator=generator) for _ in range(rounds)])[:n]
-
-    def group_of(self, pair: Tensor) -> Tensor:
-        """Row of the condition for pairs (B,)."""
-        return pair // self.classes
-
-    def all(self, repeats: int) -> Tensor:
-        """Every pair `repeats` times in a row: (pairs · repeats,)."""
-        return torch.arange(self.pairs).repeat_interleave(repeats)
-
-    def cond_of(self, group: Tensor) -> dict[str, Tensor]:
-        """The prior's conditions for groups (B,)."""
-        return {name: rows[group] for name, rows in self.cond.items()}
-
-    def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
-        """Labels and conditions of pairs (B,)."""
-        labels, step = {}, self.classes
-        for name, size in self.controls.items():
-            step //= size
-            labels[name] = pair // step % size
-        return labels, self.cond_of(self.group_of(pair))

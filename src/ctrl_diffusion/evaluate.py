@@ -15,7 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .certificate import Certificate
 from .classifier import Classifier
-from .data import Conditions
+from .conditions import Conditions
 
 Ruler = Callable[[Tensor], Tensor]
 

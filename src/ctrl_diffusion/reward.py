@@ -5,12 +5,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .conditions import Conditions
 from .control import NULL, Labels
-from .data import Conditions
 
 
 class Likelihood(Protocol):
-    """p(y | x) of one control: a `Classifier`, a scikit-learn one (`classifier.Estimator`), or a closed form."""
+    """p(y | x) of one control: a `Classifier`, a scikit-learn one (`classifier.Estimator`), or a closed form.
+
+    One that is p(y | x, c) says so by an attribute `conditional` that is true, and is then given the prior's conditions
+    as keywords of `log_prob`.
+    """
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(y | x) in nats (B, K) for x (B, *)."""
@@ -18,7 +22,7 @@ class Likelihood(Protocol):
 
 
 class Reward:
-    """r(x_0, y) = γ Σ_controls log p̂(y | x_0).
+    """r(x_0, y, c) = γ Σ_controls log p̂(y | x_0), or p̂(y | x_0, c).
 
     Args:
         classifiers: one per control.
@@ -30,17 +34,19 @@ class Reward:
             raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
         self.classifiers, self.gamma = classifiers, gamma
 
-    def __call__(self, x_0: Tensor, labels: Labels) -> Tensor:
-        """Reward (B,) of x_0 (B, C, H, W); a null label earns nothing."""
+    def __call__(self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None) -> Tensor:
+        """Reward (B,) of x_0 (B, C, H, W) under the prior's conditions, B rows each; a null label earns nothing."""
         total = x_0.new_zeros(len(x_0))
         for name, y in labels.items():
-            chosen = self.table(name, x_0).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+            chosen = self.table(name, x_0, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
             total = total + torch.where(y == NULL, 0.0, chosen)
         return total
 
-    def table(self, name: str, x_0: Tensor) -> Tensor:
+    def table(self, name: str, x_0: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         """Reward of every class of one control: (B, K)."""
-        return self.gamma * self.classifiers[name].log_prob(x_0)
+        classifier = self.classifiers[name]
+        given = (cond or {}) if getattr(classifier, "conditional", False) else {}
+        return self.gamma * classifier.log_prob(x_0, **given)
 
 
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
@@ -49,9 +55,10 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     Raises:
         ValueError: a reward that is not finite.
     """
-    total = x_0.new_zeros(len(x_0), 1)
+    total, group = x_0.new_zeros(len(x_0), 1), torch.arange(len(x_0)) * conditions.groups // len(x_0)
     for name in conditions.controls:
-        table = torch.cat([reward.table(name, x) for x in x_0.split(1024)])
+        parts = zip(x_0.split(1024), group.split(1024), strict=True)
+        table = torch.cat([reward.table(name, x, conditions.cond_of(g)) for x, g in parts])
         total = (total[:, :, None] + checked(table, name)[:, None]).flatten(1)
     return total.view(conditions.groups, -1, conditions.classes)
 

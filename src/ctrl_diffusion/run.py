@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import assets, demo
 from .certificate import certify, gamma_within
+from .conditions import Conditions
 from .config import EMBEDDED, Config
 from .control import LoRAControl, Policy
-from .data import Conditions
 from .evaluate import Evaluation, Judge, score_samples, score_target
 from .judges import Judges
 from .pretrained import Prior
@@ -195,7 +195,7 @@ class Run:
         x_0, kl, log_ratio = paths(
             self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
         )
-        return self.reward(x_0, labels), x_0, kl, log_ratio
+        return self.reward(x_0, labels, cond), x_0, kl, log_ratio
 
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:

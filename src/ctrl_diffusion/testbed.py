@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .certificate import Certificate, certify
+from .conditions import Conditions
 from .control import Labels, Policy, SideControl
-from .data import Conditions
 from .denoise import Denoiser
 from .evaluate import energy_test
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
@@ -216,7 +216,7 @@ def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> 
     labels, cond = conditions.of(conditions.all(-(-n // conditions.pairs)))
     total = len(cond["c"])
     x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=n)
-    return certify(conditions, prior_table(reward, conditions, x_prior), reward(x_0, labels), kl, log_ratio)
+    return certify(conditions, prior_table(reward, conditions, x_prior), reward(x_0, labels, cond), kl, log_ratio)
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.denoise import Denoiser
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.backprop import Backprop
@@ -84,7 +84,7 @@ def linear():
     """A standard normal prior and the reward b·x_0 with b = (3, 4): every gradient is known."""
     prior = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), 1.0, Cosine())
     times = prior.schedule.times(6, 0.1)
-    return prior, times, lambda x_0, labels: x_0 @ torch.tensor([3.0, 4.0], dtype=torch.float64)
+    return prior, times, lambda x_0, labels, cond: x_0 @ torch.tensor([3.0, 4.0], dtype=torch.float64)
 
 
 def theta_gradient(value, reward, options):
@@ -114,7 +114,7 @@ def test_truncation_lets_the_reward_reach_the_last_steps_only(through):
 
 @pytest.mark.parametrize("through", [1, 3, None])
 def test_truncation_keeps_every_steps_own_kl(through):
-    def nothing(x_0, labels):
+    def nothing(x_0, labels, cond):
         return 0.0 * x_0.sum(1)
 
     gradient, _ = theta_gradient(0.5, nothing, {"clip": float("inf"), "through": through})

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ctrl_diffusion.certificate import certify
+from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop

@@ -3,8 +3,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ctrl_diffusion.classifier import Estimator
+from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.data import Conditions
 from ctrl_diffusion.denoise import Denoiser
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
@@ -42,7 +42,7 @@ def test_before_the_first_update_the_gradient_is_that_of_j(schedule):
     times = schedule.times(4, 0.2)
     policy, conditions = Shifted(prior, times), Conditions({}, {"y": 2})
 
-    def reward(x_0, labels):
+    def reward(x_0, labels, cond):
         return torch.sin(x_0.squeeze(1)) * (1 + labels["y"])
 
     means, errors = [], []

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from ..control import Labels, Policy
-from ..data import Conditions
 from ..rollout import Times, Trajectory, rollout
 from ..transition import Gaussian, transition
 

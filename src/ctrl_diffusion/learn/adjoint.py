@@ -25,8 +25,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from ..control import Labels, Policy
-from ..data import Conditions
 from ..reward import Reward
 from ..rollout import Trajectory, read_out
 from ..transition import half_square, transition
@@ -39,7 +39,7 @@ def reward_gradient(
     """Reward (B,) of a path's ends and its gradient at the last state (B, *), through the read-out."""
     with torch.enable_grad():
         x_end = path.x[-1].detach().requires_grad_()
-        earned = reward(read_out(policy, x_end, path.times[-1], **cond), labels)
+        earned = reward(read_out(policy, x_end, path.times[-1], **cond), labels, cond)
         check_gradient(earned)
         (gradient,) = torch.autograd.grad(earned.sum(), x_end)
     return earned.detach(), gradient

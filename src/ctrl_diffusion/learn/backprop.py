@@ -15,8 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from ..control import Policy
-from ..data import Conditions
 from ..reward import Reward
 from ..transition import step_std
 from . import OnPolicy, Step, check_gradient, clip_rows
@@ -60,8 +60,8 @@ class Backprop(OnPolicy):
             return gradient
 
         while True:
-            path, _, labels, _ = self.fresh_paths(policy, conditions, generator, compare=True, at_state=at_state)
-            earned, kl = reward(path.x_0, labels), path.kl.sum(0)
+            path, _, labels, cond = self.fresh_paths(policy, conditions, generator, compare=True, at_state=at_state)
+            earned, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
             check_gradient(earned)
             figures = {"reward": float(earned.detach().mean()), "kl": float(kl.detach().mean())}
             figures["clipped"] = sum(clipped) / max(1, len(clipped))

@@ -22,8 +22,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from ..control import Policy
-from ..data import Conditions
 from ..reward import Reward
 from ..rollout import Trajectory
 from ..transition import half_square
@@ -90,7 +90,7 @@ class PPO(OnPolicy):
         while True:
             with torch.no_grad(), policy.frozen():
                 path, pair, labels, cond = self.fresh_paths(policy, conditions, generator, compare=True)
-                earned = reward(path.x_0, labels)
+                earned = reward(path.x_0, labels, cond)
             advantage = baseline.advantages(rewards_to_go(path, earned), pair, conditions.pairs)
             for i, row in islice(visits(self.steps, self.batch, self.surrogates, generator), self.reuse):
                 here = revisit(policy, path, i, row, labels, cond, self.eta)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..conditions import Conditions
 from ..control import Policy
-from ..data import Conditions
 from ..reward import Reward, prior_table
 from ..rollout import Times
 from ..schedule import per_sample
