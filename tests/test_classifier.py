@@ -19,7 +19,7 @@ from ctrl_diffusion.reward import Reward
 
 @pytest.fixture(scope="module")
 def parts():
-    return demo.labelled_digits("ink", 0)[0].split("ink", seed=0)
+    return demo.labelled_digits("ink", 0)[0][0].split("ink", seed=0)
 
 
 @pytest.fixture(scope="module", params=["categorical", "ordinal"])
@@ -116,7 +116,7 @@ def test_larger_images_are_brought_down(size, depth, convolutions, halved):
 
 
 def test_augmentations_keep_what_they_promise():
-    x = demo.labelled_digits("ink", 0)[0].x
+    x = demo.labelled_digits("ink", 0)[0][0].x
     turned = any_side_up(x)
     assert not torch.equal(turned, x)
     torch.testing.assert_close(demo.ink(turned), demo.ink(x))

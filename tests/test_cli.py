@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from importlib.metadata import version
 
 import pytest
@@ -30,7 +31,7 @@ REQUIRED = {
 def test_version_and_help(ctrl):
     assert ctrl("--version").stdout.strip() == version("ctrl-diffusion")
     overview = ctrl("--help").stdout
-    for command in ("demo", "classifier", "train", "sample", "evaluate", "exact"):
+    for command in ("demo", "classifier", "train", "add", "sample", "evaluate", "exact"):
         assert command in overview
         text = ctrl(command, "--help").stdout
         assert "Example: ctrl " + command in " ".join(text.split())
@@ -292,6 +293,98 @@ def test_the_demo_of_a_prior_that_knows_no_classes(tmp_path, ctrl_here):
     assert (done.returncode, done.stderr) == (2, "ctrl: --class 3: this prior is unconditional. Leave --class out.\n")
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A tiny run with two controls from two datasets."""
+    folder = tmp_path_factory.mktemp("several") / "both"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        demo_job({**TINY, "learners": ["weighted", "adjoint"]}, folder, controls="ink,slant")
+    return folder
+
+
+def test_two_controls_from_two_datasets_that_share_no_image(both):
+    read = [read_imagefolder(both / "data" / name, {name: None}, (1, 8, 8)) for name in ("ink", "slant")]
+    assert [len(data) for data in read] == [250, 250]
+    assert set(map(bytes, read[0].x.numpy())).isdisjoint(map(bytes, read[1].x.numpy()))
+    assert (both / "data" / "slant" / "metadata.csv").read_text().splitlines()[0] == "file_name,slant", "no digit"
+    metrics = json.loads((both / "metrics.json").read_text())
+    found = metrics["controls"]
+    assert {"all_accuracy", "all_target", "null_shift", "ink", "slant"} == set(found)
+    assert (found["all_accuracy"], found["all_target"]) == (metrics["ctrl"]["accuracy"], metrics["target"]["accuracy"])
+    for name, classes in (("ink", 4), ("slant", 2)):
+        one = found[name]
+        assert metrics["ctrl"]["accuracy"] <= one["accuracy"] <= 1
+        assert 0 <= one["judge_accuracy"] <= 1
+        assert {"accuracy", "target", "gap_nats"} <= set(one["alone"])
+        for shares in one["nulled"]["shares"].values():
+            assert len(shares) == classes
+            assert sum(shares) == pytest.approx(1, abs=1e-4)
+    names = {path.name for path in both.iterdir()}
+    assert {"plane.png", "reliability.png", "reliability-slant.png"} <= names
+    assert (both / "control" / "slant" / "control.safetensors").is_file()
+    page = (both / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 8
+    assert "One control, the other, both" in page
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_a_control_added_later_leaves_the_run_as_it_was(ctrl_here, both, quick_run, tmp_path):
+    """The model of one control before and after a second came: with that null, the same pictures to the byte."""
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(yaml.safe_dump(TINY | {"ruler": "slant"}))
+    before = {path: path.read_bytes() for path in quick_run.rglob("*") if path.is_file()}
+    add = ["add", quick_run, "--data", both / "data" / "slant", "--control", "slant", "--config", settings]
+    done = ctrl_here(*add, "--out", tmp_path / "more", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert {path: path.read_bytes() for path in quick_run.rglob("*") if path.is_file()} == before
+    weights = "control.safetensors"
+    assert (tmp_path / "more" / "control" / "ink" / weights).read_bytes() == before[quick_run / "control" / weights]
+    pictures = {}
+    for name, run, asked in (
+        ("old", quick_run, ["--set", "ink=1"]),
+        ("nulled", tmp_path / "more", ["--set", "ink=1"]),
+        ("both", tmp_path / "more", ["--set", "ink=1", "--set", "slant=left"]),
+        ("new", tmp_path / "more", ["--set", "slant=left"]),
+    ):
+        done = ctrl_here("sample", run, *asked, "-n", 4, "--quiet", "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        pictures[name] = [(tmp_path / name / f"0000{i}.png").read_bytes() for i in range(4)]
+    assert pictures["nulled"] == pictures["old"]
+    assert pictures["both"] != pictures["old"]
+    with (tmp_path / "new" / "metadata.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["ink"], row["slant"]) for row in rows] == [("", "left")] * 4
+    metrics = json.loads((tmp_path / "more" / "metrics.json").read_text())
+    assert {"ink", "slant"} <= set(metrics["controls"])
+    # a third, on a run of two
+    done = ctrl_here(*["add", both, *add[2:4], "--control", "slant", "--config", settings], "--out", tmp_path / "third")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "ctrl: settings: two controls are named 'slant'. Name every control once.\n",
+    )
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--control", "ink", "--control", "slant"], "--data is given 1 times, --control 2 times"),
+        (["--control", "ink", "--control", "ink", "--data", "{data}"], "two controls are named 'ink'"),
+        (["--control", "ink", "--classifier", "a", "--classifier", "b"], "--classifier is given 2 times"),
+        (["--config", "{config}"], "data: there are several controls"),
+    ],
+)
+def test_several_controls_are_given_in_turn(ctrl_here, both, tmp_path, arguments, message):
+    names = {"data": both / "data" / "ink", "config": both / "config.yaml"}
+    given = [text.format(**names) for text in arguments]
+    done = ctrl_here("train", "--prior", "digits", "--data", names["data"], *given, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
     (tmp_path / "thesis.txt").write_text("not a run")
@@ -340,7 +433,8 @@ def test_classifier_and_train_on_the_users_own_folder(ctrl, quick_run, tmp_path)
         fitted / "classifier.safetensors"
     ).read_bytes()
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["gamma"], config["classes"], config["data"]) == (0.5, list(range(10)), str(data))
+    assert (config["gamma"], config["classes"]) == (0.5, list(range(10)))
+    assert config["controls"][0]["data"] == str(data)
     done = ctrl("sample", run, "--set", "ink=2", "-n", 2, "--out", tmp_path / "two", "--quiet")
     assert done.returncode == 0, done.stderr
     done = ctrl("evaluate", run, "-n", 80, "--quiet")
@@ -413,7 +507,7 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         ("evaluate {damaged}", "is damaged"),
         ("demo --seed 4294967296 --out {tmp}/o", "Invalid value for '--seed'"),
         ("demo --learner magic --out {tmp}/o", "learners.0: Input should be"),
-        ("demo --controls slant --out {tmp}/o", "the demo's controls are ink, digit; got 'slant'"),
+        ("demo --controls slant --out {tmp}/o", "the demo's controls are ink or digit or ink,slant; got 'slant'"),
         ("demo --quick --out {run}", "or pass --overwrite"),
         ("demo --quick --out {file}", "is a file"),
         ("exact --quick --out {run}", "or pass --overwrite"),

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.data import LabelledImages, in_order, read_imagefolder, to_pixels, write_imagefolder
 
 CLASSES = {"digit": {str(c): c for c in range(10)}, "ink": {str(y + 1): y for y in range(4)}}
@@ -14,7 +13,7 @@ SHAPE = (1, 8, 8)
 
 
 def test_imagefolder_round_trip(tmp_path):
-    data = demo.labelled_digits("ink", 0)[0]
+    data = demo.labelled_digits("ink", 0)[0][0]
     write_imagefolder(tmp_path, data)
     assert (tmp_path / "metadata.csv").read_text().splitlines()[0] == "file_name,digit,ink"
     back = read_imagefolder(tmp_path, CLASSES, SHAPE)
@@ -31,7 +30,7 @@ def test_imagefolder_round_trip(tmp_path):
 
 
 def test_the_ink_classes_are_even_and_seen_by_the_ruler():
-    data = demo.labelled_digits("ink", 1)[0]
+    data = demo.labelled_digits("ink", 1)[0][0]
     assert len(data) == 500
     counts = data.labels["ink"].bincount()
     # cut at the quartiles of 1,797 digits, many with equal ink: even up to ties
@@ -42,7 +41,7 @@ def test_the_ink_classes_are_even_and_seen_by_the_ruler():
 
 @pytest.mark.parametrize("shares", [(0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)])
 def test_splits_are_disjoint_stratified_and_seeded(shares):
-    data = demo.labelled_digits("ink", 0)[0]
+    data = demo.labelled_digits("ink", 0)[0][0]
     tagged = LabelledImages(torch.arange(500.0).view(-1, 1, 1, 1), data.labels, data.values)
     parts = tagged.split("ink", shares, seed=3)
     assert [len(part) for part in parts] == [round(500 * share) for share in shares]
@@ -55,7 +54,7 @@ def test_splits_are_disjoint_stratified_and_seeded(shares):
 
 
 def test_a_class_nobody_could_learn_is_refused():
-    data = demo.labelled_digits("ink", 0)[0]
+    data = demo.labelled_digits("ink", 0)[0][0]
     with pytest.raises(ValueError, match=r"all 123 examples have ink = '1'. A control needs two classes"):
         LabelledImages(data.x[:123], {"ink": torch.zeros(123, dtype=torch.long)}, {"ink": ("1",)}).split("ink")
     rare = torch.cat([(data.labels["ink"] != 2).nonzero(), (data.labels["ink"] == 2).nonzero()[:3]]).squeeze(1)
@@ -142,14 +141,3 @@ def test_nan_in_data_is_refused():
 def test_pixels_are_rounded_and_clipped():
     assert to_pixels(torch.tensor([-2.0, -1.0, 0.0, 1.0]).view(1, 1, 2, 2)).flatten().tolist() == [0, 0, 128, 255]
     assert to_pixels(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5, 3)
-
-
-def test_conditions_number_every_pair():
-    conditions = Conditions({"c": torch.tensor([7, 8, 9])}, {"ink": 4})
-    labels, cond = conditions.of(conditions.all(2))
-    assert conditions.pairs == 12
-    pairs = list(zip(cond["c"].tolist(), labels["ink"].tolist(), strict=True))
-    assert pairs == [(c, y) for c in (7, 8, 9) for y in range(4) for _ in range(2)]
-    drawn = conditions.draw(30, torch.Generator().manual_seed(0)).bincount(minlength=12)
-    assert drawn.min() >= 2
-    assert drawn.max() <= 3

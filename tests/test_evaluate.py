@@ -6,6 +6,7 @@ from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.evaluate import (
     Judge,
+    Nulled,
     energy_test,
     frechet_distance,
     nearest_distance,
@@ -35,10 +36,11 @@ def test_one_sample_that_owns_the_weight_has_no_diversity():
 @pytest.mark.parametrize("with_reader", [True, False])
 def test_a_target_without_reward_is_the_prior_itself(with_reader):
     """With equal rewards the weights are even: target and samples must agree on the same images."""
-    x, reader = demo.labelled_digits("ink", 0)[0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
-    judge = Judge(lambda x: torch.zeros(len(x), dtype=torch.long), reader if with_reader else None)
-    target = score_target(x, torch.zeros(10, 4, 1), judge)
-    samples = score_samples(x, Conditions({"c": torch.arange(10)}, {"y": 1}), judge)
+    x, reader = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
+    judge = Judge({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, reader if with_reader else None)
+    conditions = Conditions({"c": torch.arange(10)}, {"y": 1})
+    target = score_target(x, torch.zeros(10, 4, 1), conditions, judge)
+    samples = score_samples(x, conditions, judge)
     assert target.accuracy == samples.accuracy == samples.macro_f1 == 1.0
     torch.testing.assert_close(torch.tensor(target.diversity), torch.tensor(samples.diversity))
     if with_reader:
@@ -48,9 +50,9 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
 
 
 def test_a_sharp_reward_picks_what_it_rewards():
-    y = demo.ink_ruler(x := demo.labelled_digits("ink", 0)[0].x[:40])
+    y = demo.ink_ruler(x := demo.labelled_digits("ink", 0)[0][0].x[:40])
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
-    target = score_target(x, table, Judge(demo.ink_ruler))
+    target = score_target(x, table, Conditions({}, {"y": 4}), Judge({"y": demo.ink_ruler}))
     assert target.accuracy > 1 - 1e-6
     assert target.judge_accuracy is None
     torch.testing.assert_close(target.confusion, torch.eye(4), rtol=0, atol=1e-6)
@@ -58,15 +60,15 @@ def test_a_sharp_reward_picks_what_it_rewards():
 
 def test_the_second_opinion_is_counted_as_the_rulers_is():
     """A judge that sees what the ruler sees has its accuracy, on samples and on the target alike."""
-    x, judge = demo.labelled_digits("ink", 0)[0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
-    both = Judge(lambda x: judge.log_prob(x).argmax(1), second=judge)
-    target = score_target(x, torch.randn(1, 40, 4), both)
+    x, judge = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
+    both = Judge({"y": lambda x: judge.log_prob(x).argmax(1)}, seconds={"y": judge})
+    target = score_target(x, torch.randn(1, 40, 4), Conditions({}, {"y": 4}), both)
     samples = score_samples(x, Conditions({}, {"y": 4}), both)
     for score in (target, samples):
         torch.testing.assert_close(score.judge_accuracy, score.accuracy)
-    alone = Judge(None, second=judge)  # where nothing else measures y
+    alone = Judge({}, seconds={"y": judge})  # where nothing else measures y
     assert score_samples(x, Conditions({}, {"y": 4}), alone).accuracy == samples.accuracy
-    blind = Judge(demo.ink_ruler, second=judge)
+    blind = Judge({"y": demo.ink_ruler}, seconds={"y": judge})
     seen = judge.log_prob(x).argmax(1) == torch.arange(4).repeat_interleave(10)
     assert score_samples(x, Conditions({}, {"y": 4}), blind).judge_accuracy == pytest.approx(float(seen.float().mean()))
 
@@ -74,13 +76,13 @@ def test_the_second_opinion_is_counted_as_the_rulers_is():
 def test_confusion_has_what_was_asked_in_its_rows():
     conditions = Conditions({}, {"y": 3})  # six samples, two for each class in turn
     came = torch.tensor([0, 1, 1, 1, 0, 2])
-    score = score_samples(torch.zeros(6, 1, 2, 2), conditions, Judge(lambda x: came))
+    score = score_samples(torch.zeros(6, 1, 2, 2), conditions, Judge({"y": lambda x: came}))
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
     assert score.accuracy == pytest.approx(4 / 6)
 
 
 def test_frechet_distance_is_zero_on_equal_sets_and_grows_with_a_shift():
-    x = demo.labelled_digits("ink", 0)[0].x
+    x = demo.labelled_digits("ink", 0)[0][0].x
     reader = Classifier(1, 10, grid=4).eval().requires_grad_(False)
     assert abs(frechet_distance(x, x, reader)) < 1e-3
     assert frechet_distance(x, x + 0.3, reader) > 10 * abs(frechet_distance(x, x, reader))
@@ -108,3 +110,33 @@ def test_the_energy_test_keeps_its_level_and_sees_a_shift():
     assert 2 <= sum(value <= 0.1 for value in p) <= 21
     x, y = torch.randn(2, 500, 2, generator=generator)
     assert energy_test(x, y + 0.3, 99, generator)[1] == 0.01
+
+
+def test_what_a_nulled_control_comes_out_as():
+    """Two pairs, four samples of the prior weighted by hand; the policy's samples are all of class 1."""
+    table = torch.tensor([[[0.0, 0.0], [0.0, -50.0], [-50.0, 0.0], [-50.0, -50.0]]])  # (1, 4, 2)
+    measured = {"target": torch.tensor([0, 1, 1, 0]), "prior": torch.tensor([0, 0, 1, 1]), "ctrl": torch.ones(8)}
+    found = Nulled.of({kind: y.long() for kind, y in measured.items()}, 2, table)
+    # each label's weight is even on two samples, one of either class
+    torch.testing.assert_close(found.shares["target"], torch.tensor([0.5, 0.5]))
+    # per pair Σ w² (1 − ½)² = 2 · ¼ · ¼ = 1/8; the mean of two pairs
+    torch.testing.assert_close(found.stderr["target"], torch.full((2,), (2 / 8) ** 0.5 / 2))
+    torch.testing.assert_close(found.shares["prior"], torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(found.stderr["prior"], torch.zeros(2))  # within a pair all were alike
+    torch.testing.assert_close(found.shares["ctrl"], torch.tensor([0.0, 1.0]))
+    assert found.away_from("target") == pytest.approx(0.5 / ((2 / 8) ** 0.5 / 2))
+
+
+def test_several_controls_are_counted_each_and_all():
+    conditions = Conditions({}, {"ink": 2, "slant": 2})  # labels (0,0) (0,1) (1,0) (1,1), two samples each
+    ink, slant = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 1, 0, 0, 1, 1])
+    judge = Judge({"ink": lambda x: ink, "slant": lambda x: slant})
+    score = score_samples(torch.zeros(8, 1, 2, 2), conditions, judge)
+    assert score.each == {"ink": 6 / 8, "slant": 7 / 8}
+    assert score.accuracy == 5 / 8
+    assert score.confusion.diagonal().tolist() == [1 / 2, 1 / 2, 1, 1 / 2]
+    assert score.judge_accuracy is None
+    # the same samples as the prior's, weighted evenly: every label sees all eight
+    target = score_target(torch.zeros(8, 1, 2, 2), torch.zeros(1, 8, 4), conditions, judge)
+    assert target.each == {"ink": 0.5, "slant": 0.5}
+    assert target.accuracy == pytest.approx(0.25)

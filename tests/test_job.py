@@ -20,7 +20,7 @@ from ctrl_diffusion.schedule import Cosine
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    write_imagefolder(folder, demo.labelled_digits("ink", 0)[0])
+    write_imagefolder(folder, demo.labelled_digits("ink", 0)[0][0])
     return folder
 
 
@@ -31,7 +31,7 @@ def fitted(tmp_path_factory):
     folders = {}
     for name, condition, ruler in (("whole", "digit", False), ("bare", None, True)):
         folders[name] = tmp_path_factory.mktemp(name)
-        judges, _ = fit_judges(demo.labelled_digits("ink", 0)[0], "ink", condition, ruler, fast)
+        judges, _ = fit_judges(demo.labelled_digits("ink", 0)[0][0], "ink", condition, ruler, fast)
         judges.save(folders[name])
         for page in PAGES:
             (folders[name] / page).write_bytes(b"page")
@@ -47,26 +47,26 @@ def test_settings_are_filled_in_and_what_was_given_stays(data):
     assert job.config.classes == list(range(10))
     assert (job.config.adjoint.updates, job.config.adjoint.batch, job.config.rank) == (7, 160, 64)
     assert job.config.evaluation.paths == 2000
-    assert job.data.values == {"ink": ("1", "2", "3", "4"), "digit": tuple("0123456789")}
+    assert job.materials[0].data.values == {"ink": ("1", "2", "3", "4"), "digit": tuple("0123456789")}
     assert prepare(given(data)).config.classes == list(range(10)), "without a column, all classes"
 
 
 def test_some_of_the_priors_classes(data):
     job = prepare(given(data, condition="digit", classes=[7, 3]))
     assert job.config.classes == [7, 3]
-    assert job.data.values["digit"] == ("7", "3")
-    assert 60 < len(job.data) < 140, "about a fifth of 500"
+    assert job.materials[0].data.values["digit"] == ("7", "3")
+    assert 60 < len(job.materials[0].data) < 140, "about a fifth of 500"
     # the labels count within the classes that are asked for
-    whole = prepare(given(data, condition="digit")).data
+    whole = prepare(given(data, condition="digit")).materials[0].data
     sevens = whole.x[whole.labels["digit"] == 7]
-    torch.testing.assert_close(job.data.x[job.data.labels["digit"] == 0], sevens)
+    torch.testing.assert_close(job.materials[0].data.x[job.materials[0].data.labels["digit"] == 0], sevens)
 
 
 def test_a_prior_of_many_classes_is_certified_on_some(data):
     prior = Prior.from_pretrained(assets.DIGITS)
     prior.classes = 1000
     with pytest.warns(UserWarning, match="20 of them, evenly spaced"):
-        chosen = conditions_of(prior, prepare(given(data)).data, None)
+        chosen = conditions_of(prior, prepare(given(data)).materials[0].data, None)
     assert (len(set(chosen)), chosen[0], chosen[-1]) == (20, 0, 999)
 
 
@@ -99,8 +99,8 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
 
 def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
     job = prepare(given(data, judge_data=str(data)))
-    assert job.judge_data.values == {"ink": ("1", "2", "3", "4")}
-    assert job.config.judge_data == str(data.resolve())
+    assert job.materials[0].judge_data.values == {"ink": ("1", "2", "3", "4")}
+    assert job.config.controls[0].judge_data == str(data.resolve())
     lines = (data / "metadata.csv").read_text().splitlines()
     for name, labels, message in (
         ("unknown", lambda i: 9, "ink must be one of 1, 2, 3, 4, got '9'"),
@@ -115,10 +115,10 @@ def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
 
 def test_a_classifier_that_is_handed_over(data, fitted):
     job = prepare(given(data, condition="digit", classifier_from=str(fitted["whole"])))
-    assert job.judges.reader is not None
-    assert job.pages == dict.fromkeys(PAGES, b"page")
+    assert job.materials[0].judges.reader is not None
+    assert job.materials[0].pages == dict.fromkeys(PAGES, b"page")
     # a reader nobody asked for judges nothing
-    assert prepare(given(data, classifier_from=str(fitted["whole"]))).judges.reader is None
+    assert prepare(given(data, classifier_from=str(fitted["whole"]))).materials[0].judges.reader is None
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_classifier_that_is_handed_over(data, fitted):
         ({"classifier_from": "{bare}", "ruler": "ink", "condition": "digit"}, "no reader of 'digit'"),
         ({"classifier_from": "{whole}", "control": "digit"}, "is of 'ink' on images of"),
         ({"control": "digit", "ruler": "ink"}, "measures ink, not 'digit'"),
-        ({"evaluation": {"prior_samples": 8}, "control": "digit"}, "at least the number of the control's classes"),
+        ({"evaluation": {"prior_samples": 8}, "control": "digit"}, "at least the number of the controls' classes"),
         ({"data": 2024}, "data: Input should be a valid string"),
         ({"prior": None}, "--prior is missing"),
     ],
@@ -147,7 +147,7 @@ def test_refused_before_anything_starts(data, fitted, settings, message):
 
 
 def test_augmentation_that_does_not_suit_the_images(data):
-    tall = demo.labelled_digits("ink", 0)[0]
+    tall = demo.labelled_digits("ink", 0)[0][0]
     tall.x = tall.x[:, :, :, :6]
     with pytest.raises(ValueError, match="needs square images"):
         fit_judges(tall, "ink", settings=ClassifierSettings(augment="any_side_up"))

@@ -35,7 +35,7 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
     for name in ("fit_classifier", "calibrate"):
         spy(name)
-    data, others = demo.labelled_digits("ink", 0)
+    ((data, others),) = demo.labelled_digits("ink", 0)
     both = tagged(joined(data, others))
     data, others = both[range(500)], both[range(500, len(both))]
     _, held_out = fit_judges(data, "ink", settings=FAST, judge_data=others if elsewhere else None)
@@ -46,7 +46,7 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
 
 def test_save_and_load(tmp_path):
-    data = demo.labelled_digits("ink", 0)[0]
+    data = demo.labelled_digits("ink", 0)[0][0]
     judges, held_out = fit_judges(data, "ink", "digit", settings=FAST)
     judges.save(tmp_path)
     again = Judges.load(tmp_path)
@@ -64,7 +64,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_a_classifier_no_better_than_chance_is_refused():
-    data = demo.labelled_digits("ink", 0)[0]
+    data = demo.labelled_digits("ink", 0)[0][0]
     shuffled = data.labels["ink"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
     wrong = LabelledImages(data.x, {"ink": shuffled}, data.values)
     with pytest.raises(ValueError, match="not clearly better than chance"):

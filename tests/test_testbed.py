@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ctrl_diffusion.certificate import log_mean_exp
+from ctrl_diffusion.control import NULL
 from ctrl_diffusion.evaluate import energy_test
 from ctrl_diffusion.lattice import Tabulated
 from ctrl_diffusion.reward import prior_table
@@ -98,6 +99,38 @@ def test_what_a_control_misses_point_by_point_is_what_it_misses_in_j():
     excess = chain.outcome(best, reward).objective - answers.outcome(policy, pair).objective
     assert missed == pytest.approx(float(excess), rel=0.25)
     assert missed < 0.5 * whole
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rewards_of_independent_controls_add_to_the_exact_conditional(schedule):
+    """p(x | c, y1, y2) ∝ p(x | c) p(y1, y2 | x) with the joint likelihood, built here, against the sum of rewards."""
+    task = Task(schedule, "two controls")
+    answers, (side, height) = answers_of(task), task.likelihoods(torch.float64).values()
+    for pair in range(task.conditions.pairs):
+        chain, reward = answers.of(pair)
+        one, other = divmod(pair % 4, 2)
+        joint = (side.log_prob(chain.x_0).exp()[:, one] * height.log_prob(chain.x_0).exp()[:, other]).log()
+        torch.testing.assert_close(reward, joint)
+        # and the four labels together are certain
+        everything = torch.stack([answers.of(pair - pair % 4 + y)[1] for y in range(4)])
+        torch.testing.assert_close(everything.logsumexp(0), torch.zeros(len(reward), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_policy_serves_each_control_alone_and_both_from_marginal_classifiers(schedule):
+    """Cut down: half the updates. The bar is adjoint's, for every choice of controls by itself."""
+    task = Task(schedule, "two controls", nullable=True)
+    answers, policy = Answers(task), learn("adjoint", task, effort=0.5)
+    asked = (task.conditions.combinations != NULL).repeat(2, 1)
+    pairs = range(task.conditions.pairs)
+    gaps = [
+        chain.log_z(r) - answers.outcome(policy, pair).objective for pair in pairs for chain, r in [answers.of(pair)]
+    ]
+    over = torch.tensor(gaps) - answers.floors
+    for names in ([True, False], [False, True], [True, True]):
+        mine = (asked == torch.tensor(names)).all(1)
+        assert mine.sum() == (8 if all(names) else 4)
+        assert over[mine].mean() < BARS["adjoint"][0], over
 
 
 def test_resampling_halves_the_error_of_a_half_trained_policy():

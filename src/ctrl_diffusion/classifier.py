@@ -129,6 +129,11 @@ def any_side_up(x: Tensor) -> Tensor:
     return x
 
 
+def half_turn(x: Tensor) -> Tensor:
+    """Random half turns of x (n, C, H, W): what slants goes on slanting the same way."""
+    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1, -2), x)
+
+
 def shift(x: Tensor) -> Tensor:
     """Random shifts of x (n, C, H, W) by up to an eighth of the short side; the border is repeated."""
     n, channels, height, width = x.shape
@@ -142,7 +147,7 @@ def shift(x: Tensor) -> Tensor:
 
 # what may be done to x without changing y
 AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
-    "none": None, "shift": shift, "any_side_up": any_side_up
+    "none": None, "shift": shift, "any_side_up": any_side_up, "half_turn": half_turn
 }  # fmt: skip
 
 

@@ -6,13 +6,15 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .progress import Phase
 
 app = typer.Typer(
     add_completion=False,
@@ -91,19 +93,29 @@ def root(
 
 
 Control = Annotated[str, typer.Option(help="The column of y, the new control.")]
+Controls = Annotated[list[str], typer.Option(help="The column of y; several: one for each --data.")]
+Datasets = Annotated[list[Path], typer.Option(help="An imagefolder with a metadata.csv or .jsonl.")]
+Conditions = Annotated[list[str], typer.Option(help="The column of c; of several in turn, - is none.")]
+Classifiers = Annotated[list[Path], typer.Option(help="A folder of ctrl classifier; left out, fit one.")]
+Settings = Annotated[Path | None, typer.Option(help="Settings (a config.yaml); options above win.")]
 Condition = Annotated[str | None, typer.Option(help="The column of c, the prior's class, if there is one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
-Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo: one after the other.")]
+Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo, in turn.")]
 
 
 def summary(metrics: dict, control: str, out: Path) -> str:
     """The closing words of a training."""
     ctrl, target, gap = metrics["ctrl"], metrics["target"], metrics["certificate"]
+    single = "".join(
+        f"{name} alone: {found['alone']['accuracy']:.1%} (a perfect learner {found['alone']['target']:.1%})\n"
+        for name, found in metrics.get("controls", {}).items()
+        if isinstance(found, dict)
+    )
     reader = "" if ctrl["class_accuracy"] is None else f"; class still read: {ctrl['class_accuracy']:.1%}"
     return (
         f"{control} as asked, by the {metrics['accuracy_by']}: {ctrl['accuracy']:.1%} "
-        f"(prior {metrics['prior']['accuracy']:.1%}, a perfect learner {target['accuracy']:.1%}){reader}\n"
+        f"(prior {metrics['prior']['accuracy']:.1%}, a perfect learner {target['accuracy']:.1%}){reader}\n{single}"
         f"gap to the exact conditional: at most {gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f} nats\n"
         f"report: {out / 'report.html'}"
     )
@@ -117,7 +129,7 @@ def typed() -> str:
 @app.command(epilog="Example: ctrl demo --out runs/demo --seed 0")
 def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
-    controls: Annotated[str, typer.Option(help="ink, or digit on the same model without its classes.")] = "ink",
+    controls: Annotated[str, typer.Option(help="ink; digit on the model without its classes; ink,slant.")] = "ink",
     learner: Learner = None,
     seed: Seed = 0,
     quick: Quick = False,
@@ -163,34 +175,87 @@ def classifier(
 def train(
     out: Annotated[Path, typer.Option(help="The run folder.")],
     prior: Annotated[str | None, typer.Option(help="A pipeline folder of diffusers, or digits.")] = None,
-    data: Annotated[Path | None, typer.Option(help="An imagefolder: images and metadata.csv or .jsonl.")] = None,
-    control: Annotated[str | None, typer.Option(help="The column of y, the new control.")] = None,
-    condition: Condition = None,
-    classifier: Annotated[Path | None, typer.Option(help="A folder of ctrl classifier; left out, fit one.")] = None,
+    data: Datasets = [],  # noqa: B006
+    control: Controls = [],  # noqa: B006
+    condition: Conditions = [],  # noqa: B006
+    classifier: Classifiers = [],  # noqa: B006
     gamma: Annotated[float | None, typer.Option(help="γ; 1 asks for the posterior itself.")] = None,
     kl: Annotated[float | None, typer.Option(help="Most nats from the prior; γ is lowered to it.")] = None,
     learner: Learner = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the chain that is trained and certified.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings (a config.yaml); options above win.")] = None,
+    config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
     quick: Quick = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add a control to a prior from labelled images, and certify it."""
-    from .config import read_settings
+    """Add controls to a prior from labelled images, and certify them."""
     from .job import train_job
 
     given = {
-        "prior": prior, "data": data and str(data), "control": control, "condition": condition,
-        "classifier_from": classifier and str(classifier), "gamma": gamma, "kl_budget": kl, "steps": steps,
-        "seed": seed, "learners": learner and learner.split(","),
+        "prior": prior, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
+        "learners": learner and learner.split(","), **asked(data, control, condition, classifier),
     }  # fmt: skip
-    settings = {**(read_settings(config) if config else {}), **{k: v for k, v in given.items() if v is not None}}
+    learn(lambda new, phase: train_job(new, out, overwrite, quick, typed(), phase), given, config, out, quiet)
+
+
+def asked(
+    data: list[Path], control: list[str], condition: list[str], classifier: list[Path]
+) -> dict[str, str | list[dict[str, str]]]:
+    """The settings of the controls that were asked for: of one beside the others, of several in a list."""
+    n = len(control)
+    for name, given in (("data", data), ("classifier", classifier), ("condition", condition)):
+        if len(given) > max(1, n) or (n > 1 and len(given) not in (0, n)):
+            raise ValueError(f"--{name} is given {len(given)} times, --control {n} times. Give one for each, in turn.")
+    keys = {
+        "control" if n < 2 else "name": control,
+        "data": data,
+        "condition": condition,
+        "classifier_from": classifier,
+    }
+    rows = [
+        {key: str(values[i]) for key, values in keys.items() if values and str(values[i]) != "-"}
+        for i in range(max(1, n))
+    ]
+    return rows[0] if n < 2 else {"controls": rows}
+
+
+def learn(job: Callable[[dict, Phase], dict], given: dict, config: Path | None, out: Path, quiet: bool) -> None:
+    """Run a training on the settings of a file and those given over them, and say what came of it."""
+    from .config import listed, read_settings
+
+    given = {k: v for k, v in given.items() if v is not None}
+    settings = {**(read_settings(config) if config else {}), **given}
     with phases(quiet) as phase:
-        metrics = train_job(settings, out, overwrite, quick, typed(), phase)
+        metrics = job(settings, phase)
     if not quiet:
-        typer.echo(summary(metrics, settings["control"], out))
+        typer.echo(summary(metrics, ", ".join(one["name"] for one in listed(settings)["controls"]), out))
+
+
+@app.command(epilog="Example: ctrl add runs/ink --data photos --control slant --out runs/both")
+def add(
+    run: Annotated[Path, typer.Argument(help="A run folder; it is not changed.")],
+    out: Annotated[Path, typer.Option(help="The new run folder.")],
+    data: Datasets = [],  # noqa: B006
+    control: Controls = [],  # noqa: B006
+    condition: Conditions = [],  # noqa: B006
+    classifier: Classifiers = [],  # noqa: B006
+    learner: Learner = None,
+    config: Settings = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
+    quick: Quick = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Add a control to a finished run; its own controls stay as they are, to the bit."""
+    from .job import add_job
+
+    given = {
+        "seed": seed, "learners": learner and learner.split(","), **asked(data, control, condition, classifier)
+    }  # fmt: skip
+    learn(
+        lambda settings, phase: add_job(run, settings, out, overwrite, quick, typed(), phase), given, config, out, quiet
+    )
 
 
 @app.command(epilog="Example: ctrl sample runs/demo --set ink=3 --class 7 -n 16 --out sevens")

@@ -1,33 +1,43 @@
 """The conditions (c, y) a control is trained, certified and judged on."""
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .control import Labels
+from .control import NULL, Labels
 
 
 @dataclass
 class Conditions:
-    """Every pair (c, y): G conditions of the prior times K classes of the control.
+    """Every pair (c, y): G conditions of the prior times K labels y.
 
-    Pair p stands for condition p // K and class p % K. With several controls y is one class of each, K the product of
-    their sizes, and the last control's class runs fastest.
+    Pair p stands for condition p // K and label p % K. With several controls a label is one class of each, and the last
+    control's class runs fastest.
 
     Args:
         cond: the prior's conditions by keyword, G rows each.
         controls: the number of classes of each control.
+        nullable: controls that may also be null, as long as some control is not.
     """
 
     cond: dict[str, Tensor]
     controls: dict[str, int]
+    nullable: Collection[str] = ()
+
+    @cached_property
+    def combinations(self) -> Tensor:
+        """The class of every control, or NULL, for each of the K labels: (K, controls)."""
+        ranges = [torch.arange(NULL if name in self.nullable else 0, size) for name, size in self.controls.items()]
+        rows = torch.cartesian_prod(*ranges).view(-1, len(ranges))
+        return rows[(rows != NULL).any(1)]
 
     @property
     def classes(self) -> int:
         """K."""
-        return math.prod(self.controls.values())
+        return len(self.combinations)
 
     @property
     def groups(self) -> int:
@@ -58,8 +68,12 @@ class Conditions:
 
     def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
         """Labels and conditions of pairs (B,)."""
-        labels, step = {}, self.classes
+        classes = self.combinations[pair % self.classes]
+        return dict(zip(self.controls, classes.unbind(1), strict=True)), self.cond_of(self.group_of(pair))
+
+    def label_of(self, labels: Labels) -> Tensor:
+        """The label 0 … K − 1 (B,) that has these classes; only where no control is nullable."""
+        label = torch.zeros((), dtype=torch.long)
         for name, size in self.controls.items():
-            step //= size
-            labels[name] = pair // step % size
-        return labels, self.cond_of(self.group_of(pair))
+            label = label * size + labels[name]
+        return label

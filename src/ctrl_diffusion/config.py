@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,7 @@ from .files import write_text
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
-PATHS = ("prior", "data", "judge_data", "classifier_from")
+PATHS = ("prior", "data", "judge_data", "classifier_from", "settled_from")
 
 
 class Strict(BaseModel):
@@ -27,7 +28,7 @@ class ClassifierSettings(Strict):
     head: Literal["auto", "categorical", "ordinal"] = "auto"
     grid: Literal["auto"] | PositiveInt = "auto"
     depth: Literal["auto"] | PositiveInt = "auto"
-    augment: Literal["none", "shift", "any_side_up"] = "shift"
+    augment: Literal["none", "shift", "any_side_up", "half_turn"] = "shift"
     updates: int = Field(1500, ge=1)
 
 
@@ -93,33 +94,49 @@ class EvaluationSettings(Strict):
     sweep_paths: int = Field(200, ge=1)
 
 
+class ControlSettings(Strict):
+    """One control and the data it comes from.
+
+    Args:
+        name: the column of y.
+        data: the labelled imagefolder; not read if the control is settled.
+        judge_data: another imagefolder with the same column, on which the judge is fitted; null keeps a part of the
+            data for it. Not read if `classifier_from` brings a judge.
+        condition: the column of the prior's class c, if the data have one.
+        ruler: a built-in measure of the true y; null asks a judge, fitted on labels of its own.
+        classifier_from: a folder that `ctrl classifier` wrote; null fits one.
+        settled_from: a run that has trained this control already; it is taken from there and stays as it is.
+        classifier: how p̂ and the judge are fitted.
+    """
+
+    name: str = Field(min_length=1)
+    data: str
+    judge_data: str | None = None
+    condition: str | None = None
+    ruler: Literal["ink", "slant"] | None = None
+    classifier_from: str | None = None
+    settled_from: str | None = None
+    classifier: ClassifierSettings = ClassifierSettings()
+
+
 class Config(Strict):
     """Everything needed to run again. In a file, paths are relative to the folder the file is in.
+
+    A single control may be written without the list: `control: NAME`, with its other settings beside it.
 
     Args:
         prior: a pipeline folder, or "digits", the embedded one.
         unconditional: ask a class-conditional prior for its null class only.
-        data: the labelled imagefolder.
-        judge_data: another imagefolder with the same column, on which the judge is fitted; null keeps a part of the
-            data for it. Not read if `classifier_from` brings a judge.
-        control: the column of y.
-        condition: the column of the prior's class c, if the data have one.
+        controls: the new controls, trained together.
         classes: the prior's classes that are trained and certified, null for an unconditional prior.
-        ruler: a built-in measure of the true y; null asks a judge, fitted on labels of its own.
-        classifier_from: a folder that `ctrl classifier` wrote; null fits one.
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
         patience: a learner stops after so many probes in turn without a better control; null lets it finish.
     """
 
     prior: str
     unconditional: bool = False
-    data: str
-    judge_data: str | None = None
-    control: str
-    condition: str | None = None
+    controls: list[ControlSettings] = Field(min_length=1)
     classes: list[int] | None = Field(None, min_length=1)
-    ruler: Literal["ink"] | None = None
-    classifier_from: str | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     gamma: float = Field(1.0, ge=0)
     kl_budget: float | None = Field(None, gt=0)
@@ -130,7 +147,6 @@ class Config(Strict):
     learners: list[LearnerName] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
     patience: int | None = Field(None, ge=1)
-    classifier: ClassifierSettings = ClassifierSettings()
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()
     backprop: BackpropSettings = BackpropSettings()
@@ -145,12 +161,21 @@ class Config(Strict):
             ValueError: one line that names each wrong key.
         """
         try:
-            return cls.model_validate(values)
+            config = cls.model_validate(listed(values))
         except ValidationError as error:
             wrong = "; ".join(
                 f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}, got {e['input']!r}" for e in error.errors()
             )
             raise ValueError(f"{source}: {wrong}. A fresh run's config.yaml shows every key.") from error
+        names = config.names
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{source}: two controls are named {twice.pop()!r}. Name every control once.")
+        return config
+
+    @property
+    def names(self) -> list[str]:
+        """Of the controls, in order."""
+        return [control.name for control in self.controls]
 
     @classmethod
     def read(cls, path: Path) -> "Config":
@@ -169,11 +194,39 @@ class Config(Strict):
 
     def write(self, path: Path) -> None:
         """Write it whole; paths inside the file's folder are written relative to it."""
-        values, folder = self.model_dump(), path.parent.resolve()
-        for key in PATHS:
-            if values[key] and Path(values[key]).is_relative_to(folder):
-                values[key] = Path(values[key]).relative_to(folder).as_posix()
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
+        folder = path.parent.resolve()
+
+        def shortened(name: str) -> str:
+            return Path(name).relative_to(folder).as_posix() if Path(name).is_relative_to(folder) else name
+
+        write_text(path, yaml.safe_dump(with_paths(self.model_dump(), shortened), sort_keys=False))
+
+
+def listed(values: Any) -> Any:
+    """Settings with the keys of a single control, where they are given without the list, put into it.
+
+    Raises:
+        ValueError: such keys beside a list of several controls.
+    """
+    single = ("control", *ControlSettings.model_fields)
+    if not isinstance(values, dict) or not (own := [key for key in single if key in values and key != "name"]):
+        return values
+    controls = values.get("controls") or [{}]
+    if not isinstance(controls, list) or len(controls) > 1:
+        raise ValueError(f"{', '.join(own)}: there are several controls. Give it for each of them, under controls.")
+    given = {"name" if key == "control" else key: values[key] for key in own}
+    return {**{k: v for k, v in values.items() if k not in own}, "controls": [merged(controls[0], given)]}
+
+
+def with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Settings with every path in them changed, also those of the controls."""
+    out = {
+        key: change(value) if key in PATHS and isinstance(value, str) and value != EMBEDDED else value
+        for key, value in values.items()
+    }
+    if isinstance(out.get("controls"), list):
+        out["controls"] = [with_paths(one, change) if isinstance(one, dict) else one for one in out["controls"]]
+    return out
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -188,10 +241,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold KEY: VALUE lines. A fresh run's config.yaml shows every key.")
-    for key in PATHS:
-        if isinstance(values.get(key), str) and values[key] != EMBEDDED:
-            values[key] = os.path.abspath(path.parent / values[key])
-    return values
+    return with_paths(values, lambda name: os.path.abspath(path.parent / name))
 
 
 def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +265,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         parameters: of the prior's network.
         rank: that suits the network's family.
         groups: conditions of the prior that are trained.
-        classes: of the control.
+        classes: labels that are trained; of several controls every combination.
     """
     dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))

@@ -8,6 +8,7 @@ W + BA; outside, the prior's own: no second copy, and bit-identical to the bare 
 import json
 import math
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -35,9 +36,18 @@ class Control(nn.Module, ABC):
         values: what the user calls the classes, in order.
     """
 
+    settled = False  # whether it stays as it is while others are trained beside it
+
     def __init__(self, name: str, values: Sequence[str]) -> None:
         super().__init__()
         self.name, self.values, self.size = name, tuple(values), len(values)
+
+    def settle(self) -> "Control":
+        """Never train it again, whatever is trained beside it."""
+        self.settled = True
+        for p in chain.from_iterable(self.parameter_groups().values()):
+            p.requires_grad_(False)
+        return self
 
     @abstractmethod
     def active(self, y: Tensor) -> AbstractContextManager[None]:
@@ -75,7 +85,7 @@ class LoRAControl(Control):
         seed: of the adapter's random half (the other half is zero).
 
     Raises:
-        ValueError: the denoiser does not say where a control enters it, or carries a control already.
+        ValueError: the denoiser does not say where a control enters it, or carries a control of that name already.
     """
 
     def __init__(
@@ -84,16 +94,20 @@ class LoRAControl(Control):
         super().__init__(name, values)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
-        if any(isinstance(module, LoraLayer) for module in denoiser.network.modules()):
-            raise ValueError("this prior already carries a control. Load the prior again for another one.")
         self.rank = rank
         # modules are named after it, and a module cannot be called "type" or have a dot in its name
         self.adapter = "control_" + re.sub(r"\W", "_", name)
+        if any(isinstance(m, LoraLayer) and self.adapter in m.lora_A for m in denoiser.network.modules()):
+            raise ValueError(f"this prior already carries a control {name!r}. Load the prior again for another one.")
+        others = [(p, p.requires_grad) for key, p in denoiser.network.named_parameters() if "lora_" in key]
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.site.targets))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
             torch.default_generator.manual_seed(seed)
             inject_adapter_in_model(config, denoiser.network, adapter_name=self.adapter)
             self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
+        for p, before in others:  # peft takes every adapter but the newest for finished
+            p.requires_grad_(before)
         nn.init.zeros_(self.table.weight)
         denoiser.network.eval()
         # not a registered child: the prior owns its network, the control only its own parameters
@@ -112,6 +126,11 @@ class LoRAControl(Control):
         # the layers' own way of adding the adapter; peft's enable_adapters() would also flip requires_grad
         for layer in self._layers:
             layer._disable_adapters = True
+
+    def settle(self) -> "LoRAControl":
+        super().settle()
+        self._kept = self._differences()
+        return self
 
     def _differences(self) -> list[Tensor]:
         """BA of every layer."""
@@ -283,20 +302,32 @@ class Policy(Denoiser):
         Raises:
             ValueError: an unknown control, or a class out of range.
         """
-        labels = self.checked(labels or {})
-        rows = torch.stack([y != NULL for y in labels.values()]).any(0) if labels else torch.zeros(1, dtype=torch.bool)
-        if strength == 0.0 or not rows.any():
+        labels = {name: y for name, y in self.checked(labels or {}).items() if (y != NULL).any()}
+        if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
+        # rows that are controlled alike go together: a control whose label is null must leave no trace
+        patterns, pattern = torch.stack([y != NULL for y in labels.values()]).unique(dim=1, return_inverse=True)
+        if strength == 1.0 and patterns.all():
+            return self.steered(x_t, t, labels, cond)
+        x_hat_pre = None if strength == 1.0 and patterns.any(0).all() else self.base(x_t, t, **cond)
+        rows = [(pattern == i).nonzero().squeeze(1) for i in range(patterns.shape[1])]
+        parts = []
+        for row, on in zip(rows, patterns.unbind(1), strict=True):
+            if not on.any():
+                parts.append(x_hat_pre[row])
+                continue
+            mine = {name: y[row] for (name, y), wanted in zip(labels.items(), on, strict=True) if wanted}
+            own = {name: given[row] for name, given in cond.items()}
+            x_hat = self.steered(x_t[row], t[row] if isinstance(t, Tensor) and t.ndim else t, mine, own)
+            parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[row], x_hat, strength))
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def steered(self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor]) -> Tensor:
+        """x̂ (B, *) with the controls of these labels active in every row."""
         with ExitStack() as stack:
             for name, y in labels.items():
                 stack.enter_context(self.controls[name].active(y))
-            x_hat = self.base(x_t, t, **cond)
-        if strength == 1.0 and rows.all():
-            return x_hat
-        x_hat_pre = self.base(x_t, t, **cond)
-        if strength != 1.0:
-            x_hat = torch.lerp(x_hat_pre, x_hat, strength)
-        return torch.where(rows.view(-1, *[1] * (x_t.ndim - 1)), x_hat, x_hat_pre)
+            return self.base(x_t, t, **cond)
 
     def checked(self, labels: Labels) -> Labels:
         """The labels, or a ValueError that names the control and the value that is wrong."""
@@ -339,13 +370,15 @@ class Policy(Denoiser):
             yield
 
     def trained(self) -> list[nn.Parameter]:
-        """Trainable parameters of all controls in one order."""
+        """Parameters of all controls that are not settled, in one order."""
         return list(chain.from_iterable(self.parameter_groups().values()))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters of all controls by kind."""
+        """Parameters of all controls that are not settled, by kind."""
         groups: dict[str, list[nn.Parameter]] = {}
         for control in self.controls.values():
+            if control.settled:
+                continue
             for kind, parameters in control.parameter_groups().items():
                 groups.setdefault(kind, []).extend(parameters)
         return groups

@@ -5,7 +5,8 @@ off prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from .certificate import Certificate
 from .classifier import Classifier
 from .conditions import Conditions
+from .control import Labels
 
 Ruler = Callable[[Tensor], Tensor]
 
@@ -25,15 +27,16 @@ class Judge:
     """How samples are judged.
 
     Args:
-        ruler: x (n, C, H, W) → the class of y (n,): the measure that made the labels; None asks `second` instead.
+        rulers: control → x (n, C, H, W) → the class of y (n,): the measure that made the labels; where there is none,
+            `seconds` has the say.
         reader: reads which of the prior's conditions it is; its features measure diversity. Without one, adherence is
             not judged and diversity is measured in pixels.
-        second: a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
+        seconds: control → a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
     """
 
-    ruler: Ruler | None
+    rulers: dict[str, Ruler]
     reader: Classifier | None = None
-    second: Classifier | None = None
+    seconds: dict[str, Classifier] = field(default_factory=dict)
 
     def features(self, x: Tensor) -> Tensor:
         """What diversity is measured in: (n, F)."""
@@ -43,17 +46,19 @@ class Judge:
         """Whether each x (n, C, H, W) is read as its condition (n,): (n,) of 0 and 1."""
         return None if self.reader is None else (self.reader.log_prob(x).argmax(1) == group).to(x)
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The class of y (n,) of each x that counts, and the one the second classifier sees."""
-        seen = None if self.second is None else self.second.log_prob(x).argmax(1)
-        return seen if self.ruler is None else self.ruler(x), seen
+    def measure(self, x: Tensor) -> tuple[Labels, Labels]:
+        """The class of every y of each x that counts, and those that the second classifiers see."""
+        seen = {name: second.log_prob(x).argmax(1) for name, second in self.seconds.items()}
+        return {**seen, **{name: ruler(x) for name, ruler in self.rulers.items()}}, seen
 
 
 @dataclass
 class Score:
     """Uniform means over pairs (c, y); diversity is the mean pairwise feature distance within a pair.
 
-    `confusion` (K, K) has in row y the shares of each class among the samples asked for y.
+    With several controls `accuracy` counts the samples with which all are right, `each` and `each_by_judge` those with
+    which one is. `confusion` (K, K) has in row y the shares of each label among the samples asked for y. `measured` is
+    what every control that is judged came out as, asked for or not: (n,) classes.
     """
 
     accuracy: float
@@ -63,17 +68,98 @@ class Score:
     confusion: Tensor
     judge_accuracy: float | None = None
     macro_f1: float | None = None
+    each: dict[str, float] = field(default_factory=dict)
+    each_by_judge: dict[str, float] = field(default_factory=dict)
+    measured: Labels = field(default_factory=dict)
+
+
+@dataclass
+class Nulled:
+    """How often each class of a control came (K_i,) that was not asked for, averaged over pairs, and standard errors.
+
+    What should have come is the target's share: y may go with the labels that were asked for. The prior's is what came
+    when nothing at all was asked.
+    """
+
+    shares: dict[str, Tensor]
+    stderr: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, measured: dict[str, Tensor], classes: int, table: Tensor) -> "Nulled":
+        """From what was measured (n,) on "prior", "target" and "ctrl" samples; `table` (G, M, K): its rewards."""
+        groups, members, labels = table.shape
+        weights = table.softmax(1).transpose(1, 2).flatten(0, 1)  # (G · K, M)
+        of_pairs = measured["target"].view(groups, 1, members).expand(-1, labels, -1).flatten(0, 1)
+        found = {"target": class_shares(of_pairs, classes, weights)}
+        for kind in ("prior", "ctrl"):
+            y = measured[kind].view(groups * labels, -1)
+            found[kind] = class_shares(y, classes, torch.full(y.shape, 1 / y.shape[1]))
+        return cls({kind: f[0] for kind, f in found.items()}, {kind: f[1] for kind, f in found.items()})
+
+    def away_from(self, kind: str) -> float:
+        """The largest difference of a class's share from the prior's or the target's, in standard errors."""
+        error = torch.hypot(self.stderr["ctrl"], self.stderr[kind]).clamp(min=1e-12)
+        return float(((self.shares["ctrl"] - self.shares[kind]).abs() / error).max())
 
 
 @dataclass
 class Evaluation:
-    """The prior, the target and the policy judged alike, and the certificate; n paths of the policy."""
+    """The prior, the target and the policy judged alike, and the certificate; n paths of the policy.
+
+    Of several controls, `parts` has the same with labels for some of them only, by their names, and `nulled` (of such a
+    part) what came of the others.
+    """
 
     prior: Score
     target: Score
     ctrl: Score
     certificate: Certificate
     n: int
+    nulled: dict[str, Nulled] = field(default_factory=dict)
+    parts: dict[tuple[str, ...], "Evaluation"] = field(default_factory=dict)
+
+    @property
+    def null_shift(self) -> float:
+        """The largest change of another control's accuracy when one control is nulled."""
+        return max(
+            abs(part.ctrl.each[name] - self.ctrl.each[name])
+            for part in self.parts.values()
+            if len(part.nulled) == 1
+            for name in part.ctrl.each
+        )
+
+    def by_control(self) -> dict[str, Any]:
+        """The figures of several controls by the names metrics.json uses."""
+        out: dict[str, Any] = {
+            "all_accuracy": self.ctrl.accuracy,
+            "all_target": self.target.accuracy,
+            "null_shift": self.null_shift,
+        }
+        for name in self.ctrl.each:
+            alone, without = self.parts[(name,)], next(p for p in self.parts.values() if list(p.nulled) == [name])
+            nulled = without.nulled[name]
+            out[name] = {
+                "accuracy": self.ctrl.each[name],
+                "judge_accuracy": self.ctrl.each_by_judge.get(name),
+                "target": self.target.each[name],
+                "alone": {
+                    "accuracy": alone.ctrl.accuracy,
+                    "accuracy_stderr": alone.ctrl.accuracy_stderr,
+                    "judge_accuracy": alone.ctrl.judge_accuracy,
+                    "target": alone.target.accuracy,
+                    "class_accuracy": alone.ctrl.class_accuracy,
+                    "samples": alone.n,
+                    "gap_nats": alone.certificate.gap,
+                    "gap_stderr": alone.certificate.stderr,
+                },
+                "nulled": {
+                    "shares": {kind: shares.tolist() for kind, shares in nulled.shares.items()},
+                    "stderr": {kind: stderr.tolist() for kind, stderr in nulled.stderr.items()},
+                    "stderrs_from_prior": nulled.away_from("prior"),
+                    "stderrs_from_target": nulled.away_from("target"),
+                },
+            }
+        return out
 
     def diversity_ratio(self, score: Score) -> float:
         """A score's diversity relative to the target's."""
@@ -93,6 +179,7 @@ class Evaluation:
             }
 
         return {
+            **({"controls": self.by_control()} if self.parts else {}),
             "prior": shared(self.prior),
             "target": shared(target),
             "ctrl": {
@@ -146,53 +233,87 @@ def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
     return total / (1 - weights.square().sum(1)).clamp(min=1e-6)
 
 
-def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
+def score_target(x_0: Tensor, table: Tensor, conditions: Conditions, judge: Judge) -> Score:
     """The target's score.
 
     Args:
         x_0: (G · M, *), prior samples, M for each condition in turn.
         table: (G, M, K), their rewards.
+        conditions: the pairs.
         judge: of y and c.
     """
     groups, members, classes = table.shape
     w = table.softmax(1)
-
-    def one_hot(y: Tensor) -> Tensor:
-        return F.one_hot(y, classes).to(w).view(groups, members, classes)
-
     measured, seen = judge.measure(x_0)
-    came = one_hot(measured)
-    confusion = torch.einsum("gmk,gmj->gkj", w, came)
-    accuracy = confusion.diagonal(dim1=1, dim2=2)[:, None]  # (G, 1, K)
+
+    def hits(found: Labels) -> dict[str, Tensor]:
+        """Whether a sample has what label k asks of each control: (G, M, K) of 0 and 1."""
+        asked = zip(conditions.controls, conditions.combinations.unbind(1), strict=True)
+        return {name: (found[name].view(groups, members, 1) == y).to(w) for name, y in asked if name in found}
+
+    def mean(hit: Tensor) -> float:
+        return float((w * hit).sum(1).mean())
+
+    each, by_judge = hits(measured), hits(seen)
+    came = all_of(each)
+    accuracy = (w * came).sum(1, keepdim=True)  # (G, 1, K)
+    label = F.one_hot(conditions.label_of(measured), classes).to(w).view(groups, members, classes)
     adheres = judge.adheres(x_0, torch.arange(groups).repeat_interleave(members))
-    diversity = weighted_diversity(judge.features(x_0).view(groups, members, -1), w)
     return Score(
         accuracy=float(accuracy.mean()),
         # of a ratio of weighted sums, pair by pair
         accuracy_stderr=float((w * (came - accuracy)).square().sum().sqrt() / (groups * classes)),
-        class_accuracy=None if adheres is None else float((w * adheres.view(groups, members, 1)).sum(1).mean()),
-        diversity=float(diversity.mean()),
-        confusion=confusion.mean(0),
-        judge_accuracy=None if seen is None else float((w * one_hot(seen)).sum(1).mean()),
+        class_accuracy=None if adheres is None else mean(adheres.view(groups, members, 1)),
+        diversity=float(weighted_diversity(judge.features(x_0).view(groups, members, -1), w).mean()),
+        confusion=torch.einsum("gmk,gmj->gkj", w, label).mean(0),
+        judge_accuracy=mean(all_of(by_judge)) if len(by_judge) == len(each) else None,
+        each={name: mean(hit) for name, hit in each.items()},
+        each_by_judge={name: mean(hit) for name, hit in by_judge.items()},
+        measured=measured,
     )
 
 
 def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
     """The score of samples x_0 (P · n, *), n for each pair (c, y) in turn."""
     pair = conditions.all(len(x_0) // conditions.pairs)
-    y, (measured, seen) = pair % conditions.classes, judge.measure(x_0)
+    (asked, _), (measured, seen) = conditions.of(pair), judge.measure(x_0)
     features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
-    right, adheres = (measured == y).float(), judge.adheres(x_0, conditions.group_of(pair))
+    each = {name: (measured[name] == y).float() for name, y in asked.items()}
+    by_judge = {name: (seen[name] == y).float() for name, y in asked.items() if name in seen}
+    right, adheres = all_of(each), judge.adheres(x_0, conditions.group_of(pair))
+    labels = pair % conditions.classes, conditions.label_of(measured)
     return Score(
         accuracy=float(right.mean()),
         accuracy_stderr=float(right.std() / len(right) ** 0.5),
         class_accuracy=None if adheres is None else float(adheres.mean()),
         diversity=float(weighted_diversity(features, even).mean()),
-        confusion=torch.from_numpy(confusion_matrix(y, measured, labels=range(conditions.classes), normalize="true")),
-        judge_accuracy=None if seen is None else float((seen == y).float().mean()),
-        macro_f1=float(f1_score(y.numpy(), measured.numpy(), average="macro", zero_division=0.0)),
+        confusion=torch.from_numpy(confusion_matrix(*labels, labels=range(conditions.classes), normalize="true")),
+        judge_accuracy=float(all_of(by_judge).mean()) if len(by_judge) == len(each) else None,
+        macro_f1=float(f1_score(*labels, average="macro", zero_division=0.0)),
+        each={name: float(hit.mean()) for name, hit in each.items()},
+        each_by_judge={name: float(hit.mean()) for name, hit in by_judge.items()},
+        measured=measured,
     )
+
+
+def all_of(hits: dict[str, Tensor]) -> Tensor:
+    """1 where every control is hit."""
+    return torch.stack(list(hits.values())).prod(0)
+
+
+def class_shares(y: Tensor, classes: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """How often each class came, averaged over pairs, and its standard error.
+
+    Args:
+        y: (P, n), what came, n samples for each pair.
+        classes: of the control.
+        weights: (P, n), each row summing to 1.
+    """
+    came = F.one_hot(y, classes).to(weights)
+    shares = (weights[..., None] * came).sum(1, keepdim=True)
+    variance = (weights[..., None] * (came - shares)).square().sum((0, 1))
+    return shares.mean((0, 1)), variance.sqrt() / len(y)
 
 
 class _Features(nn.Module):

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from . import demo
-from .config import EMBEDDED, PATHS, Config, LearnerSettings, merged, suggested
+from .conditions import Conditions
+from .config import Config, ControlSettings, LearnerSettings, listed, merged, suggested, with_paths
 from .control import NULL, Policy
 from .data import LabelledImages, read_imagefolder, write_imagefolder
 from .evaluate import Evaluation, Score
@@ -34,7 +36,7 @@ from .pretrained import Prior
 from .progress import Phase, silent
 from .report import save_figure, sheet_figure, write_classifier_report, write_exact_report, write_report
 from .reward import prior_table
-from .run import Run, open_prior
+from .run import Run, home, open_prior
 from .sample import stream
 from .testbed import races
 from .train import fit
@@ -44,7 +46,7 @@ PAGES = ("reliability.png", "confusion.png", "report.html")
 CLASSIFIER_FILES = ("judge", "reader", *PAGES, "classifier.safetensors", "classifier.json")
 RUN_FILES = (
     "classifier", "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png",
-    "confusion.png", "reliability.png", "sweep.png", "config.yaml", "progress.jsonl",
+    "confusion.png", "reliability*.png", "sweep.png", "plane.png", "config.yaml", "progress.jsonl",
 )  # fmt: skip
 DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
@@ -123,26 +125,40 @@ def classifier_job(
 
 
 @dataclass
-class Job:
-    """A training that is ready to start: everything that can be refused has been looked at.
+class Material:
+    """What one control is made from.
 
     Args:
-        config: whole.
-        prior, data, judge_data: as read.
+        settings: of the control.
+        data, judge_data: as read; no data where the control is settled.
         judges: as read, None if they are to be fitted.
         pages: of the classifier that was handed over, by name.
     """
 
-    config: Config
-    prior: Prior
-    data: LabelledImages
+    settings: ControlSettings
+    data: LabelledImages | None
     judges: Judges | None
     pages: dict[str, bytes]
     judge_data: LabelledImages | None = None
 
 
+@dataclass
+class Job:
+    """A training that is ready to start: everything that can be refused has been looked at.
+
+    Args:
+        config: whole.
+        prior: as read.
+        materials: of every control.
+    """
+
+    config: Config
+    prior: Prior
+    materials: list[Material]
+
+
 def prepare(given: dict[str, Any]) -> Job:
-    """Read prior, data and classifier; fill in the settings that depend on them.
+    """Read prior, data and classifiers; fill in the settings that depend on them.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
@@ -150,42 +166,73 @@ def prepare(given: dict[str, Any]) -> Job:
     Raises:
         ValueError: whatever is wrong with them.
     """
-    for name in ("prior", "data", "control"):
+    for name in ("prior", *(() if given.get("controls") else ("data", "control"))):
         if not given.get(name):
             raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
-    Config.of(given)  # mistakes in the settings come before mistakes in the files
-    given = {**given, **{k: str(Path(given[k]).resolve()) for k in PATHS if given.get(k) and given[k] != EMBEDDED}}
-    control, condition, handed = (given.get(name) for name in ("control", "condition", "classifier_from"))
-    prior, judges, pages = open_prior(given["prior"], given.get("unconditional", False)), None, {}
-    if handed:
-        judges, pages = Judges.load(Path(handed)), {name: (Path(handed) / name).read_bytes() for name in PAGES}
-        check_classifier(judges, handed, control, prior.denoiser.shape)
-    data = read_data(Path(given["data"]), control, condition, prior, judges and judges.values)
-    classes = given.get("classes") or conditions_of(prior, data, condition)
+    given = with_paths(listed(given), lambda name: str(Path(name).resolve()))
+    wanted = Config.of(given)  # mistakes in the settings come before mistakes in the files
+    prior = open_prior(wanted.prior, wanted.unconditional)
+    materials = [material(settings, prior) for settings in wanted.controls]
+    known = next((m for m in materials if m.data and m.settings.condition), None)
+    classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
     check_classes(prior, classes)
-    if classes and condition:
-        data = only(data, condition, classes)
-    if judges:
-        check_judges(judges, handed, data, condition, bool(given.get("ruler")))
-    else:
-        data.check_classes(control)
-    judge_data = None
-    if given.get("judge_data") and not judges:
-        judge_data = read_data(Path(given["judge_data"]), control, None, prior, data.values[control])
-        judge_data.check_classes(control)
-    if given.get("ruler") and data.values[control] != demo.VALUES[demo.CONTROL[0]]:
-        raise ValueError(f"ruler: {given['ruler']} measures {demo.CONTROL[0]}, not {control!r}. Leave the ruler out.")
+    for one in materials:
+        settle_data(one, prior, classes)
+    sizes = {m.settings.name: len(m.judges.values if m.judges else m.data.values[m.settings.name]) for m in materials}
+    settled = [m.settings.name for m in materials if m.settings.settled_from]
+    trained = Conditions({}, sizes, (settled or sizes) if len(sizes) > 1 else ())
     site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
-    defaults = suggested(
-        prior.denoiser.shape, parameters, site.rank, groups=len(classes or [0]), classes=len(data.values[control])
-    )
+    groups = len(classes or [0])
+    defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
     config = Config.of({**merged(defaults, given), "classes": classes})
     while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
         config.steps -= 1  # a prior of few timesteps
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
-    if config.evaluation.prior_samples < len(data.values[control]):
-        raise ValueError("evaluation.prior_samples must be at least the number of the control's classes.")
-    return Job(config, prior, data, judges, pages, judge_data)
+    if config.evaluation.prior_samples < math.prod(sizes.values()):
+        raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
+    return Job(config, prior, materials)
+
+
+def material(settings: ControlSettings, prior: Prior) -> Material:
+    """Read what a control is made from.
+
+    Raises:
+        ValueError: whatever is wrong with it.
+    """
+    if settings.settled_from:
+        folder = home(Path(settings.settled_from), "classifier", settings.name)
+        return Material(settings, None, Judges.load(folder), pages_of(folder))
+    judges, pages, handed = None, {}, settings.classifier_from
+    if handed:
+        judges, pages = Judges.load(Path(handed)), pages_of(Path(handed))
+        check_classifier(judges, handed, settings.name, prior.denoiser.shape)
+    values = judges and judges.values
+    data = read_data(Path(settings.data), settings.name, settings.condition, prior, values)
+    if settings.ruler and data.values[settings.name] != demo.VALUES[settings.ruler]:
+        raise ValueError(
+            f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
+        )
+    judge_data = None
+    if settings.judge_data and not judges:
+        judge_data = read_data(Path(settings.judge_data), settings.name, None, prior, data.values[settings.name])
+        judge_data.check_classes(settings.name)
+    return Material(settings, data, judges, pages, judge_data)
+
+
+def pages_of(folder: Path) -> dict[str, bytes]:
+    """The pages about a classifier, by name."""
+    return {name: (folder / name).read_bytes() for name in PAGES}
+
+
+def settle_data(one: Material, prior: Prior, classes: list[int] | None) -> None:
+    """Keep the rows of the classes that are trained, and refuse data or judges that do not do for them."""
+    settings, name = one.settings, one.settings.name
+    if one.data and classes and settings.condition:
+        one.data = only(one.data, settings.condition, classes)
+    if one.data and one.judges:
+        check_judges(one.judges, settings.classifier_from, one.data, settings.condition, bool(settings.ruler))
+    elif one.data:
+        one.data.check_classes(name)
 
 
 def fits(prior: Prior, config: Config, steps: int) -> bool:
@@ -227,7 +274,7 @@ def check_judges(judges: Judges, folder: str, data: LabelledImages, condition: s
         )
 
 
-def conditions_of(prior: Prior, data: LabelledImages, condition: str | None) -> list[int] | None:
+def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | None) -> list[int] | None:
     """The prior's classes to train and certify: those in the data, else all, else some evenly spaced."""
     if prior.classes is None:
         return None
@@ -279,22 +326,60 @@ def demo_job(
     quick: bool = False,
     command: str | None = None,
     phase: Phase = silent,
-    control: str = demo.CONTROL[0],
+    controls: str = "ink",
 ) -> dict[str, Any]:
     """`train_job` on the embedded prior with labelled digits, and others for the judge, written into the run folder."""
     out = Path(out)
-    if control not in demo.SETTINGS:
-        raise ValueError(f"the demo's controls are {', '.join(demo.SETTINGS)}; got {control!r}.")
+    if controls not in demo.SETTINGS:
+        raise ValueError(f"the demo's controls are {' or '.join(demo.SETTINGS)}; got {controls!r}.")
     check_room(out, RUN_FILES[-1], overwrite)
-    given = merged(demo.SETTINGS[control], given)
+    settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
     with TemporaryDirectory() as scratch:
-        folders = dict(zip(DATA_FOLDERS, demo.labelled_digits(control, given.get("seed", 0)), strict=True))
-        for name, data in folders.items():
-            write_imagefolder(Path(scratch) / name, data)
-        job = prepare({**given, **{name: f"{scratch}/{name}" for name in folders}})
-        for name in folders:
-            setattr(job.config, name, str((out / name).resolve()))
+        drawn = demo.labelled_digits(controls, given.get("seed", 0))
+        for control, pair in zip(settings["controls"], drawn, strict=True):
+            control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
+            for kind, data in zip(DATA_FOLDERS, pair, strict=True):
+                folder = Path(kind, control["name"]) if len(drawn) > 1 else Path(kind)
+                write_imagefolder(scratch / folder, data)
+                control[kind] = str(scratch / folder)
+        job = prepare(settings)
+        for control in job.config.controls:
+            control.data, control.judge_data = (
+                str(out.resolve() / Path(name).relative_to(Path(scratch).resolve()))
+                for name in (control.data, control.judge_data)
+            )
         return execute(job, out, quick, command, phase, Path(scratch))
+
+
+def add_job(
+    run: str | Path,
+    given: dict[str, Any],
+    out: str | Path,
+    overwrite: bool = False,
+    quick: bool = False,
+    command: str | None = None,
+    phase: Phase = silent,
+) -> dict[str, Any]:
+    """Train one more control on a finished run, whose own controls stay as they are; otherwise as `train_job`.
+
+    Args:
+        run: the run folder; it is not changed.
+        given: settings by the names of `Config`: of the new control and its training. Prior, chain, classes and γ are
+            the run's.
+        out, overwrite, quick, command, phase: see `train_job`.
+    """
+    check_room(Path(out), RUN_FILES[-1], overwrite)
+    old = Run.load(run).config
+    for name in ("data", "control"):
+        if not given.get(name) and not given.get("controls"):
+            raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
+    here = str(Path(run).resolve())
+    settled = [{**control.model_dump(), "settled_from": here} for control in old.controls]
+    given = listed(given)
+    kept = old.model_dump(include={"prior", "unconditional", "classes", "gamma", "steps", "sigma_end", "time_power"})
+    return execute(
+        prepare({**given, **kept, "controls": [*settled, *given["controls"]]}), Path(out), quick, command, phase
+    )
 
 
 def execute(
@@ -302,7 +387,7 @@ def execute(
 ) -> dict[str, Any]:
     """Do a prepared training in a run folder; `own_data` holds datasets that become the run's.
 
-    The folder is not touched before p̂ has shown that it is worth a training.
+    The folder is not touched before every p̂ has shown that it is worth a training.
     """
     config, seconds = job.config.quick() if quick else job.config, {}
 
@@ -312,13 +397,16 @@ def execute(
         yield
         seconds[name] = round(time.perf_counter() - begin, 1)
 
+    judges: dict[str, Judges] = {}
+    held_out: dict[str, LabelledImages] = {}
     with timed("classifier"):
-        judges, held_out = job.judges, None
-        if judges is None:
-            ruler = bool(config.ruler)
-            judges, held_out = fit_judges(
-                job.data, config.control, config.condition, ruler, config.classifier, config.seed, phase, job.judge_data
-            )
+        for one in job.materials:
+            name, s = one.settings.name, one.settings
+            judges[name] = one.judges
+            if one.judges is None:
+                judges[name], held_out[name] = fit_judges(
+                    one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data
+                )
     run = Run.start(config, job.prior, judges)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
@@ -328,18 +416,21 @@ def execute(
         for name in DATA_FOLDERS:
             shutil.copytree(own_data / name, folder / name)
     config.write(folder / "config.yaml")
-    judges.save(folder / "classifier")
-    if held_out is not None:
-        write_classifier_report(folder / "classifier", judges, held_out)
-    for name, page in job.pages.items():
-        with writing(folder / "classifier" / name) as temporary:
-            temporary.write_bytes(page)
+    for one in job.materials:
+        name = one.settings.name
+        place = run.place(folder, "classifier", name)
+        judges[name].save(place)
+        if name in held_out:
+            write_classifier_report(place, judges[name], held_out[name])
+        for page, content in one.pages.items():
+            with writing(place / page) as temporary:
+                temporary.write_bytes(content)
     with timed("train"), (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
         records = []
         for record in map(finite, train(run, phase)):
             records.append(record)
             print(json.dumps(rounded(record)), file=log, flush=True)
-        run.policy.controls[run.name].save(folder / "control")
+        run.save_controls(folder)
     with timed("sample"):
         evaluation = run.evaluate(config.evaluation.paths, phase)
         others = [config.steps // 2, config.steps, 2 * config.steps]
@@ -347,7 +438,7 @@ def execute(
         sweep = run.sweep(STRENGTHS, other_steps, config.evaluation.sweep_paths, phase)
         pair = run.conditions.all(1)
         labels, cond = run.conditions.of(pair)
-        write_imagefolder(folder / "samples", labelled(run, run.sample(labels[run.name], **cond), labels, cond))
+        write_imagefolder(folder / "samples", labelled(run, run.sample(labels, **cond), labels, cond))
     kept = {"stage": records[-1]["stage"], "update": records[-1]["update"], "averaged": "averaged" in records[-1]}
     stages = [record for record in records[:-1] if "averaged" in record or "stopped" in record]
     metrics = {
@@ -355,7 +446,7 @@ def execute(
         **evaluation.metrics(),
         "training": {"kept": kept, "stages": stages},
         "sweep": sweep_metrics(sweep, evaluation),
-        "classifier": judges.metrics(),
+        "classifier": classifier_metrics(judges),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -363,6 +454,12 @@ def execute(
     write_json(folder / "metrics.json", metrics)
     write_report(folder, run, metrics, evaluation, sweep, records, command)
     return metrics
+
+
+def classifier_metrics(judges: dict[str, Judges]) -> dict[str, Any]:
+    """What is known of p̂ by the names metrics.json uses; of several controls by their names."""
+    found = {name: one.metrics() for name, one in judges.items()}
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def sweep_metrics(sweep: dict[str, dict[float, Score]], evaluation: Evaluation) -> dict[str, list[dict]]:
@@ -407,8 +504,8 @@ def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
 
     The best control of all probes is kept; the last record is that probe's, marked as kept.
     """
-    few = -(-64 // run.conditions.groups)
-    prior_table(run.reward, run.conditions, run.prior_samples(few, "rewards"))  # refused if one is not finite
+    few = -(-64 // run.trained.groups)
+    prior_table(run.reward, run.trained, run.prior_samples(few, "rewards"))  # refused if one is not finite
     best, untrained = Best(run.policy), run.policy.snapshot()
     for stage in run.config.learners:
         settings, learner = getattr(run.config, stage), learner_of(run, stage, phase)
@@ -495,8 +592,8 @@ def train_stage(
     what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
     Without `best` nobody compares the probes, only the last is taken, and a loss that is not finite is an error.
     """
-    config, few = run.config, -(-160 // run.conditions.pairs)
-    steps = learner(run.policy, run.reward, run.conditions, stream(config.seed, stage))
+    config, few = run.config, -(-160 // run.trained.pairs)
+    steps = learner(run.policy, run.reward, run.trained, stream(config.seed, stage))
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = max(1, updates // config.evaluation.probes) if best else updates
     advance, note, idle = phase(f"learner: {stage}", updates), "", 0
@@ -535,29 +632,31 @@ def train_stage(
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:
     """Samples with the labels they were asked for; a null label is blank."""
     # class −1 picks the last name, the blank
-    values = {run.name: (*run.values, "")}
+    values = {name: (*control.values, "") for name, control in run.policy.controls.items()}
+    labels = {name: labels.get(name, torch.full((len(x_0),), NULL)) for name in run.names}
     if not cond:
         return LabelledImages(x_0, labels, values)
-    column = run.config.condition or "c"
+    column = next((control.condition for control in run.config.controls if control.condition), "c")
     return LabelledImages(x_0, {column: cond["c"], **labels}, {column: run.prior.class_names, **values})
 
 
-def parse_setting(run: Run, settings: list[str]) -> int:
-    """The class asked for by `--set CONTROL=VALUE` settings, NULL if none.
+def parse_settings(run: Run, settings: list[str]) -> dict[str, int]:
+    """The class of every control that `--set CONTROL=VALUE` settings ask for.
 
     Raises:
         ValueError: not of that form, an unknown control or value.
     """
-    chosen = NULL
+    chosen = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in run.policy.controls:
             raise ValueError(
                 f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
             )
-        if value not in run.values:
-            raise ValueError(f"--set {setting}: {name} must be one of {', '.join(run.values)}, got {value!r}.")
-        chosen = run.values.index(value)
+        values = run.policy.controls[name].values
+        if value not in values:
+            raise ValueError(f"--set {setting}: {name} must be one of {', '.join(values)}, got {value!r}.")
+        chosen[name] = values.index(value)
     return chosen
 
 
@@ -579,7 +678,9 @@ def sample_job(
     Raises:
         ValueError: a wrong setting or class, a folder that holds something, or too few paths that count (exact).
     """
-    y, cond = torch.full((n,), parse_setting(run, settings)), {}
+    y = {name: torch.full((n,), value) for name, value in parse_settings(run, settings).items()}
+    y = y or {run.names[0]: torch.full((n,), NULL)}
+    cond: dict[str, Tensor] = {}
     if exact and not settings:
         raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
     if c is not None and run.prior.classes is None:
@@ -594,7 +695,7 @@ def sample_job(
     generator = torch.Generator().manual_seed(seed)
     x_0 = run.sample(y, strength=strength, steps=steps, generator=generator, exact=exact, phase=phase, **cond)
     clear(out, SAMPLE_FILES)
-    write_imagefolder(out, labelled(run, x_0, {run.name: y}, cond))
+    write_imagefolder(out, labelled(run, x_0, y, cond))
     save_figure(out / "grid.png", sheet_figure(x_0))
     asked = {
         "set": settings,

@@ -17,6 +17,7 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from .classifier import Classifier
+from .control import NULL
 from .data import LabelledImages, to_pixels
 from .evaluate import Evaluation, Score
 from .files import write_text, writing
@@ -249,11 +250,33 @@ def same_noise(run: Run, strength: float, columns: int) -> Tensor:
     """
     classes = run.config.classes
     cond = {} if classes is None else {"c": torch.tensor(classes)[torch.arange(columns) % len(classes)]}
-    rows = [
-        run.sample(torch.full((columns,), y), strength=strength, generator=stream(run.config.seed, "grid"), **cond)
-        for y in range(len(run.values))
-    ]
+    conditions, rows = run.conditions, []
+    for label in conditions.combinations:
+        y = {name: one.expand(columns) for name, one in zip(conditions.controls, label, strict=True)}
+        rows.append(run.sample(y, strength=strength, generator=stream(run.config.seed, "grid"), **cond))
     return torch.cat(rows)
+
+
+def plane_figure(run: Run, across: int = 4) -> Figure:
+    """The first two controls against each other, each also left out: a cell shows `across` samples, the same noise in
+    every cell, of the middle one of the prior's classes if it has classes."""
+    (first, rows), (second, columns) = [(n, run.policy.controls[n].values) for n in run.names[:2]]
+    classes, samples = run.config.classes, []
+    cond = {} if classes is None else {"c": torch.full((across,), classes[len(classes) // 2])}
+    for i in range(NULL, len(rows)):
+        for j in range(NULL, len(columns)):
+            y = {first: torch.full((across,), i), second: torch.full((across,), j)}
+            samples.append(run.sample(y, generator=stream(run.config.seed, "plane"), **cond))
+    x = torch.cat(samples).unflatten(0, (-1, len(columns) + 1, across))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.42 * across * x.shape[1] + 1, 0.46 * len(x) + 0.9), layout="constrained")
+        for j, axes in enumerate(figure.subplots(1, x.shape[1])):
+            names = [shortened(name, 8) for name in ("–", *rows)] if j == 0 else [""] * len(x)
+            title = shortened(("–", *columns)[j])
+            show_grid(axes, x[:, j].flatten(0, 1), len(x), names, [""] * across, f"{second}: {title}")
+            if j == 0:
+                axes.set_ylabel(first)
+    return figure
 
 
 def write_report(
@@ -275,13 +298,14 @@ def write_report(
         command: what was typed.
     """
     control, values, classes = run.name, run.values, run.config.classes
+    condition = next((one.condition for one in run.config.controls if one.condition), None)
     columns = 10 if classes is None else min(10, len(classes))
     column_names = [""] * columns if classes is None else [shortened(run.prior.class_names[c], 8) for c in classes[:10]]
     pictures = {
         title: same_noise(run, strength, columns)
         for title, strength in ((f"Prior, which ignores {control}", 0.0), ("CTRL, same noise", 1.0))
     }
-    measured = "measured by the ruler" if run.config.ruler else "seen by the judge"
+    measured = "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
     figures = {
         "grid": grid_figure(pictures, [shortened(value) for value in values], column_names, control),
         "curves": curves_figure(records, evaluation.certificate.log_z),
@@ -291,9 +315,13 @@ def write_report(
         ),
         "sweep": sweep_figure(sweep, evaluation, run.config.steps),
     }
+    if len(run.names) > 1:
+        figures["plane"] = plane_figure(run)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
-    shutil.copyfile(folder / "classifier" / "reliability.png", folder / "reliability.png")
-    images["reliability"] = base64.b64encode((folder / "reliability.png").read_bytes()).decode()
+    for i, name in enumerate(run.names):
+        picture = "reliability" if i == 0 else f"reliability-{name}"
+        shutil.copyfile(run.place(folder, "classifier", name) / "reliability.png", folder / f"{picture}.png")
+        images[picture] = base64.b64encode((folder / f"{picture}.png").read_bytes()).decode()
     render(
         folder / "report.html",
         "report.html",
@@ -301,6 +329,9 @@ def write_report(
         metrics=metrics,
         config=run.config,
         settings=flattened(run.config.model_dump()),
+        control=control,
+        names=run.names,
+        condition=condition,
         values=values,
         rows=by_class(evaluation, len(values)),
         command=command,
@@ -321,6 +352,8 @@ def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
     """Nested settings as GROUP.KEY: VALUE."""
     out: dict[str, Any] = {}
     for key, value in settings.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value))
         out |= flattened(value, f"{under}{key}.") if isinstance(value, dict) else {f"{under}{key}": value}
     return out
 

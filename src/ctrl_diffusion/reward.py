@@ -55,11 +55,12 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     Raises:
         ValueError: a reward that is not finite.
     """
-    total, group = x_0.new_zeros(len(x_0), 1), torch.arange(len(x_0)) * conditions.groups // len(x_0)
-    for name in conditions.controls:
+    group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
+    total = x_0.new_zeros(len(x_0), conditions.classes)
+    for name, classes in zip(conditions.controls, conditions.combinations.unbind(1), strict=True):
         parts = zip(x_0.split(1024), group.split(1024), strict=True)
-        table = torch.cat([reward.table(name, x, conditions.cond_of(g)) for x, g in parts])
-        total = (total[:, :, None] + checked(table, name)[:, None]).flatten(1)
+        table = checked(torch.cat([reward.table(name, x, conditions.cond_of(g)) for x, g in parts]), name)
+        total = total + torch.where(classes == NULL, 0.0, table[:, classes.clamp(min=0)])
     return total.view(conditions.groups, -1, conditions.classes)
 
 

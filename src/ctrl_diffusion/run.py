@@ -3,11 +3,14 @@
 config.yaml     everything needed to run again; an unknown key is an error
 classifier/     p̂(y | x) with its held-out report; the judge of y and the reader of c, where there are any
 control/        the control: adapter and embedding
+                (of several controls both hold one folder for each, by name)
 progress.jsonl  one line per probe and update
 metrics.json, samples/, the pictures and report.html
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,8 +21,8 @@ from . import assets, demo
 from .certificate import certify, gamma_within
 from .conditions import Conditions
 from .config import EMBEDDED, Config
-from .control import LoRAControl, Policy
-from .evaluate import Evaluation, Judge, score_samples, score_target
+from .control import Labels, LoRAControl, Policy
+from .evaluate import Evaluation, Judge, Nulled, score_samples, score_target
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
@@ -27,7 +30,23 @@ from .reward import Reward, prior_table
 from .rollout import Times
 from .sample import exact_samples, paths, stream
 
-RULERS = {"ink": demo.ink_ruler}
+
+def home(folder: Path, what: str, name: str) -> Path:
+    """Where a run folder has the "control" or "classifier" of a control: a folder of its own if there are several."""
+    own = folder / what / name
+    return own if own.is_dir() else folder / what
+
+
+def attached(folder: Path, prior: Prior) -> LoRAControl:
+    """The control of a run folder, on this prior.
+
+    Raises:
+        ValueError: it is damaged, or of another prior.
+    """
+    try:
+        return LoRAControl.load(folder, prior.denoiser)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Train it again.") from error
 
 
 def open_prior(name: str, unconditional: bool = False) -> Prior:
@@ -38,55 +57,88 @@ def open_prior(name: str, unconditional: bool = False) -> Prior:
 
 @dataclass
 class Run:
-    """A prior, a control on it, and how they are judged.
+    """A prior, controls on it, and how they are judged.
 
     Args:
         config: its settings.
         prior: the pre-trained model.
-        policy: the prior with the control.
-        judges: p̂, and what measures y and c.
+        policy: the prior with the controls.
+        judges: control → p̂, and what measures y and c.
     """
 
     config: Config
     prior: Prior
     policy: Policy
-    judges: Judges
+    judges: dict[str, Judges]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the controls, in order."""
+        return self.config.names
 
     @property
     def name(self) -> str:
-        """The control's."""
-        return self.config.control
+        """The control's, or all of them."""
+        return ", ".join(self.names)
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The names of the control's classes, in order."""
-        return self.policy.controls[self.name].values
+        """The names of the labels, in the order of `conditions`: the classes of the control, or all combinations."""
+        return tuple(" · ".join(names) for names in product(*(self.policy.controls[n].values for n in self.names)))
 
     @property
     def reward(self) -> Reward:
-        """γ log p̂."""
-        return Reward({self.name: self.judges.classifier}, self.config.gamma)
+        """γ Σ log p̂."""
+        return self.reward_at(self.config.gamma)
+
+    def reward_at(self, gamma: float) -> Reward:
+        """The reward at another γ."""
+        return Reward({name: judges.classifier for name, judges in self.judges.items()}, gamma)
 
     @property
     def judge(self) -> Judge:
-        """The ruler if there is one, else the judge; with the reader and the judge's own opinion."""
-        ruler = RULERS[self.config.ruler] if self.config.ruler else None
-        return Judge(ruler, self.judges.reader, self.judges.judge)
+        """The rulers where there are any, else the judges; with a reader and the judges' own opinions."""
+        return Judge(
+            {control.name: demo.RULERS[control.ruler] for control in self.config.controls if control.ruler},
+            next((judges.reader for judges in self.judges.values() if judges.reader), None),
+            {name: judges.judge for name, judges in self.judges.items() if judges.judge},
+        )
 
     @property
     def accuracy_by(self) -> str:
         """Who measures y."""
-        return "ruler" if self.config.ruler else "judge"
+        return "ruler" if all(control.ruler for control in self.config.controls) else "judge"
 
-    def repeats(self, n: int) -> int:
+    def repeats(self, n: int, conditions: Conditions) -> int:
         """How often every (c, y) stands among at least n paths; two at least, since one path has no spread."""
-        return max(2, -(-n // self.conditions.pairs))
+        return max(2, -(-n // conditions.pairs))
 
     @property
     def conditions(self) -> Conditions:
-        """All (c, y)."""
+        """All (c, y) with a label for every control."""
+        return self.conditions_on(self.names)
+
+    @property
+    def trained(self) -> Conditions:
+        """All (c, y) that are trained: one model is to serve every choice of controls, so labels may be null.
+
+        Where a control is being added, one with a label for it.
+        """
+        settled = [name for name in self.names if self.policy.controls[name].settled]
+        return self.conditions_on(self.names, (settled or self.names) if len(self.names) > 1 else ())
+
+    def conditions_on(self, names: Sequence[str], nullable: Collection[str] = ()) -> Conditions:
+        """All (c, y) with labels for some of the controls."""
         cond = {} if self.config.classes is None else {"c": torch.tensor(self.config.classes)}
-        return Conditions(cond, {self.name: len(self.values)})
+        return Conditions(cond, {name: self.policy.controls[name].size for name in names}, nullable)
+
+    @property
+    def parts(self) -> list[tuple[str, ...]]:
+        """Choices of controls that are judged beside all together: each alone, and all but one."""
+        if len(self.names) < 2:
+            return []
+        alone = [(name,) for name in self.names]
+        return list(dict.fromkeys([*alone, *(tuple(n for n in self.names if n != name) for name in self.names)]))
 
     @property
     def times(self) -> Times:
@@ -98,10 +150,17 @@ class Run:
         return self.prior.denoiser.times(steps, self.config.sigma_end, self.config.time_power)
 
     @classmethod
-    def start(cls, config: Config, prior: Prior, judges: Judges) -> "Run":
-        """A run whose control is untrained: its policy is the prior."""
-        control = LoRAControl(config.control, judges.values, prior.denoiser, config.rank, config.seed)
-        return cls(config, prior, Policy(prior.denoiser, control), judges)
+    def start(cls, config: Config, prior: Prior, judges: dict[str, Judges]) -> "Run":
+        """A run whose controls are untrained, but for those that are settled."""
+        controls = []
+        for i, control in enumerate(config.controls):
+            if control.settled_from:
+                folder = home(Path(control.settled_from), "control", control.name)
+                controls.append(attached(folder, prior).settle())
+            else:
+                values = judges[control.name].values
+                controls.append(LoRAControl(control.name, values, prior.denoiser, config.rank, config.seed + i))
+        return cls(config, prior, Policy(prior.denoiser, *controls), judges)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Run":
@@ -119,16 +178,23 @@ class Run:
         missing = [name for name in ("classifier", "control") if not (folder / name).is_dir()]
         if missing:
             raise ValueError(f"{folder} is an unfinished run: it lacks {', '.join(missing)}. Train it again.")
-        judges, prior = Judges.load(folder / "classifier"), open_prior(config.prior, config.unconditional)
-        try:
-            policy = Policy(prior.denoiser, LoRAControl.load(folder / "control", prior.denoiser))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Train it again.") from error
-        return cls(config, prior, policy, judges)
+        judges = {name: Judges.load(home(folder, "classifier", name)) for name in config.names}
+        prior = open_prior(config.prior, config.unconditional)
+        controls = [attached(home(folder, "control", name), prior) for name in config.names]
+        return cls(config, prior, Policy(prior.denoiser, *controls), judges)
+
+    def save_controls(self, folder: Path) -> None:
+        """Write every control into its place in the run folder."""
+        for name, control in self.policy.controls.items():
+            control.save(self.place(folder, "control", name))
+
+    def place(self, folder: Path, what: str, name: str) -> Path:
+        """Where the run folder keeps the "control" or "classifier" of a control: `home` finds it there."""
+        return folder / what / name if len(self.names) > 1 else folder / what
 
     def sample(
         self,
-        y: Tensor,
+        y: Tensor | Labels,
         c: Tensor | None = None,
         strength: float = 1.0,
         steps: int | None = None,
@@ -142,7 +208,7 @@ class Run:
         steers another chain, of which nothing is proven (report.html shows what it does).
 
         Args:
-            y: (n,) classes of the control, −1 for uncontrolled.
+            y: (n,) classes of the control, −1 for uncontrolled; of several controls by name, one left out is null.
             c: (n,) classes of the prior, needed unless it is unconditional.
             strength: 0 is the prior, 1 the trained policy, more extrapolates.
             steps: of the reverse process; the training chain's if None.
@@ -159,25 +225,29 @@ class Run:
         if (c is None) != (classes is None):
             wants = "is unconditional: leave c out" if classes is None else f"needs c, classes 0 … {classes - 1}"
             raise ValueError(f"this prior {wants}.")
-        if c is not None and len(c) != len(y):
-            raise ValueError(f"c and y must be equally many, got {len(c)} and {len(y)}.")
+        if not isinstance(y, dict) and len(self.names) > 1:
+            raise ValueError(f"this run has the controls {self.name}: give y by name.")
+        labels = y if isinstance(y, dict) else {self.name: y}
+        counts = {len(rows) for rows in (*labels.values(), *([] if c is None else [c]))}
+        if len(counts) != 1:
+            raise ValueError(f"c and y must be equally many, got {' and '.join(map(str, sorted(counts)))}.")
         if c is not None and (c.min() < 0 or c.max() >= classes):
             raise ValueError(f"c must lie in 0 … {classes - 1}, got {int(c.min())} … {int(c.max())}.")
         generator = generator or stream(self.config.seed, "sample")
         times = self.times_of(steps) if steps else self.times
-        cond, labels = {} if c is None else {"c": c}, {self.name: y}
+        cond, n = {} if c is None else {"c": c}, counts.pop()
         if exact:
             x_0, _ = exact_samples(self.policy, self.reward, times, generator, labels, cond, strength, phase)
         else:
-            progress = phase("sampling", len(y))
-            x_0, _, _ = paths(self.policy, len(y), times, generator, cond, labels, strength, progress=progress)
+            progress = phase("sampling", n)
+            x_0, _, _ = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress)
         return x_0.clamp(-1, 1)
 
     @torch.no_grad()
     def spend(self, budget: float, phase: Phase = silent) -> float:
         """Lower γ until the target lies within `budget` nats of the prior; returns it."""
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for γ", phase)
-        table = prior_table(Reward({self.name: self.judges.classifier}), self.conditions, x_prior)
+        table = prior_table(self.reward_at(1.0), self.conditions, x_prior)
         self.config.gamma = float(f"{gamma_within(table, budget, self.config.gamma):.4g}")
         return self.config.gamma
 
@@ -187,10 +257,12 @@ class Run:
         n, generator = members * self.conditions.groups, stream(self.config.seed, purpose)
         return paths(self.prior.denoiser, n, self.times, generator, cond, progress=phase(purpose, n))[0]
 
-    def policy_paths(self, repeats: int, purpose: str, phase: Phase = silent) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def policy_paths(
+        self, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Paths of the policy, `repeats` for every (c, y) in turn: reward, x_0, KL and log-ratio of each."""
-        pair = self.conditions.all(repeats)
-        labels, cond = self.conditions.of(pair)
+        pair = conditions.all(repeats)
+        labels, cond = conditions.of(pair)
         generator, advance = stream(self.config.seed, purpose), phase(purpose, len(pair))
         x_0, kl, log_ratio = paths(
             self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
@@ -200,7 +272,7 @@ class Run:
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:
         """J, reward and KL in nats on a few paths, whose noise is the same at every probe; log w and reward of each."""
-        earned, _, kl, log_ratio = self.policy_paths(repeats, "probe")
+        earned, _, kl, log_ratio = self.policy_paths(self.trained, repeats, "probe")
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
         return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
@@ -209,21 +281,37 @@ class Run:
     def evaluate(self, n: int, phase: Phase = silent) -> Evaluation:
         """Judge the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
 
-        The certificate is of the training chain.
+        The certificate is of the training chain. Of several controls also each choice in `parts`, on half the paths.
         """
-        conditions, members = self.conditions, self.config.evaluation.prior_samples
-        x_prior = self.prior_samples(members, "prior samples for log Z", phase)
-        earned, x_0, kl, log_ratio = self.policy_paths(self.repeats(n), "paths to certify", phase)
+        x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for log Z", phase)
+        evaluation = self.evaluate_on(self.conditions, x_prior, n, "paths to certify", phase)
+        for names in self.parts:
+            purpose = f"paths with {' and '.join(names)} alone"
+            evaluation.parts[names] = self.evaluate_on(self.conditions_on(names), x_prior, n // 2, purpose, phase)
+        return evaluation
+
+    def evaluate_on(
+        self, conditions: Conditions, x_prior: Tensor, n: int, purpose: str, phase: Phase = silent
+    ) -> Evaluation:
+        """Judge the policy under some of its controls; x_prior (G · M, *) are samples of the prior."""
+        members, judge = len(x_prior) // conditions.groups, self.judge
+        earned, x_0, kl, log_ratio = self.policy_paths(conditions, self.repeats(n, conditions), purpose, phase)
         table = prior_table(self.reward, conditions, x_prior)
         # the prior ignores y: an equal share of its samples stands for each y
         share = members // conditions.classes
         uncontrolled = x_prior.unflatten(0, (-1, members))[:, : share * conditions.classes].flatten(0, 1)
+        scores = {
+            "prior": score_samples(uncontrolled, conditions, judge),
+            "target": score_target(x_prior, table, conditions, judge),
+            "ctrl": score_samples(x_0, conditions, judge),
+        }
+        nulled = {
+            name: Nulled.of({kind: score.measured[name] for kind, score in scores.items()}, control.size, table)
+            for name, control in self.policy.controls.items()
+            if name not in conditions.controls
+        }
         return Evaluation(
-            prior=score_samples(uncontrolled, conditions, self.judge),
-            target=score_target(x_prior, table, self.judge),
-            ctrl=score_samples(x_0, conditions, self.judge),
-            certificate=certify(conditions, table, earned, kl, log_ratio),
-            n=len(x_0),
+            **scores, certificate=certify(conditions, table, earned, kl, log_ratio), n=len(x_0), nulled=nulled
         )
 
     @torch.no_grad()
@@ -233,7 +321,7 @@ class Run:
         Returns:
             "strength" and "steps" → value → `Score`.
         """
-        pair = self.conditions.all(self.repeats(n))
+        pair = self.conditions.all(self.repeats(n, self.conditions))
         labels, cond = self.conditions.of(pair)
         jobs = [("strength", w, self.config.steps) for w in strengths] + [("steps", k, k) for k in step_counts]
         advance, found = phase("strengths and step counts", len(pair) * len(jobs)), {"strength": {}, "steps": {}}

@@ -53,6 +53,7 @@ class Task:
         dim: of x; the ring lies in the first two dimensions.
         steps: of the chain.
         spread: standard deviation of the components.
+        nullable: whether each control may be left out as long as another is asked for.
     """
 
     schedule: str
@@ -61,6 +62,7 @@ class Task:
     dim: int = 2
     steps: int = 25
     spread: float = 0.4
+    nullable: bool = False
 
     def prior(self, dtype: torch.dtype = torch.float32) -> GaussianMixture:
         """The ring."""
@@ -91,9 +93,9 @@ class Task:
 
     @property
     def conditions(self) -> Conditions:
-        """Both conditions with every y."""
+        """Both conditions with every y, and with every part of it where controls may be left out."""
         sizes = {name: likelihood.classes for name, likelihood in self.likelihoods().items()}
-        return Conditions({"c": torch.arange(2)}, sizes)
+        return Conditions({"c": torch.arange(2)}, sizes, tuple(sizes) if self.nullable else ())
 
     @property
     def times(self) -> tuple[float, ...]:

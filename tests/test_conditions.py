@@ -1,0 +1,38 @@
+import torch
+
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control import NULL
+
+
+def test_conditions_number_every_pair():
+    conditions = Conditions({"c": torch.tensor([7, 8, 9])}, {"ink": 4})
+    labels, cond = conditions.of(conditions.all(2))
+    assert conditions.pairs == 12
+    pairs = list(zip(cond["c"].tolist(), labels["ink"].tolist(), strict=True))
+    assert pairs == [(c, y) for c in (7, 8, 9) for y in range(4) for _ in range(2)]
+    drawn = conditions.draw(30, torch.Generator().manual_seed(0)).bincount(minlength=12)
+    assert drawn.min() >= 2
+    assert drawn.max() <= 3
+
+
+def test_labels_of_several_controls_run_the_last_fastest():
+    conditions = Conditions({"c": torch.tensor([7, 8])}, {"ink": 3, "slant": 2})
+    assert (conditions.classes, conditions.pairs) == (6, 12)
+    pair = conditions.all(1)
+    labels, _ = conditions.of(pair)
+    assert list(zip(labels["ink"].tolist(), labels["slant"].tolist(), strict=True))[:6] == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)
+    ]  # fmt: skip
+    assert torch.equal(conditions.label_of(labels), pair % 6)
+
+
+def test_a_control_may_be_left_out_but_not_all():
+    both = Conditions({}, {"ink": 3, "slant": 2}, ("ink", "slant"))
+    rows = set(map(tuple, both.combinations.tolist()))
+    assert len(rows) == both.classes == 4 * 3 - 1
+    assert (NULL, NULL) not in rows
+    assert {(NULL, 1), (2, NULL), (2, 1)} <= rows
+    added = Conditions({}, {"ink": 3, "slant": 2}, ("ink",))
+    assert (added.combinations[:, 1] != NULL).all()
+    assert added.classes == 4 * 2
+    assert Conditions({}, {"ink": 3}).combinations.tolist() == [[0], [1], [2]]
