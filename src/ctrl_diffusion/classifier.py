@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
 from .files import write_json, writing
 
@@ -28,7 +28,11 @@ Head = Literal["categorical", "ordinal"]
 @dataclass
 class ClassifierReport:
     """Quality on held-out data; nll in nats, ece over 10 bins of confidence, chance_nll that of the best
-    guess without looking, the entropy of the labels."""
+    guess without looking, the entropy of the labels.
+
+    brier is the mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); auroc the mean over classes of the area under the
+    curve of one against the rest, None if a class is missing from the data.
+    """
 
     accuracy: float
     nll: float
@@ -37,6 +41,8 @@ class ClassifierReport:
     chance_nll: float
     nll_stderr: float
     nll_uncalibrated: float
+    brier: float
+    auroc: float | None
 
 
 class Classifier(nn.Module):
@@ -247,13 +253,16 @@ def report_classifier(classifier: Classifier, x: Tensor, y: Tensor) -> Classifie
     """Measure on (x, y), a split neither fit nor calibration has seen."""
     log_prob = classifier.log_prob(x)
     raw = classifier.log_prob_from(classifier.score(classifier.features(x)), 1.0)
-    classes = log_prob.shape[1]
+    p, classes = log_prob.exp(), log_prob.shape[1]
+    counts = y.bincount(minlength=classes)
     return ClassifierReport(
         accuracy=float((log_prob.argmax(1) == y).float().mean()),
         nll=float(F.nll_loss(log_prob, y)),
-        ece=float(multiclass_calibration_error(log_prob.exp(), y, num_classes=classes, n_bins=10)),
+        ece=float(multiclass_calibration_error(p, y, num_classes=classes, n_bins=10)),
         temperature=float(classifier.temperature),
-        chance_nll=float(torch.distributions.Categorical(probs=y.bincount(minlength=classes) / len(y)).entropy()),
+        chance_nll=float(torch.distributions.Categorical(probs=counts / len(y)).entropy()),
         nll_stderr=float(F.nll_loss(log_prob, y, reduction="none").std() / len(y) ** 0.5),
         nll_uncalibrated=float(F.nll_loss(raw, y)),
+        brier=float((p - F.one_hot(y, classes)).square().sum(1).mean()),
+        auroc=float(multiclass_auroc(p, y, num_classes=classes)) if 0 < counts.min() < len(y) else None,
     )
