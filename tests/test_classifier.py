@@ -98,10 +98,8 @@ class Said:
     def __init__(self, p):
         self.log_p = torch.tensor(p).log()
 
-    def features(self, x):
+    def scores(self, x):
         return self.log_p
-
-    score = staticmethod(lambda features: features)
 
     def log_prob_from(self, score, temperature):
         return F.log_softmax(score / temperature, dim=1)
@@ -119,6 +117,50 @@ def test_brier_and_auroc_by_hand():
     assert report_classifier(said, torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 1, 1])).auroc is None
     assert report.nll == pytest.approx(-math.log(0.7 * 0.3 * 0.6 * 0.4) / 4)
     assert report.accuracy == 0.5
+
+
+def two_levels(n, rare, seed):
+    """Images of noise about −½ or ½, the brighter ones a share `rare`; and the exact posterior's log-odds."""
+    generator = torch.Generator().manual_seed(seed)
+    y = (torch.rand(n, generator=generator) < rare).long()
+    x = (y - 0.5)[:, None, None, None] + 2 * torch.randn(n, 1, 4, 4, generator=generator)
+    # 16 pixels of variance 4 whose means differ by 1: the log-likelihood ratio is Σx / 4
+    return x, y, x.flatten(1).sum(1) / 4 + math.log(rare / (1 - rare))
+
+
+@pytest.mark.parametrize("head", ["categorical", "ordinal"])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_balanced_fit_is_the_posterior_under_the_datas_own_frequencies(head, balanced):
+    """Weights change the prior over classes; without the correction every rare class would be said to be common."""
+    (x, y, _), (x_c, y_c, _), (x_t, y_t, exact) = (two_levels(n, 0.08, i) for i, n in enumerate((1500, 500, 4000)))
+    fitted = fit_classifier(x, y, 2, head, epochs=12, lr=3e-3, balanced=balanced)
+    report = report_classifier(calibrate(fitted, x_c, y_c), x_t, y_t)
+    best = float(F.nll_loss(torch.stack([F.logsigmoid(-exact), F.logsigmoid(exact)], 1), y_t))
+    said = fitted.log_prob(x_t)[:, 1].exp()
+    assert report.nll < best + 0.03
+    assert report.ece < 0.03
+    assert float((said - exact.sigmoid()).mean()) == pytest.approx(0, abs=0.02)
+    if balanced:
+        uncorrected = fitted.fitted_log_prob(fitted.scores(x_t), fitted.temperature)
+        assert float(uncorrected[:, 1].exp().mean()) > 0.2
+
+
+def test_even_classes_need_no_balance():
+    """With weights of 1 and even frequencies a balanced fit is the fit it was."""
+    x, y = torch.randn(24, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
+    plain, balanced = (fit_classifier(x, y, 3, epochs=3, balanced=b) for b in (False, True))
+    torch.testing.assert_close(balanced.log_prob(x), plain.log_prob(x))
+    assert "log_frequency" not in plain.state_dict()
+
+
+def test_early_stopping_keeps_the_best_epoch():
+    """Labels half of which are noise: the longer the fit, the worse."""
+    (x, y, _), (x_c, y_c, _) = (two_levels(n, 0.5, i) for i, n in enumerate((60, 400)))
+    options = {"depth": 2, "epochs": 60, "seed": 0}
+    last, best = (fit_classifier(x, y, 2, **options, watch=watch) for watch in (None, (x_c, y_c)))
+    assert float(best.temperature) == 1.0
+    last, best = (float(F.nll_loss(calibrate(p, x_c, y_c).log_prob(x_c), y_c)) for p in (last, best))
+    assert best < last - 0.02
 
 
 def test_save_and_load(fitted, parts, tmp_path):

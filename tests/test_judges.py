@@ -33,14 +33,14 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("fit_classifier", "calibrate"):
+    for name in ("fit_classifier", "calibrated_nll"):
         spy(name)
     data, others = demo.labelled_digits("ink", 0)
     both = tagged(joined(data, others))
     data, others = both[range(500)], both[range(500, len(both))]
     _, held_out = fit_judges(data, "ink", settings=FAST, judge_data=others if elsewhere else None)
     reward, judge = seen["fit_classifier"]
-    parts = [reward, seen["calibrate"][0], {round((float(v) + 1) * 1e6) for v in held_out.x[:, 0, 0, 0]}, judge]
+    parts = [reward, seen["calibrated_nll"][0], {round((float(v) + 1) * 1e6) for v in held_out.x[:, 0, 0, 0]}, judge]
     assert [len(part) for part in parts] == sizes
     assert len(set.union(*parts)) == sum(sizes)
 

@@ -14,8 +14,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from .classifier import AUGMENTATIONS, Classifier, ClassifierReport, Head, calibrate, fit_classifier, report_classifier
+from .classifier import (
+    AUGMENTATIONS,
+    Classifier,
+    ClassifierReport,
+    Head,
+    calibrated_nll,
+    fit_classifier,
+    report_classifier,
+)
 from .config import ClassifierSettings
 from .data import LabelledImages
 from .progress import Advance, Phase, silent
@@ -113,12 +122,11 @@ def fit_calibrated(
     advance: Advance,
 ) -> tuple[Classifier, Choice]:
     """The best calibrated of the classifiers the settings leave open, by NLL on the calibration part."""
-    found = []
+    found, seen = [], (calibration.x, calibration.labels[column])
     for choice in open_choices(settings, fitting.values[column]):
-        classifier = fit_on(fitting, column, choice, settings, seed, advance)
-        calibrate(classifier, calibration.x, calibration.labels[column])
-        nll = report_classifier(classifier, calibration.x, calibration.labels[column]).nll
-        found.append((nll, len(found), classifier, choice))
+        watch = seen if settings.early_stopping else None
+        classifier = fit_on(fitting, column, choice, settings, seed, advance, watch)
+        found.append((calibrated_nll(classifier, *seen), len(found), classifier, choice))
     return min(found)[2:]
 
 
@@ -145,14 +153,21 @@ def epochs_of(settings: ClassifierSettings, part: LabelledImages) -> int:
 
 
 def fit_on(
-    part: LabelledImages, column: str, choice: Choice, settings: ClassifierSettings, seed: int, advance: Advance
+    part: LabelledImages,
+    column: str,
+    choice: Choice,
+    settings: ClassifierSettings,
+    seed: int,
+    advance: Advance,
+    watch: tuple[Tensor, Tensor] | None = None,
 ) -> Classifier:
-    """One classifier of a column, not calibrated."""
+    """One classifier of a column, not calibrated; `watch` is what early stopping looks at."""
     head, (grid, depth) = choice
     epochs, augment = epochs_of(settings, part), AUGMENTATIONS[settings.augment]
     return fit_classifier(
         part.x, part.labels[column], len(part.values[column]), head, grid, depth,
-        epochs=epochs, batch=BATCH, seed=seed, augment=augment, progress=advance,
+        epochs=epochs, batch=BATCH, seed=seed, augment=augment, progress=advance, balanced=settings.balanced,
+        watch=watch,
     )  # fmt: skip
 
 
