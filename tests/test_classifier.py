@@ -8,6 +8,7 @@ from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import (
     AUGMENTATIONS,
     Classifier,
+    Scorer,
     any_side_up,
     calibrate,
     fit_classifier,
@@ -90,31 +91,14 @@ def test_report_against_hand_computation(fitted, parts):
     assert report.ece == pytest.approx(ece, abs=1e-5)
 
 
-class Said:
-    """A classifier that says what it is told."""
-
-    temperature = torch.ones(())
-
-    def __init__(self, p):
-        self.log_p = torch.tensor(p).log()
-
-    def scores(self, x):
-        return self.log_p
-
-    def log_prob_from(self, score, temperature):
-        return F.log_softmax(score / temperature, dim=1)
-
-    def log_prob(self, x):
-        return self.log_p
-
-
 def test_brier_and_auroc_by_hand():
-    said = Said([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.3, 0.6], [0.5, 0.1, 0.4]])
-    report = report_classifier(said, torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 2, 2]))
+    said = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.3, 0.6], [0.5, 0.1, 0.4]]).log()
+    says_so = Scorer(torch.nn.Identity(), 0, 3)
+    report = report_classifier(says_so, said, torch.tensor([0, 1, 2, 2]))
     assert report.brier == pytest.approx((0.14 + 0.86 + 0.26 + 0.62) / 4)
     # pairs in the right order, one half for a tie: 3 of 3 for class 0, 2.5 of 3 for class 1, 4 of 4 for class 2
     assert report.auroc == pytest.approx((1 + 2.5 / 3 + 1) / 3)
-    assert report_classifier(said, torch.zeros(4, 1, 1, 1), torch.tensor([0, 1, 1, 1])).auroc is None
+    assert report_classifier(says_so, said, torch.tensor([0, 1, 1, 1])).auroc is None
     assert report.nll == pytest.approx(-math.log(0.7 * 0.3 * 0.6 * 0.4) / 4)
     assert report.accuracy == 0.5
 

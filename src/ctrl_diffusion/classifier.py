@@ -28,7 +28,7 @@ Head = Literal["categorical", "ordinal"]
 @dataclass
 class ClassifierReport:
     """Quality on held-out data; nll in nats, ece over 10 bins of confidence, chance_nll that of the best
-    guess without looking, the entropy of the labels.
+    guess without looking at x, the entropy of the labels (given c, for p̂(y | x, c)).
 
     brier is the mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); auroc the mean over classes of the area under the
     curve of one against the rest, None if a class is missing from the data.
@@ -218,28 +218,33 @@ def fit_classifier(
     augment: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[], None] | None = None,
     balanced: bool = False,
-    watch: tuple[Tensor, Tensor] | None = None,
+    watch: tuple[Tensor, ...] | None = None,
+    c: Tensor | None = None,
+    conditions: int = 0,
 ) -> Classifier:
-    """Fit on clean x (n, C, H, W), y (n,); uncalibrated, in eval mode, frozen.
+    """Fit on clean x (n, C, H, W), y (n,) and, for p̂(y | x, c), c (n,); uncalibrated, in eval mode, frozen.
 
     Args:
         x, y: the fitting split.
         classes: K.
-        head, grid, balanced: see `Classifier`.
+        head, grid, balanced, conditions: see `Classifier`.
         depth: of the convolutions; None for as few as bring the short side to about 8 pixels.
         epochs, batch, lr, weight_decay: AdamW under a one-cycle schedule.
         seed: of weights and order; global random state is left alone.
         augment: changes a batch of x in ways that keep y.
         progress: called after each epoch.
-        watch: (x, y) the fit does not see; the weights of the epoch whose NLL there, calibrated, is the least are kept.
-            None keeps the last.
+        watch: (x, y), or (x, y, c), that the fit does not see; the weights of the epoch whose NLL there, calibrated, is
+            the least are kept. None keeps the last.
+        c: class numbers of the prior's condition, 0 … conditions − 1.
     """
     shrink = max(0, round(math.log2(min(x.shape[2:]) / 8)))
     depth = 1 + shrink if depth is None else depth
     halvings = min(max(shrink, 1), depth - 1)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = Classifier(x.shape[1], classes, head, grid, depth, halvings, balanced=balanced).train()
+        classifier = Classifier(
+            x.shape[1], classes, head, grid, depth, halvings, balanced=balanced, conditions=conditions
+        )
         weights = None
         if balanced:
             counts = y.bincount(minlength=classes).clamp(min=1)
@@ -249,9 +254,11 @@ def fit_classifier(
         batches, least = -(-len(x) // batch), math.inf
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * batches)
         for _ in range(epochs):
+            classifier.train()
             for rows in torch.randperm(len(x)).chunk(batches):
                 inputs = x[rows] if augment is None else augment(x[rows])
-                loss = F.nll_loss(classifier.fitted_log_prob(classifier.scores(inputs), 1.0), y[rows], reduction="none")
+                score = classifier.scores(inputs, None if c is None else c[rows])
+                loss = F.nll_loss(classifier.fitted_log_prob(score, 1.0), y[rows], reduction="none")
                 # not the weighted mean: dividing by a batch's own weights would move the balance
                 loss = loss.mean() if weights is None else (weights[y[rows]] * loss).mean()
                 optimizer.zero_grad()
@@ -260,7 +267,6 @@ def fit_classifier(
                 cycle.step()
             if watch and (nll := calibrated_nll(classifier.eval(), *watch)) < least:
                 least, best = nll, {name: value.clone() for name, value in classifier.state_dict().items()}
-            classifier.train()
             if progress:
                 progress()
     if watch:
@@ -270,13 +276,13 @@ def fit_classifier(
 
 
 @torch.no_grad()
-def calibrate(classifier: Scorer, x: Tensor, y: Tensor, spread: float = 0.5) -> Scorer:
-    """Set the temperature from (x, y), n examples the fit has not seen.
+def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None, spread: float = 0.5) -> Scorer:
+    """Set the temperature from (x, y) or (x, y, c), n examples the fit has not seen.
 
     Minimises n · NLL + ½ (log T/spread)². A few dozen examples that happen to be all right would alone send T to 0, and
     a reward that steep is a promise nobody checked; the prior on log T keeps it near the fit's own scale.
     """
-    score = classifier.scores(x)
+    score = classifier.scores(x, c)
 
     def objective(log_temperature: float) -> float:
         log_prob = classifier.log_prob_from(score, math.exp(log_temperature))
@@ -288,9 +294,9 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, spread: float = 0.5) -> 
 
 
 @torch.no_grad()
-def calibrated_nll(classifier: Scorer, x: Tensor, y: Tensor) -> float:
+def calibrated_nll(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> float:
     """NLL in nats on (x, y) at the temperature that suits these: scale alone must not decide between two fits."""
-    return float(F.nll_loss(calibrate(classifier, x, y).log_prob(x), y))
+    return float(F.nll_loss(calibrate(classifier, x, y, c).log_prob(x, c), y))
 
 
 class Estimator:
@@ -322,11 +328,18 @@ class Estimator:
         return (p / p.sum(1, keepdim=True)).log().to(x)
 
 
+def guess_nll(y: Tensor, classes: int) -> float:
+    """NLL in nats of the best guess of y (n,) without looking: the entropy, less the bias of few (Miller 1955)."""
+    counts = y.bincount(minlength=classes)
+    entropy = torch.distributions.Categorical(probs=counts / len(y)).entropy()
+    return float(entropy) + (int((counts > 0).sum()) - 1) / (2 * len(y))
+
+
 @torch.no_grad()
-def report_classifier(classifier: Scorer, x: Tensor, y: Tensor) -> ClassifierReport:
-    """Measure on (x, y), a split neither fit nor calibration has seen."""
-    log_prob = classifier.log_prob(x)
-    raw = classifier.log_prob_from(classifier.scores(x), 1.0)
+def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> ClassifierReport:
+    """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
+    score = classifier.scores(x, c)
+    log_prob, raw = (classifier.log_prob_from(score, t) for t in (classifier.temperature, 1.0))
     p, classes = log_prob.exp(), log_prob.shape[1]
     counts = y.bincount(minlength=classes)
     return ClassifierReport(
@@ -334,7 +347,9 @@ def report_classifier(classifier: Scorer, x: Tensor, y: Tensor) -> ClassifierRep
         nll=float(F.nll_loss(log_prob, y)),
         ece=float(multiclass_calibration_error(p, y, num_classes=classes, n_bins=10)),
         temperature=float(classifier.temperature),
-        chance_nll=float(torch.distributions.Categorical(probs=counts / len(y)).entropy()),
+        chance_nll=float(torch.distributions.Categorical(probs=counts / len(y)).entropy())
+        if c is None
+        else sum(guess_nll(y[c == group], classes) * float((c == group).float().mean()) for group in c.unique()),
         nll_stderr=float(F.nll_loss(log_prob, y, reduction="none").std() / len(y) ** 0.5),
         nll_uncalibrated=float(F.nll_loss(raw, y)),
         brier=float((p - F.one_hot(y, classes)).square().sum(1).mean()),

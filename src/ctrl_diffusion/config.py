@@ -27,6 +27,7 @@ class ClassifierSettings(Strict):
     Args:
         balanced: fit with every class weighing the same; p̂ stays the posterior under the data's own frequencies.
         early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
+        conditional: p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
     """
 
     head: Literal["auto", "categorical", "ordinal"] = "auto"
@@ -36,6 +37,7 @@ class ClassifierSettings(Strict):
     updates: int = Field(1500, ge=1)
     balanced: bool = False
     early_stopping: bool = False
+    conditional: bool = False
 
 
 class LearnerSettings(Strict):

@@ -43,9 +43,10 @@ class Judge:
         """Whether each x (n, C, H, W) is read as its condition (n,): (n,) of 0 and 1."""
         return None if self.reader is None else (self.reader.log_prob(x).argmax(1) == group).to(x)
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The class of y (n,) of each x that counts, and the one the second classifier sees."""
-        seen = None if self.second is None else self.second.log_prob(x).argmax(1)
+    def measure(self, x: Tensor, group: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The class of y (n,) of each x of a condition (n,) that counts, and the one the second classifier sees."""
+        given = (group,) if self.second is not None and self.second.conditional else ()
+        seen = None if self.second is None else self.second.log_prob(x, *given).argmax(1)
         return seen if self.ruler is None else self.ruler(x), seen
 
 
@@ -160,11 +161,12 @@ def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
     def one_hot(y: Tensor) -> Tensor:
         return F.one_hot(y, classes).to(w).view(groups, members, classes)
 
-    measured, seen = judge.measure(x_0)
+    group = torch.arange(groups).repeat_interleave(members)
+    measured, seen = judge.measure(x_0, group)
     came = one_hot(measured)
     confusion = torch.einsum("gmk,gmj->gkj", w, came)
     accuracy = confusion.diagonal(dim1=1, dim2=2)[:, None]  # (G, 1, K)
-    adheres = judge.adheres(x_0, torch.arange(groups).repeat_interleave(members))
+    adheres = judge.adheres(x_0, group)
     diversity = weighted_diversity(judge.features(x_0).view(groups, members, -1), w)
     return Score(
         accuracy=float(accuracy.mean()),
@@ -180,10 +182,11 @@ def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
 def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
     """The score of samples x_0 (P · n, *), n for each pair (c, y) in turn."""
     pair = conditions.all(len(x_0) // conditions.pairs)
-    y, (measured, seen) = pair % conditions.classes, judge.measure(x_0)
+    y, group = pair % conditions.classes, conditions.group_of(pair)
+    measured, seen = judge.measure(x_0, group)
     features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
-    right, adheres = (measured == y).float(), judge.adheres(x_0, conditions.group_of(pair))
+    right, adheres = (measured == y).float(), judge.adheres(x_0, group)
     return Score(
         accuracy=float(right.mean()),
         accuracy_stderr=float(right.std() / len(right) ** 0.5),

@@ -153,7 +153,7 @@ def prepare(given: dict[str, Any]) -> Job:
     for name in ("prior", "data", "control"):
         if not given.get(name):
             raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
-    Config.of(given)  # mistakes in the settings come before mistakes in the files
+    of_c = Config.of(given).classifier.conditional  # mistakes in the settings come before mistakes in the files
     given = {**given, **{k: str(Path(given[k]).resolve()) for k in PATHS if given.get(k) and given[k] != EMBEDDED}}
     control, condition, handed = (given.get(name) for name in ("control", "condition", "classifier_from"))
     prior, judges, pages = open_prior(given["prior"], given.get("unconditional", False)), None, {}
@@ -171,7 +171,9 @@ def prepare(given: dict[str, Any]) -> Job:
         data.check_classes(control)
     judge_data = None
     if given.get("judge_data") and not judges:
-        judge_data = read_data(Path(given["judge_data"]), control, None, prior, data.values[control])
+        column = condition if of_c else None
+        judge_data = read_data(Path(given["judge_data"]), control, column, prior, data.values[control])
+        judge_data = only(judge_data, condition, classes) if column else judge_data
         judge_data.check_classes(control)
     if given.get("ruler") and data.values[control] != demo.VALUES[demo.CONTROL[0]]:
         raise ValueError(f"ruler: {given['ruler']} measures {demo.CONTROL[0]}, not {control!r}. Leave the ruler out.")
@@ -218,6 +220,8 @@ def check_judges(judges: Judges, folder: str, data: LabelledImages, condition: s
     """Refuse a classifier that lacks its judge, or reads other classes; a reader nobody asked for is left aside."""
     if judges.judge is None and not ruler:
         raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
+    if condition is None and judges.classifier.conditional:
+        raise ValueError(f"the classifier in {folder} is p̂(y | x, c). Name the column of c with --condition.")
     if condition is None:
         judges.reader = judges.reader_accuracy = None
     elif (judges.condition, judges.condition_values) != (condition, data.values[condition]):

@@ -23,7 +23,7 @@ from .evaluate import Evaluation, Judge, score_samples, score_target
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
-from .reward import Reward, prior_table
+from .reward import Among, Reward, prior_table
 from .rollout import Times
 from .sample import exact_samples, paths, stream
 
@@ -65,7 +65,12 @@ class Run:
     @property
     def reward(self) -> Reward:
         """γ log p̂."""
-        return Reward({self.name: self.judges.classifier}, self.config.gamma)
+        return self.reward_at(self.config.gamma)
+
+    def reward_at(self, gamma: float) -> Reward:
+        """The reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
+        p = self.judges.classifier
+        return Reward({self.name: Among(p, self.config.classes) if p.conditional else p}, gamma)
 
     @property
     def judge(self) -> Judge:
@@ -177,7 +182,7 @@ class Run:
     def spend(self, budget: float, phase: Phase = silent) -> float:
         """Lower γ until the target lies within `budget` nats of the prior; returns it."""
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for γ", phase)
-        table = prior_table(Reward({self.name: self.judges.classifier}), self.conditions, x_prior)
+        table = prior_table(self.reward_at(1.0), self.conditions, x_prior)
         self.config.gamma = float(f"{gamma_within(table, budget, self.config.gamma):.4g}")
         return self.config.gamma
 
