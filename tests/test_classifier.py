@@ -8,6 +8,7 @@ from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import (
     AUGMENTATIONS,
     Classifier,
+    Scorer,
     any_side_up,
     calibrate,
     fit_classifier,
@@ -88,6 +89,62 @@ def test_report_against_hand_computation(fitted, parts):
         if cell.any():
             ece += float(cell.float().mean() * (confidence[cell].mean() - right[cell].mean()).abs())
     assert report.ece == pytest.approx(ece, abs=1e-5)
+
+
+def test_brier_and_auroc_by_hand():
+    said = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.3, 0.6], [0.5, 0.1, 0.4]]).log()
+    says_so = Scorer(torch.nn.Identity(), 0, 3)
+    report = report_classifier(says_so, said, torch.tensor([0, 1, 2, 2]))
+    assert report.brier == pytest.approx((0.14 + 0.86 + 0.26 + 0.62) / 4)
+    # pairs in the right order, one half for a tie: 3 of 3 for class 0, 2.5 of 3 for class 1, 4 of 4 for class 2
+    assert report.auroc == pytest.approx((1 + 2.5 / 3 + 1) / 3)
+    assert report_classifier(says_so, said, torch.tensor([0, 1, 1, 1])).auroc is None
+    assert report.nll == pytest.approx(-math.log(0.7 * 0.3 * 0.6 * 0.4) / 4)
+    assert report.accuracy == 0.5
+
+
+def two_levels(n, rare, seed):
+    """Images of noise about −½ or ½, the brighter ones a share `rare`; and the exact posterior's log-odds."""
+    generator = torch.Generator().manual_seed(seed)
+    y = (torch.rand(n, generator=generator) < rare).long()
+    x = (y - 0.5)[:, None, None, None] + 2 * torch.randn(n, 1, 4, 4, generator=generator)
+    # 16 pixels of variance 4 whose means differ by 1: the log-likelihood ratio is Σx / 4
+    return x, y, x.flatten(1).sum(1) / 4 + math.log(rare / (1 - rare))
+
+
+@pytest.mark.parametrize("head", ["categorical", "ordinal"])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_balanced_fit_is_the_posterior_under_the_datas_own_frequencies(head, balanced):
+    """Weights change the prior over classes; without the correction every rare class would be said to be common."""
+    (x, y, _), (x_c, y_c, _), (x_t, y_t, exact) = (two_levels(n, 0.08, i) for i, n in enumerate((1500, 500, 4000)))
+    fitted = fit_classifier(x, y, 2, head, epochs=12, lr=3e-3, balanced=balanced)
+    report = report_classifier(calibrate(fitted, x_c, y_c), x_t, y_t)
+    best = float(F.nll_loss(torch.stack([F.logsigmoid(-exact), F.logsigmoid(exact)], 1), y_t))
+    said = fitted.log_prob(x_t)[:, 1].exp()
+    assert report.nll < best + 0.03
+    assert report.ece < 0.03
+    assert float((said - exact.sigmoid()).mean()) == pytest.approx(0, abs=0.02)
+    if balanced:
+        uncorrected = fitted.fitted_log_prob(fitted.scores(x_t), fitted.temperature)
+        assert float(uncorrected[:, 1].exp().mean()) > 0.2
+
+
+def test_even_classes_need_no_balance():
+    """With weights of 1 and even frequencies a balanced fit is the fit it was."""
+    x, y = torch.randn(24, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
+    plain, balanced = (fit_classifier(x, y, 3, epochs=3, balanced=b) for b in (False, True))
+    torch.testing.assert_close(balanced.log_prob(x), plain.log_prob(x))
+    assert "log_frequency" not in plain.state_dict()
+
+
+def test_early_stopping_keeps_the_best_epoch():
+    """Labels half of which are noise: the longer the fit, the worse."""
+    (x, y, _), (x_c, y_c, _) = (two_levels(n, 0.5, i) for i, n in enumerate((60, 400)))
+    options = {"depth": 2, "epochs": 60, "seed": 0}
+    last, best = (fit_classifier(x, y, 2, **options, watch=watch) for watch in (None, (x_c, y_c)))
+    assert float(best.temperature) == 1.0
+    last, best = (float(F.nll_loss(calibrate(p, x_c, y_c).log_prob(x_c), y_c)) for p in (last, best))
+    assert best < last - 0.02
 
 
 def test_save_and_load(fitted, parts, tmp_path):

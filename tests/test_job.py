@@ -14,6 +14,7 @@ from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.job import PAGES, Best, classifier_job, conditions_of, prepare
 from ctrl_diffusion.judges import fit_judges
 from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.run import Run
 from ctrl_diffusion.schedule import Cosine
 
 
@@ -119,6 +120,27 @@ def test_a_classifier_that_is_handed_over(data, fitted):
     assert job.materials[0].pages == dict.fromkeys(PAGES, b"page")
     # a reader nobody asked for judges nothing
     assert prepare(given(data, classifier_from=str(fitted["whole"]))).materials[0].judges.reader is None
+
+
+def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_path):
+    fast = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 300, "conditional": True}
+    job = prepare(given(data, condition="digit", classes=[7, 3], judge_data=str(data), classifier=fast))
+    one = job.materials[0]
+    assert one.judge_data.values["digit"] == ("7", "3")
+    judges, _ = fit_judges(
+        one.data, "ink", "digit", settings=job.config.controls[0].classifier, judge_data=one.judge_data
+    )
+    run = Run.start(job.config, job.prior, {"ink": judges})
+    labels, cond = run.conditions.of(run.conditions.all(1))
+    x = one.data.x[:8]
+    rows = torch.arange(2).repeat_interleave(4)
+    torch.testing.assert_close(run.reward.table("ink", x, cond), run.config.gamma * judges.classifier.log_prob(x, rows))
+    assert run.judge.measure(x, rows)[0]["ink"].shape == labels["ink"].shape
+    judges.save(tmp_path)
+    for page in PAGES:
+        (tmp_path / page).write_bytes(b"page")
+    with pytest.raises(ValueError, match=r"is p̂\(y \| x, c\). Name the column"):
+        prepare(given(data, classifier_from=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

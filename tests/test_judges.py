@@ -1,10 +1,15 @@
+import math
+
 import pytest
 import torch
 
 from ctrl_diffusion import demo
+from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.data import LabelledImages
+from ctrl_diffusion.evaluate import Judge, score_samples
 from ctrl_diffusion.judges import Judges, fit_judges, joined, open_choices
+from ctrl_diffusion.reward import Among, Reward
 
 FAST = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
 
@@ -33,14 +38,14 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
         monkeypatch.setattr(module, name, call)
 
-    for name in ("fit_classifier", "calibrate"):
+    for name in ("fit_classifier", "calibrated_nll"):
         spy(name)
     ((data, others),) = demo.labelled_digits("ink", 0)
     both = tagged(joined(data, others))
     data, others = both[range(500)], both[range(500, len(both))]
     _, held_out = fit_judges(data, "ink", settings=FAST, judge_data=others if elsewhere else None)
     reward, judge = seen["fit_classifier"]
-    parts = [reward, seen["calibrate"][0], {round((float(v) + 1) * 1e6) for v in held_out.x[:, 0, 0, 0]}, judge]
+    parts = [reward, seen["calibrated_nll"][0], {round((float(v) + 1) * 1e6) for v in held_out.x[:, 0, 0, 0]}, judge]
     assert [len(part) for part in parts] == sizes
     assert len(set.union(*parts)) == sum(sizes)
 
@@ -77,3 +82,57 @@ def test_what_is_left_open_is_tried():
     assert len(open_choices(everything, ("1", "2", "3"))) == 6
     assert {head for head, _ in open_choices(everything, ("1", "2"))} == {"categorical"}
     assert open_choices(FAST, ("1", "2", "3")) == [("ordinal", (1, 1))]
+
+
+def flipped(n, seed):
+    """Noisy images, brighter on one side; y is that side for c = 0 and the other one for c = 1."""
+    generator = torch.Generator().manual_seed(seed)
+    c, side = torch.randint(2, (2, n), generator=generator)
+    x = 0.2 * torch.randn(n, 1, 8, 8, generator=generator)
+    x[..., :4] += torch.where(side == 0, 0.4, -0.4)[:, None, None, None]
+    return LabelledImages(x, {"y": side ^ c, "c": c}, {"y": ("a", "b"), "c": ("0", "1")})
+
+
+CONDITIONAL = ClassifierSettings(head="categorical", grid=4, depth=1, augment="none", updates=400, conditional=True)
+
+
+def test_what_turns_round_with_c_is_learned_given_c(tmp_path):
+    """The images do not show c: without it y is a coin."""
+    data = flipped(400, 0)
+    with pytest.raises(ValueError, match="not clearly better than chance"):
+        fit_judges(data, "y", "c", settings=CONDITIONAL.model_copy(update={"conditional": False}))
+    judges, held_out = fit_judges(data, "y", "c", settings=CONDITIONAL)
+    assert judges.quality.accuracy > 0.95
+    assert judges.judge_accuracy > 0.95
+    assert judges.quality.chance_nll == pytest.approx(math.log(2), abs=0.05)
+    judges.save(tmp_path)
+    again = Judges.load(tmp_path)
+    assert torch.equal(again.log_prob(held_out), judges.log_prob(held_out))
+    # the reward hands it c, also where the prior numbers its classes otherwise
+    x, y, c = held_out.x, held_out.labels["y"], held_out.labels["c"]
+    reward = Reward({"y": again.classifier})
+    assert float((reward.table("y", x, {"c": c}).argmax(1) == y).float().mean()) > 0.95
+    assert float((reward.table("y", x, {"c": 1 - c}).argmax(1) == y).float().mean()) < 0.05
+    renumbered = Reward({"y": Among(again.classifier, [3, 7])})
+    torch.testing.assert_close(renumbered(x, {"y": y}, {"c": 3 + 4 * c}), reward(x, {"y": y}, {"c": c}))
+    with pytest.raises(ValueError, match=r"knows c in \[3, 7\], got \[0, 1\]"):
+        renumbered(x, {"y": y}, {"c": c})
+    with pytest.raises(ValueError, match="give c"):
+        reward(x, {"y": y})
+    with pytest.raises(ValueError, match=r"c must lie in 0 … 1, got \[0, 5\]"):
+        again.classifier.log_prob(x[:2], torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="leave c out"):
+        again.reader.log_prob(x, c)
+    # so does whoever scores samples: two for each (c, y) in turn
+    rows = torch.cat([((y == k) & (c == g)).nonzero()[:2, 0] for g in (0, 1) for k in (0, 1)])
+    score = score_samples(x[rows], Conditions({"c": torch.arange(2)}, {"y": 2}), Judge({}, seconds={"y": again.judge}))
+    assert score.accuracy == score.judge_accuracy > 0.8
+
+
+def test_a_conditional_classifier_needs_its_condition():
+    with pytest.raises(ValueError, match="needs the column of c"):
+        fit_judges(flipped(100, 0), "y", settings=CONDITIONAL)
+    data = flipped(100, 0)
+    data.labels["c"] = (torch.arange(100) < 3).long()
+    with pytest.raises(ValueError, match="c = '1' has 3 example"):
+        fit_judges(data, "y", "c", settings=CONDITIONAL)

@@ -1,6 +1,11 @@
+from dataclasses import replace
+
 import torch
 
-from ctrl_diffusion.report import write_exact_report
+from ctrl_diffusion import demo
+from ctrl_diffusion.config import ClassifierSettings
+from ctrl_diffusion.judges import fit_judges
+from ctrl_diffusion.report import write_classifier_report, write_exact_report
 from ctrl_diffusion.testbed import GROWING, Picture
 
 
@@ -25,3 +30,17 @@ def test_the_page_of_the_races_shows_how_the_gap_grows(tmp_path):
         page = (folder / "report.html").read_text()
         assert page.count("data:image/png;base64,") == 2 + (name == "grown")
         assert ("Beyond two dimensions" in page) == (name == "grown")
+
+
+def test_the_page_of_a_classifier_shows_its_figures(tmp_path):
+    settings = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
+    judges, held_out = fit_judges(demo.labelled_digits("ink", 0)[0][0], "ink", settings=settings)
+    judges.quality = replace(judges.quality, brier=0.1234, auroc=0.9876)
+    write_classifier_report(tmp_path, judges, held_out)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    for shown in ("0.123", "0.988", "Brier", "AUROC"):
+        assert shown in page
+    judges.quality = replace(judges.quality, auroc=None)
+    write_classifier_report(tmp_path, judges, held_out)
+    assert "a class is missing" in (tmp_path / "report.html").read_text()

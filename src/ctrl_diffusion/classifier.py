@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
 from .files import write_json, writing
 
@@ -28,7 +28,11 @@ Head = Literal["categorical", "ordinal"]
 @dataclass
 class ClassifierReport:
     """Quality on held-out data; nll in nats, ece over 10 bins of confidence, chance_nll that of the best
-    guess without looking, the entropy of the labels."""
+    guess without looking at x, the entropy of the labels (given c, for p̂(y | x, c)).
+
+    brier is the mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); auroc the mean over classes of the area under the
+    curve of one against the rest, None if a class is missing from the data.
+    """
 
     accuracy: float
     nll: float
@@ -37,15 +41,99 @@ class ClassifierReport:
     chance_nll: float
     nll_stderr: float
     nll_uncalibrated: float
+    brier: float
+    auroc: float | None
 
 
-class Classifier(nn.Module):
-    """p̂(y | x).
+class Scorer(nn.Module):
+    """log p̂(y | x), or log p̂(y | x, c), from the features of a trunk: the head, the temperature, the frequencies.
+
+    Args:
+        trunk: x (B, *) → features (B, F).
+        width: F; 0 if the trunk gives the logits (B, K) themselves.
+        classes: K.
+        head: "categorical" or "ordinal" (classes in order).
+        balanced: whether the fit weighs every class as if it were as frequent as the others. What the network then
+            knows is the posterior under even classes; the log frequencies of the labels are added to it, after the
+            temperature, so that p̂ is the posterior under the labels' own frequencies, balanced or not.
+        conditions: number of classes of c, 0 for p̂(y | x). c scales and shifts the features (FiLM, Perez et al. 2018):
+            an embedding that is only added moves the logits alike for every x and could not turn y's meaning round.
+    """
+
+    at_once = 1024  # x; thousands of images at once would not fit
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        width: int,
+        classes: int,
+        head: Head = "categorical",
+        balanced: bool = False,
+        conditions: int = 0,
+    ) -> None:
+        super().__init__()
+        self.head, self.balanced, self.conditional = head, balanced, conditions > 0
+        self.trunk = trunk
+        self.score = nn.Linear(width, classes if head == "categorical" else 1) if width else nn.Identity()
+        if conditions:
+            self.film = nn.Embedding.from_pretrained(torch.zeros(conditions, 2 * width), freeze=False)
+        if head == "ordinal":
+            self.first_cut = nn.Parameter(torch.tensor(-1.0))
+            self.log_gaps = nn.Parameter(torch.zeros(classes - 2))
+        if balanced:
+            self.register_buffer("log_frequency", torch.zeros(classes))
+        self.register_buffer("temperature", torch.ones(()))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features (B, F) of x (B, C, H, W) in [−1, 1], which need not be in memory before its rows are asked for."""
+        few = self.at_once
+        parts = x.split(few) if isinstance(x, Tensor) else (x[rows] for rows in torch.arange(len(x)).split(few))
+        return torch.cat([self.trunk(part) for part in parts])
+
+    def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """Raw scores of x: (B, K), or (B, 1) of an ordinal head.
+
+        Raises:
+            ValueError: c is missing, not wanted or unknown.
+        """
+        features = self.features(x)
+        if (c is not None) != self.conditional:
+            raise ValueError("this is p̂(y | x, c): give c." if self.conditional else "this is p̂(y | x): leave c out.")
+        if self.conditional:
+            if not 0 <= c.min() <= c.max() < self.film.num_embeddings:
+                raise ValueError(f"c must lie in 0 … {self.film.num_embeddings - 1}, got {c.unique().tolist()}.")
+            scale, shift = self.film(c).chunk(2, dim=1)
+            features = features * (1 + scale) + shift
+        return self.score(features)
+
+    def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """log p̂(y | x) or log p̂(y | x, c) in nats (B, K), c (B,) class numbers; raises as `scores` does."""
+        return self.log_prob_from(self.scores(x, c), self.temperature)
+
+    def log_prob_from(self, score: Tensor, temperature: Tensor | float) -> Tensor:
+        """log p̂ (B, K) from raw scores (B, K) or (B, 1) at a temperature."""
+        fitted = self.fitted_log_prob(score, temperature)
+        return F.log_softmax(fitted + self.log_frequency, dim=1) if self.balanced else fitted
+
+    def fitted_log_prob(self, score: Tensor, temperature: Tensor | float) -> Tensor:
+        """What is fitted (B, K): log p̂, or if balanced, what it would be were the classes equally frequent."""
+        if self.head == "categorical":
+            return F.log_softmax(score / temperature, dim=1)
+        cuts = torch.cat([self.first_cut[None], self.first_cut + self.log_gaps.exp().cumsum(0)])
+        above = (score - cuts) / temperature  # logits of y > k
+        # log(σ(a) − σ(b)) for a > b, as log σ(a) + log σ(−b) + log(1 − e^(b − a)): exact far in the tails
+        tops, bottoms = F.logsigmoid(above), F.logsigmoid(-above)
+        gaps = torch.log(-torch.expm1(above[:, 1:] - above[:, :-1]))
+        between = tops[:, :-1] + bottoms[:, 1:] + gaps
+        return torch.cat([bottoms[:, :1], between, tops[:, -1:]], dim=1)
+
+
+class Classifier(Scorer):
+    """p̂(y | x) by a small convolutional network.
 
     Args:
         channels: of x.
-        classes: K.
-        head: "categorical" or "ordinal" (classes in order).
+        classes, head, balanced, conditions: see `Scorer`.
         grid: cells a side of the average pooling: 1 for textures and amounts, 4 for shapes.
         depth: convolutions of 3 × 3; more than one are normalised by groups.
         halvings: how many of them, from the second on, have stride 2.
@@ -61,52 +149,21 @@ class Classifier(nn.Module):
         depth: int = 1,
         halvings: int = 0,
         width: int = 32,
+        balanced: bool = False,
+        conditions: int = 0,
     ) -> None:
-        super().__init__()
-        self.shape = {
-            "channels": channels, "classes": classes, "head": head,
-            "grid": grid, "depth": depth, "halvings": halvings, "width": width,
-        }  # fmt: skip
-        self.head = head
         layers: list[nn.Module] = []
         for i in range(depth):
             layers.append(
                 nn.Conv2d(width if i else channels, width, 3, padding=1, stride=2 if 1 <= i <= halvings else 1)
             )
             layers += [nn.GroupNorm(8, width), nn.SiLU()] if depth > 1 else [nn.SiLU()]
-        self.trunk = nn.Sequential(
-            *layers,
-            nn.AdaptiveAvgPool2d(grid),
-            nn.Flatten(),
-            nn.Linear(grid * grid * width, 2 * width),
-            nn.SiLU(),
-        )
-        self.score = nn.Linear(2 * width, classes if head == "categorical" else 1)
-        if head == "ordinal":
-            self.first_cut = nn.Parameter(torch.tensor(-1.0))
-            self.log_gaps = nn.Parameter(torch.zeros(classes - 2))
-        self.register_buffer("temperature", torch.ones(()))
-
-    def features(self, x: Tensor) -> Tensor:
-        """Features (B, 2 width) of x (B, C, H, W) in [−1, 1]."""
-        # in parts: thousands of images at once would not fit
-        return torch.cat([self.trunk(part) for part in x.split(1024)])
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p̂(y | x) in nats: (B, K)."""
-        return self.log_prob_from(self.score(self.features(x)), self.temperature)
-
-    def log_prob_from(self, score: Tensor, temperature: Tensor | float) -> Tensor:
-        """log p̂ (B, K) from raw scores (B, K) or (B, 1) at a temperature."""
-        if self.head == "categorical":
-            return F.log_softmax(score / temperature, dim=1)
-        cuts = torch.cat([self.first_cut[None], self.first_cut + self.log_gaps.exp().cumsum(0)])
-        above = (score - cuts) / temperature  # logits of y > k
-        # log(σ(a) − σ(b)) for a > b, as log σ(a) + log σ(−b) + log(1 − e^(b − a)): exact far in the tails
-        tops, bottoms = F.logsigmoid(above), F.logsigmoid(-above)
-        gaps = torch.log(-torch.expm1(above[:, 1:] - above[:, :-1]))
-        between = tops[:, :-1] + bottoms[:, 1:] + gaps
-        return torch.cat([bottoms[:, :1], between, tops[:, -1:]], dim=1)
+        pooled = [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Linear(grid * grid * width, 2 * width), nn.SiLU()]
+        super().__init__(nn.Sequential(*layers, *pooled), 2 * width, classes, head, balanced, conditions)
+        self.shape = {
+            "channels": channels, "classes": classes, "head": head, "grid": grid, "depth": depth, "halvings": halvings,
+            "width": width, "balanced": balanced, "conditions": conditions,
+        }  # fmt: skip
 
     def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
         """Write `classifier.safetensors` and `classifier.json` (its shape, and what else is to be known about it)."""
@@ -165,49 +222,72 @@ def fit_classifier(
     seed: int = 0,
     augment: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[], None] | None = None,
+    balanced: bool = False,
+    watch: tuple[Tensor, ...] | None = None,
+    c: Tensor | None = None,
+    conditions: int = 0,
 ) -> Classifier:
-    """Fit on clean x (n, C, H, W), y (n,); uncalibrated, in eval mode, frozen.
+    """Fit on clean x (n, C, H, W), y (n,) and, for p̂(y | x, c), c (n,); uncalibrated, in eval mode, frozen.
 
     Args:
         x, y: the fitting split.
         classes: K.
-        head, grid: see `Classifier`.
+        head, grid, balanced, conditions: see `Classifier`.
         depth: of the convolutions; None for as few as bring the short side to about 8 pixels.
         epochs, batch, lr, weight_decay: AdamW under a one-cycle schedule.
         seed: of weights and order; global random state is left alone.
         augment: changes a batch of x in ways that keep y.
         progress: called after each epoch.
+        watch: (x, y), or (x, y, c), that the fit does not see; the weights of the epoch whose NLL there, calibrated, is
+            the least are kept. None keeps the last.
+        c: class numbers of the prior's condition, 0 … conditions − 1.
     """
     shrink = max(0, round(math.log2(min(x.shape[2:]) / 8)))
     depth = 1 + shrink if depth is None else depth
     halvings = min(max(shrink, 1), depth - 1)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = Classifier(x.shape[1], classes, head, grid, depth, halvings).train()
+        classifier = Classifier(
+            x.shape[1], classes, head, grid, depth, halvings, balanced=balanced, conditions=conditions
+        )
+        weights = None
+        if balanced:
+            counts = y.bincount(minlength=classes).clamp(min=1)
+            weights = len(y) / (classes * counts)
+            classifier.log_frequency.copy_((counts / counts.sum()).log())
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=weight_decay)
-        batches = -(-len(x) // batch)
+        batches, least = -(-len(x) // batch), math.inf
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * batches)
         for _ in range(epochs):
+            classifier.train()
             for rows in torch.randperm(len(x)).chunk(batches):
                 inputs = x[rows] if augment is None else augment(x[rows])
-                loss = F.nll_loss(classifier.log_prob(inputs), y[rows])
+                score = classifier.scores(inputs, None if c is None else c[rows])
+                loss = F.nll_loss(classifier.fitted_log_prob(score, 1.0), y[rows], reduction="none")
+                # not the weighted mean: dividing by a batch's own weights would move the balance
+                loss = loss.mean() if weights is None else (weights[y[rows]] * loss).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 cycle.step()
+            if watch and (nll := calibrated_nll(classifier.eval(), *watch)) < least:
+                least, best = nll, {name: value.clone() for name, value in classifier.state_dict().items()}
             if progress:
                 progress()
+    if watch:
+        classifier.load_state_dict(best)
+        classifier.temperature.fill_(1.0)
     return classifier.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def calibrate(classifier: Classifier, x: Tensor, y: Tensor, spread: float = 0.5) -> Classifier:
-    """Set the temperature from (x, y), n examples the fit has not seen.
+def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None, spread: float = 0.5) -> Scorer:
+    """Set the temperature from (x, y) or (x, y, c), n examples the fit has not seen.
 
     Minimises n · NLL + ½ (log T/spread)². A few dozen examples that happen to be all right would alone send T to 0, and
     a reward that steep is a promise nobody checked; the prior on log T keeps it near the fit's own scale.
     """
-    score = classifier.score(classifier.features(x))
+    score = classifier.scores(x, c)
 
     def objective(log_temperature: float) -> float:
         log_prob = classifier.log_prob_from(score, math.exp(log_temperature))
@@ -216,6 +296,12 @@ def calibrate(classifier: Classifier, x: Tensor, y: Tensor, spread: float = 0.5)
     best = minimize_scalar(objective, bounds=(-3.0, 3.0), method="bounded")
     classifier.temperature.fill_(math.exp(best.x))
     return classifier
+
+
+@torch.no_grad()
+def calibrated_nll(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> float:
+    """NLL in nats on (x, y) at the temperature that suits these: scale alone must not decide between two fits."""
+    return float(F.nll_loss(calibrate(classifier, x, y, c).log_prob(x, c), y))
 
 
 class Estimator:
@@ -247,18 +333,30 @@ class Estimator:
         return (p / p.sum(1, keepdim=True)).log().to(x)
 
 
+def guess_nll(y: Tensor, classes: int) -> float:
+    """NLL in nats of the best guess of y (n,) without looking: the entropy, less the bias of few (Miller 1955)."""
+    counts = y.bincount(minlength=classes)
+    entropy = torch.distributions.Categorical(probs=counts / len(y)).entropy()
+    return float(entropy) + (int((counts > 0).sum()) - 1) / (2 * len(y))
+
+
 @torch.no_grad()
-def report_classifier(classifier: Classifier, x: Tensor, y: Tensor) -> ClassifierReport:
-    """Measure on (x, y), a split neither fit nor calibration has seen."""
-    log_prob = classifier.log_prob(x)
-    raw = classifier.log_prob_from(classifier.score(classifier.features(x)), 1.0)
-    classes = log_prob.shape[1]
+def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> ClassifierReport:
+    """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
+    score = classifier.scores(x, c)
+    log_prob, raw = (classifier.log_prob_from(score, t) for t in (classifier.temperature, 1.0))
+    p, classes = log_prob.exp(), log_prob.shape[1]
+    counts = y.bincount(minlength=classes)
     return ClassifierReport(
         accuracy=float((log_prob.argmax(1) == y).float().mean()),
         nll=float(F.nll_loss(log_prob, y)),
-        ece=float(multiclass_calibration_error(log_prob.exp(), y, num_classes=classes, n_bins=10)),
+        ece=float(multiclass_calibration_error(p, y, num_classes=classes, n_bins=10)),
         temperature=float(classifier.temperature),
-        chance_nll=float(torch.distributions.Categorical(probs=y.bincount(minlength=classes) / len(y)).entropy()),
+        chance_nll=float(torch.distributions.Categorical(probs=counts / len(y)).entropy())
+        if c is None
+        else sum(guess_nll(y[c == group], classes) * float((c == group).float().mean()) for group in c.unique()),
         nll_stderr=float(F.nll_loss(log_prob, y, reduction="none").std() / len(y) ** 0.5),
         nll_uncalibrated=float(F.nll_loss(raw, y)),
+        brier=float((p - F.one_hot(y, classes)).square().sum(1).mean()),
+        auroc=float(multiclass_auroc(p, y, num_classes=classes)) if 0 < counts.min() < len(y) else None,
     )

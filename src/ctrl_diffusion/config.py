@@ -23,13 +23,22 @@ class Strict(BaseModel):
 
 
 class ClassifierSettings(Strict):
-    """p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen."""
+    """p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen.
+
+    Args:
+        balanced: fit with every class weighing the same; p̂ stays the posterior under the data's own frequencies.
+        early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
+        conditional: p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
+    """
 
     head: Literal["auto", "categorical", "ordinal"] = "auto"
     grid: Literal["auto"] | PositiveInt = "auto"
     depth: Literal["auto"] | PositiveInt = "auto"
     augment: Literal["none", "shift", "any_side_up", "half_turn"] = "shift"
     updates: int = Field(1500, ge=1)
+    balanced: bool = False
+    early_stopping: bool = False
+    conditional: bool = False
 
 
 class LearnerSettings(Strict):

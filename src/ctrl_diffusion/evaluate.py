@@ -46,9 +46,12 @@ class Judge:
         """Whether each x (n, C, H, W) is read as its condition (n,): (n,) of 0 and 1."""
         return None if self.reader is None else (self.reader.log_prob(x).argmax(1) == group).to(x)
 
-    def measure(self, x: Tensor) -> tuple[Labels, Labels]:
-        """The class of every y of each x that counts, and those that the second classifiers see."""
-        seen = {name: second.log_prob(x).argmax(1) for name, second in self.seconds.items()}
+    def measure(self, x: Tensor, group: Tensor) -> tuple[Labels, Labels]:
+        """The class of every y of each x of a condition (n,) that counts, and those the second classifiers see."""
+        seen = {}
+        for name, second in self.seconds.items():
+            given = (group,) if second.conditional else ()
+            seen[name] = second.log_prob(x, *given).argmax(1)
         return {**seen, **{name: ruler(x) for name, ruler in self.rulers.items()}}, seen
 
 
@@ -244,7 +247,8 @@ def score_target(x_0: Tensor, table: Tensor, conditions: Conditions, judge: Judg
     """
     groups, members, classes = table.shape
     w = table.softmax(1)
-    measured, seen = judge.measure(x_0)
+    group = torch.arange(groups).repeat_interleave(members)
+    measured, seen = judge.measure(x_0, group)
 
     def hits(found: Labels) -> dict[str, Tensor]:
         """Whether a sample has what label k asks of each control: (G, M, K) of 0 and 1."""
@@ -258,7 +262,7 @@ def score_target(x_0: Tensor, table: Tensor, conditions: Conditions, judge: Judg
     came = all_of(each)
     accuracy = (w * came).sum(1, keepdim=True)  # (G, 1, K)
     label = F.one_hot(conditions.label_of(measured), classes).to(w).view(groups, members, classes)
-    adheres = judge.adheres(x_0, torch.arange(groups).repeat_interleave(members))
+    adheres = judge.adheres(x_0, group)
     return Score(
         accuracy=float(accuracy.mean()),
         # of a ratio of weighted sums, pair by pair
@@ -276,12 +280,13 @@ def score_target(x_0: Tensor, table: Tensor, conditions: Conditions, judge: Judg
 def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
     """The score of samples x_0 (P · n, *), n for each pair (c, y) in turn."""
     pair = conditions.all(len(x_0) // conditions.pairs)
-    (asked, _), (measured, seen) = conditions.of(pair), judge.measure(x_0)
+    (asked, _), group = conditions.of(pair), conditions.group_of(pair)
+    measured, seen = judge.measure(x_0, group)
     features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
     each = {name: (measured[name] == y).float() for name, y in asked.items()}
     by_judge = {name: (seen[name] == y).float() for name, y in asked.items() if name in seen}
-    right, adheres = all_of(each), judge.adheres(x_0, conditions.group_of(pair))
+    right, adheres = all_of(each), judge.adheres(x_0, group)
     labels = pair % conditions.classes, conditions.label_of(measured)
     return Score(
         accuracy=float(right.mean()),

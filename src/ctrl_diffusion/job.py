@@ -177,7 +177,7 @@ def prepare(given: dict[str, Any]) -> Job:
     classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
     check_classes(prior, classes)
     for one in materials:
-        settle_data(one, prior, classes)
+        keep_classes(one, classes)
     sizes = {m.settings.name: len(m.judges.values if m.judges else m.data.values[m.settings.name]) for m in materials}
     settled = [m.settings.name for m in materials if m.settings.settled_from]
     trained = Conditions({}, sizes, (settled or sizes) if len(sizes) > 1 else ())
@@ -214,8 +214,8 @@ def material(settings: ControlSettings, prior: Prior) -> Material:
         )
     judge_data = None
     if settings.judge_data and not judges:
-        judge_data = read_data(Path(settings.judge_data), settings.name, None, prior, data.values[settings.name])
-        judge_data.check_classes(settings.name)
+        column = settings.condition if settings.classifier.conditional else None
+        judge_data = read_data(Path(settings.judge_data), settings.name, column, prior, data.values[settings.name])
     return Material(settings, data, judges, pages, judge_data)
 
 
@@ -224,11 +224,15 @@ def pages_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in PAGES}
 
 
-def settle_data(one: Material, prior: Prior, classes: list[int] | None) -> None:
+def keep_classes(one: Material, classes: list[int] | None) -> None:
     """Keep the rows of the classes that are trained, and refuse data or judges that do not do for them."""
     settings, name = one.settings, one.settings.name
     if one.data and classes and settings.condition:
         one.data = only(one.data, settings.condition, classes)
+    if one.judge_data:
+        if classes and settings.classifier.conditional:
+            one.judge_data = only(one.judge_data, settings.condition, classes)
+        one.judge_data.check_classes(name)
     if one.data and one.judges:
         check_judges(one.judges, settings.classifier_from, one.data, settings.condition, bool(settings.ruler))
     elif one.data:
@@ -265,6 +269,8 @@ def check_judges(judges: Judges, folder: str, data: LabelledImages, condition: s
     """Refuse a classifier that lacks its judge, or reads other classes; a reader nobody asked for is left aside."""
     if judges.judge is None and not ruler:
         raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
+    if condition is None and judges.classifier.conditional:
+        raise ValueError(f"the classifier in {folder} is p̂(y | x, c). Name the column of c with --condition.")
     if condition is None:
         judges.reader = judges.reader_accuracy = None
     elif (judges.condition, judges.condition_values) != (condition, data.values[condition]):

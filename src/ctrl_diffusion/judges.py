@@ -14,8 +14,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from .classifier import AUGMENTATIONS, Classifier, ClassifierReport, Head, calibrate, fit_classifier, report_classifier
+from .classifier import (
+    AUGMENTATIONS,
+    Classifier,
+    ClassifierReport,
+    Head,
+    calibrated_nll,
+    fit_classifier,
+    report_classifier,
+)
 from .config import ClassifierSettings
 from .data import LabelledImages
 from .progress import Advance, Phase, silent
@@ -40,7 +49,7 @@ class Judges:
         judge_accuracy: on held-out data.
         reader: a classifier of c; None if the data have no condition.
         reader_accuracy: on held-out data.
-        condition: the column the reader was fitted on.
+        condition: the column of c, which the reader was fitted on and p̂(y | x, c) is given.
         condition_values: the names of its classes, in order.
     """
 
@@ -55,6 +64,12 @@ class Judges:
     reader_accuracy: float | None = None
     condition: str | None = None
     condition_values: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def log_prob(self, data: LabelledImages) -> Tensor:
+        """log p̂ of labelled images, of y given what they say of c: (n, K)."""
+        x, _, *c = examples(data, self.control, self.condition if self.classifier.conditional else None)
+        return self.classifier.log_prob(x, *c)
 
     def metrics(self) -> dict[str, Any]:
         """Figures by the names metrics.json uses."""
@@ -104,21 +119,26 @@ def are_numbers(values: tuple[str, ...]) -> bool:
         return False
 
 
+def examples(data: LabelledImages, column: str, condition: str | None) -> tuple[Tensor, ...]:
+    """x, the labels of a column and, where it depends on a condition, c: what is fitted, calibrated, reported."""
+    return data.x, data.labels[column], *([data.labels[condition]] if condition else [])
+
+
 def fit_calibrated(
     fitting: LabelledImages,
     calibration: LabelledImages,
     column: str,
+    condition: str | None,
     settings: ClassifierSettings,
     seed: int,
     advance: Advance,
 ) -> tuple[Classifier, Choice]:
     """The best calibrated of the classifiers the settings leave open, by NLL on the calibration part."""
-    found = []
+    found, seen = [], examples(calibration, column, condition)
     for choice in open_choices(settings, fitting.values[column]):
-        classifier = fit_on(fitting, column, choice, settings, seed, advance)
-        calibrate(classifier, calibration.x, calibration.labels[column])
-        nll = report_classifier(classifier, calibration.x, calibration.labels[column]).nll
-        found.append((nll, len(found), classifier, choice))
+        watch = seen if settings.early_stopping else None
+        classifier = fit_on(fitting, column, condition, choice, settings, seed, advance, watch)
+        found.append((calibrated_nll(classifier, *seen), len(found), classifier, choice))
     return min(found)[2:]
 
 
@@ -145,21 +165,32 @@ def epochs_of(settings: ClassifierSettings, part: LabelledImages) -> int:
 
 
 def fit_on(
-    part: LabelledImages, column: str, choice: Choice, settings: ClassifierSettings, seed: int, advance: Advance
+    part: LabelledImages,
+    column: str,
+    condition: str | None,
+    choice: Choice,
+    settings: ClassifierSettings,
+    seed: int,
+    advance: Advance,
+    watch: tuple[Tensor, ...] | None = None,
 ) -> Classifier:
-    """One classifier of a column, not calibrated."""
+    """One classifier of a column, given a condition if any, not calibrated; `watch` is what early stopping sees."""
     head, (grid, depth) = choice
     epochs, augment = epochs_of(settings, part), AUGMENTATIONS[settings.augment]
+    x, y, *c = examples(part, column, condition)
+    given_c = {"c": c[0], "conditions": len(part.values[condition])} if condition else {}
     return fit_classifier(
-        part.x, part.labels[column], len(part.values[column]), head, grid, depth,
-        epochs=epochs, batch=BATCH, seed=seed, augment=augment, progress=advance,
+        x, y, len(part.values[column]), head, grid, depth, **given_c,
+        epochs=epochs, batch=BATCH, seed=seed, augment=augment, progress=advance, balanced=settings.balanced,
+        watch=watch,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def accuracy(classifier: Classifier, data: LabelledImages, column: str) -> float:
+def accuracy(classifier: Classifier, data: LabelledImages, column: str, condition: str | None = None) -> float:
     """Share of a column's labels that the classifier finds."""
-    return float((classifier.log_prob(data.x).argmax(1) == data.labels[column]).float().mean())
+    x, y, *c = examples(data, column, condition)
+    return float((classifier.log_prob(x, *c).argmax(1) == y).float().mean())
 
 
 def joined(*parts: LabelledImages) -> LabelledImages:
@@ -183,7 +214,7 @@ def fit_judges(
     Args:
         data: the labelled images.
         control: the column of y.
-        condition: the column of c; also fits a reader.
+        condition: the column of c; also fits a reader, and p̂ and the judge depend on it if they are conditional.
         ruler: whether a ruler measures y, so that no judge is needed.
         settings: of the classifiers.
         seed: of the parts and the fits.
@@ -194,9 +225,14 @@ def fit_judges(
         The judges, and the held-out part that none of them met.
 
     Raises:
-        ValueError: on held-out data p̂ is not better than chance by two standard errors.
+        ValueError: on held-out data p̂ is not better than chance by two standard errors; p̂(y | x, c) without a
+            column of c, or with too few examples of one.
     """
     settings = settings or ClassifierSettings()
+    if settings.conditional and condition is None:
+        raise ValueError("classifier.conditional: p̂(y | x, c) needs the column of c. Name it with --condition.")
+    if of_c := condition if settings.conditional else None:
+        data.check_classes(of_c)
     if settings.augment == "any_side_up" and data.x.shape[2] != data.x.shape[3]:
         raise ValueError("classifier.augment: any_side_up needs square images. Use shift or none.")
     shares = WITH_JUDGE if judge_data is None and not ruler else WITH_RULER
@@ -204,8 +240,8 @@ def fit_judges(
     of_judge = own if judge_data is None else [judge_data]
     rounds = len(open_choices(settings, data.values[control])) * epochs_of(settings, fitting)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
-    classifier, choice = fit_calibrated(fitting, calibration, control, settings, seed, advance)
-    quality = report_classifier(classifier, held_out.x, held_out.labels[control])
+    classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance)
+    quality = report_classifier(classifier, *examples(held_out, control, of_c))
     if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
         raise ValueError(
             f"the classifier of {control!r} is not clearly better than chance (held-out NLL {quality.nll:.2f} ± "
@@ -214,8 +250,8 @@ def fit_judges(
         )
     judges = Judges(control, data.values[control], tuple(data.x.shape[1:]), classifier, quality)
     for part in of_judge:
-        judges.judge = fit_on(part, control, choice, settings, seed + 1, advance)
-        judges.judge_accuracy = accuracy(judges.judge, held_out, control)
+        judges.judge = fit_on(part, control, of_c, choice, settings, seed + 1, advance)
+        judges.judge_accuracy = accuracy(judges.judge, held_out, control, of_c)
     if condition:
         met = joined(fitting, calibration, *own)
         recipe = {"epochs": 40, "batch": 64, "lr": 3e-3, "weight_decay": 0.01}

@@ -16,7 +16,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from .classifier import Classifier
 from .control import NULL
 from .data import LabelledImages, to_pixels
 from .evaluate import Evaluation, Score
@@ -116,11 +115,9 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
     return figure
 
 
-def reliability_figure(classifier: Classifier, held_out: LabelledImages, control: str, bins: int = 10) -> Figure:
-    """How often the classifier is right when it says p, on held-out data: all classes' probabilities in ten bins."""
-    with torch.no_grad():
-        p = classifier.log_prob(held_out.x).exp()
-    hit = torch.nn.functional.one_hot(held_out.labels[control], p.shape[1]).to(p)
+def reliability_figure(p: Tensor, y: Tensor, bins: int = 10) -> Figure:
+    """How often y (n,) came true where p (n, K) was said of it: all classes' probabilities in ten bins."""
+    hit = torch.nn.functional.one_hot(y, p.shape[1]).to(p)
     cell = (p.flatten() * bins).long().clamp(max=bins - 1)
     count = cell.bincount(minlength=bins)
     said = torch.zeros(bins).index_add_(0, cell, p.flatten()) / count
@@ -328,6 +325,7 @@ def write_report(
         images=images,
         metrics=metrics,
         config=run.config,
+        conditional=any(judges.classifier.conditional for judges in run.judges.values()),
         settings=flattened(run.config.model_dump()),
         control=control,
         names=run.names,
@@ -360,12 +358,10 @@ def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
 
 def write_classifier_report(folder: Path, judges: Judges, held_out: LabelledImages) -> None:
     """Write reliability.png, confusion.png and a self-contained report.html about p̂."""
-    truth = held_out.labels[judges.control]
-    with torch.no_grad():
-        said = judges.classifier.log_prob(held_out.x).argmax(1)
-    confusion = confusion_matrix(truth, said, labels=range(len(judges.values)), normalize="true")
+    truth, p = held_out.labels[judges.control], judges.log_prob(held_out).exp()
+    confusion = confusion_matrix(truth, p.argmax(1), labels=range(len(judges.values)), normalize="true")
     figures = {
-        "reliability": reliability_figure(judges.classifier, held_out, judges.control),
+        "reliability": reliability_figure(p, truth),
         "confusion": confusion_figure(
             torch.from_numpy(confusion), judges.values, f"true {judges.control}", "classifier says", "Held-out data, %"
         ),

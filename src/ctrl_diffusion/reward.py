@@ -1,5 +1,6 @@
 """The reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -47,6 +48,27 @@ class Reward:
         classifier = self.classifiers[name]
         given = (cond or {}) if getattr(classifier, "conditional", False) else {}
         return self.gamma * classifier.log_prob(x_0, **given)
+
+
+class Among:
+    """p̂(y | x, c) fitted on some of the prior's classes, for a prior that numbers c among all of them.
+
+    Args:
+        likelihood: counts c 0 … n − 1.
+        classes: the prior's numbers of these n.
+    """
+
+    conditional = True
+
+    def __init__(self, likelihood: Likelihood, classes: Sequence[int]) -> None:
+        self.likelihood, self.classes = likelihood, torch.tensor(classes)
+
+    def log_prob(self, x: Tensor, c: Tensor) -> Tensor:
+        """log p̂(y | x, c) in nats (B, K); raises ValueError for a c the labels do not have."""
+        same = c[:, None] == self.classes
+        if not same.any(1).all():
+            raise ValueError(f"p̂(y | x, c) knows c in {self.classes.tolist()}, got {c.unique().tolist()}.")
+        return self.likelihood.log_prob(x, same.int().argmax(1))
 
 
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:

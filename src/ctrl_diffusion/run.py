@@ -26,7 +26,7 @@ from .evaluate import Evaluation, Judge, Nulled, score_samples, score_target
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
-from .reward import Reward, prior_table
+from .reward import Among, Reward, prior_table
 from .rollout import Times
 from .sample import exact_samples, paths, stream
 
@@ -92,8 +92,9 @@ class Run:
         return self.reward_at(self.config.gamma)
 
     def reward_at(self, gamma: float) -> Reward:
-        """The reward at another γ."""
-        return Reward({name: judges.classifier for name, judges in self.judges.items()}, gamma)
+        """The reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
+        found = {name: judges.classifier for name, judges in self.judges.items()}
+        return Reward({n: Among(p, self.config.classes) if p.conditional else p for n, p in found.items()}, gamma)
 
     @property
     def judge(self) -> Judge:
