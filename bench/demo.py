@@ -1,9 +1,9 @@
 """The demos' figures over seeds, with peak memory (`make bench`; about ten minutes a seed on two quiet cores).
 
-python bench/demo.py ink|digit [SEED …]        (0 1 2 if none is given)
+python bench/demo.py ink|digit|ink,slant [SEED …]        (0 1 2 if none is given)
 
-Writes the rows of these seeds into docs/demo.json or docs/digit.json and seed 0's pictures, which README and docs
-quote. Figures depend on seed, versions and thread count; seconds and memory are this machine's.
+Writes the rows of these seeds into docs/demo.json, digit.json or controls.json and seed 0's pictures, which README and
+docs quote. Figures depend on seed, versions and thread count; seconds and memory are this machine's.
 """
 
 import json
@@ -21,10 +21,11 @@ from ctrl_diffusion.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
 # what is written of each demo, and the pictures of seed 0
-FILES = {"ink": "demo.json", "digit": "digit.json"}
+FILES = {"ink": "demo.json", "digit": "digit.json", "ink,slant": "controls.json"}
 PICTURES = {
     "ink": {name: f"{name}.png" for name in ("grid", "curves", "accuracy", "confusion", "reliability", "sweep")},
     "digit": {"grid": "digit.png"},
+    "ink,slant": {"plane": "plane.png"},
 }
 
 
@@ -68,6 +69,22 @@ def main() -> None:
             figure(gap["log_z_nats"], 2), nats, figure(row["peak_memory_gb"], 2), figure(row["seconds"]["total"], 0),
         )  # fmt: skip
     Console(width=120).print(table)
+    if "controls" in rows[0]:
+        Console(width=120).print(by_control(rows))
+
+
+def by_control(rows: list[dict]) -> Table:
+    """The figures of each control alone."""
+    heads = "seed control alone target judge shift gap"
+    table = Table(*heads.split(), "s.e. from prior", "from target")
+    for row in rows:
+        for name, found in row["controls"].items():
+            if isinstance(found, dict):
+                alone, nulled = found["alone"], found["nulled"]
+                shares = (alone["accuracy"], alone["target"], alone["judge_accuracy"], row["controls"]["null_shift"])
+                away = (alone["gap_nats"], nulled["stderrs_from_prior"], nulled["stderrs_from_target"])
+                table.add_row(str(row["seed"]), name, *(figure(s, 3) for s in shares), *(figure(a, 2) for a in away))
+    return table
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
 from .files import write_json, writing
 
-Head = Literal["categorical", "ordinal"]
+Head = Literal["categorical", "ordinal", "gaussian"]
 
 
 @dataclass
@@ -32,6 +33,10 @@ class ClassifierReport:
 
     brier is the mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); auroc the mean over classes of the area under the
     curve of one against the rest, None if a class is missing from the data.
+
+    Of y on a scale: r2 is the share of its variance that the mean of p̂ explains, accuracy the share whose nearest level
+    p̂'s mean is nearest to, ece the mean distance of how often the central intervals of 10 … 90 % hold y from what they
+    say (Kuleshov et al. 2018), nll in units of levels and chance_nll that of one normal distribution for all.
     """
 
     accuracy: float
@@ -41,18 +46,22 @@ class ClassifierReport:
     chance_nll: float
     nll_stderr: float
     nll_uncalibrated: float
-    brier: float
+    brier: float | None
     auroc: float | None
+    r2: float | None = None
 
 
 class Scorer(nn.Module):
     """log p̂(y | x), or log p̂(y | x, c), from the features of a trunk: the head, the temperature, the frequencies.
 
+    A Gaussian head is for y on a scale, a place between levels 0 … K − 1: it gives a mean and a log standard deviation
+    for each x (Nix & Weigend 1994), and for log p̂ the density at the levels. Its temperature scales the deviation.
+
     Args:
         trunk: x (B, *) → features (B, F).
         width: F; 0 if the trunk gives the logits (B, K) themselves.
         classes: K.
-        head: "categorical" or "ordinal" (classes in order).
+        head: "categorical", "ordinal" (classes in order) or "gaussian".
         balanced: whether the fit weighs every class as if it were as frequent as the others. What the network then
             knows is the posterior under even classes; the log frequencies of the labels are added to it, after the
             temperature, so that p̂ is the posterior under the labels' own frequencies, balanced or not.
@@ -73,8 +82,11 @@ class Scorer(nn.Module):
     ) -> None:
         super().__init__()
         self.head, self.balanced, self.conditional = head, balanced, conditions > 0
+        self.classes = classes
         self.trunk = trunk
-        self.score = nn.Linear(width, classes if head == "categorical" else 1) if width else nn.Identity()
+        self.score = (
+            nn.Linear(width, {"categorical": classes, "ordinal": 1, "gaussian": 2}[head]) if width else nn.Identity()
+        )
         if conditions:
             self.film = nn.Embedding.from_pretrained(torch.zeros(conditions, 2 * width), freeze=False)
         if head == "ordinal":
@@ -91,7 +103,7 @@ class Scorer(nn.Module):
         return torch.cat([self.trunk(part) for part in parts])
 
     def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """Raw scores of x: (B, K), or (B, 1) of an ordinal head.
+        """Raw scores of x: (B, K), or (B, 1) of an ordinal head, (B, 2) of a Gaussian one.
 
         Raises:
             ValueError: c is missing, not wanted or unknown.
@@ -110,6 +122,21 @@ class Scorer(nn.Module):
         """log p̂(y | x) or log p̂(y | x, c) in nats (B, K), c (B,) class numbers; raises as `scores` does."""
         return self.log_prob_from(self.scores(x, c), self.temperature)
 
+    def log_prob_at(self, x: Tensor, y: Tensor, c: Tensor | None = None) -> Tensor:
+        """log p̂ in nats at places y (B,) between the levels, of a Gaussian head: (B,)."""
+        return self.density(self.scores(x, c), self.temperature).log_prob(y)
+
+    def density(self, score: Tensor, temperature: Tensor | float) -> Normal:
+        """The normal distribution (B,) a Gaussian head's scores (B, 2) mean."""
+        # beyond e^±5 levels no deviation is believable, and its square would overflow
+        return Normal(score[:, 0], temperature * score[:, 1].clamp(-5, 5).exp(), validate_args=False)
+
+    def misses(self, score: Tensor, temperature: Tensor | float, y: Tensor) -> Tensor:
+        """−log p̂ of what is fitted at y (B,), classes or places: (B,) nats."""
+        if self.head == "gaussian":
+            return -self.density(score, temperature).log_prob(y)
+        return F.nll_loss(self.fitted_log_prob(score, temperature), y, reduction="none")
+
     def log_prob_from(self, score: Tensor, temperature: Tensor | float) -> Tensor:
         """log p̂ (B, K) from raw scores (B, K) or (B, 1) at a temperature."""
         fitted = self.fitted_log_prob(score, temperature)
@@ -119,6 +146,9 @@ class Scorer(nn.Module):
         """What is fitted (B, K): log p̂, or if balanced, what it would be were the classes equally frequent."""
         if self.head == "categorical":
             return F.log_softmax(score / temperature, dim=1)
+        if self.head == "gaussian":
+            levels = torch.arange(self.classes).to(score)[:, None]
+            return self.density(score, temperature).log_prob(levels).T
         cuts = torch.cat([self.first_cut[None], self.first_cut + self.log_gaps.exp().cumsum(0)])
         above = (score - cuts) / temperature  # logits of y > k
         # log(σ(a) − σ(b)) for a > b, as log σ(a) + log σ(−b) + log(1 − e^(b − a)): exact far in the tails
@@ -263,7 +293,7 @@ def fit_classifier(
             for rows in torch.randperm(len(x)).chunk(batches):
                 inputs = x[rows] if augment is None else augment(x[rows])
                 score = classifier.scores(inputs, None if c is None else c[rows])
-                loss = F.nll_loss(classifier.fitted_log_prob(score, 1.0), y[rows], reduction="none")
+                loss = classifier.misses(score, 1.0, y[rows])
                 # not the weighted mean: dividing by a batch's own weights would move the balance
                 loss = loss.mean() if weights is None else (weights[y[rows]] * loss).mean()
                 optimizer.zero_grad()
@@ -290,8 +320,7 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None,
     score = classifier.scores(x, c)
 
     def objective(log_temperature: float) -> float:
-        log_prob = classifier.log_prob_from(score, math.exp(log_temperature))
-        return float(F.nll_loss(log_prob, y, reduction="sum")) + 0.5 * (log_temperature / spread) ** 2
+        return float(nll(classifier, score, math.exp(log_temperature), y).sum()) + 0.5 * (log_temperature / spread) ** 2
 
     best = minimize_scalar(objective, bounds=(-3.0, 3.0), method="bounded")
     classifier.temperature.fill_(math.exp(best.x))
@@ -301,7 +330,14 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None,
 @torch.no_grad()
 def calibrated_nll(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> float:
     """NLL in nats on (x, y) at the temperature that suits these: scale alone must not decide between two fits."""
-    return float(F.nll_loss(calibrate(classifier, x, y, c).log_prob(x, c), y))
+    return float(nll(calibrate(classifier, x, y, c), classifier.scores(x, c), classifier.temperature, y).mean())
+
+
+def nll(classifier: Scorer, score: Tensor, temperature: Tensor | float, y: Tensor) -> Tensor:
+    """−log p̂ at y (B,) in nats: (B,)."""
+    if classifier.head == "gaussian":
+        return classifier.misses(score, temperature, y)
+    return F.nll_loss(classifier.log_prob_from(score, temperature), y, reduction="none")
 
 
 class Estimator:
@@ -344,6 +380,8 @@ def guess_nll(y: Tensor, classes: int) -> float:
 def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> ClassifierReport:
     """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
     score = classifier.scores(x, c)
+    if classifier.head == "gaussian":
+        return report_density(classifier, score, y)
     log_prob, raw = (classifier.log_prob_from(score, t) for t in (classifier.temperature, 1.0))
     p, classes = log_prob.exp(), log_prob.shape[1]
     counts = y.bincount(minlength=classes)
@@ -359,4 +397,29 @@ def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None
         nll_uncalibrated=float(F.nll_loss(raw, y)),
         brier=float((p - F.one_hot(y, classes)).square().sum(1).mean()),
         auroc=float(multiclass_auroc(p, y, num_classes=classes)) if 0 < counts.min() < len(y) else None,
+    )
+
+
+def coverage(density: Normal, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The central intervals of 10 … 90 % and how often they hold y (n,): two (9,)."""
+    said = torch.arange(1, 10) / 10
+    return said, ((2 * density.cdf(y) - 1).abs()[:, None] <= said).float().mean(0)
+
+
+def report_density(classifier: Scorer, score: Tensor, y: Tensor) -> ClassifierReport:
+    """As `report_classifier`, for y on a scale."""
+    density, last = classifier.density(score, classifier.temperature), classifier.classes - 1
+    misses = classifier.misses(score, classifier.temperature, y)
+    said, came = coverage(density, y)
+    return ClassifierReport(
+        accuracy=float((density.mean.round().clamp(0, last) == y.round().clamp(0, last)).float().mean()),
+        nll=float(misses.mean()),
+        ece=float((said - came).abs().mean()),
+        temperature=float(classifier.temperature),
+        chance_nll=float(Normal(y.mean(), y.std()).entropy()),
+        nll_stderr=float(misses.std() / len(y) ** 0.5),
+        nll_uncalibrated=float(classifier.misses(score, 1.0, y).mean()),
+        brier=None,
+        auroc=None,
+        r2=float(1 - (y - density.mean).square().sum() / (y - y.mean()).square().sum()),
     )

@@ -31,16 +31,20 @@ Labels = dict[str, Tensor]
 class Control(nn.Module, ABC):
     """One control y with classes 0 … size − 1; NULL (−1) means uncontrolled.
 
+    y may also be on a scale: its values are then evenly spaced levels 0 … size − 1, and a label is a place between
+    them, a float.
+
     Args:
         name: the label's name.
-        values: what the user calls the classes, in order.
+        values: what the user calls the classes or levels, in order.
+        scale: whether y is on a scale.
     """
 
     settled = False  # whether it stays as it is while others are trained beside it
 
-    def __init__(self, name: str, values: Sequence[str]) -> None:
+    def __init__(self, name: str, values: Sequence[str], scale: bool = False) -> None:
         super().__init__()
-        self.name, self.values, self.size = name, tuple(values), len(values)
+        self.name, self.values, self.size, self.scale = name, tuple(values), len(values), scale
 
     def settle(self) -> "Control":
         """Never train it again, whatever is trained beside it."""
@@ -69,9 +73,13 @@ class Control(nn.Module, ABC):
             for p, before in asked:
                 p.requires_grad_(before)
 
-    def index(self, y: Tensor) -> Tensor:
-        """Row of the embedding table for labels y: null is the last row, which stays zero."""
-        return torch.where(y == NULL, self.size, y)
+    def embedded(self, table: nn.Embedding, y: Tensor) -> Tensor:
+        """Rows (B, width) of a table for labels y: null is the last, which stays zero; between levels on a line."""
+        if not y.is_floating_point():
+            return table(torch.where(y == NULL, self.size, y))
+        low = y.clamp(0, self.size - 2).long()
+        between = torch.lerp(table(low), table(low + 1), (y - low).to(table.weight)[:, None])
+        return torch.where((y == NULL)[:, None], 0.0, between)
 
 
 class LoRAControl(Control):
@@ -83,15 +91,22 @@ class LoRAControl(Control):
         denoiser: the prior; its network is given the adapter, switched off.
         rank: rank of the adapter; its scale is α/rank = 1.
         seed: of the adapter's random half (the other half is zero).
+        scale: whether y is on a scale.
 
     Raises:
         ValueError: the denoiser does not say where a control enters it, or carries a control of that name already.
     """
 
     def __init__(
-        self, name: str, values: Sequence[str], denoiser: NetworkDenoiser, rank: int = 64, seed: int = 0
+        self,
+        name: str,
+        values: Sequence[str],
+        denoiser: NetworkDenoiser,
+        rank: int = 64,
+        seed: int = 0,
+        scale: bool = False,
     ) -> None:
-        super().__init__(name, values)
+        super().__init__(name, values, scale)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
         self.rank = rank
@@ -156,7 +171,7 @@ class LoRAControl(Control):
         homes = [layer.get_base_layer()._parameters for layer in self._layers]
         own = [home["weight"] for home in homes]
         changed = [weight + difference for weight, difference in zip(own, self._differences(), strict=True)]
-        shift = self.table(self.index(y))
+        shift = self.embedded(self.table, y)
         try:
             self._shift = shift
             for home, weight in zip(homes, changed, strict=True):
@@ -181,7 +196,9 @@ class LoRAControl(Control):
         tensors = {f"adapter.{key}": value.contiguous() for key, value in adapter.items()}
         with writing(folder / "control.safetensors") as temporary:
             save_file({**tensors, "table": self.table.weight.detach()}, temporary)
-        write_json(folder / "control.json", {"name": self.name, "values": self.values, "rank": self.rank})
+        write_json(
+            folder / "control.json", {"name": self.name, "values": self.values, "rank": self.rank, "scale": self.scale}
+        )
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
@@ -247,7 +264,7 @@ class SideControl(Control):
         alpha, sigma = (a.to(x_t) for a in self._schedule(t))
         clock = torch.stack([t, alpha, sigma], dim=1)
         hidden = self.inner(torch.cat([x_t.flatten(1), x_hat.flatten(1), clock], dim=1))
-        hidden = hidden + self.table(self.index(self._y))
+        hidden = hidden + self.embedded(self.table, self._y)
         if self.of_c is not None:
             hidden = hidden + self.of_c(cond["c"])
         shift = torch.where((self._y == NULL)[:, None], 0.0, (sigma**2)[:, None] * self.outer(hidden))
@@ -336,10 +353,12 @@ class Policy(Denoiser):
                 known = ", ".join(self.controls) or "none"
                 raise ValueError(f"unknown control {name!r}; this policy has: {known}.")
             size = self.controls[name].size
-            if y.min() < NULL or y.max() >= size:
+            if y.min() < NULL or y.max() > size - 1 or ((y < 0) & (y != NULL)).any():
                 raise ValueError(
-                    f"labels of {name!r} must lie in 0 … {size - 1} (−1 for null), got {int(y.min())} … {int(y.max())}."
+                    f"labels of {name!r} must lie in 0 … {size - 1} (−1 for null), got {y.min():g} … {y.max():g}."
                 )
+            if y.is_floating_point() and not self.controls[name].scale:
+                raise ValueError(f"labels of {name!r} are classes: whole numbers, got {y.dtype}.")
         return labels
 
     def snapshot(self) -> list[Tensor]:

@@ -39,15 +39,23 @@ class Reward:
         """Reward (B,) of x_0 (B, C, H, W) under the prior's conditions, B rows each; a null label earns nothing."""
         total = x_0.new_zeros(len(x_0))
         for name, y in labels.items():
-            chosen = self.table(name, x_0, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+            if y.is_floating_point():
+                classifier, given = self.asked(name, cond)
+                chosen = self.gamma * classifier.log_prob_at(x_0, y, **given)
+            else:
+                chosen = self.table(name, x_0, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
             total = total + torch.where(y == NULL, 0.0, chosen)
         return total
 
     def table(self, name: str, x_0: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         """Reward of every class of one control: (B, K)."""
-        classifier = self.classifiers[name]
-        given = (cond or {}) if getattr(classifier, "conditional", False) else {}
+        classifier, given = self.asked(name, cond)
         return self.gamma * classifier.log_prob(x_0, **given)
+
+    def asked(self, name: str, cond: dict[str, Tensor] | None) -> tuple[Likelihood, dict[str, Tensor]]:
+        """A control's p̂, and what of the conditions it is to be given."""
+        classifier = self.classifiers[name]
+        return classifier, (cond or {}) if getattr(classifier, "conditional", False) else {}
 
 
 class Among:
@@ -65,10 +73,18 @@ class Among:
 
     def log_prob(self, x: Tensor, c: Tensor) -> Tensor:
         """log p̂(y | x, c) in nats (B, K); raises ValueError for a c the labels do not have."""
+        return self.likelihood.log_prob(x, self.number(c))
+
+    def log_prob_at(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        """log p̂(y | x, c) in nats at places y (B,) between levels: (B,); raises as `log_prob` does."""
+        return self.likelihood.log_prob_at(x, y, self.number(c))
+
+    def number(self, c: Tensor) -> Tensor:
+        """What the likelihood calls the prior's classes c (B,)."""
         same = c[:, None] == self.classes
         if not same.any(1).all():
             raise ValueError(f"p̂(y | x, c) knows c in {self.classes.tolist()}, got {c.unique().tolist()}.")
-        return self.likelihood.log_prob(x, same.int().argmax(1))
+        return same.int().argmax(1)
 
 
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
