@@ -2,8 +2,8 @@
 
 python bench/add.py [SEED …]        (0 1 2 if none is given)
 
-Takes the two datasets of `ctrl demo --controls ink,slant`, trains ink alone, adds slant with `ctrl add`, and compares the
-pictures of the old run with those of the new one, slant left out. Writes the rows of these seeds into docs/add.json.
+Takes the two datasets of `ctrl demo --controls ink,slant`, trains ink alone, adds slant with `ctrl add`, and compares
+the pictures of the old run with those of the new one, slant left out. Writes the rows into docs/add.json.
 """
 
 import json
@@ -33,12 +33,9 @@ def measured(seed: int, root: Path) -> dict:
         for kind, data in zip(("data", "judge_data"), pair, strict=True):
             write_imagefolder(root / kind / settings["name"], data)
             settings = {**settings, kind: f"{kind}/{settings['name']}"}
-        common = {k: v for k, v in demo.SETTINGS[BOTH].items() if k in ("prior", "classes", "weighted", "evaluation")}
-        whole = {
-            **(common if settings["name"] == "ink" else {"evaluation": common["evaluation"]}),
-            "controls": [settings],
-        }
-        (root / f"{settings['name']}.yaml").write_text(yaml.safe_dump({**whole, "seed": seed}))
+        common = {key: demo.SETTINGS[BOTH][key] for key in ("prior", "classes", "weighted", "evaluation")}
+        whole = {**common, "seed": seed, "controls": [settings]}
+        (root / f"{settings['name']}.yaml").write_text(yaml.safe_dump(whole))
     ctrl("train", "--config", root / "ink.yaml", "--out", root / "old", "--quiet")
     ctrl("add", root / "old", "--config", root / "slant.yaml", "--out", root / "new", "--quiet")
     pictures = {}

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from ctrl_diffusion import demo, job
-from ctrl_diffusion.data import read_imagefolder
 from ctrl_diffusion.job import demo_job
+from ctrl_diffusion.reading import read_images
 
 REQUIRED = {
     "prior": {"accuracy"},
@@ -140,9 +140,7 @@ def test_exact_samples_are_drawn_by_weight(ctrl, quick_run, tmp_path):
         assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "exact" / "sample.json").read_text())["exact"] is True
     shape = (1, 8, 8)
-    ink = {
-        name: demo.ink_ruler(read_imagefolder(tmp_path / name, {"digit": None}, shape).x) for name in ("exact", "plain")
-    }
+    ink = {name: demo.ink_ruler(read_images(tmp_path / name, {"digit": None}, shape).x) for name in ("exact", "plain")}
     assert (ink["exact"] == 1).sum() >= 6, "p̂ and the ruler disagree at the borders only"
     assert (ink["plain"] == 1).sum() < 6
     assert (tmp_path / "exact" / "00003.png").read_bytes() == (tmp_path / "again" / "00003.png").read_bytes()
@@ -304,7 +302,7 @@ def both(tmp_path_factory):
 
 
 def test_two_controls_from_two_datasets_that_share_no_image(both):
-    read = [read_imagefolder(both / "data" / name, {name: None}, (1, 8, 8)) for name in ("ink", "slant")]
+    read = [read_images(both / "data" / name, {name: None}, (1, 8, 8)) for name in ("ink", "slant")]
     assert [len(data) for data in read] == [250, 250]
     assert set(map(bytes, read[0].x.numpy())).isdisjoint(map(bytes, read[1].x.numpy()))
     assert (both / "data" / "slant" / "metadata.csv").read_text().splitlines()[0] == "file_name,slant", "no digit"

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "ctrl_diffusion"
 ORDER = (
-    "files progress schedule denoise transition control rollout conditions data classifier reward learn train sample "
+    "files progress schedule denoise transition control rollout conditions images rules sources scale data reading classifier independence reward learn train sample "
     "certificate evaluate exact lattice testbed pretrained assets demo config judges run report job cli"
 ).split()
 # rooms that may know only these

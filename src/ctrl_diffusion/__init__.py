@@ -17,6 +17,7 @@ _HOME = {
     "Denoiser": "denoise",
     "Estimator": "classifier",
     "Judges": "judges",
+    "LabelledImages": "data",
     "LoRAControl": "control",
     "PPO": "learn.ppo",
     "Policy": "control",
@@ -33,7 +34,7 @@ _HOME = {
     "fit_judges": "judges",
     "paths": "sample",
     "prior_table": "reward",
-    "read_imagefolder": "data",
+    "read_images": "reading",
     "report_classifier": "classifier",
     "train_job": "job",
 }

@@ -92,13 +92,14 @@ def root(
     """Add new conditional controls to pre-trained diffusion and flow models."""
 
 
-Control = Annotated[str, typer.Option(help="The column of y, the new control.")]
-Controls = Annotated[list[str], typer.Option(help="The column of y; several: one for each --data.")]
-Datasets = Annotated[list[Path], typer.Option(help="An imagefolder with a metadata.csv or .jsonl.")]
-Conditions = Annotated[list[str], typer.Option(help="The column of c; of several in turn, - is none.")]
+Control = Annotated[str, typer.Option(help="The new control y: NAME, NAME:COLUMN or NAME:MODULE:FUNCTION.")]
+Controls = Annotated[list[str], typer.Option(help="y, as NAME or NAME:COLUMN; one for each --data.")]
+Datasets = Annotated[list[str], typer.Option(help="Folder with metadata.csv, table, or hub id.")]
+Conditions = Annotated[list[str], typer.Option(help="c, as NAME or NAME:COLUMN; - for none.")]
 Classifiers = Annotated[list[Path], typer.Option(help="A folder of ctrl classifier; left out, fit one.")]
 Settings = Annotated[Path | None, typer.Option(help="Settings (a config.yaml); options above win.")]
-Condition = Annotated[str | None, typer.Option(help="The column of c, the prior's class, if there is one.")]
+Condition = Annotated[str | None, typer.Option(help="The prior's class c: NAME or NAME:COLUMN.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, and count them.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
 Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo, in turn.")]
@@ -150,12 +151,13 @@ def demo(
     epilog="Example: ctrl classifier photos --control texture --prior my-pipeline --out runs/texture-classifier"
 )
 def classifier(
-    data: Annotated[Path, typer.Argument(help="An imagefolder: images and metadata.csv or .jsonl.")],
+    data: Annotated[str, typer.Argument(help="A folder with a metadata.csv, a table, or a hub id.")],
     control: Control,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     condition: Condition = None,
     prior: Annotated[str | None, typer.Option(help="A pipeline folder: read the images at its size.")] = None,
     seed: Seed = 0,
+    skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -163,7 +165,7 @@ def classifier(
     from .job import classifier_job
 
     with phases(quiet) as phase:
-        found = classifier_job(data, control, condition, out, prior, seed, overwrite, phase).quality
+        found = classifier_job(data, control, condition, out, prior, seed, overwrite, skip_bad, phase).quality
     if not quiet:
         typer.echo(
             f"{control} on held-out images: accuracy {found.accuracy:.1%}, NLL {found.nll:.3f} nats "
@@ -171,7 +173,7 @@ def classifier(
         )
 
 
-@app.command(epilog="Example: ctrl train --prior my-pipeline --data photos --control texture --out runs/texture")
+@app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out runs/a")
 def train(
     out: Annotated[Path, typer.Option(help="The run folder.")],
     prior: Annotated[str | None, typer.Option(help="A pipeline folder of diffusers, or digits.")] = None,
@@ -185,6 +187,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Steps of the chain that is trained and certified.")] = None,
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
+    skip_bad: SkipBad = False,
     quick: Quick = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -194,13 +197,13 @@ def train(
 
     given = {
         "prior": prior, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
-        "learners": learner and learner.split(","), **asked(data, control, condition, classifier),
+        "learners": learner and learner.split(","), **asked(data, control, condition, classifier, skip_bad),
     }  # fmt: skip
     learn(lambda new, phase: train_job(new, out, overwrite, quick, typed(), phase), given, config, out, quiet)
 
 
 def asked(
-    data: list[Path], control: list[str], condition: list[str], classifier: list[Path]
+    data: list[str], control: list[str], condition: list[str], classifier: list[Path], skip_bad: bool
 ) -> dict[str, str | list[dict[str, str]]]:
     """The settings of the controls that were asked for: of one beside the others, of several in a list."""
     n = len(control)
@@ -213,8 +216,9 @@ def asked(
         "condition": condition,
         "classifier_from": classifier,
     }
+    skip = {"skip_bad": True} if skip_bad else {}
     rows = [
-        {key: str(values[i]) for key, values in keys.items() if values and str(values[i]) != "-"}
+        skip | {key: str(values[i]) for key, values in keys.items() if values and str(values[i]) != "-"}
         for i in range(max(1, n))
     ]
     return rows[0] if n < 2 else {"controls": rows}
@@ -243,6 +247,7 @@ def add(
     learner: Learner = None,
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
+    skip_bad: SkipBad = False,
     quick: Quick = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -250,9 +255,8 @@ def add(
     """Add a control to a finished run; its own controls stay as they are, to the bit."""
     from .job import add_job
 
-    given = {
-        "seed": seed, "learners": learner and learner.split(","), **asked(data, control, condition, classifier)
-    }  # fmt: skip
+    controls = asked(data, control, condition, classifier, skip_bad)
+    given = {"seed": seed, "learners": learner and learner.split(","), **controls}
     learn(
         lambda settings, phase: add_job(run, settings, out, overwrite, quick, typed(), phase), given, config, out, quiet
     )

@@ -2,16 +2,18 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from .files import write_text
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "data", "judge_data", "classifier_from", "settled_from")
 
@@ -107,11 +109,15 @@ class ControlSettings(Strict):
     """One control and the data it comes from.
 
     Args:
-        name: the column of y.
-        data: the labelled imagefolder; not read if the control is settled.
-        judge_data: another imagefolder with the same column, on which the judge is fitted; null keeps a part of the
-            data for it. Not read if `classifier_from` brings a judge.
-        condition: the column of the prior's class c, if the data have one.
+        name: of y. NAME:COLUMN is the name and the column, NAME:MODULE:FUNCTION the name and a rule.
+        column: of y, if it is called otherwise; or a rule that computes y from the image (`rules`).
+        kind: "scale" for numbers to be asked for by value; "auto" takes numbers of more than 64 values for a scale.
+        data: a folder, a table, or a dataset on the hub (`sources`); not read if the control is settled.
+        judge_data: others with the same column, on which the judge is fitted; null keeps a part of the data for it. Not
+            read if `classifier_from` brings a judge.
+        condition: the prior's class c, if the data have it: NAME, or NAME:COLUMN.
+        condition_column: of c, if it is called otherwise.
+        skip_bad: leave out rows that cannot be used, and say how many.
         ruler: a built-in measure of the true y; null asks a judge, fitted on labels of its own.
         classifier_from: a folder that `ctrl classifier` wrote; null fits one.
         settled_from: a run that has trained this control already; it is taken from there and stays as it is.
@@ -119,13 +125,27 @@ class ControlSettings(Strict):
     """
 
     name: str = Field(min_length=1)
+    column: str | None = None
+    kind: Literal["auto", "classes", "scale"] = "auto"
     data: str
     judge_data: str | None = None
     condition: str | None = None
+    condition_column: str | None = None
+    skip_bad: bool = False
     ruler: Literal["ink", "slant"] | None = None
     classifier_from: str | None = None
     settled_from: str | None = None
     classifier: ClassifierSettings = ClassifierSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, values: Any) -> Any:
+        """NAME:COLUMN as a name and a column."""
+        values = dict(values) if isinstance(values, dict) else values
+        for name, column in (("name", "column"), ("condition", "condition_column")):
+            if isinstance(values, dict) and ":" in str(values.get(name) or ""):
+                values[name], _, values[column] = values[name].partition(":")
+        return values
 
 
 class Config(Strict):
@@ -228,11 +248,12 @@ def listed(values: Any) -> Any:
 
 
 def with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Settings with every path in them changed, also those of the controls."""
-    out = {
-        key: change(value) if key in PATHS and isinstance(value, str) and value != EMBEDDED else value
-        for key, value in values.items()
-    }
+    """Settings with every path in them changed, also those of the controls; a name on the hub is no path."""
+    out = dict(values)
+    for key in PATHS:
+        if isinstance(value := values.get(key), str) and value != EMBEDDED:
+            there = change(value)
+            out[key] = value if HUB.fullmatch(value) and not Path(there).exists() else there
     if isinstance(out.get("controls"), list):
         out["controls"] = [with_paths(one, change) if isinstance(one, dict) else one for one in out["controls"]]
     return out

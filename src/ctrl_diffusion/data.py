@@ -1,14 +1,12 @@
-"""Labelled offline data.
+"""Labelled offline data: x (n, C, H, W) in [−1, 1] with one column of labels for the prior's condition, if any, and one
+for each control.
 
-On disk a dataset is an imagefolder: images and a `metadata.csv` or `.jsonl` with `file_name`, the prior's condition if
-any, and one column per control. In memory x is (n, C, H, W) in [−1, 1].
+A label is a class, or a place on a scale (`scale`).
 """
 
 import csv
 import io
-import json
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +17,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .files import write_text, writing
+from .images import Images
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 RAREST = 10  # examples of a class, below which some part of a split would hardly see it
-MOST_CLASSES = 64
 
 
 @dataclass
@@ -31,16 +28,16 @@ class LabelledImages:
 
     Args:
         x: (n, C, H, W) in [−1, 1].
-        labels: column → (n,) class numbers (the condition and the controls).
-        values: column → what the user calls its classes, in order.
+        labels: column → (n,) class numbers, or places on a scale as floats (the condition and the controls).
+        values: column → what the user calls its classes or levels, in order.
     """
 
-    x: Tensor
+    x: Tensor | Images
     labels: dict[str, Tensor]
     values: dict[str, tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        if not self.x.isfinite().all():
+        if isinstance(self.x, Tensor) and not self.x.isfinite().all():
             row = int((~self.x.isfinite().flatten(1).all(1)).nonzero()[0])
             raise ValueError(f"image {row} holds NaN or infinite pixels. Remove it or repair it.")
 
@@ -49,7 +46,44 @@ class LabelledImages:
 
     def __getitem__(self, rows: Tensor | np.ndarray) -> "LabelledImages":
         rows = torch.as_tensor(rows)
-        return LabelledImages(self.x[rows], {name: y[rows] for name, y in self.labels.items()}, self.values)
+        x = self.x.take(rows) if isinstance(self.x, Images) else self.x[rows]
+        return LabelledImages(x, {name: y[rows] for name, y in self.labels.items()}, self.values)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Sequence, names: Sequence[str], values: Mapping[str, Sequence[str]]
+    ) -> "LabelledImages":
+        """From a map-style torch Dataset of (x, label, …) in memory, x (C, H, W) in [−1, 1].
+
+        Args:
+            dataset: its items are x and one class number for each name.
+            names: of the labels, in the items' order.
+            values: what the classes of each are called, in order.
+
+        Raises:
+            ValueError: an item that is not so.
+        """
+        rows = [dataset[i] for i in range(len(dataset))]
+        for i, (x, *labels) in enumerate(rows):
+            if len(labels) == len(names) and x.shape == rows[0][0].shape:
+                continue
+            raise ValueError(f"item {i} is not x of one shape followed by {', '.join(names)}.")
+        labels = {name: torch.tensor([int(row[1 + i]) for row in rows]) for i, name in enumerate(names)}
+        for name, y in labels.items():
+            if y.min() < 0 or y.max() >= len(values[name]):
+                raise ValueError(
+                    f"{name} must be a class 0 … {len(values[name]) - 1}, got {int(y.min())} … {int(y.max())}."
+                )
+        return cls(torch.stack([row[0].float() for row in rows]), labels, {n: tuple(values[n]) for n in names})
+
+    def on_scale(self, column: str) -> bool:
+        """Whether a label is a place on a scale."""
+        return self.labels[column].is_floating_point()
+
+    def strata(self, column: str) -> Tensor:
+        """What a split is stratified by (n,): the classes, or the quarters of a scale."""
+        y = self.labels[column]
+        return y.argsort().argsort() * 4 // len(y) if self.on_scale(column) else y
 
     def check_classes(self, column: str) -> None:
         """Refuse what nobody could learn from.
@@ -58,6 +92,10 @@ class LabelledImages:
             ValueError: one class only, or a class too rare to stand in every part of a split.
         """
         values = self.values[column]
+        if self.on_scale(column):
+            if len(self) < 4 * RAREST:
+                raise ValueError(f"{column} has {len(self)} examples. Bring at least {4 * RAREST} of a scale.")
+            return
         counts = self.labels[column].bincount(minlength=len(values)).tolist()
         if len(values) < 2:
             raise ValueError(f"all {len(self)} examples have {column} = {values[0]!r}. A control needs two classes.")
@@ -74,7 +112,8 @@ class LabelledImages:
             ValueError: as `check_classes` does.
         """
         self.check_classes(column)
-        y, classes = self.labels[column].numpy(), len(self.values[column])
+        y = self.strata(column).numpy()
+        classes = len(np.unique(y))
         rest, parts = np.arange(len(self)), []
         for share in shares[:-1]:
             size = max(classes, round(share * len(self)))
@@ -104,116 +143,3 @@ def write_imagefolder(folder: Path, data: LabelledImages) -> None:
         save_image(folder / f"{i:05d}.png", pixels)
         writer.writerow([f"{i:05d}.png", *(data.values[name][y[i]] for name, y in data.labels.items())])
     write_text(folder / "metadata.csv", table.getvalue())
-
-
-def read_table(folder: Path, columns: Iterable[str]) -> tuple[Path, list[dict[str, str]]]:
-    """The rows of `metadata.csv` or `metadata.jsonl`, every value as stripped text.
-
-    Raises:
-        ValueError: no table, no rows, a line that is not JSON, a column that is missing.
-    """
-    table = next((folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()), None)
-    if table is None:
-        raise ValueError(
-            f"{folder} has no metadata.csv or metadata.jsonl. Write one with file_name and one column per label."
-        )
-    rows: list[dict] = []
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows += csv.DictReader(file) if table.suffix == ".csv" else (dict(json.loads(line)) for line in file)
-        except (ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"{table} line {len(rows) + 1} cannot be read: {error}") from error
-    if not rows:
-        raise ValueError(f"{table} has no rows. Write one line per image.")
-    if missing := {"file_name", *columns} - set(rows[0]):
-        raise ValueError(f"{table} has no column {', '.join(sorted(missing))}; it has: {', '.join(map(str, rows[0]))}.")
-    wanted = ("file_name", *columns)
-    return table, [{k: "" if row.get(k) is None else str(row[k]).strip() for k in wanted} for row in rows]
-
-
-def in_order(texts: Iterable[str]) -> tuple[str, ...]:
-    """Distinct labels in order: as numbers if all are, else as text."""
-    distinct = set(texts)
-    try:
-        return tuple(sorted(distinct, key=float))
-    except ValueError:
-        return tuple(sorted(distinct))
-
-
-def open_image(folder: Path, name: str, table: Path, number: int, load: bool = False) -> Image.Image:
-    """The image a row of the table names; without `load` its size and mode only.
-
-    Raises:
-        ValueError: it cannot be read, or its pixels are no bytes.
-    """
-    try:
-        with Image.open(folder / name) as image:
-            if load:
-                image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{table} row {number}: cannot read the image {name!r} ({error}).") from error
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"{table} row {number}: {name!r} has pixels of mode {image.mode}. Convert it to 8 bits a channel."
-        )
-    return image
-
-
-def read_imagefolder(
-    folder: str | Path, columns: dict[str, dict[str, int] | None], shape: tuple[int, int, int] | None = None
-) -> LabelledImages:
-    """Read an imagefolder: images and a `metadata.csv` or `metadata.jsonl` with `file_name` and one column per label.
-
-    Args:
-        folder: of the images and the table.
-        columns: label columns to read, each with the class number of every name it may hold; None takes the names that
-            occur, in order.
-        shape: (C, H, W) the prior makes; images of another size are resized (bicubic) with one warning. None takes the
-            images as they are, in colour unless all are grey.
-
-    Raises:
-        ValueError: no table, a column or an image that is missing, a label that is blank or no class.
-    """
-    folder = Path(folder)
-    table, rows = read_table(folder, columns)
-    names, labels = {}, {}
-    for name, known in columns.items():
-        for number, row in enumerate(rows, start=1):
-            if not row[name]:
-                raise ValueError(f"{table} row {number}: {name} is blank. Label it or remove the row.")
-            if known is not None and row[name] not in known:
-                some = ", ".join(list(known)[:10])
-                raise ValueError(f"{table} row {number}: {name} must be one of {some}, got {row[name]!r}.")
-        numbers = known if known is not None else {v: i for i, v in enumerate(in_order(row[name] for row in rows))}
-        if known is None and len(numbers) > MOST_CLASSES:
-            raise ValueError(
-                f"{table}: {name} has {len(numbers)} different values, more than {MOST_CLASSES} classes. Cut it into "
-                "a few."
-            )
-        # a class may have several names; the first is what it is called
-        first = {index: text for text, index in reversed(numbers.items())}
-        names[name] = tuple(first[i] for i in range(len(first)))
-        labels[name] = torch.tensor([numbers[row[name]] for row in rows])
-    opened = [open_image(folder, row["file_name"], table, number) for number, row in enumerate(rows, start=1)]
-    if shape is None:
-        grey = all(image.mode in ("1", "L") for image in opened)
-        shape = (1 if grey else 3, opened[0].height, opened[0].width)
-    channels, height, width = shape
-    if channels not in MODES:
-        raise ValueError(
-            f"the prior makes images of {channels} channels; image files have {', '.join(map(str, MODES))}."
-        )
-    others = [image.size for image in opened if image.size != (width, height)]
-    if others:
-        warnings.warn(
-            f"{len(others)} of {len(rows)} images are not {width}×{height} (one is {others[0][0]}×{others[0][1]}): "
-            "they were resized.",
-            stacklevel=2,
-        )
-    pixels = np.empty((len(rows), height, width, channels), np.float32)
-    for number, row in enumerate(rows):
-        image = open_image(folder, row["file_name"], table, number + 1, load=True).convert(MODES[channels])
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels[number] = np.asarray(image, dtype=np.float32).reshape(height, width, channels)
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
-    return LabelledImages(x.contiguous(), labels, names)

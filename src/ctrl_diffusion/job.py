@@ -23,7 +23,7 @@ from . import demo
 from .conditions import Conditions
 from .config import Config, ControlSettings, LearnerSettings, listed, merged, suggested, with_paths
 from .control import NULL, Policy
-from .data import LabelledImages, read_imagefolder, write_imagefolder
+from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
 from .files import check_room, clear, rounded, write_json, writing
 from .judges import Judges, fit_judges
@@ -34,6 +34,7 @@ from .learn.ppo import PPO
 from .learn.weighted import RENOISING, Weighted
 from .pretrained import Prior
 from .progress import Phase, silent
+from .reading import read_images
 from .report import save_figure, sheet_figure, write_classifier_report, write_exact_report, write_report
 from .reward import prior_table
 from .run import Run, home, open_prior
@@ -58,27 +59,40 @@ STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 def read_data(
-    folder: Path, control: str, condition: str | None, prior: Prior | None, values: tuple[str, ...] | None = None
+    source: str,
+    settings: ControlSettings,
+    prior: Prior | None,
+    values: tuple[str, ...] | None = None,
+    condition: bool = True,
+    phase: Phase = silent,
 ) -> LabelledImages:
-    """An imagefolder as a job needs it: at the prior's size, classes of c numbered as the prior numbers them.
+    """A dataset as a job needs it: at the prior's size, classes of c numbered as the prior numbers them.
 
     Args:
-        folder: the imagefolder.
-        control, condition: columns of y and c.
+        source: of the data.
+        settings: of the control.
         prior: None takes the images as they are.
-        values: the classes p̂ knows, None for those that occur.
+        values: the classes or levels p̂ knows, None for those that occur.
+        condition: whether c is read, if it has a column.
+        phase: told of progress.
 
     Raises:
         ValueError: the data are not as they should be, or the prior has no condition.
     """
-    if condition and prior and prior.classes is None:
-        raise ValueError(f"--condition {condition}: this prior is unconditional. Leave --condition out.")
-    if condition == control:
-        raise ValueError(f"--condition and --control both name the column {control!r}.")
-    columns = {control: values and {value: i for i, value in enumerate(values)}}
-    if condition:
-        columns[condition] = prior and prior.names
-    return read_imagefolder(folder, columns, prior and prior.denoiser.shape)
+    name, c = settings.name, settings.condition if condition else None
+    if c and prior and prior.classes is None:
+        raise ValueError(f"--condition {c}: this prior is unconditional. Leave --condition out.")
+    if c == name:
+        raise ValueError(f"--condition and --control both name the column {name!r}.")
+    columns = {name: values and {value: i for i, value in enumerate(values)}}
+    if c:
+        columns[c] = prior and prior.names
+    mapping = {key: column for key, column in ((name, settings.column), (c, settings.condition_column)) if column}
+    scales = {} if settings.kind == "auto" else {name: settings.kind == "scale"}
+    return read_images(
+        source, columns, prior and prior.denoiser.shape, mapping, scales | ({c: False} if c else {}),
+        settings.skip_bad, phase,
+    )  # fmt: skip
 
 
 def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
@@ -90,31 +104,35 @@ def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledIm
 
 
 def classifier_job(
-    folder: Path,
+    source: str | Path,
     control: str,
     condition: str | None,
     out: Path,
     prior: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    skip_bad: bool = False,
     phase: Phase = silent,
 ) -> Judges:
     """Fit p̂, the judge, and the reader of a condition on an imagefolder, and report them.
 
     Args:
-        folder: the imagefolder.
-        control, condition: columns of y and c.
+        source: of the data (`sources`).
+        control, condition: names of y and c, each NAME or NAME:COLUMN; y also NAME:MODULE:FUNCTION, a rule.
         out: the folder to write.
         prior: a pipeline folder, at whose size the images are read; None takes them as they are.
         seed: of the parts and the fits.
         overwrite: whether an earlier classifier in `out` may go.
+        skip_bad: leave out rows that cannot be used, and say how many.
         phase: told of progress.
 
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
     """
     check_room(out, CLASSIFIER_FILES[-1], overwrite)
-    data = read_data(folder, control, condition, open_prior(prior) if prior else None)
+    settings = ControlSettings(name=control, data=str(source), condition=condition, skip_bad=skip_bad)
+    control, condition = settings.name, settings.condition
+    data = read_data(settings.data, settings, open_prior(prior) if prior else None, phase=phase)
     if condition:
         data = only(data, condition, data.labels[condition].unique().tolist())
     judges, held_out = fit_judges(data, control, condition, seed=seed, phase=phase)
@@ -207,15 +225,17 @@ def material(settings: ControlSettings, prior: Prior) -> Material:
         judges, pages = Judges.load(Path(handed)), pages_of(Path(handed))
         check_classifier(judges, handed, settings.name, prior.denoiser.shape)
     values = judges and judges.values
-    data = read_data(Path(settings.data), settings.name, settings.condition, prior, values)
+    data = read_data(settings.data, settings, prior, values)
     if settings.ruler and data.values[settings.name] != demo.VALUES[settings.ruler]:
         raise ValueError(
             f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
         )
     judge_data = None
     if settings.judge_data and not judges:
-        column = settings.condition if settings.classifier.conditional else None
-        judge_data = read_data(Path(settings.judge_data), settings.name, column, prior, data.values[settings.name])
+        known = settings.model_copy(update={"kind": "scale" if data.on_scale(settings.name) else "classes"})
+        judge_data = read_data(
+            settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional
+        )
     return Material(settings, data, judges, pages, judge_data)
 
 

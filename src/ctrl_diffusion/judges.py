@@ -27,6 +27,7 @@ from .classifier import (
 )
 from .config import ClassifierSettings
 from .data import LabelledImages
+from .images import joined_x
 from .progress import Advance, Phase, silent
 
 Choice = tuple[Head, tuple[int, int | None]]  # head, (grid, depth)
@@ -196,7 +197,7 @@ def accuracy(classifier: Classifier, data: LabelledImages, column: str, conditio
 def joined(*parts: LabelledImages) -> LabelledImages:
     """Parts of one dataset as one."""
     labels = {name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels}
-    return LabelledImages(torch.cat([part.x for part in parts]), labels, parts[0].values)
+    return LabelledImages(joined_x([part.x for part in parts]), labels, parts[0].values)
 
 
 def fit_judges(

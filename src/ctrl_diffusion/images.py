@@ -1,0 +1,100 @@
+"""Images of any file as pixels of one size, and as many of them as do not fit into memory."""
+
+import io
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MOST_PIXELS = 2**26  # of one file: 8192 × 8192
+IN_MEMORY = 2**28  # bytes; what is larger as floats stays on disk as bytes
+
+
+def open_image(file: Path | bytes) -> Image.Image:
+    """One image, upright, as 8-bit grey, RGB or RGBA.
+
+    Of 16 bits the upper eight are kept, the orientation a camera noted is applied, palettes are looked up.
+
+    Raises:
+        ValueError: it cannot be read, is too large, or has pixels that are no whole numbers.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a bound of our own
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width}×{image.height} pixels are too many")
+        with image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("F"):
+        raise ValueError("its pixels are floats; convert it to 8 bits a channel")
+    if image.mode in ("1", "L", "RGB", "RGBA"):
+        return image.convert("L") if image.mode == "1" else image
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """Pixels (H, W, C) of 8 bits: what is transparent lies on white, unless there is a channel for it."""
+    if image.mode == "RGBA" and channels != 4:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(MODES[channels]).resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(*size[::-1], channels)
+
+
+class Images:
+    """x (n, C, H, W) in [−1, 1] that is read when its rows are asked for.
+
+    Args:
+        pixels: (N, C, H, W) bytes.
+        rows: which of them, all if None.
+    """
+
+    def __init__(self, pixels: Tensor, rows: Tensor | None = None) -> None:
+        self.pixels = pixels
+        self.rows = torch.arange(len(pixels)) if rows is None else rows
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, C, H, W)."""
+        return torch.Size((len(self.rows), *self.pixels.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor | slice | int) -> Tensor:
+        return self.pixels[self.rows[rows]].float() / 127.5 - 1
+
+    def take(self, rows: Tensor) -> "Images":
+        """Some of them, still unread."""
+        return Images(self.pixels, self.rows[rows])
+
+
+def blank(n: int, shape: tuple[int, int, int]) -> Tensor:
+    """Bytes (n, C, H, W) to be filled: in memory, or if they were too many as floats, in a file that goes with them."""
+    if 4 * n * int(np.prod(shape)) <= IN_MEMORY:
+        return torch.empty(n, *shape, dtype=torch.uint8)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(n, *shape)))
+
+
+def as_x(pixels: Tensor) -> Tensor | Images:
+    """x of bytes (n, C, H, W): floats where they fit into memory."""
+    return Images(pixels) if 4 * pixels.numel() > IN_MEMORY else Images(pixels)[:]
+
+
+def joined_x(parts: Sequence[Tensor | Images]) -> Tensor | Images:
+    """Parts of one set of images as one."""
+    if isinstance(parts[0], Images):
+        return Images(parts[0].pixels, torch.cat([part.rows for part in parts]))
+    return torch.cat(list(parts))

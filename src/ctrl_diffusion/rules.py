@@ -1,0 +1,62 @@
+"""Labels that a function computes from the image itself: `--control NAME:MODULE:FUNCTION`.
+
+The function is given one PIL image as it was opened (upright, 8 bits, not resized) and returns a label, a text or a
+number. Its module is looked for where the command runs, then among what is installed.
+"""
+
+import io
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from PIL import Image
+
+Rule = Callable[[Image.Image], Any]
+KILOBYTES = (60.0, 85.0, 110.0)  # where the reference code of the paper cuts (Zhao et al. 2025, arXiv 2406.12120)
+
+
+def load_rule(name: str) -> Rule:
+    """The function that `MODULE:FUNCTION` names.
+
+    Raises:
+        ValueError: there is no such module or function, or importing it failed.
+    """
+    module, _, function = name.rpartition(":")
+    sys.path.insert(0, "")
+    try:
+        rule = getattr(import_module(module), function, None)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(f"the rule {name}: {type(error).__name__}: {error}. Name it MODULE:FUNCTION.") from error
+    finally:
+        sys.path.remove("")
+    if not callable(rule):
+        raise ValueError(f"the rule {name}: {module} has no function {function!r}. Name it MODULE:FUNCTION.")
+    return rule
+
+
+def label_by(rule: Rule, image: Image.Image) -> str:
+    """What a rule says of an image, as text.
+
+    Raises:
+        ValueError: the rule failed, or said nothing that could be a label.
+    """
+    try:
+        label = rule(image)
+    except Exception as error:  # the user's own code
+        raise ValueError(f"the rule failed on it: {type(error).__name__}: {error}") from error
+    if not isinstance(label, (str, int, float)) or not str(label).strip():
+        raise ValueError(f"the rule must return a text or a number, got {label!r}")
+    return str(label).strip()
+
+
+def jpeg_kilobytes(image: Image.Image, quality: int = 95) -> float:
+    """Size of the image as a JPEG file in kilobytes of 1,000 bytes."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=quality)
+    return len(file.getvalue()) / 1000
+
+
+def jpeg_size(image: Image.Image) -> int:
+    """The paper's compressibility, 0 … 3: 3 up to 60 kB as a JPEG, 2 up to 85, 1 up to 110, 0 beyond."""
+    return sum(jpeg_kilobytes(image) <= cut for cut in KILOBYTES)

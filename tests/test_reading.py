@@ -1,0 +1,184 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctrl_diffusion import demo
+from ctrl_diffusion.data import write_imagefolder
+from ctrl_diffusion.reading import in_order, read_images
+from ctrl_diffusion.scale import number_at
+
+CLASSES = {"digit": {str(c): c for c in range(10)}, "ink": {str(y + 1): y for y in range(4)}}
+SHAPE = (1, 8, 8)
+
+
+def test_imagefolder_round_trip(tmp_path):
+    data = demo.labelled_digits("ink", 0)[0][0]
+    write_imagefolder(tmp_path, data)
+    assert (tmp_path / "metadata.csv").read_text().splitlines()[0] == "file_name,digit,ink"
+    back = read_images(tmp_path, CLASSES, SHAPE)
+    # a byte is 2/255 wide
+    torch.testing.assert_close(back.x, data.x, rtol=0, atol=1 / 255 + 1e-6)
+    assert back.values == data.values
+    for name in CLASSES:
+        assert torch.equal(back.labels[name], data.labels[name])
+    # without being told, the classes are those that occur, numbers in their order, and grey images stay grey
+    found = read_images(tmp_path, {"ink": None})
+    assert found.values == {"ink": ("1", "2", "3", "4")}
+    assert torch.equal(found.labels["ink"], data.labels["ink"])
+    assert torch.equal(found.x, back.x)
+
+
+def write(folder, rows, size=(8, 8)):
+    """A table of rows, and the images a.png, b.png … of their names."""
+    for row in rows:
+        if re.fullmatch(r"[a-z]\d*\.png", name := row.split(",")[0]):
+            Image.fromarray(np.zeros(size, np.uint8)).save(folder / name)
+    (folder / "metadata.csv").write_text("file_name,digit,ink\n" + "\n".join(rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        (["a.png,3,5"], "row 1: ink must be one of 1, 2, 3, 4, got '5'"),
+        (["a.png,3,1", "b.png,3,"], "row 2: ink is blank. Label it or remove the row."),
+        (["a.png,3,1", "b.png,3"], "row 2: ink is blank"),
+        (["a.png,ten,1"], "row 1: digit must be one of"),
+        (["a.png,3,1", "none.png,3,1"], "row 2: cannot read 'none.png'"),
+        ([",3,1"], "row 1: cannot read ''"),
+        (["broken.png,3,1"], "row 1: cannot read 'broken.png'"),
+        (["text.png,3,1"], "row 1: cannot read 'text.png'"),
+        (["huge.png,3,1"], "row 1: cannot read 'huge.png' .9000×9000 pixels are too many"),
+        (["../a.png,3,1"], "row 1: cannot read its image .'../a.png' lies outside the dataset's folder"),
+        (["/etc/hostname,3,1"], "row 1: cannot read its image .'/etc/hostname' lies outside"),
+        (["a.png,3,1", "b.png,3,2", "a.png,3,3"], "row 3: 'a.png' is in row 1 too"),
+        (["a.png,3,1", "sub/../a.png,3,3"], "row 2: 'sub/../a.png' is in row 1 too"),
+    ],
+)
+def test_bad_folders_are_named_row_by_row(tmp_path, rows, message):
+    write(tmp_path, rows)
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)).save(whole)
+    (tmp_path / "broken.png").write_bytes(whole.read_bytes()[:400])
+    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match=message):
+        read_images(tmp_path, CLASSES, SHAPE)
+
+
+def test_missing_table_and_column(tmp_path):
+    with pytest.raises(ValueError, match=r"no metadata\.csv or metadata\.jsonl"):
+        read_images(tmp_path, CLASSES, SHAPE)
+    write(tmp_path, ["a.png,3,1"])
+    with pytest.raises(ValueError, match="no column slant; it has: file_name, digit, ink"):
+        read_images(tmp_path, {"slant": None}, SHAPE)
+
+
+def test_jsonl_is_read_as_csv_is(tmp_path):
+    write(tmp_path, ["a.png,3,1", "b.png,4,2"])
+    first = read_images(tmp_path, CLASSES, SHAPE)
+    (tmp_path / "metadata.csv").unlink()
+    rows = [{"file_name": "a.png", "digit": 3, "ink": "1"}, {"file_name": "b.png", "digit": 4, "ink": 2}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    second = read_images(tmp_path, CLASSES, SHAPE)
+    for name in CLASSES:
+        assert torch.equal(first.labels[name], second.labels[name])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"')
+    with pytest.raises(ValueError, match="line 1 cannot be read"):
+        read_images(tmp_path, CLASSES, SHAPE)
+
+
+def test_images_of_another_size_are_resized_and_it_is_said(tmp_path):
+    write(tmp_path, ["a.png,3,1", "wide.png,3,2"])
+    Image.fromarray(np.full((8, 9, 3), 255, np.uint8)).save(tmp_path / "wide.png")
+    with pytest.warns(UserWarning, match=r"1 of 2 images are not 8×8 \(row 2 is 9×8\): they were resized"):
+        data = read_images(tmp_path, CLASSES, SHAPE)
+    assert data.x.shape == (2, *SHAPE)
+    torch.testing.assert_close(data.x[1], torch.ones(SHAPE))
+
+
+def test_numbers_of_many_values_are_a_scale(tmp_path):
+    write(tmp_path, [f"a{i}.png,3,{i / 100}" for i in range(81)])
+    data = read_images(tmp_path, {"ink": None}, SHAPE)
+    # levels over the central 90 % of 0 … 0.8
+    assert (len(data.values["ink"]), data.values["ink"][0], data.values["ink"][-1]) == (9, "0.04", "0.76")
+    y = data.labels["ink"]
+    torch.testing.assert_close(y, (torch.arange(81) / 100 - 0.04) / 0.72 * 8)
+    assert number_at(float(y[50]), data.values["ink"]) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="row 1: ink must be one of low, high, got '0.0'"):
+        read_images(tmp_path, {"ink": {"low": 0, "high": 1}}, SHAPE)
+    few = read_images(tmp_path, {"digit": None}, SHAPE)
+    assert few.values["digit"] == ("3",)
+    with pytest.raises(ValueError, match="digit is 3 nearly everywhere, no scale"):
+        read_images(tmp_path, {"digit": None}, SHAPE, scales={"digit": True})
+    write(tmp_path, [f"a{i}.png,3,v{i}" for i in range(81)])
+    with pytest.raises(ValueError, match="ink has 81 different values, more than 64 classes"):
+        read_images(tmp_path, {"ink": None}, SHAPE)
+    with pytest.raises(ValueError, match="row 1: ink must be a number, got 'v0'"):
+        read_images(tmp_path, {"ink": None}, SHAPE, scales={"ink": True})
+
+
+def test_rows_that_cannot_be_used_are_skipped_when_asked_and_counted(tmp_path):
+    good = ["c.png,5,2", "e.png,6,2", "f.png,6,3"]
+    rows = ["a.png,3,1", "none.png,3,1", "b.png,4,", *good, "d.png,5,9", "a.png,1,1"]
+    write(tmp_path, rows)
+    with pytest.warns(UserWarning, match="rows cannot be used") as said:
+        data = read_images(tmp_path, CLASSES, SHAPE, skip_bad=True)
+    assert data.labels["digit"].tolist() == [3, 5, 6, 6]
+    (message,) = [str(one.message) for one in said]
+    counts = "1 × unreadable images, 1 × blank labels, 1 × unknown labels, 1 × repeated images"
+    assert f"4 of 8 rows cannot be used ({counts}; the first: " in message
+    assert "row 2: cannot read 'none.png'" in message
+    write(tmp_path, [row for row in rows if row not in good[1:]])
+    with pytest.raises(ValueError, match="4 of 6 rows cannot be used .* That is more than half"):
+        read_images(tmp_path, CLASSES, SHAPE, skip_bad=True)
+
+
+def test_images_as_cameras_and_scanners_leave_them(tmp_path):
+    """Each file shows the left half black, the right half white; as grey and as colour."""
+    grey = np.zeros((8, 8), np.uint8)
+    grey[:, 4:] = 255
+    half = torch.from_numpy(grey.astype(np.float32)) / 127.5 - 1
+    upright = Image.fromarray(grey)
+    turned = Image.fromarray(np.rot90(grey).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter to the right
+    turned.save(tmp_path / "camera.png", exif=exif)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    clear = np.zeros((8, 8, 4), np.uint8)
+    clear[:, :4, 3] = 255  # the right half is black and transparent
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    upright.convert("P").save(tmp_path / "palette.png")
+    upright.convert("RGB").convert("CMYK").save(tmp_path / "print.tiff")
+    upright.convert("1").save(tmp_path / "bits.png")
+    upright.convert("LA").save(tmp_path / "alpha.png")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,ink\n" + "\n".join(f"{name},{1 + i % 2}" for i, name in enumerate(files)))
+    for channels in (1, 3):
+        x = read_images(tmp_path, {"ink": None}, (channels, 8, 8)).x
+        for name, image in zip(files, x, strict=True):
+            torch.testing.assert_close(image, half.expand(channels, 8, 8), msg=name)
+    x = read_images(tmp_path, {"ink": None}, (4, 8, 8)).x[files.index("clear.png")]
+    assert x[3, 0].tolist() == [1.0] * 4 + [-1.0] * 4
+    upright.convert("F").save(tmp_path / "float.tiff")
+    table.write_text("file_name,ink\nfloat.tiff,1")
+    with pytest.raises(ValueError, match=r"row 1: cannot read 'float.tiff' \(its pixels are floats"):
+        read_images(tmp_path, {"ink": None}, SHAPE)
+
+
+def test_a_million_pixels_are_brought_down_and_it_is_said(tmp_path):
+    write(tmp_path, ["a.png,3,1", "big.png,3,2"])
+    Image.new("L", (1000, 1000), 255).save(tmp_path / "big.png")
+    with pytest.warns(UserWarning, match=r"row 2 is 1000×1000\): they were resized"):
+        data = read_images(tmp_path, CLASSES, SHAPE)
+    torch.testing.assert_close(data.x[1], torch.ones(SHAPE))
+
+
+def test_labels_are_ordered_as_numbers_if_they_are_numbers():
+    assert in_order(["10", "9", "1", "9"]) == ("1", "9", "10")
+    assert in_order(["10", "9", "low"]) == ("10", "9", "low")
