@@ -80,8 +80,10 @@ def test_what_is_left_open_is_tried():
     everything = ClassifierSettings()
     assert len(open_choices(everything, ("low", "high"))) == 3
     assert len(open_choices(everything, ("1", "2", "3"))) == 6
-    assert {head for head, _ in open_choices(everything, ("1", "2"))} == {"categorical"}
-    assert open_choices(FAST, ("1", "2", "3")) == [("ordinal", (1, 1))]
+    assert {choice["head"] for choice in open_choices(everything, ("1", "2"))} == {"categorical"}
+    assert open_choices(FAST, ("1", "2", "3")) == [{"head": "ordinal", "grid": 1, "depth": 1}]
+    assert len(open_choices(ClassifierSettings(backbone="eyes"), ("1", "2", "3"))) == 4
+    assert open_choices(ClassifierSettings(factory="mine:net"), ("1", "2", "3")) == [{}]
 
 
 def flipped(n, seed):

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,9 @@ class Scorer(nn.Module):
     """
 
     at_once = 1024  # x; thousands of images at once would not fit
+    borrowed: str | tuple[str, ...] = ()  # how the names of weights begin that are not ours to save
+    shape: dict[str, Any]
+    described: str
 
     def __init__(
         self,
@@ -127,6 +131,22 @@ class Scorer(nn.Module):
         between = tops[:, :-1] + bottoms[:, 1:] + gaps
         return torch.cat([bottoms[:, :1], between, tops[:, -1:]], dim=1)
 
+    def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
+        """Write `classifier.safetensors` and `classifier.json` (its shape, and what else is to be known about it)."""
+        mine = {name: value for name, value in self.state_dict().items() if not name.startswith(self.borrowed)}
+        with writing(folder / "classifier.safetensors") as temporary:
+            save_file(mine, temporary)
+        write_json(folder / "classifier.json", {"kind": type(self).__name__, "shape": self.shape, **(about or {})})
+
+    @classmethod
+    def load(cls, folder: Path) -> "Scorer":
+        """Read a saved classifier of this kind."""
+        classifier = cls(**json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["shape"])
+        missing, unknown = classifier.load_state_dict(load_file(folder / "classifier.safetensors"), strict=False)
+        if missing := [name for name in missing if not name.startswith(cls.borrowed)] + unknown:
+            raise ValueError(f"weights that do not fit: {', '.join(missing)}")
+        return classifier.requires_grad_(False).eval()
+
 
 class Classifier(Scorer):
     """p̂(y | x) by a small convolutional network.
@@ -164,19 +184,8 @@ class Classifier(Scorer):
             "channels": channels, "classes": classes, "head": head, "grid": grid, "depth": depth, "halvings": halvings,
             "width": width, "balanced": balanced, "conditions": conditions,
         }  # fmt: skip
-
-    def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
-        """Write `classifier.safetensors` and `classifier.json` (its shape, and what else is to be known about it)."""
-        with writing(folder / "classifier.safetensors") as temporary:
-            save_file(self.state_dict(), temporary)
-        write_json(folder / "classifier.json", {"shape": self.shape, **(about or {})})
-
-    @classmethod
-    def load(cls, folder: Path) -> "Classifier":
-        """Read a saved classifier."""
-        classifier = cls(**json.loads((folder / "classifier.json").read_text())["shape"])
-        classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
-        return classifier.requires_grad_(False).eval()
+        what = "1 convolution" if depth == 1 else f"{depth} convolutions"
+        self.described = f"{what}, average pooling to {grid} × {grid}, a {head} head"
 
 
 def any_side_up(x: Tensor) -> Tensor:
@@ -221,7 +230,8 @@ def fit_classifier(
     watch: tuple[Tensor, ...] | None = None,
     c: Tensor | None = None,
     conditions: int = 0,
-) -> Classifier:
+    network: Callable[[], Scorer] | None = None,
+) -> Scorer:
     """Fit on clean x (n, C, H, W), y (n,) and, for p̂(y | x, c), c (n,); uncalibrated, in eval mode, frozen.
 
     Args:
@@ -236,17 +246,21 @@ def fit_classifier(
         watch: (x, y), or (x, y, c), that the fit does not see; the weights of the epoch whose NLL there, calibrated, is
             the least are kept. None keeps the last.
         c: class numbers of the prior's condition, 0 … conditions − 1.
+        network: makes what is fitted, whatever its x is; None makes a `Classifier` of classes, head, grid, depth,
+            balanced and conditions.
     """
-    shrink = max(0, round(math.log2(min(x.shape[2:]) / 8)))
-    depth = 1 + shrink if depth is None else depth
-    halvings = min(max(shrink, 1), depth - 1)
+    if network is None:
+        shrink = max(0, round(math.log2(min(x.shape[2:]) / 8)))
+        depth = 1 + shrink if depth is None else depth
+        shape = {"depth": depth, "halvings": min(max(shrink, 1), depth - 1)}
+        network = partial(
+            Classifier, x.shape[1], classes, head, grid, **shape, balanced=balanced, conditions=conditions
+        )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = Classifier(
-            x.shape[1], classes, head, grid, depth, halvings, balanced=balanced, conditions=conditions
-        )
+        classifier = network()
         weights = None
-        if balanced:
+        if classifier.balanced:
             counts = y.bincount(minlength=classes).clamp(min=1)
             weights = len(y) / (classes * counts)
             classifier.log_frequency.copy_((counts / counts.sum()).log())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from .files import write_text
 
@@ -28,6 +28,9 @@ class ClassifierSettings(Strict):
         balanced: fit with every class weighing the same; p̂ stays the posterior under the data's own frequencies.
         early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
         conditional: p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
+        backbone: a frozen vision network of transformers, a folder or a hub id, on whose features a linear head is
+            fitted; grid, depth and augment are not used then.
+        factory: "module:function" that makes the network, from K and (C, H, W).
     """
 
     head: Literal["auto", "categorical", "ordinal"] = "auto"
@@ -38,6 +41,15 @@ class ClassifierSettings(Strict):
     balanced: bool = False
     early_stopping: bool = False
     conditional: bool = False
+    backbone: str | None = None
+    factory: str | None = None
+
+    @model_validator(mode="after")
+    def one_kind(self) -> "ClassifierSettings":
+        """A factory's network has its own head and features."""
+        if self.factory and (self.backbone or self.conditional or self.head == "ordinal"):
+            raise ValueError("factory excludes backbone, conditional and an ordinal head")
+        return self
 
 
 class LearnerSettings(Strict):
@@ -200,6 +212,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     for key in PATHS:
         if isinstance(values.get(key), str) and values[key] != EMBEDDED:
             values[key] = os.path.abspath(path.parent / values[key])
+    classifier = values.get("classifier")
+    backbone = classifier.get("backbone") if isinstance(classifier, dict) else None
+    if isinstance(backbone, str) and (path.parent / backbone).is_dir():  # else an id
+        classifier["backbone"] = os.path.abspath(path.parent / backbone)
     return values
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .certificate import Certificate
-from .classifier import Classifier
+from .classifier import Classifier, Scorer
 from .conditions import Conditions
 
 Ruler = Callable[[Tensor], Tensor]
@@ -33,7 +33,7 @@ class Judge:
 
     ruler: Ruler | None
     reader: Classifier | None = None
-    second: Classifier | None = None
+    second: Scorer | None = None
 
     def features(self, x: Tensor) -> Tensor:
         """What diversity is measured in: (n, F)."""

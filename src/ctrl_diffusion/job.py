@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import demo
-from .config import EMBEDDED, PATHS, Config, LearnerSettings, merged, suggested
+from .config import EMBEDDED, PATHS, ClassifierSettings, Config, LearnerSettings, merged, suggested
 from .control import NULL, Policy
 from .data import LabelledImages, read_imagefolder, write_imagefolder
 from .evaluate import Evaluation, Score
@@ -96,6 +96,7 @@ def classifier_job(
     seed: int = 0,
     overwrite: bool = False,
     phase: Phase = silent,
+    settings: ClassifierSettings | None = None,
 ) -> Judges:
     """Fit p̂, the judge, and the reader of a condition on an imagefolder, and report them.
 
@@ -107,6 +108,7 @@ def classifier_job(
         seed: of the parts and the fits.
         overwrite: whether an earlier classifier in `out` may go.
         phase: told of progress.
+        settings: of the classifiers.
 
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
@@ -115,7 +117,7 @@ def classifier_job(
     data = read_data(folder, control, condition, open_prior(prior) if prior else None)
     if condition:
         data = only(data, condition, data.labels[condition].unique().tolist())
-    judges, held_out = fit_judges(data, control, condition, seed=seed, phase=phase)
+    judges, held_out = fit_judges(data, control, condition, settings=settings, seed=seed, phase=phase)
     clear(out, CLASSIFIER_FILES)
     judges.save(out)
     write_classifier_report(out, judges, held_out)

@@ -334,8 +334,7 @@ def write_classifier_report(folder: Path, judges: Judges, held_out: LabelledImag
         ),
     }
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
-    shape = judges.classifier.shape
-    render(folder / "report.html", "classifier.html", images=images, judges=judges, shape=shape, held_out=len(held_out))
+    render(folder / "report.html", "classifier.html", images=images, judges=judges, held_out=len(held_out))
 
 
 def density_figure(pictures: Sequence[Picture]) -> Figure:
