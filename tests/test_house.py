@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "ctrl_diffusion"
 ORDER = (
-    "files progress schedule denoise transition control rollout conditions data classifier backbone reward learn train "
-    "sample certificate evaluate exact lattice testbed pretrained assets demo config judges run report job cli"
+    "files progress schedule denoise transition control rollout conditions data classifier backbone support reward "
+    "learn train sample certificate evaluate exact lattice testbed pretrained assets demo config judges run report "
+    "job cli"
 ).split()
 # rooms that may know only these
 NARROW = {

@@ -59,6 +59,7 @@ def test_save_and_load(tmp_path):
     assert again.metrics() == pytest.approx(judges.metrics(), rel=1e-5)
     for name in ("classifier", "judge", "reader"):
         assert torch.equal(getattr(again, name).log_prob(held_out.x), getattr(judges, name).log_prob(held_out.x))
+    assert torch.equal(again.outside(held_out.x), judges.outside(held_out.x))
     assert judges.judge_accuracy > 0.6
     assert judges.reader_accuracy > 0.8
     (tmp_path / "classifier.json").write_text("{}")

@@ -90,9 +90,16 @@ class Scorer(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, F) of x (B, C, H, W) in [−1, 1], which need not be in memory before its rows are asked for."""
+        return self.in_parts(self.trunk, x)
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """What `Support` looks at: (B, E); the features, unless there is something before them that keeps more of x."""
+        return self.features(x)
+
+    def in_parts(self, trunk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         few = self.at_once
         parts = x.split(few) if isinstance(x, Tensor) else (x[rows] for rows in torch.arange(len(x)).split(few))
-        return torch.cat([self.trunk(part) for part in parts])
+        return torch.cat([trunk(part) for part in parts])
 
     def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Raw scores of x: (B, K), or (B, 1) of an ordinal head.
@@ -186,6 +193,11 @@ class Classifier(Scorer):
         }  # fmt: skip
         what = "1 convolution" if depth == 1 else f"{depth} convolutions"
         self.described = f"{what}, average pooling to {grid} × {grid}, a {head} head"
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """The pooled convolutions (B, grid² · width): the layer after them learns to drop what does not decide y, and
+        with it the difference between an image and noise."""
+        return self.in_parts(self.trunk[:-2], x)
 
 
 def any_side_up(x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Samples of a policy are judged as they are; the *target* (what a perfect learner
 off prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,11 +31,13 @@ class Judge:
         reader: reads which of the prior's conditions it is; its features measure diversity. Without one, adherence is
             not judged and diversity is measured in pixels.
         second: a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
+        outside: x (n, C, H, W) → whether each lies outside the region p̂ was fitted on (n,).
     """
 
     ruler: Ruler | None
     reader: Classifier | None = None
     second: Scorer | None = None
+    outside: Callable[[Tensor], Tensor] | None = None
 
     def features(self, x: Tensor) -> Tensor:
         """What diversity is measured in: (n, F)."""
@@ -54,7 +58,8 @@ class Judge:
 class Score:
     """Uniform means over pairs (c, y); diversity is the mean pairwise feature distance within a pair.
 
-    `confusion` (K, K) has in row y the shares of each class among the samples asked for y.
+    `confusion` (K, K) has in row y the shares of each class among the samples asked for y. `outside` is the share that
+    lies outside the region p̂ was fitted on.
     """
 
     accuracy: float
@@ -64,6 +69,8 @@ class Score:
     confusion: Tensor
     judge_accuracy: float | None = None
     macro_f1: float | None = None
+    outside: float | None = None
+    outside_stderr: float | None = None
 
 
 @dataclass
@@ -91,6 +98,7 @@ class Evaluation:
                 "judge_accuracy": score.judge_accuracy,
                 "class_accuracy": score.class_accuracy,
                 "diversity": score.diversity,
+                "outside_support": score.outside,
             }
 
         return {
@@ -129,6 +137,24 @@ class Evaluation:
                 },
             },
         }
+
+
+def warn_if_left(prior: Score, ctrl: Score) -> None:
+    """Warn if the policy has moved to where nothing was labelled.
+
+    Raises:
+        RuntimeWarning: more than twice the prior's share lies outside, and more by three standard errors.
+    """
+    if prior.outside is None or ctrl.outside is None:
+        return
+    error = math.hypot(prior.outside_stderr, ctrl.outside_stderr)
+    if ctrl.outside > max(2 * prior.outside, prior.outside + 3 * error):
+        warnings.warn(
+            f"samples leave the region the classifier was fitted on ({ctrl.outside:.1%} lie outside, of the prior's "
+            f"{prior.outside:.1%}); compare the independent judge.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
@@ -176,6 +202,7 @@ def score_target(x_0: Tensor, table: Tensor, judge: Judge) -> Score:
         diversity=float(diversity.mean()),
         confusion=confusion.mean(0),
         judge_accuracy=None if seen is None else float((w * one_hot(seen)).sum(1).mean()),
+        outside=judge.outside and float((w * judge.outside(x_0).to(w).view(groups, members, 1)).sum(1).mean()),
     )
 
 
@@ -186,6 +213,7 @@ def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
     measured, seen = judge.measure(x_0, group)
     features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
+    outside = judge.outside and judge.outside(x_0).float()
     right, adheres = (measured == y).float(), judge.adheres(x_0, group)
     return Score(
         accuracy=float(right.mean()),
@@ -195,6 +223,8 @@ def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
         confusion=torch.from_numpy(confusion_matrix(y, measured, labels=range(conditions.classes), normalize="true")),
         judge_accuracy=None if seen is None else float((seen == y).float().mean()),
         macro_f1=float(f1_score(y.numpy(), measured.numpy(), average="macro", zero_division=0.0)),
+        outside=None if outside is None else float(outside.mean()),
+        outside_stderr=None if outside is None else float(outside.std() / len(outside) ** 0.5),
     )
 
 

@@ -41,7 +41,7 @@ from .train import fit
 
 # what each job writes; the last tells its folder from anybody else's
 PAGES = ("reliability.png", "confusion.png", "report.html")
-CLASSIFIER_FILES = ("judge", "reader", *PAGES, "classifier.safetensors", "classifier.json")
+CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
 RUN_FILES = (
     "classifier", "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png",
     "confusion.png", "reliability.png", "sweep.png", "config.yaml", "progress.jsonl",

@@ -1,6 +1,7 @@
 """What is fitted on the labels before any training: p̂ itself, the judge of y and the reader of c.
 
 classifier.*    p̂(y | x), the reward, fitted on one part of the labels, calibrated on a second
+support.*       the region p̂ was fitted on
 judge/          a second classifier, fitted on a part p̂ never met; only where no ruler measures y
 reader/         reads the prior's condition c; only where the data have a column for it
 report.html     how good they are on held-out data, with reliability.png and confusion.png
@@ -31,9 +32,11 @@ from .classifier import (
 from .config import ClassifierSettings
 from .data import LabelledImages
 from .progress import Advance, Phase, silent
+from .support import Support
 
 Choice = dict[str, Any]  # options of `fit_classifier` and of the network it fits
 DEEP, BATCH = 4, 32
+SUPPORT = "support.safetensors"
 DECAYS = (1e-3, 1.0)  # of a linear head: the features outnumber the images, or they do not
 # shares of the labels: fit, calibration, held-out, and the judge's own
 WITH_RULER, WITH_JUDGE = (0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)
@@ -55,6 +58,7 @@ class Judges:
         reader_accuracy: on held-out data.
         condition: the column of c, which the reader was fitted on and p̂(y | x, c) is given.
         condition_values: the names of its classes, in order.
+        support: the region p̂ was fitted on.
     """
 
     control: str
@@ -68,6 +72,12 @@ class Judges:
     reader_accuracy: float | None = None
     condition: str | None = None
     condition_values: tuple[str, ...] = ()
+    support: Support | None = None
+
+    @torch.no_grad()
+    def outside(self, x: Tensor) -> Tensor:
+        """Whether each x (n, C, H, W) lies outside the region p̂ was fitted on: (n,)."""
+        return self.support.outside(self.classifier.evidence(x))
 
     @torch.no_grad()
     def log_prob(self, data: LabelledImages) -> Tensor:
@@ -86,6 +96,8 @@ class Judges:
         about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
         about |= {"condition": self.condition, "condition_values": self.condition_values}
         self.classifier.save(folder, about)
+        if self.support:
+            self.support.save(folder / SUPPORT)
         for name, classifier in (("judge", self.judge), ("reader", self.reader)):
             if classifier:
                 classifier.save(folder / name)
@@ -106,10 +118,11 @@ class Judges:
             report = dict(about["report"])
             judge_accuracy, reader_accuracy = report.pop("judge_accuracy"), report.pop("reader_accuracy")
             others = {n: load_classifier(folder / n) for n in ("judge", "reader") if (folder / n).is_dir()}
+            support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
             return cls(
                 about["control"], tuple(about["values"]), tuple(about["input"]), load_classifier(folder),
                 ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
-                about["condition"], tuple(about["condition_values"]),
+                about["condition"], tuple(about["condition_values"]), support,
             )  # fmt: skip
         except Elsewhere:
             raise
@@ -279,6 +292,9 @@ def fit_judges(
             "labels or bring more of them."
         )
     judges = Judges(control, data.values[control], tuple(data.x.shape[1:]), classifier, quality)
+    with torch.no_grad():
+        met, *unseen = (classifier.evidence(part.x) for part in (fitting, calibration, held_out))
+    judges.support = Support.fit(met).calibrate(torch.cat(unseen))
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
         judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk)

@@ -19,7 +19,7 @@ from .certificate import certify, gamma_within
 from .conditions import Conditions
 from .config import EMBEDDED, Config
 from .control import LoRAControl, Policy
-from .evaluate import Evaluation, Judge, score_samples, score_target
+from .evaluate import Evaluation, Judge, score_samples, score_target, warn_if_left
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
@@ -76,7 +76,8 @@ class Run:
     def judge(self) -> Judge:
         """The ruler if there is one, else the judge; with the reader and the judge's own opinion."""
         ruler = RULERS[self.config.ruler] if self.config.ruler else None
-        return Judge(ruler, self.judges.reader, self.judges.judge)
+        outside = self.judges.outside if self.judges.support else None
+        return Judge(ruler, self.judges.reader, self.judges.judge, outside)
 
     @property
     def accuracy_by(self) -> str:
@@ -204,10 +205,13 @@ class Run:
 
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:
-        """J, reward and KL in nats on a few paths, whose noise is the same at every probe; log w and reward of each."""
-        earned, _, kl, log_ratio = self.policy_paths(repeats, "probe")
+        """J, reward and KL in nats on a few paths, whose noise is the same at every probe, and the share outside the
+        region p̂ was fitted on; log w and reward of each."""
+        earned, x_0, kl, log_ratio = self.policy_paths(repeats, "probe")
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
+        if self.judges.support:
+            figures["probe_outside"] = self.judges.outside(x_0).float()
         return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
 
     @torch.no_grad()
@@ -223,13 +227,15 @@ class Run:
         # the prior ignores y: an equal share of its samples stands for each y
         share = members // conditions.classes
         uncontrolled = x_prior.unflatten(0, (-1, members))[:, : share * conditions.classes].flatten(0, 1)
-        return Evaluation(
+        evaluation = Evaluation(
             prior=score_samples(uncontrolled, conditions, self.judge),
             target=score_target(x_prior, table, self.judge),
             ctrl=score_samples(x_0, conditions, self.judge),
             certificate=certify(conditions, table, earned, kl, log_ratio),
             n=len(x_0),
         )
+        warn_if_left(evaluation.prior, evaluation.ctrl)
+        return evaluation
 
     @torch.no_grad()
     def sweep(self, strengths: list[float], step_counts: list[int], n: int, phase: Phase = silent) -> dict[str, dict]:
