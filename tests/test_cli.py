@@ -416,7 +416,7 @@ def test_classifier_and_train_on_the_users_own_folder(ctrl, quick_run, tmp_path)
     names = {path.name for path in fitted.iterdir()}
     assert names == {
         "classifier.json", "classifier.safetensors", "judge", "reader", "reliability.png", "confusion.png",
-        "report.html",
+        "report.html", "support.safetensors",
     }  # fmt: skip
     settings = tmp_path / "tiny.yaml"
     settings.write_text(yaml.safe_dump(TINY))

@@ -136,6 +136,7 @@ def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_p
     rows = torch.arange(2).repeat_interleave(4)
     torch.testing.assert_close(run.reward.table("ink", x, cond), run.config.gamma * judges.classifier.log_prob(x, rows))
     assert run.judge.measure(x, rows)[0]["ink"].shape == labels["ink"].shape
+    assert 0 <= run.probe(2)[0]["probe_outside"] < 0.5, "an untrained policy is the prior"
     judges.save(tmp_path)
     for page in PAGES:
         (tmp_path / page).write_bytes(b"page")

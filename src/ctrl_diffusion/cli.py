@@ -32,6 +32,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closin
 def quiet_dependencies() -> None:
     """Keep the dependencies' banners and advice off the terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("diffusers", "transformers", "accelerate", "peft", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=name)
@@ -156,19 +157,24 @@ def classifier(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     condition: Condition = None,
     prior: Annotated[str | None, typer.Option(help="A pipeline folder: read the images at its size.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings (a config.yaml), of which classifier: is read.")] = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
+    from .config import ControlSettings, listed, read_settings
     from .job import classifier_job
 
+    given = listed({**(read_settings(config) if config else {}), "control": control})["controls"][0]
+    settings = ControlSettings.of({**given, "data": data}, str(config)).classifier
     with phases(quiet) as phase:
-        found = classifier_job(data, control, condition, out, prior, seed, overwrite, skip_bad, phase).quality
+        judges = classifier_job(data, control, condition, out, prior, seed, overwrite, skip_bad, phase, settings)
+    found = judges.quality
     if not quiet:
         typer.echo(
-            f"{control} on held-out images: accuracy {found.accuracy:.1%}, NLL {found.nll:.3f} nats "
+            f"{judges.control} on held-out images: accuracy {found.accuracy:.1%}, NLL {found.nll:.3f} nats "
             f"(chance {found.chance_nll:.3f}), ECE {found.ece:.3f}\nreport: {out / 'report.html'}"
         )
 

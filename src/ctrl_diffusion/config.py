@@ -9,19 +9,35 @@ from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from typing_extensions import Self
 
 from .files import write_text
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
-PATHS = ("prior", "data", "judge_data", "classifier_from", "settled_from")
+PATHS = ("prior", "data", "judge_data", "classifier_from", "settled_from", "backbone")
 
 
 class Strict(BaseModel):
     """Settings in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def of(cls, values: Any, source: str = "settings") -> Self:
+        """Checked settings; `source` is what an error calls them.
+
+        Raises:
+            ValueError: one line that names each wrong key.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}, got {e['input']!r}" for e in error.errors()
+            )
+            raise ValueError(f"{source}: {wrong}. A fresh run's config.yaml shows every key.") from error
 
 
 class ClassifierSettings(Strict):
@@ -31,6 +47,9 @@ class ClassifierSettings(Strict):
         balanced: fit with every class weighing the same; p̂ stays the posterior under the data's own frequencies.
         early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
         conditional: p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
+        backbone: a frozen vision network of transformers, a folder or a hub id, on whose features a linear head is
+            fitted; grid, depth and augment are not used then.
+        factory: "module:function" that makes the network, from K and (C, H, W).
     """
 
     head: Literal["auto", "categorical", "ordinal"] = "auto"
@@ -41,6 +60,15 @@ class ClassifierSettings(Strict):
     balanced: bool = False
     early_stopping: bool = False
     conditional: bool = False
+    backbone: str | None = None
+    factory: str | None = None
+
+    @model_validator(mode="after")
+    def one_kind(self) -> "ClassifierSettings":
+        """A factory's network has its own head and features."""
+        if self.factory and (self.backbone or self.conditional or self.head == "ordinal"):
+            raise ValueError("factory excludes backbone, conditional and an ordinal head")
+        return self
 
 
 class LearnerSettings(Strict):
@@ -183,19 +211,8 @@ class Config(Strict):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @classmethod
-    def of(cls, values: Any, source: str = "settings") -> "Config":
-        """Checked settings; `source` is what an error calls them.
-
-        Raises:
-            ValueError: one line that names each wrong key.
-        """
-        try:
-            config = cls.model_validate(listed(values))
-        except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-            )
-            raise ValueError(f"{source}: {wrong}. A fresh run's config.yaml shows every key.") from error
+    def of(cls, values: Any, source: str = "settings") -> Self:
+        config = super().of(listed(values), source)
         names = config.names
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{source}: two controls are named {twice.pop()!r}. Name every control once.")
@@ -254,6 +271,8 @@ def with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str
         if isinstance(value := values.get(key), str) and value != EMBEDDED:
             there = change(value)
             out[key] = value if HUB.fullmatch(value) and not Path(there).exists() else there
+    if isinstance(values.get("classifier"), dict):
+        out["classifier"] = with_paths(values["classifier"], change)
     if isinstance(out.get("controls"), list):
         out["controls"] = [with_paths(one, change) if isinstance(one, dict) else one for one in out["controls"]]
     return out

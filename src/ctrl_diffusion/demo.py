@@ -89,6 +89,7 @@ def slant_ruler(x: Tensor) -> Tensor:
 
 
 RULERS = {INK: ink_ruler, SLANT: slant_ruler}
+MEASURES = {INK: ink, SLANT: slant}  # of y on a scale
 
 
 def labelled_digits(controls: str, seed: int) -> list[tuple[LabelledImages, LabelledImages]]:

@@ -4,6 +4,8 @@ Samples of a policy are judged as they are; the *target* (what a perfect learner
 off prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
 """
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .certificate import Certificate
-from .classifier import Classifier
+from .classifier import Classifier, Scorer
 from .conditions import Conditions
 from .control import Labels
 
@@ -32,11 +34,13 @@ class Judge:
         reader: reads which of the prior's conditions it is; its features measure diversity. Without one, adherence is
             not judged and diversity is measured in pixels.
         seconds: control → a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
+        outside: x (n, C, H, W) → whether each lies outside the region some p̂ was fitted on (n,).
     """
 
     rulers: dict[str, Ruler]
     reader: Classifier | None = None
-    seconds: dict[str, Classifier] = field(default_factory=dict)
+    seconds: dict[str, Scorer] = field(default_factory=dict)
+    outside: Callable[[Tensor], Tensor] | None = None
 
     def features(self, x: Tensor) -> Tensor:
         """What diversity is measured in: (n, F)."""
@@ -62,6 +66,7 @@ class Score:
     With several controls `accuracy` counts the samples with which all are right, `each` and `each_by_judge` those with
     which one is. `confusion` (K, K) has in row y the shares of each label among the samples asked for y. `measured` is
     what every control that is judged came out as, asked for or not: (n,) classes.
+    `outside` is the share that lies outside the region p̂ was fitted on.
     """
 
     accuracy: float
@@ -71,6 +76,8 @@ class Score:
     confusion: Tensor
     judge_accuracy: float | None = None
     macro_f1: float | None = None
+    outside: float | None = None
+    outside_stderr: float | None = None
     each: dict[str, float] = field(default_factory=dict)
     each_by_judge: dict[str, float] = field(default_factory=dict)
     measured: Labels = field(default_factory=dict)
@@ -179,6 +186,7 @@ class Evaluation:
                 "judge_accuracy": score.judge_accuracy,
                 "class_accuracy": score.class_accuracy,
                 "diversity": score.diversity,
+                "outside_support": score.outside,
             }
 
         return {
@@ -218,6 +226,24 @@ class Evaluation:
                 },
             },
         }
+
+
+def warn_if_left(prior: Score, ctrl: Score) -> None:
+    """Warn if the policy has moved to where nothing was labelled.
+
+    Raises:
+        RuntimeWarning: more than twice the prior's share lies outside, and more by three standard errors.
+    """
+    if prior.outside is None or ctrl.outside is None:
+        return
+    error = math.hypot(prior.outside_stderr, ctrl.outside_stderr)
+    if ctrl.outside > max(2 * prior.outside, prior.outside + 3 * error):
+        warnings.warn(
+            f"samples leave the region the classifier was fitted on ({ctrl.outside:.1%} lie outside, of the prior's "
+            f"{prior.outside:.1%}); compare the independent judge.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
@@ -274,6 +300,7 @@ def score_target(x_0: Tensor, table: Tensor, conditions: Conditions, judge: Judg
         each={name: mean(hit) for name, hit in each.items()},
         each_by_judge={name: mean(hit) for name, hit in by_judge.items()},
         measured=measured,
+        outside=judge.outside and mean(judge.outside(x_0).to(w).view(groups, members, 1)),
     )
 
 
@@ -288,6 +315,7 @@ def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
     by_judge = {name: (seen[name] == y).float() for name, y in asked.items() if name in seen}
     right, adheres = all_of(each), judge.adheres(x_0, group)
     labels = pair % conditions.classes, conditions.label_of(measured)
+    outside = judge.outside and judge.outside(x_0).float()
     return Score(
         accuracy=float(right.mean()),
         accuracy_stderr=float(right.std() / len(right) ** 0.5),
@@ -299,6 +327,8 @@ def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
         each={name: float(hit.mean()) for name, hit in each.items()},
         each_by_judge={name: float(hit.mean()) for name, hit in by_judge.items()},
         measured=measured,
+        outside=None if outside is None else float(outside.mean()),
+        outside_stderr=None if outside is None else float(outside.std() / len(outside) ** 0.5),
     )
 
 

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from . import demo
 from .conditions import Conditions
-from .config import Config, ControlSettings, LearnerSettings, listed, merged, suggested, with_paths
+from .config import (
+    ClassifierSettings,
+    Config,
+    ControlSettings,
+    LearnerSettings,
+    listed,
+    merged,
+    suggested,
+    with_paths,
+)
 from .control import NULL, Policy
 from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
@@ -39,12 +48,13 @@ from .report import save_figure, sheet_figure, write_classifier_report, write_ex
 from .reward import prior_table
 from .run import Run, home, open_prior
 from .sample import stream
+from .scale import is_number, number_at, places
 from .testbed import races
 from .train import fit
 
 # what each job writes; the last tells its folder from anybody else's
 PAGES = ("reliability.png", "confusion.png", "report.html")
-CLASSIFIER_FILES = ("judge", "reader", *PAGES, "classifier.safetensors", "classifier.json")
+CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
 RUN_FILES = (
     "classifier", "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png",
     "confusion.png", "reliability*.png", "sweep.png", "plane.png", "config.yaml", "progress.jsonl",
@@ -113,6 +123,7 @@ def classifier_job(
     overwrite: bool = False,
     skip_bad: bool = False,
     phase: Phase = silent,
+    settings: ClassifierSettings | None = None,
 ) -> Judges:
     """Fit p̂, the judge, and the reader of a condition on an imagefolder, and report them.
 
@@ -125,17 +136,18 @@ def classifier_job(
         overwrite: whether an earlier classifier in `out` may go.
         skip_bad: leave out rows that cannot be used, and say how many.
         phase: told of progress.
+        settings: of the classifiers.
 
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
     """
     check_room(out, CLASSIFIER_FILES[-1], overwrite)
-    settings = ControlSettings(name=control, data=str(source), condition=condition, skip_bad=skip_bad)
-    control, condition = settings.name, settings.condition
-    data = read_data(settings.data, settings, open_prior(prior) if prior else None, phase=phase)
+    about = ControlSettings(name=control, data=str(source), condition=condition, skip_bad=skip_bad)
+    control, condition = about.name, about.condition
+    data = read_data(about.data, about, open_prior(prior) if prior else None, phase=phase)
     if condition:
         data = only(data, condition, data.labels[condition].unique().tolist())
-    judges, held_out = fit_judges(data, control, condition, seed=seed, phase=phase)
+    judges, held_out = fit_judges(data, control, condition, settings=settings, seed=seed, phase=phase)
     clear(out, CLASSIFIER_FILES)
     judges.save(out)
     write_classifier_report(out, judges, held_out)
@@ -226,13 +238,14 @@ def material(settings: ControlSettings, prior: Prior) -> Material:
         check_classifier(judges, handed, settings.name, prior.denoiser.shape)
     values = judges and judges.values
     data = read_data(settings.data, settings, prior, values)
-    if settings.ruler and data.values[settings.name] != demo.VALUES[settings.ruler]:
+    on_scale = data.on_scale(settings.name)
+    if settings.ruler and not on_scale and data.values[settings.name] != demo.VALUES[settings.ruler]:
         raise ValueError(
             f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
         )
     judge_data = None
     if settings.judge_data and not judges:
-        known = settings.model_copy(update={"kind": "scale" if data.on_scale(settings.name) else "classes"})
+        known = settings.model_copy(update={"kind": "scale" if on_scale else "classes"})
         judge_data = read_data(
             settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional
         )
@@ -444,7 +457,7 @@ def execute(
     config.write(folder / "config.yaml")
     for one in job.materials:
         name = one.settings.name
-        place = run.place(folder, "classifier", name)
+        place = run.room(folder, "classifier", name)
         judges[name].save(place)
         if name in held_out:
             write_classifier_report(place, judges[name], held_out[name])
@@ -461,6 +474,7 @@ def execute(
         evaluation = run.evaluate(config.evaluation.paths, phase)
         others = [config.steps // 2, config.steps, 2 * config.steps]
         other_steps = [k for k in others if k > 0 and fits(job.prior, config, k)]
+        followed = run.follow(config.evaluation.paths // 2, phase)
         sweep = run.sweep(STRENGTHS, other_steps, config.evaluation.sweep_paths, phase)
         pair = run.conditions.all(1)
         labels, cond = run.conditions.of(pair)
@@ -470,6 +484,7 @@ def execute(
     metrics = {
         "accuracy_by": run.accuracy_by,
         **evaluation.metrics(),
+        **({"scale": {name: follows(*pair) for name, pair in followed.items()}} if followed else {}),
         "training": {"kept": kept, "stages": stages},
         "sweep": sweep_metrics(sweep, evaluation),
         "classifier": classifier_metrics(judges),
@@ -478,7 +493,7 @@ def execute(
     }
     command = command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
     write_json(folder / "metrics.json", metrics)
-    write_report(folder, run, metrics, evaluation, sweep, records, command)
+    write_report(folder, run, metrics, evaluation, sweep, followed, records, command)
     return metrics
 
 
@@ -502,6 +517,17 @@ def sweep_metrics(sweep: dict[str, dict[float, Score]], evaluation: Evaluation) 
             for value, score in scores.items()
         ]
         for kind, scores in sweep.items()
+    }
+
+
+def follows(asked: Tensor, came: Tensor) -> dict[str, float]:
+    """How samples follow the places (n,) that were asked for, by the names metrics.json uses; in levels."""
+    miss = came - asked
+    return {
+        "samples": len(asked),
+        "r2": float(1 - miss.square().sum() / (asked - asked.mean()).square().sum()),
+        "mean_error_levels": float(miss.mean()),
+        "root_mean_square_error_levels": float(miss.square().mean().sqrt()),
     }
 
 
@@ -657,17 +683,22 @@ def train_stage(
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:
     """Samples with the labels they were asked for; a null label is blank."""
-    # class −1 picks the last name, the blank
-    values = {name: (*control.values, "") for name, control in run.policy.controls.items()}
-    labels = {name: labels.get(name, torch.full((len(x_0),), NULL)) for name in run.names}
+    values, numbers = {}, {}
+    for name, control in run.policy.controls.items():
+        y = labels.get(name, torch.full((len(x_0),), NULL))
+        values[name], numbers[name] = (*control.values, ""), y  # class −1 picks the last name, the blank
+        if y.is_floating_point():
+            texts = ["" if place == NULL else f"{number_at(place, control.values):.6g}" for place in y.tolist()]
+            values[name] = tuple(dict.fromkeys(texts))
+            numbers[name] = torch.tensor([values[name].index(text) for text in texts])
     if not cond:
-        return LabelledImages(x_0, labels, values)
+        return LabelledImages(x_0, numbers, values)
     column = next((control.condition for control in run.config.controls if control.condition), "c")
-    return LabelledImages(x_0, {column: cond["c"], **labels}, {column: run.prior.class_names, **values})
+    return LabelledImages(x_0, {column: cond["c"], **numbers}, {column: run.prior.class_names, **values})
 
 
-def parse_settings(run: Run, settings: list[str]) -> dict[str, int]:
-    """The class of every control that `--set CONTROL=VALUE` settings ask for.
+def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
+    """The class, or the place on a scale, of every control that `--set CONTROL=VALUE` settings ask for.
 
     Raises:
         ValueError: not of that form, an unknown control or value.
@@ -679,7 +710,16 @@ def parse_settings(run: Run, settings: list[str]) -> dict[str, int]:
             raise ValueError(
                 f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
             )
-        values = run.policy.controls[name].values
+        control = run.policy.controls[name]
+        values = control.values
+        if control.scale:
+            place = float(places(float(value), values)) if is_number(value) else NULL
+            if not 0 <= place <= control.size - 1:
+                raise ValueError(
+                    f"--set {setting}: {name} must be a number in {values[0]} … {values[-1]}, got {value!r}."
+                )
+            chosen[name] = place
+            continue
         if value not in values:
             raise ValueError(f"--set {setting}: {name} must be one of {', '.join(values)}, got {value!r}.")
         chosen[name] = values.index(value)

@@ -1,27 +1,32 @@
 """What is fitted on the labels before any training: p̂ itself, the judge of y and the reader of c.
 
 classifier.*    p̂(y | x), the reward, fitted on one part of the labels, calibrated on a second
+support.*       the region p̂ was fitted on
 judge/          a second classifier, fitted on a part p̂ never met; only where no ruler measures y
 reader/         reads the prior's condition c; only where the data have a column for it
 report.html     how good they are on held-out data, with reliability.png and confusion.png
 """
 
 import json
+from collections.abc import Sized
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
+from .backbone import Backbone, Elsewhere, Frozen, Own, load_classifier
 from .classifier import (
     AUGMENTATIONS,
     Classifier,
     ClassifierReport,
-    Head,
+    Scorer,
     calibrated_nll,
+    coverage,
     fit_classifier,
     report_classifier,
 )
@@ -29,9 +34,12 @@ from .config import ClassifierSettings
 from .data import LabelledImages
 from .images import joined_x
 from .progress import Advance, Phase, silent
+from .support import Support
 
-Choice = tuple[Head, tuple[int, int | None]]  # head, (grid, depth)
+Choice = dict[str, Any]  # options of `fit_classifier` and of the network it fits
 DEEP, BATCH = 4, 32
+SUPPORT = "support.safetensors"
+DECAYS = (1e-3, 1.0)  # of a linear head: the features outnumber the images, or they do not
 # shares of the labels: fit, calibration, held-out, and the judge's own
 WITH_RULER, WITH_JUDGE = (0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)
 
@@ -52,25 +60,38 @@ class Judges:
         reader_accuracy: on held-out data.
         condition: the column of c, which the reader was fitted on and p̂(y | x, c) is given.
         condition_values: the names of its classes, in order.
+        support: the region p̂ was fitted on.
     """
 
     control: str
     values: tuple[str, ...]
     shape: tuple[int, int, int]
-    classifier: Classifier
+    classifier: Scorer
     quality: ClassifierReport
-    judge: Classifier | None = None
+    judge: Scorer | None = None
     judge_accuracy: float | None = None
     reader: Classifier | None = None
     reader_accuracy: float | None = None
     condition: str | None = None
     condition_values: tuple[str, ...] = ()
+    support: Support | None = None
+
+    @torch.no_grad()
+    def outside(self, x: Tensor) -> Tensor:
+        """Whether each x (n, C, H, W) lies outside the region p̂ was fitted on: (n,)."""
+        return self.support.outside(self.classifier.evidence(x))
 
     @torch.no_grad()
     def log_prob(self, data: LabelledImages) -> Tensor:
         """log p̂ of labelled images, of y given what they say of c: (n, K)."""
         x, _, *c = examples(data, self.control, self.condition if self.classifier.conditional else None)
         return self.classifier.log_prob(x, *c)
+
+    @torch.no_grad()
+    def intervals(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
+        """Of y on a scale, the central intervals of 10 … 90 % and how often they hold y: two (9,)."""
+        x, y, *c = examples(data, self.control, self.condition if self.classifier.conditional else None)
+        return coverage(self.classifier.density(self.classifier.scores(x, *c), self.classifier.temperature), y)
 
     def metrics(self) -> dict[str, Any]:
         """Figures by the names metrics.json uses."""
@@ -83,6 +104,8 @@ class Judges:
         about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
         about |= {"condition": self.condition, "condition_values": self.condition_values}
         self.classifier.save(folder, about)
+        if self.support:
+            self.support.save(folder / SUPPORT)
         for name, classifier in (("judge", self.judge), ("reader", self.reader)):
             if classifier:
                 classifier.save(folder / name)
@@ -92,7 +115,7 @@ class Judges:
         """Read a folder that `save` wrote.
 
         Raises:
-            ValueError: no such folder, or a damaged one.
+            ValueError: no such folder, a damaged one, or one that needs a network which is not there.
         """
         if not (folder / "classifier.json").is_file():
             raise ValueError(
@@ -102,12 +125,15 @@ class Judges:
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
             report = dict(about["report"])
             judge_accuracy, reader_accuracy = report.pop("judge_accuracy"), report.pop("reader_accuracy")
-            others = {n: Classifier.load(folder / n) for n in ("judge", "reader") if (folder / n).is_dir()}
+            others = {n: load_classifier(folder / n) for n in ("judge", "reader") if (folder / n).is_dir()}
+            support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
             return cls(
-                about["control"], tuple(about["values"]), tuple(about["input"]), Classifier.load(folder),
+                about["control"], tuple(about["values"]), tuple(about["input"]), load_classifier(folder),
                 ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
-                about["condition"], tuple(about["condition_values"]),
+                about["condition"], tuple(about["condition_values"]), support,
             )  # fmt: skip
+        except Elsewhere:
+            raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Fit it again.") from error
 
@@ -120,9 +146,14 @@ def are_numbers(values: tuple[str, ...]) -> bool:
         return False
 
 
-def examples(data: LabelledImages, column: str, condition: str | None) -> tuple[Tensor, ...]:
-    """x, the labels of a column and, where it depends on a condition, c: what is fitted, calibrated, reported."""
-    return data.x, data.labels[column], *([data.labels[condition]] if condition else [])
+@torch.no_grad()
+def examples(
+    data: LabelledImages, column: str, condition: str | None, trunk: Frozen | None = None
+) -> tuple[Tensor, ...]:
+    """x or its features, the labels of a column and, where it depends on a condition, c."""
+    few = torch.arange(len(data)).split(Backbone.at_once)
+    x = data.x if trunk is None else torch.cat([trunk(data.x[rows]) for rows in few])
+    return x, data.labels[column], *([data.labels[condition]] if condition else [])
 
 
 def fit_calibrated(
@@ -133,64 +164,84 @@ def fit_calibrated(
     settings: ClassifierSettings,
     seed: int,
     advance: Advance,
-) -> tuple[Classifier, Choice]:
+    trunk: Frozen | None,
+) -> tuple[Scorer, Choice]:
     """The best calibrated of the classifiers the settings leave open, by NLL on the calibration part."""
-    found, seen = [], examples(calibration, column, condition)
-    for choice in open_choices(settings, fitting.values[column]):
+    found, (x, *labels) = [], examples(fitting, column, condition, trunk)
+    mine = (trunk.fit(x) if trunk else x, *labels)
+    seen, sizes = examples(calibration, column, condition, trunk), sizes_of(fitting, column, condition)
+    for choice in open_choices(settings, fitting.values[column], fitting.on_scale(column)):
         watch = seen if settings.early_stopping else None
-        classifier = fit_on(fitting, column, condition, choice, settings, seed, advance, watch)
+        classifier = fit_on(mine, sizes, choice, settings, seed, advance, trunk, watch)
         found.append((calibrated_nll(classifier, *seen), len(found), classifier, choice))
     return min(found)[2:]
 
 
-def open_choices(settings: ClassifierSettings, values: tuple[str, ...]) -> list[Choice]:
-    """Head, grid and depth where the settings leave them open.
+def sizes_of(data: LabelledImages, column: str, condition: str | None) -> tuple[int, int]:
+    """Number of classes of y and of c, 0 if it does not count."""
+    return len(data.values[column]), len(data.values[condition]) if condition else 0
+
+
+def open_choices(settings: ClassifierSettings, values: tuple[str, ...], scale: bool = False) -> list[Choice]:
+    """Head, grid and depth where the settings leave them open; the decay of a head on a backbone.
 
     An ordinal head needs three or more numbers as names. Few convolutions averaged over the image see amounts, a grid
     of averages sees places, more convolutions see shapes.
     """
-    heads: tuple[Head, ...] = (
-        ("categorical", "ordinal") if are_numbers(values) and len(values) > 2 else ("categorical",)
-    )
+    if settings.factory:
+        return [{}]
+    heads = ("categorical", "ordinal") if are_numbers(values) and len(values) > 2 else ("categorical",)
     heads = heads if settings.head == "auto" else (settings.head,)
+    heads = ("gaussian",) if scale else heads
+    if settings.backbone:
+        return [{"head": head, "weight_decay": decay} for head, decay in product(heads, DECAYS)]
     trunks: set[tuple[int, int | None]] = {
         (grid if settings.grid == "auto" else settings.grid, depth if settings.depth == "auto" else settings.depth)
         for grid, depth in ((1, None), (4, None), (1, DEEP))
     }
-    return list(product(heads, sorted(trunks, key=str)))
+    tried = product(heads, sorted(trunks, key=str))
+    return [{"head": head, "grid": grid, "depth": depth} for head, (grid, depth) in tried]
 
 
-def epochs_of(settings: ClassifierSettings, part: LabelledImages) -> int:
+def epochs_of(settings: ClassifierSettings, part: Sized) -> int:
     """Rounds through a part that make the settings' number of updates: a small part needs as many as a large one."""
     return -(-settings.updates // -(-len(part) // BATCH))
 
 
 def fit_on(
-    part: LabelledImages,
-    column: str,
-    condition: str | None,
+    seen: tuple[Tensor, ...],
+    sizes: tuple[int, int],
     choice: Choice,
     settings: ClassifierSettings,
     seed: int,
     advance: Advance,
+    trunk: Frozen | None = None,
     watch: tuple[Tensor, ...] | None = None,
-) -> Classifier:
-    """One classifier of a column, given a condition if any, not calibrated; `watch` is what early stopping sees."""
-    head, (grid, depth) = choice
-    epochs, augment = epochs_of(settings, part), AUGMENTATIONS[settings.augment]
-    x, y, *c = examples(part, column, condition)
-    given_c = {"c": c[0], "conditions": len(part.values[condition])} if condition else {}
+) -> Scorer:
+    """One classifier, not calibrated, of (x, y) or (x, y, c); on a trunk its head, fitted on what the trunk sees.
+
+    Images stay as they are before a trunk: their features are computed once. `watch` is what early stopping sees.
+    """
+    (x, y, *c), (classes, conditions), network = seen, sizes, None
+    options = {"balanced": settings.balanced, "conditions": conditions}
+    if trunk:
+        more = {**options, "head": choice["head"], "trunk": nn.Identity()}
+        network = partial(Backbone, trunk.source, x.shape[1], classes, **more)
+    if settings.factory:
+        network = partial(Own, settings.factory, classes, x.shape[1:], settings.balanced)
     return fit_classifier(
-        x, y, len(part.values[column]), head, grid, depth, **given_c,
-        epochs=epochs, batch=BATCH, seed=seed, augment=augment, progress=advance, balanced=settings.balanced,
+        x, y, classes, **choice, **options, network=network, c=c[0] if c else None, epochs=epochs_of(settings, y),
+        batch=BATCH, seed=seed, augment=None if trunk else AUGMENTATIONS[settings.augment], progress=advance,
         watch=watch,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def accuracy(classifier: Classifier, data: LabelledImages, column: str, condition: str | None = None) -> float:
+def accuracy(classifier: Scorer, data: LabelledImages, column: str, condition: str | None = None) -> float:
     """Share of a column's labels that the classifier finds."""
     x, y, *c = examples(data, column, condition)
+    if data.on_scale(column):  # which level is nearest
+        y = y.round().clamp(0, len(data.values[column]) - 1)
     return float((classifier.log_prob(x, *c).argmax(1) == y).float().mean())
 
 
@@ -230,6 +281,8 @@ def fit_judges(
             column of c, or with too few examples of one.
     """
     settings = settings or ClassifierSettings()
+    if data.on_scale(control) and (settings.balanced or settings.factory):
+        raise ValueError(f"{control!r} is on a scale: classifier.balanced and classifier.factory are for classes.")
     if settings.conditional and condition is None:
         raise ValueError("classifier.conditional: p̂(y | x, c) needs the column of c. Name it with --condition.")
     if of_c := condition if settings.conditional else None:
@@ -239,9 +292,11 @@ def fit_judges(
     shares = WITH_JUDGE if judge_data is None and not ruler else WITH_RULER
     fitting, calibration, held_out, *own = data.split(control, shares, seed)
     of_judge = own if judge_data is None else [judge_data]
-    rounds = len(open_choices(settings, data.values[control])) * epochs_of(settings, fitting)
+    rounds = len(open_choices(settings, data.values[control], data.on_scale(control))) * epochs_of(settings, fitting)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
-    classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance)
+    trunk = Frozen(settings.backbone) if settings.backbone else None
+    classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk)
+    classifier.trunk = trunk or classifier.trunk
     quality = report_classifier(classifier, *examples(held_out, control, of_c))
     if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
         raise ValueError(
@@ -250,8 +305,13 @@ def fit_judges(
             "labels or bring more of them."
         )
     judges = Judges(control, data.values[control], tuple(data.x.shape[1:]), classifier, quality)
+    with torch.no_grad():
+        met, *unseen = (classifier.evidence(part.x) for part in (fitting, calibration, held_out))
+    judges.support = Support.fit(met).calibrate(torch.cat(unseen))
     for part in of_judge:
-        judges.judge = fit_on(part, control, of_c, choice, settings, seed + 1, advance)
+        seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
+        judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk)
+        judges.judge.trunk = trunk or judges.judge.trunk
         judges.judge_accuracy = accuracy(judges.judge, held_out, control, of_c)
     if condition:
         met = joined(fitting, calibration, *own)

@@ -137,6 +137,18 @@ def reliability_figure(p: Tensor, y: Tensor, bins: int = 10) -> Figure:
     return figure
 
 
+def intervals_figure(said: Tensor, came: Tensor) -> Figure:
+    """How often central intervals of p̂ on a scale hold y, against what they say (9,)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 3.3), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1)
+        axes.plot(said.numpy(), came.numpy(), color=CTRL, marker="o", markersize=3.5, linewidth=1.2)
+        axes.set(xlabel="interval said", ylabel="share of y within", xlim=(0, 1), ylim=(0, 1.02))
+        headline(axes, "Intervals on held-out data")
+    return figure
+
+
 def confusion_figure(confusion: Tensor, values: Sequence[str], asked: str, came: str, title: str) -> Figure:
     """Shares (K, K): row y says what came of the samples of y."""
     size = 1.6 + 0.42 * len(values)
@@ -181,6 +193,21 @@ def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str)
         axes.set(xlabel=f"{control} asked for", ylabel="share that has it", ylim=(0, 1.02))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         headline(axes, "Accuracy against target")
+    return figure
+
+
+def scale_figure(asked: Tensor, came: Tensor, levels: Sequence[str], control: str) -> Figure:
+    """Values asked for against those that came (n,), places on a scale."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.8, 3.5), layout="constrained")
+        axes = figure.subplots()
+        axes.scatter(asked.numpy(), came.numpy(), s=3, alpha=0.4, color=CTRL, linewidths=0)
+        axes.plot([0, len(levels) - 1], [0, len(levels) - 1], color="#333", linewidth=1)
+        ticks = range(0, len(levels), 2)
+        axes.set_xticks(ticks, [levels[i] for i in ticks])
+        axes.set_yticks(ticks, [levels[i] for i in ticks])
+        axes.set(xlabel=f"{control} asked for", ylabel=f"{control} that came")
+        headline(axes, "Asked for and measured")
     return figure
 
 
@@ -282,6 +309,7 @@ def write_report(
     metrics: dict[str, Any],
     evaluation: Evaluation,
     sweep: dict[str, dict[float, Score]],
+    followed: dict[str, tuple[Tensor, Tensor]],
     records: list[dict[str, Any]],
     command: str,
 ) -> None:
@@ -290,7 +318,7 @@ def write_report(
     Args:
         folder: the run's; its classifier/ has been reported already.
         run: the finished run.
-        metrics, evaluation, sweep: what was found.
+        metrics, evaluation, sweep, followed: what was found.
         records: the training log.
         command: what was typed.
     """
@@ -312,12 +340,14 @@ def write_report(
         ),
         "sweep": sweep_figure(sweep, evaluation, run.config.steps),
     }
+    for name, (asked, came) in followed.items():
+        figures[f"scale-{name}"] = scale_figure(asked, came, run.policy.controls[name].values, name)
     if len(run.names) > 1:
         figures["plane"] = plane_figure(run)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
     for i, name in enumerate(run.names):
         picture = "reliability" if i == 0 else f"reliability-{name}"
-        shutil.copyfile(run.place(folder, "classifier", name) / "reliability.png", folder / f"{picture}.png")
+        shutil.copyfile(run.room(folder, "classifier", name) / "reliability.png", folder / f"{picture}.png")
         images[picture] = base64.b64encode((folder / f"{picture}.png").read_bytes()).decode()
     render(
         folder / "report.html",
@@ -359,16 +389,18 @@ def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
 def write_classifier_report(folder: Path, judges: Judges, held_out: LabelledImages) -> None:
     """Write reliability.png, confusion.png and a self-contained report.html about p̂."""
     truth, p = held_out.labels[judges.control], judges.log_prob(held_out).exp()
-    confusion = confusion_matrix(truth, p.argmax(1), labels=range(len(judges.values)), normalize="true")
+    nearest = truth.round().clamp(0, len(judges.values) - 1) if held_out.on_scale(judges.control) else truth
+    confusion = confusion_matrix(nearest, p.argmax(1), labels=range(len(judges.values)), normalize="true")
     figures = {
-        "reliability": reliability_figure(p, truth),
+        "reliability": intervals_figure(*judges.intervals(held_out))
+        if held_out.on_scale(judges.control)
+        else reliability_figure(p, truth),
         "confusion": confusion_figure(
             torch.from_numpy(confusion), judges.values, f"true {judges.control}", "classifier says", "Held-out data, %"
         ),
     }
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
-    shape = judges.classifier.shape
-    render(folder / "report.html", "classifier.html", images=images, judges=judges, shape=shape, held_out=len(held_out))
+    render(folder / "report.html", "classifier.html", images=images, judges=judges, held_out=len(held_out))
 
 
 def density_figure(pictures: Sequence[Picture]) -> Figure:

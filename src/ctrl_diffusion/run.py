@@ -20,15 +20,16 @@ from torch import Tensor
 from . import assets, demo
 from .certificate import certify, gamma_within
 from .conditions import Conditions
-from .config import EMBEDDED, Config
+from .config import EMBEDDED, Config, ControlSettings
 from .control import Labels, LoRAControl, Policy
-from .evaluate import Evaluation, Judge, Nulled, score_samples, score_target
+from .evaluate import Evaluation, Judge, Nulled, Ruler, score_samples, score_target, warn_if_left
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
 from .reward import Among, Reward, prior_table
 from .rollout import Times
 from .sample import exact_samples, paths, stream
+from .scale import places
 
 
 def home(folder: Path, what: str, name: str) -> Path:
@@ -100,10 +101,45 @@ class Run:
     def judge(self) -> Judge:
         """The rulers where there are any, else the judges; with a reader and the judges' own opinions."""
         return Judge(
-            {control.name: demo.RULERS[control.ruler] for control in self.config.controls if control.ruler},
+            {control.name: self.ruler(control) for control in self.config.controls if control.ruler},
             next((judges.reader for judges in self.judges.values() if judges.reader), None),
             {name: judges.judge for name, judges in self.judges.items() if judges.judge},
+            self.outside if all(judges.support for judges in self.judges.values()) else None,
         )
+
+    def ruler(self, settings: ControlSettings) -> Ruler:
+        """What measures the class of a control, or on a scale the nearest level."""
+        if not self.policy.controls[settings.name].scale:
+            return demo.RULERS[settings.ruler]
+        return lambda x: self.place(settings, x).round().clamp(0, len(self.judges[settings.name].values) - 1).long()
+
+    def place(self, settings: ControlSettings, x: Tensor) -> Tensor:
+        """Where each x (n, C, H, W) lies on a control's scale (n,), by its ruler or in the eyes of its judge."""
+        judges = self.judges[settings.name]
+        if settings.ruler:
+            return places(demo.MEASURES[settings.ruler](x), judges.values)
+        return judges.judge.density(judges.judge.scores(x), judges.judge.temperature).mean
+
+    @torch.no_grad()
+    def follow(self, n: int, phase: Phase = silent) -> dict[str, tuple[Tensor, Tensor]]:
+        """For each control on a scale n places asked for, evenly spread, and where the samples lie: (n,) and (n,)."""
+        found = {}
+        for settings in self.config.controls:
+            control = self.policy.controls[settings.name]
+            if control.scale:
+                asked = torch.linspace(0, control.size - 1, n)
+                purpose = f"values of {settings.name}"
+                advance = phase(purpose, n)
+                cond = self.conditions.cond_of(torch.arange(n) % self.conditions.groups)
+                generator = stream(self.config.seed, purpose)
+                labels = {settings.name: asked}
+                x_0, _, _ = paths(self.policy, n, self.times, generator, cond, labels, progress=advance)
+                found[settings.name] = asked, self.place(settings, x_0)
+        return found
+
+    def outside(self, x: Tensor) -> Tensor:
+        """Whether each x (n, C, H, W) lies outside the region some p̂ was fitted on (n,)."""
+        return torch.stack([judges.outside(x) for judges in self.judges.values()]).any(0)
 
     @property
     def accuracy_by(self) -> str:
@@ -159,8 +195,11 @@ class Run:
                 folder = home(Path(control.settled_from), "control", control.name)
                 controls.append(attached(folder, prior).settle())
             else:
-                values = judges[control.name].values
-                controls.append(LoRAControl(control.name, values, prior.denoiser, config.rank, config.seed + i))
+                mine = judges[control.name]
+                scale = mine.classifier.head == "gaussian"
+                controls.append(
+                    LoRAControl(control.name, mine.values, prior.denoiser, config.rank, config.seed + i, scale)
+                )
         return cls(config, prior, Policy(prior.denoiser, *controls), judges)
 
     @classmethod
@@ -187,9 +226,9 @@ class Run:
     def save_controls(self, folder: Path) -> None:
         """Write every control into its place in the run folder."""
         for name, control in self.policy.controls.items():
-            control.save(self.place(folder, "control", name))
+            control.save(self.room(folder, "control", name))
 
-    def place(self, folder: Path, what: str, name: str) -> Path:
+    def room(self, folder: Path, what: str, name: str) -> Path:
         """Where the run folder keeps the "control" or "classifier" of a control: `home` finds it there."""
         return folder / what / name if len(self.names) > 1 else folder / what
 
@@ -272,10 +311,13 @@ class Run:
 
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:
-        """J, reward and KL in nats on a few paths, whose noise is the same at every probe; log w and reward of each."""
-        earned, _, kl, log_ratio = self.policy_paths(self.trained, repeats, "probe")
+        """J, reward and KL in nats on a few paths, whose noise is the same at every probe, and the share outside the
+        region p̂ was fitted on; log w and reward of each."""
+        earned, x_0, kl, log_ratio = self.policy_paths(self.trained, repeats, "probe")
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
+        if self.judge.outside:
+            figures["probe_outside"] = self.outside(x_0).float()
         return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
 
     @torch.no_grad()
@@ -311,9 +353,11 @@ class Run:
             for name, control in self.policy.controls.items()
             if name not in conditions.controls
         }
-        return Evaluation(
+        evaluation = Evaluation(
             **scores, certificate=certify(conditions, table, earned, kl, log_ratio), n=len(x_0), nulled=nulled
         )
+        warn_if_left(evaluation.prior, evaluation.ctrl)
+        return evaluation
 
     @torch.no_grad()
     def sweep(self, strengths: list[float], step_counts: list[int], n: int, phase: Phase = silent) -> dict[str, dict]:

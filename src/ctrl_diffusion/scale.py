@@ -15,8 +15,8 @@ def levels_of(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{value:.4g}" for value in np.linspace(low, high, LEVELS))
 
 
-def places(numbers: Tensor, levels: Sequence[str]) -> Tensor:
-    """Where numbers (n,) lie on a scale: 0 at its first level, K − 1 at its last."""
+def places(numbers: Tensor | float, levels: Sequence[str]) -> Tensor | float:
+    """Where numbers (n,), or one, lie on a scale: 0 at its first level, K − 1 at its last."""
     first, last = float(levels[0]), float(levels[-1])
     return (numbers - first) / (last - first) * (len(levels) - 1)
 

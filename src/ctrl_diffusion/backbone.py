@@ -1,0 +1,189 @@
+"""p̂(y | x) on networks from elsewhere: a vision network of transformers (CLIP, DINOv2, ViT, …), or one of your own.
+
+Of the first only a linear head is fitted, on features that are computed once and standardised; a gradient reaches x
+through the frozen network. Saved are the head, the scale of the features and the network's name or folder.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from .classifier import Classifier, Head, Scorer
+
+
+class Elsewhere(ValueError):
+    """What a classifier needs from elsewhere is not there, or not what it should be; one line, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class Frozen(nn.Module):
+    """x (B, C, H, W) in [−1, 1] → standardised features (B, F) of a frozen network.
+
+    x is stretched to the network's size (bicubic, antialiased), grey is repeated and an alpha channel left out. Size,
+    mean and deviation of a pixel are those of the saved image processor; without one the size is the config's and x
+    stays in [−1, 1]. The features are the network's own pooling (`pooler_output`: CLIP's and DINOv2's normalised class
+    token, the mean of a convolutional network), or the mean of the last tokens where it has none that was trained.
+
+    Args:
+        source: a folder or a hub id that `AutoModel` opens; of a network with two towers the eyes are taken.
+
+    Raises:
+        Elsewhere: it cannot be read, or has no features of images.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = str(Path(source).resolve()) if Path(source).is_dir() else source
+        try:
+            with torch.random.fork_rng(devices=[]):  # a pooling that the checkpoint lacks is drawn
+                network, info = AutoModel.from_pretrained(self.source, output_loading_info=True)
+            self.network = getattr(network, "vision_model", network).eval().requires_grad_(False)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise Elsewhere(f"the backbone {source} cannot be read: {error}") from error
+        self.pooled = not any("pooler" in key for key in info["missing_keys"])
+        try:
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(self.source)
+        except OSError:
+            processor = {}
+        size = processor.get("crop_size") or processor.get("size") or getattr(self.network.config, "image_size", 224)
+        if isinstance(size, dict):
+            size = (size.get("height") or size["shortest_edge"], size.get("width") or size["shortest_edge"])
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        for name in ("image_mean", "image_std"):
+            pixel = torch.tensor(processor.get(name, [0.5] * 3)).view(3, 1, 1)
+            self.register_buffer(name, pixel, persistent=False)
+        try:
+            grey = self.raw(torch.zeros(1, 3, 8, 8))[0]
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise Elsewhere(f"the backbone {source} has no features of images: {error}") from error
+        self.register_buffer("grey", grey)  # by which the network is known again
+        self.register_buffer("mean", torch.zeros_like(grey))
+        self.register_buffer("std", torch.ones_like(grey))
+
+    def raw(self, x: Tensor) -> Tensor:
+        """The network's features (B, F)."""
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
+        x = F.interpolate((x + 1) / 2, self.size, mode="bicubic", antialias=True)
+        out = self.network(pixel_values=(x - self.image_mean) / self.image_std)
+        if self.pooled and getattr(out, "pooler_output", None) is not None:
+            return out.pooler_output.flatten(1)
+        last = out.last_hidden_state  # tokens (B, N, F), or a map (B, F, H, W)
+        return last.mean(1) if last.ndim == 3 else last.mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.raw(x) - self.mean) / self.std
+
+    def fit(self, features: Tensor) -> Tensor:
+        """Take the scale from features (n, F) as they come; returns them standardised."""
+        self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
+        return (features - self.mean) / self.std
+
+
+class Backbone(Scorer):
+    """p̂(y | x) by a linear head on `Frozen` features.
+
+    Args:
+        backbone: see `Frozen`.
+        width: F.
+        classes, head, balanced, conditions: see `Scorer`.
+        trunk: None opens the backbone; while the head is fitted, on features, the identity.
+    """
+
+    at_once = 32
+    borrowed = "trunk.network."
+
+    def __init__(
+        self,
+        backbone: str,
+        width: int,
+        classes: int,
+        head: Head = "categorical",
+        balanced: bool = False,
+        conditions: int = 0,
+        trunk: nn.Module | None = None,
+    ) -> None:
+        super().__init__(trunk or Frozen(backbone), width, classes, head, balanced, conditions)
+        self.shape = {
+            "backbone": backbone, "width": width, "classes": classes, "head": head, "balanced": balanced,
+            "conditions": conditions,
+        }  # fmt: skip
+        self.described = f"a linear {head} head on the {width} frozen features of {backbone}"
+
+    @classmethod
+    def load(cls, folder: Path) -> "Backbone":
+        """Read a saved head and the backbone it was fitted on.
+
+        Raises:
+            Elsewhere: the backbone is gone, or is not the one it was.
+        """
+        classifier = super().load(folder)
+        trunk = classifier.trunk
+        now = trunk.raw(torch.zeros(1, 3, 8, 8))[0]
+        if now.shape != trunk.grey.shape or not torch.allclose(now, trunk.grey, rtol=1e-2, atol=1e-2):
+            raise Elsewhere(f"the backbone {trunk.source} is not the one the head was fitted on.")
+        return classifier
+
+
+class Own(Scorer):
+    """p̂(y | x) by a network of the user's own; its logits are also its features.
+
+    Args:
+        factory: "module:function", importable or beside the working directory; called with K and (C, H, W), it returns
+            an `nn.Module` from x (B, C, H, W) in [−1, 1] to logits (B, K).
+        classes, balanced: see `Scorer`.
+        input: (C, H, W).
+
+    Raises:
+        Elsewhere: one line for each way this can be wrong.
+    """
+
+    def __init__(self, factory: str, classes: int, input: Sequence[int], balanced: bool = False) -> None:
+        name, _, attribute = factory.partition(":")
+        if not name or not attribute:
+            raise Elsewhere(f"classifier.factory: {factory!r} is not of the form module:function.")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            make = getattr(import_module(name), attribute, None)
+        except Exception as error:
+            raise Elsewhere(f"classifier.factory: cannot import {name}: {error}") from error
+        if not callable(make):
+            raise Elsewhere(f"classifier.factory: {name} has no function {attribute}.")
+        try:
+            network = make(classes, tuple(input))
+        except Exception as error:
+            raise Elsewhere(f"classifier.factory: {factory}({classes}, {tuple(input)}) failed: {error}") from error
+        if not isinstance(network, nn.Module):
+            raise Elsewhere(f"classifier.factory: {factory} must return an nn.Module, got {type(network).__name__}.")
+        try:
+            with torch.no_grad():
+                logits = network.eval()(torch.zeros(2, *input))
+        except Exception as error:
+            raise Elsewhere(
+                f"classifier.factory: the network fails on x (2, {', '.join(map(str, input))}): {error}"
+            ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise Elsewhere(f"classifier.factory: the network must give logits (B, {classes}), got {got} for B = 2.")
+        super().__init__(network, 0, classes, balanced=balanced)
+        self.shape = {"factory": factory, "classes": classes, "input": list(input), "balanced": balanced}
+        self.described = f"the network that {factory} makes"
+
+
+KINDS = {kind.__name__: kind for kind in (Classifier, Own, Backbone)}
+
+
+def load_classifier(folder: Path) -> Scorer:
+    """Read a saved classifier of any kind; raises Elsewhere if it needs what is not there."""
+    return KINDS[json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["kind"]].load(folder)

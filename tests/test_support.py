@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from ctrl_diffusion import demo
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.config import ClassifierSettings
+from ctrl_diffusion.evaluate import Judge, Score, score_samples, score_target, warn_if_left
+from ctrl_diffusion.judges import fit_judges
+from ctrl_diffusion.support import Support
+
+
+@pytest.fixture(scope="module", params=["ink", "digit"])
+def judged(request):
+    """p̂ of a control with its support, a judge fitted on other digits, and these: p̂ never met them."""
+    ((data, others),) = demo.labelled_digits(request.param, 0)
+    settings = ClassifierSettings(**{**demo.SETTINGS[request.param]["classifier"], "updates": 600})
+    judges, _ = fit_judges(data, request.param, ruler=True, settings=settings, judge_data=others[range(600)])
+    return judges, others[range(600, len(others))]
+
+
+def test_five_percent_of_what_is_like_the_data_lie_outside():
+    """Averaged over borders: 1 − ⌈0.95 · 101⌉ / 101 of fresh draws, however the features are correlated."""
+    generator, shares = torch.Generator().manual_seed(0), []
+    mix = torch.randn(6, 20, generator=generator)  # fewer directions than features
+    for _ in range(200):
+        fitting, unseen, fresh = (torch.randn(n, 6, generator=generator).pow(3) @ mix for n in (40, 100, 100))
+        shares.append(Support.fit(fitting).calibrate(unseen).share(fresh))
+    shares = torch.tensor(shares)
+    assert abs(float(shares.mean()) - 5 / 101) < 3 * float(shares.std()) / 200**0.5
+
+
+def test_the_distance_is_mahalanobis():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20_000, 3, generator=generator) @ torch.tensor([[2.0, 0, 0], [1, 0.1, 0], [0, 0, 5]])
+    centred = features - features.mean(0)
+    exact = (centred @ torch.linalg.inv(centred.T @ centred / len(centred)) * centred).sum(1).sqrt()
+    torch.testing.assert_close(Support.fit(features).distance(features), exact, rtol=0.02, atol=0.02)
+
+
+def test_few_images_and_a_feature_that_never_moves_make_a_border():
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    features[:, 2] = 1.0
+    support = Support.fit(features)
+    assert not support.outside(1e6 * torch.ones(1, 5)).any(), "nothing is outside before there is a border"
+    support.calibrate(features[:4])
+    assert support.share(features[:4]) == 0.0, "four images say only how far the farthest of them is"
+    assert support.outside(torch.full((1, 5), 50.0)).all()
+
+
+def test_real_images_are_inside_and_noise_is_not(judged):
+    judges, others = judged
+    # two errors: of the border, from the held-out part, and of the share itself
+    unseen = {"ink": 150, "digit": 60}[judges.control]
+    error = (0.05 * 0.95 * (1 / unseen + 1 / len(others))) ** 0.5
+    assert abs(float(judges.outside(others.x).float().mean()) - 0.05) < 3 * error
+    noise = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    for strange in (noise, -others.x, others.x.roll(3, -1)):
+        assert float(judges.outside(strange).float().mean()) > 0.9
+
+
+def climbed(judges, x, y, updates=15):
+    """Images after gradient ascent on log p̂(y | x): reward hacking without a prior."""
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        (-judges.classifier.log_prob(x).gather(1, y[:, None])).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            x.clamp_(-1, 1)
+    return x.detach()
+
+
+def test_what_fools_the_reward_leaves_its_support_and_not_the_judge(judged):
+    judges, others = judged
+    x, classes = others.x[:150], len(judges.values)
+    y = (others.labels[judges.control][:150] + 1) % classes
+    hacked = climbed(judges, x, y)
+    share = {name: float(judges.outside(a).float().mean()) for name, a in (("real", x), ("hacked", hacked))}
+    assert share["hacked"] > share["real"] + 0.2
+    right = {
+        name: float((p.log_prob(hacked).argmax(1) == y).float().mean())
+        for name, p in (("reward", judges.classifier), ("judge", judges.judge))
+    }
+    assert right["reward"] > 0.95
+    if judges.control == "digit":  # ink is an amount: who adds ink has more ink, in everybody's eyes
+        assert right["judge"] < right["reward"] - 0.15
+
+
+def test_scores_have_the_share_outside():
+    """Of even weights it is the samples' own; of sharp ones that of the rewarded."""
+    x, conditions = torch.arange(8.0).view(8, 1, 1, 1), Conditions({}, {"y": 2})
+    judge = Judge({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x: x.flatten() > 5)
+    score = score_samples(x, conditions, judge)
+    assert score.outside == 2 / 8
+    assert score.outside_stderr == pytest.approx(float(torch.tensor([0.0] * 6 + [1.0] * 2).std()) / 8**0.5)
+    assert score_target(x, torch.zeros(1, 8, 2), conditions, judge).outside == pytest.approx(2 / 8)
+    table = torch.zeros(1, 8, 2)
+    table[0, 7] = 50.0
+    assert score_target(x, table, conditions, judge).outside == pytest.approx(1.0)
+    blind = Judge(judge.rulers)
+    assert score_samples(x, conditions, blind).outside is None
+    assert score_target(x, table, conditions, blind).outside is None
+
+
+@pytest.mark.parametrize(
+    ("prior", "ctrl", "warned"),
+    [
+        ((0.05, 0.01), (0.3, 0.02), True),
+        ((0.05, 0.01), (0.09, 0.001), False),  # not twice as many
+        ((0.01, 0.01), (0.04, 0.01), False),  # within three standard errors
+        ((None, None), (None, None), False),
+    ],
+)
+def test_who_leaves_is_told(recwarn, prior, ctrl, warned):
+    prior, ctrl = (Score(0.5, 0.0, None, 1.0, torch.eye(2), outside=s, outside_stderr=e) for s, e in (prior, ctrl))
+    if warned:
+        with pytest.warns(
+            RuntimeWarning, match=r"leave the region .* \(30.0% lie outside, of the prior's 5.0%\); comp"
+        ):
+            warn_if_left(prior, ctrl)
+    else:
+        warn_if_left(prior, ctrl)
+    assert not recwarn.list
