@@ -25,7 +25,7 @@ from torchmetrics.functional.classification import multiclass_auroc, multiclass_
 from .files import write_json, writing
 
 Head = Literal["categorical", "ordinal", "gaussian"]
-# in levels: a value asked for is meant no more exactly. A rule without noise would else make p̂ a needle no policy threads
+# in levels: a value asked for is meant no more exactly. Labels without noise would else make p̂ a needle
 RESOLUTION = 0.25
 
 
