@@ -24,6 +24,7 @@ bench: setup
 	$(BIN)/python bench/demo.py ink
 	$(BIN)/python bench/demo.py digit
 	$(BIN)/python bench/own.py
+	$(BIN)/python bench/classifiers.py
 	$(BIN)/python bench/exact.py
 
 docs: setup

@@ -24,6 +24,7 @@ _HOME = {
     "Prior": "pretrained",
     "Reward": "reward",
     "Run": "run",
+    "Support": "support",
     "Weighted": "learn.weighted",
     "as_denoiser": "denoise",
     "calibrate": "classifier",

@@ -118,7 +118,7 @@ class Backbone(Scorer):
             "backbone": backbone, "width": width, "classes": classes, "head": head, "balanced": balanced,
             "conditions": conditions,
         }  # fmt: skip
-        self.described = f"a linear {head} head on the {width} frozen features of {backbone}"
+        self.described = f"the {width} frozen features of {backbone}, linear head: {head}"
 
     @classmethod
     def load(cls, folder: Path) -> "Backbone":

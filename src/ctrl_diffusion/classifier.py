@@ -225,7 +225,7 @@ class Classifier(Scorer):
             "width": width, "balanced": balanced, "conditions": conditions,
         }  # fmt: skip
         what = "1 convolution" if depth == 1 else f"{depth} convolutions"
-        self.described = f"{what}, average pooling to {grid} × {grid}, a {head} head"
+        self.described = f"{what}, average pooling to {grid} × {grid}, head: {head}"
 
     def evidence(self, x: Tensor) -> Tensor:
         """The pooled convolutions (B, grid² · width): the layer after them learns to drop what does not decide y, and

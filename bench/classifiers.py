@@ -1,0 +1,94 @@
+"""The classifiers' options and the support score on the demos' digits (`make bench`). Writes docs/classifiers.json.
+
+Options: p̂ of the demo as it is, balanced, and stopped early, on its own labels and on labels in which the later half of
+the classes is thinned to a fifth; figures on the digits that nobody fitted on, weighted to the labels' frequencies.
+Support: how much of real digits, noise, and digits after gradient ascent on log p̂ lies outside, and who is fooled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich import print_json
+from torch import Tensor
+
+from ctrl_diffusion import demo
+from ctrl_diffusion.config import ClassifierSettings
+from ctrl_diffusion.data import LabelledImages
+from ctrl_diffusion.files import write_json
+from ctrl_diffusion.judges import Judges, fit_judges
+
+OPTIONS = {"plain": {}, "balanced": {"balanced": True}, "early_stopping": {"early_stopping": True}}
+RARER = 5
+
+
+def thinned(data: LabelledImages, control: str) -> LabelledImages:
+    """One in five of the later half of the classes, but ten at least."""
+    y, kept = data.labels[control], []
+    for k in range(len(data.values[control])):
+        rows = (y == k).nonzero()[:, 0]
+        rare = k >= len(data.values[control]) // 2
+        kept.append(rows[: max(10, len(rows) // RARER)] if rare else rows)
+    return data[torch.cat(kept)]
+
+
+def figures(judges: Judges, unseen: LabelledImages, like: Tensor) -> dict[str, float]:
+    """NLL in nats and the mean of p̂ over the rare classes against their share, under the frequencies of y `like`."""
+    y, classes = unseen.labels[judges.control], len(judges.values)
+    frequency = like.bincount(minlength=classes) / len(like)
+    weights = (frequency / (y.bincount(minlength=classes) / len(y)))[y]
+    log_prob = judges.log_prob(unseen)
+    rare = log_prob.exp()[:, classes // 2 :].sum(1)
+    return {
+        "nll": float((weights * F.nll_loss(log_prob, y, reduction="none")).mean()),
+        "rare_said": float((weights * rare).mean()),
+        "rare_is": float(frequency[classes // 2 :].sum()),
+    }
+
+
+def climbed(judges: Judges, x: Tensor, y: Tensor, updates: int = 15) -> Tensor:
+    """Images after gradient ascent on log p̂(y | x): reward hacking without a prior."""
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        (-judges.classifier.log_prob(x).gather(1, y[:, None])).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            x.clamp_(-1, 1)
+    return x.detach()
+
+
+def support(judges: Judges, unseen: LabelledImages) -> dict[str, float]:
+    x, y = unseen.x[:300], (unseen.labels[judges.control][:300] + 1) % len(judges.values)
+    hacked = climbed(judges, x, y)
+    noise = torch.randn(300, *judges.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    shown = {"real": unseen.x, "noise": noise, "shifted": x.roll(3, -1), "hacked": hacked}
+    found = {f"outside_{name}": float(judges.outside(images).float().mean()) for name, images in shown.items()}
+    for name, p in (("reward", judges.classifier), ("judge", judges.judge)):
+        found[f"hacked_fools_{name}"] = float((p.log_prob(hacked).argmax(1) == y).float().mean())
+    return found
+
+
+def main() -> None:
+    found: dict[str, Any] = {}
+    for control in demo.SETTINGS:
+        data, others = demo.labelled_digits(control, 0)
+        half = len(others) // 2
+        for_judge, unseen = others[range(half)], others[range(half, len(others))]
+        for kind, labels in (("as labelled", data), ("imbalanced", thinned(data, control))):
+            for name, option in OPTIONS.items():
+                settings = ClassifierSettings(**demo.SETTINGS[control]["classifier"], **option)
+                judges, _ = fit_judges(labels, control, ruler=True, settings=settings, judge_data=for_judge)
+                found.setdefault(control, {}).setdefault(kind, {})[name] = figures(
+                    judges, unseen, labels.labels[control]
+                )  # fmt: skip
+                if (kind, name) == ("as labelled", "plain"):
+                    found[control]["support"] = support(judges, unseen)
+        write_json(Path(__file__).parent.parent / "docs" / "classifiers.json", found)
+    print_json(data=found)
+
+
+if __name__ == "__main__":
+    main()
