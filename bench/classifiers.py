@@ -74,12 +74,12 @@ def support(judges: Judges, unseen: LabelledImages) -> dict[str, float]:
 def main() -> None:
     found: dict[str, Any] = {}
     for control in demo.SETTINGS:
-        data, others = demo.labelled_digits(control, 0)
+        ((data, others),) = demo.labelled_digits(control, 0)
         half = len(others) // 2
         for_judge, unseen = others[range(half)], others[range(half, len(others))]
         for kind, labels in (("as labelled", data), ("imbalanced", thinned(data, control))):
             for name, option in OPTIONS.items():
-                settings = ClassifierSettings(**demo.SETTINGS[control]["classifier"], **option)
+                settings = ClassifierSettings(**demo.SETTINGS[control]["controls"][0]["classifier"], **option)
                 judges, _ = fit_judges(labels, control, ruler=True, settings=settings, judge_data=for_judge)
                 found.setdefault(control, {}).setdefault(kind, {})[name] = figures(
                     judges, unseen, labels.labels[control]

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from ctrl_diffusion import assets, demo
-from ctrl_diffusion.config import ClassifierSettings, suggested
+from ctrl_diffusion.classifier import Classifier
+from ctrl_diffusion.config import ClassifierSettings, ControlSettings, suggested
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.data import write_imagefolder
+from ctrl_diffusion.data import LabelledImages, write_imagefolder
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.job import PAGES, Best, classifier_job, conditions_of, prepare
-from ctrl_diffusion.judges import fit_judges
+from ctrl_diffusion.job import PAGES, Best, Material, classifier_job, conditions_of, dependences, prepare
+from ctrl_diffusion.judges import Judges, fit_judges
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.run import Run
 from ctrl_diffusion.schedule import Cosine
@@ -227,3 +228,27 @@ def test_the_best_control_is_kept(rewards, averaged, kept):
     best.restore()
     assert best.record["update"] == kept
     assert (policy.trained()[0] == kept).all()
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_labels_that_depend_on_each_other_are_warned_of(follows):
+    """Noise that x does not show, in one label alone or shared by both."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 1, 4, 4, generator=generator)
+    hidden = torch.rand(2, 600, generator=generator)
+    first, second = (hidden[0] < 0.5).long(), (hidden[0 if follows else 1] < 0.5).long()
+    even = Classifier(1, 2).eval().requires_grad_(False)
+    materials, judges = [], {}
+    for name, y in (("a", first), ("b", second)):
+        data = LabelledImages(x, {name: y}, {name: ("0", "1")})
+        materials.append(Material(ControlSettings(name=name, data="one/table"), data, None, {}))
+        judges[name] = Judges(name, ("0", "1"), (1, 4, 4), even, None)
+    if not follows:
+        found = dependences(materials, judges)
+        assert found["a and b"]["p_value"] > 1e-3
+    else:
+        with pytest.warns(RuntimeWarning, match="a and b still depend on each other once x is known"):
+            found = dependences(materials, judges)
+        assert found["a and b"]["nats"] > 0.5, "log 2 less what 600 examples leave open"
+    materials[1].settings.data = "another/table"
+    assert dependences(materials, judges) == {}

@@ -13,7 +13,7 @@ from ctrl_diffusion.support import Support
 def judged(request):
     """p̂ of a control with its support, a judge fitted on other digits, and these: p̂ never met them."""
     ((data, others),) = demo.labelled_digits(request.param, 0)
-    settings = ClassifierSettings(**{**demo.SETTINGS[request.param]["classifier"], "updates": 600})
+    settings = ClassifierSettings(**{**demo.SETTINGS[request.param]["controls"][0]["classifier"], "updates": 600})
     judges, _ = fit_judges(data, request.param, ruler=True, settings=settings, judge_data=others[range(600)])
     return judges, others[range(600, len(others))]
 

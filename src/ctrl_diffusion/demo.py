@@ -25,7 +25,8 @@ VALUES = {DIGIT: tuple("0123456789"), INK: tuple("1234"), SLANT: ("left", "right
 UPRIGHT = (0, 1, 2, 3, 4, 5, 8, 9)  # digits that lean either way
 # ink does not care where it is nor which side is up, and its classes are ordered
 OF_INK = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
-OF_SLANT = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 4000}
+# few updates: of 250 labels too few are left to calibrate what is fitted until it is sure of itself
+OF_SLANT = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 500}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ink": {
         "prior": "digits",

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from platform import python_version
 from tempfile import TemporaryDirectory
@@ -35,6 +36,7 @@ from .control import NULL, Policy
 from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
 from .files import check_room, clear, rounded, write_json, writing
+from .independence import dependence
 from .judges import Judges, fit_judges
 from .learn import Learner
 from .learn.adjoint import Adjoint
@@ -446,6 +448,7 @@ def execute(
                 judges[name], held_out[name] = fit_judges(
                     one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data
                 )
+    shared = dependences(job.materials, judges)
     run = Run.start(config, job.prior, judges)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
@@ -485,6 +488,7 @@ def execute(
         "accuracy_by": run.accuracy_by,
         **evaluation.metrics(),
         **({"scale": {name: follows(*pair) for name, pair in followed.items()}} if followed else {}),
+        **({"dependence": shared} if shared else {}),
         "training": {"kept": kept, "stages": stages},
         "sweep": sweep_metrics(sweep, evaluation),
         "classifier": classifier_metrics(judges),
@@ -495,6 +499,33 @@ def execute(
     write_json(folder / "metrics.json", metrics)
     write_report(folder, run, metrics, evaluation, sweep, followed, records, command)
     return metrics
+
+
+@torch.no_grad()
+def dependences(materials: list[Material], judges: dict[str, Judges]) -> dict[str, dict[str, float]]:
+    """Where two controls were read from one dataset, what their labels say about each other once x is known.
+
+    Warns:
+        RuntimeWarning: they do, and adding their rewards is doubtful.
+    """
+    found = {}
+    for one, other in combinations([m for m in materials if m.data and not m.settings.skip_bad], 2):
+        names = one.settings.name, other.settings.name
+        if one.settings.data != other.settings.data or len(one.data) != len(other.data):
+            continue
+        if any(m.data.on_scale(m.settings.name) for m in (one, other)):
+            continue
+        log_p = judges[names[0]].log_prob(one.data), judges[names[1]].log_prob(other.data)
+        shared = dependence(log_p, (one.data.labels[names[0]], other.data.labels[names[1]]))
+        found[" and ".join(names)] = vars(shared)
+        if shared.doubtful:
+            warnings.warn(
+                f"{' and '.join(names)} still depend on each other once x is known (at least {shared.nats:.3f} nats, p = "
+                f"{shared.p_value:.1g}): rewards add only if they do not. Make their combinations one control.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return found
 
 
 def classifier_metrics(judges: dict[str, Judges]) -> dict[str, Any]:

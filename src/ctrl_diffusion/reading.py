@@ -85,13 +85,14 @@ def read_images(
     for i in range(table.rows):
         try:
             image = opened(table, i, met)
+            array = to_array(image, shape[0], shape[:0:-1])
             for name, rule in rules.items():
-                texts[name][i] = ruled(rule, image)
+                texts[name][i] = ruled(rule, Image.fromarray(array[..., 0] if shape[0] == 1 else array))
             for name, known in columns.items():
                 check_label(name, texts[name][i], known, scales.get(name))
             if image.size != shape[:0:-1]:
                 resized.append((i + 1, image.size))
-            pixels[len(kept)] = torch.from_numpy(to_array(image, shape[0], shape[:0:-1]).copy()).permute(2, 0, 1)
+            pixels[len(kept)] = torch.from_numpy(array.copy()).permute(2, 0, 1)
             kept.append(i)
         except Bad as error:
             text = f"{table.name} row {i + 1}: {error}"

@@ -1,12 +1,13 @@
 """Labels that a function computes from the image itself: `--control NAME:MODULE:FUNCTION`.
 
-The function is given one PIL image as it was opened (upright, 8 bits, not resized) and returns a label, a text or a
-number. Its module is looked for where the command runs, then among what is installed.
+The function is given one PIL image as the prior sees it, after conversion and resizing: only then does a rule say of a
+sample what it said of the data. It returns a label, a text or a number. Its module is looked for where the command runs,
+then among what is installed.
 """
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -57,6 +58,9 @@ def jpeg_kilobytes(image: Image.Image, quality: int = 95) -> float:
     return len(file.getvalue()) / 1000
 
 
-def jpeg_size(image: Image.Image) -> int:
-    """The paper's compressibility, 0 … 3: 3 up to 60 kB as a JPEG, 2 up to 85, 1 up to 110, 0 beyond."""
-    return sum(jpeg_kilobytes(image) <= cut for cut in KILOBYTES)
+def jpeg_size(image: Image.Image, cuts: Sequence[float] = KILOBYTES) -> int:
+    """The paper's compressibility, 0 … 3: 3 up to 60 kB as a JPEG, 2 up to 85, 1 up to 110, 0 beyond.
+
+    Its cuts are meant for 512 × 512 pixels; smaller images need others.
+    """
+    return sum(jpeg_kilobytes(image) <= cut for cut in cuts)
