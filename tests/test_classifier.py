@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import (
     AUGMENTATIONS,
+    RESOLUTION,
     Classifier,
     Scorer,
     any_side_up,
@@ -195,3 +196,46 @@ def test_rewards_scale_with_gamma_and_null_earns_nothing(fitted, parts):
     torch.testing.assert_close(once[3], fitted.log_prob(x)[3, 3])
     with pytest.raises(ValueError, match="gamma must not be negative"):
         Reward({}, -1.0)
+
+
+def on_a_scale(n, seed, rule=False):
+    """Images whose first pixels say y's mean and deviation; y normal about it, or the mean itself."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 2 * torch.rand(n, 1, 4, 4, generator=generator) - 1
+    mean, std = 4 + 3 * x[:, 0, 0, 0], 0.5 + 0.5 * (x[:, 0, 0, 1] + 1)
+    y = mean if rule else mean + std * torch.randn(n, generator=generator)
+    return x, y, mean, std
+
+
+def test_a_gaussian_head_finds_mean_and_deviation():
+    (x, y, *_), (x_c, y_c, *_), (x_t, y_t, mean, std) = (on_a_scale(n, i) for i, n in enumerate((3000, 500, 3000)))
+    p = calibrate(fit_classifier(x, y, 9, "gaussian", grid=4, epochs=20, lr=3e-3), x_c, y_c)
+    density = p.density(p.scores(x_t), p.temperature)
+    report = report_classifier(p, x_t, y_t)
+    assert float((density.mean - mean).square().mean()) < 0.05
+    assert float((density.stddev / std).log().abs().mean()) < 0.15
+    best = -torch.distributions.Normal(mean, std).log_prob(y_t)
+    assert report.nll < float(best.mean()) + 0.05
+    # how often the intervals hold y: nine shares of 3,000, each within three standard errors if p̂ were exact
+    assert report.ece < 0.03
+    explained = 1 - float((y_t - mean).square().sum() / (y_t - y_t.mean()).square().sum())
+    assert report.r2 == pytest.approx(explained, abs=0.02)
+    assert report.chance_nll == pytest.approx(0.5 * math.log(2 * math.pi * math.e * float(y_t.var())), abs=1e-5)
+    assert (report.brier, report.auroc) == (None, None)
+
+
+def test_the_density_at_the_levels_and_between_them(tmp_path):
+    x, y, *_ = on_a_scale(200, 0)
+    p = fit_classifier(x, y, 9, "gaussian", grid=4, epochs=2)
+    table = p.log_prob(x)
+    assert table.shape == (200, 9)
+    for level in (0, 3, 8):
+        torch.testing.assert_close(p.log_prob_at(x, torch.full((200,), float(level))), table[:, level])
+    p.save(tmp_path)
+    assert torch.equal(Classifier.load(tmp_path).log_prob(x), table)
+
+
+def test_labels_without_noise_do_not_make_a_needle():
+    x, y, *_ = on_a_scale(600, 0, rule=True)
+    p = fit_classifier(x, y, 9, "gaussian", grid=4, epochs=30)
+    assert float(p.density(p.scores(x), 1e-6).stddev.min()) == pytest.approx(RESOLUTION)

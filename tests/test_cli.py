@@ -263,7 +263,8 @@ def test_a_config_makes_the_run_again(tmp_path, ctrl):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     a, b = (yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in "ab")
     for name in ("data", "judge_data"):
-        assert (a.pop(name), b.pop(name)) == (name, str(tmp_path / "a" / name))
+        found = (run["controls"][0].pop(name) for run in (a, b))
+        assert tuple(found) == (name, str(tmp_path / "a" / name))
     assert a == b
     # an option wins over the file
     done = ctrl("train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "c", "--quiet", "--steps", 5)
@@ -275,13 +276,13 @@ def test_the_demo_of_a_prior_that_knows_no_classes(tmp_path, ctrl_here):
     """y = digit on the null class: no condition, no ruler, a judge fitted on other digits."""
     settings = {"classifier": {"updates": 300, "grid": 4, "depth": 2}, "evaluation": {**TINY["evaluation"]}}
     settings["evaluation"]["prior_samples"] = 20
-    metrics = demo_job({**TINY, **settings}, tmp_path / "a", control="digit")
+    metrics = demo_job({**TINY, **settings}, tmp_path / "a", controls="digit")
     assert metrics["accuracy_by"] == "judge"
     assert metrics["ctrl"]["judge_accuracy"] == metrics["ctrl"]["accuracy"]
     assert metrics["ctrl"]["class_accuracy"] is None
     assert len(metrics["certificate"]["pairs"]["gap_nats"]) == 10
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
-    assert (config["unconditional"], config["classes"], config["condition"]) == (True, None, None)
+    assert (config["unconditional"], config["classes"], config["controls"][0]["condition"]) == (True, None, None)
     tables = [(tmp_path / "a" / name / "metadata.csv").read_text().splitlines() for name in ("data", "judge_data")]
     assert [len(table) - 1 for table in tables] == [200, 1597]
     done = ctrl_here("sample", tmp_path / "a", "--set", "digit=7", "-n", 2, "--quiet", "--out", tmp_path / "sevens")
@@ -362,6 +363,47 @@ def test_a_control_added_later_leaves_the_run_as_it_was(ctrl_here, both, quick_r
         "ctrl: settings: two controls are named 'slant'. Name every control once.\n",
     )
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_a_control_on_a_scale_is_asked_for_by_value(ctrl_here, quick_run, tmp_path):
+    """From a table whose columns have other names, with a row nobody can use."""
+    data = read_images(quick_run / "data", {"digit": None}, (1, 8, 8))
+    rows = [
+        f"{i:05d}.png,{digit},{ink:.5f}"
+        for i, (digit, ink) in enumerate(zip(data.labels["digit"].tolist(), demo.ink(data.x).tolist(), strict=True))
+    ]
+    folder = tmp_path / "photos"
+    shutil.copytree(quick_run / "data", folder)
+    (folder / "measured.csv").write_text("\n".join(["image,class,grey", *rows, "missing.png,3,0.3"]))
+    settings = tmp_path / "tiny.yaml"
+    own = {"classifier": {"grid": 1, "depth": 1, "augment": "any_side_up", "updates": 1500}, "ruler": "ink"}
+    settings.write_text(yaml.safe_dump({**TINY, **own}))
+    train = ["train", "--prior", "digits", "--data", folder / "measured.csv", "--control", "ink:grey"]
+    train += ["--condition", "digit:class", "--config", settings, "--quiet"]
+    done = ctrl_here(*train, "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert "measured.csv row 501: cannot read 'missing.png'" in done.stderr
+    done = ctrl_here(*train, "--skip-bad", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 501 rows cannot be used (1 × unreadable images; the first:" in done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["classifier"]["r2"] > 0.9
+    assert metrics["scale"]["ink"]["samples"] == 40
+    assert metrics["scale"]["ink"]["r2"] < 1
+    assert (tmp_path / "run" / "scale-ink.png").is_file()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Asked for and measured" in page
+    assert "None" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.S)
+    assert "None" not in (tmp_path / "run" / "classifier" / "report.html").read_text()
+    done = ctrl_here("sample", tmp_path / "run", "--set", "ink=0.31", "-n", 3, "--out", tmp_path / "some", "--quiet")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "some" / "metadata.csv").open() as file:
+        assert [row["ink"] for row in csv.DictReader(file)] == ["0.31"] * 3
+    for value in ("0.95", "dark"):
+        done = ctrl_here("sample", tmp_path / "run", "--set", f"ink={value}", "--out", tmp_path / "none")
+        assert done.returncode == 2
+        assert "ink must be a number in 0.2" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -510,12 +552,12 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         ("demo --quick --out {file}", "is a file"),
         ("exact --quick --out {run}", "or pass --overwrite"),
         ("exact --quick --out {run} --overwrite", "no exact.json of ours"),
-        (CLASSIFIER + "{tmp}/missing", "has no metadata.csv or metadata.jsonl"),
+        (CLASSIFIER + "{tmp}/missing", "there is no folder or file"),
         (CLASSIFIER + "{empty}", "has no rows. Write one line per image"),
         (CLASSIFIER + "{one-class}", "all 500 examples have ink = '1'. A control needs two classes"),
         (CLASSIFIER + "{rare}", "ink = '5' has 1 example(s). Bring at least 10 of every class"),
         (CLASSIFIER + "{blank}", "row 5: ink is blank. Label it or remove the row"),
-        (CLASSIFIER + "{unreadable}", "row 8: cannot read the image '00007.png'"),
+        (CLASSIFIER + "{unreadable}", "row 8: cannot read '00007.png'"),
         ("classifier {data} --control slant --out {tmp}/o", "has no column slant; it has: file_name, digit, ink"),
         (CLASSIFIER + "{data} --condition ink", "both name the column 'ink'"),
         ("classifier {data} --control ink --out {run}", "is not empty. Choose another --out, or pass --overwrite"),

@@ -311,3 +311,35 @@ def test_a_control_that_is_active_already_says_so(network):
     y = torch.zeros(1, dtype=torch.long)
     with control.active(y), pytest.raises(RuntimeError, match="active already"), control.active(y):
         pass
+
+
+def test_between_two_levels_of_a_scale_the_embedding_is_a_line(network):
+    denoiser, x_t, c, bare = network
+    control = LoRAControl("ink", VALUES, denoiser, rank=4, scale=True)
+    with torch.no_grad():
+        control.table.weight[:-1] = torch.randn(
+            control.table.weight[:-1].shape, generator=torch.Generator().manual_seed(0)
+        )
+        rows = control.embedded(control.table, torch.tensor([0.0, 1.25, 3.0, float(NULL)]))
+        table = control.table.weight
+        torch.testing.assert_close(rows[0], table[0])
+        torch.testing.assert_close(rows[1], 0.75 * table[1] + 0.25 * table[2])
+        torch.testing.assert_close(rows[2], table[3])
+        assert torch.equal(rows[3], torch.zeros_like(rows[3]))
+        policy = Policy(denoiser, control)
+        y = torch.tensor([0, 1, 2, 3, 3, 0])
+        torch.testing.assert_close(
+            policy(x_t, 0.5, labels={"ink": y.float()}, c=c), policy(x_t, 0.5, labels={"ink": y}, c=c)
+        )
+        mixed = policy(x_t, 0.5, labels={"ink": torch.tensor([float(NULL), 0.5, 1.5, NULL, 2.5, 3.0])}, c=c)
+        assert torch.equal(mixed[[0, 3]], bare[[0, 3]])
+    for wrong in (3.01, -0.5, -2.0):
+        with pytest.raises(ValueError, match="must lie in 0 … 3"):
+            policy(x_t, 0.5, labels={"ink": torch.full((B,), wrong)}, c=c)
+
+
+def test_classes_are_whole_numbers(network):
+    denoiser, x_t, c, _ = network
+    policy = Policy(denoiser, lora(denoiser))
+    with pytest.raises(ValueError, match="are classes: whole numbers"):
+        policy(x_t, 0.5, labels={"ink": torch.full((B,), 1.5)}, c=c)

@@ -83,7 +83,8 @@ def test_a_strangers_pipeline_goes_through_untouched(ctrl, tmp_path):
     page = (root / "run" / "report.html").read_text()
     assert "in the eyes of a judge" in page
     config = yaml.safe_load((root / "run" / "config.yaml").read_text())
-    assert (config["classes"], config["condition"], config["ruler"]) == (None, None, None)
+    (control,) = config["controls"]
+    assert (config["classes"], control["condition"], control["ruler"]) == (None, None, None)
     the_pipelines_own(root, root / "run")
     # an unconditional prior has no class to ask for
     done = ctrl("sample", root / "run", "--class", "3", "--out", root / "no")

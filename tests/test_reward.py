@@ -78,3 +78,21 @@ def test_a_likelihood_may_depend_on_the_condition():
     for pair in range(4):
         labels, cond = conditions.of(torch.full((len(x),), pair))
         torch.testing.assert_close(reward(x, labels, cond), table[pair // 2, :, pair % 2])
+
+
+class OnScale:
+    """p(y | x) normal about x."""
+
+    def log_prob(self, x):
+        return torch.distributions.Normal(x, 1.0).log_prob(torch.arange(3.0))
+
+    def log_prob_at(self, x, y):
+        return torch.distributions.Normal(x[:, 0], 1.0).log_prob(y)
+
+
+def test_a_place_on_a_scale_earns_its_density():
+    reward, x = Reward({"y": OnScale()}, 0.5), torch.tensor([[0.3], [1.0], [2.0]])
+    found = reward(x, {"y": torch.tensor([0.5, 2.0, -1.0])})
+    expected = 0.5 * torch.distributions.Normal(x[:2, 0], 1.0).log_prob(torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(found, torch.tensor([*expected, 0.0]))
+    torch.testing.assert_close(reward(x, {"y": torch.full((3,), 2.0)}), reward(x, {"y": torch.full((3,), 2)}))

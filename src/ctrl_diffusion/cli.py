@@ -179,7 +179,7 @@ def classifier(
         )
 
 
-@app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out runs/a")
+@app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out run")
 def train(
     out: Annotated[Path, typer.Option(help="The run folder.")],
     prior: Annotated[str | None, typer.Option(help="A pipeline folder of diffusers, or digits.")] = None,

@@ -520,8 +520,8 @@ def dependences(materials: list[Material], judges: dict[str, Judges]) -> dict[st
         found[" and ".join(names)] = vars(shared)
         if shared.doubtful:
             warnings.warn(
-                f"{' and '.join(names)} still depend on each other once x is known (at least {shared.nats:.3f} nats, p = "
-                f"{shared.p_value:.1g}): rewards add only if they do not. Make their combinations one control.",
+                f"{' and '.join(names)} still depend on each other once x is known (at least {shared.nats:.3f} nats, "
+                f"p = {shared.p_value:.1g}): rewards add only if they do not. Make their combinations one control.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .data import LabelledImages
 from .images import MODES, as_x, blank, open_image, to_array
-from .progress import Phase, silent
+from .progress import Phase, patient, silent
 from .rules import Rule, label_by, load_rule
 from .scale import is_number, levels_of, places
 from .sources import Table, open_table
@@ -81,7 +81,7 @@ def read_images(
     shape = shape or shape_of(table)
     pixels, kept, resized, bad = blank(table.rows, shape), [], [], []
     met: dict[str, int] = {}
-    advance = phase("reading images", table.rows)
+    advance = patient(phase, "reading images", table.rows)
     for i in range(table.rows):
         try:
             image = opened(table, i, met)

@@ -1,8 +1,8 @@
 """Labels that a function computes from the image itself: `--control NAME:MODULE:FUNCTION`.
 
 The function is given one PIL image as the prior sees it, after conversion and resizing: only then does a rule say of a
-sample what it said of the data. It returns a label, a text or a number. Its module is looked for where the command runs,
-then among what is installed.
+sample what it said of the data. It returns a label, a text or a number. Its module is installed, or lies where the
+command runs.
 """
 
 import io
@@ -24,13 +24,13 @@ def load_rule(name: str) -> Rule:
         ValueError: there is no such module or function, or importing it failed.
     """
     module, _, function = name.rpartition(":")
-    sys.path.insert(0, "")
+    sys.path.append("")  # last, so that no file lying about takes the place of what is installed
     try:
         rule = getattr(import_module(module), function, None)
     except Exception as error:  # whatever the user's module does when it is imported
         raise ValueError(f"the rule {name}: {type(error).__name__}: {error}. Name it MODULE:FUNCTION.") from error
     finally:
-        sys.path.remove("")
+        sys.path.pop()
     if not callable(rule):
         raise ValueError(f"the rule {name}: {module} has no function {function!r}. Name it MODULE:FUNCTION.")
     return rule

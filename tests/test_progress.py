@@ -1,0 +1,17 @@
+import pytest
+
+from ctrl_diffusion.progress import patient
+
+
+@pytest.mark.parametrize(("seconds", "opened"), [(1e9, []), (-1.0, [("reading", 5), 2, 1])])
+def test_a_bar_opens_only_for_what_takes_a_while(seconds, opened):
+    seen = []
+
+    def phase(what, total):
+        seen.append((what, total))
+        return lambda n, note: seen.append(n)
+
+    advance = patient(phase, "reading", 5, seconds)
+    advance(2)
+    advance()
+    assert seen == opened
