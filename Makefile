@@ -23,6 +23,9 @@ bench: setup
 	$(BIN)/python bench/prior.py
 	$(BIN)/python bench/demo.py ink
 	$(BIN)/python bench/demo.py digit
+	$(BIN)/python bench/demo.py ink,slant
+	$(BIN)/python bench/add.py
+	$(BIN)/python bench/scale.py
 	$(BIN)/python bench/own.py
 	$(BIN)/python bench/classifiers.py
 	$(BIN)/python bench/exact.py

@@ -13,15 +13,17 @@ from ctrl_diffusion.judges import fit_judges
 
 
 def test_images_on_disk_are_the_floats_they_would_be_in_memory(monkeypatch):
-    pixels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(256, (40, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     inside = as_x(pixels)
     monkeypatch.setattr(images, "IN_MEMORY", 0)
-    stored = images.blank(40, (1, 8, 8))
+    stored = images.blank(40, 8, 8, 3)
     stored.copy_(pixels)
     outside = as_x(stored)
     assert isinstance(inside, torch.Tensor)
     assert isinstance(outside, Images)
     assert (len(outside), outside.shape) == (40, inside.shape)
+    assert inside.shape == (40, 3, 8, 8)
+    assert inside[7, 2, 1, 5] == pixels[7, 1, 5, 2] / 127.5 - 1
     rows = torch.tensor([3, 39, 3])
     for some in (rows, slice(2, 5), 7):
         assert torch.equal(outside[some], inside[some])
@@ -32,7 +34,7 @@ def test_images_on_disk_are_the_floats_they_would_be_in_memory(monkeypatch):
 
 def test_classifiers_are_the_same_from_disk_and_from_memory():
     """All that is done with labelled images, on both kinds of x: to the bit."""
-    pixels = torch.randint(256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randint(256, (60, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     y = (pixels.float().mean((1, 2, 3)) > 127).long()
     found = []
     for x in (as_x(pixels), Images(pixels)):

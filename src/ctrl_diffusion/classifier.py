@@ -349,7 +349,7 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None,
     score = classifier.scores(x, c)
 
     def objective(log_temperature: float) -> float:
-        return float(nll(classifier, score, math.exp(log_temperature), y).sum()) + 0.5 * (log_temperature / spread) ** 2
+        return total_nll(classifier, score, math.exp(log_temperature), y) + 0.5 * (log_temperature / spread) ** 2
 
     best = minimize_scalar(objective, bounds=(-3.0, 3.0), method="bounded")
     classifier.temperature.fill_(math.exp(best.x))
@@ -359,14 +359,15 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None,
 @torch.no_grad()
 def calibrated_nll(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> float:
     """NLL in nats on (x, y) at the temperature that suits these: scale alone must not decide between two fits."""
-    return float(nll(calibrate(classifier, x, y, c), classifier.scores(x, c), classifier.temperature, y).mean())
+    calibrate(classifier, x, y, c)
+    return total_nll(classifier, classifier.scores(x, c), classifier.temperature, y) / len(y)
 
 
-def nll(classifier: Scorer, score: Tensor, temperature: Tensor | float, y: Tensor) -> Tensor:
-    """−log p̂ at y (B,) in nats: (B,)."""
+def total_nll(classifier: Scorer, score: Tensor, temperature: Tensor | float, y: Tensor) -> float:
+    """Σ −log p̂ at y (B,) in nats."""
     if classifier.head == "gaussian":
-        return classifier.misses(score, temperature, y)
-    return F.nll_loss(classifier.log_prob_from(score, temperature), y, reduction="none")
+        return float(classifier.misses(score, temperature, y).sum())
+    return float(F.nll_loss(classifier.log_prob_from(score, temperature), y, reduction="sum"))
 
 
 class Estimator:

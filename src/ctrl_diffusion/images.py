@@ -1,6 +1,7 @@
 """Images of any file as pixels of one size, and as many of them as do not fit into memory."""
 
 import io
+import math
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Images:
     """x (n, C, H, W) in [−1, 1] that is read when its rows are asked for.
 
     Args:
-        pixels: (N, C, H, W) bytes.
+        pixels: (N, H, W, C) bytes.
         rows: which of them, all if None.
     """
 
@@ -67,29 +68,31 @@ class Images:
     @property
     def shape(self) -> torch.Size:
         """(n, C, H, W)."""
-        return torch.Size((len(self.rows), *self.pixels.shape[1:]))
+        height, width, channels = self.pixels.shape[1:]
+        return torch.Size((len(self.rows), channels, height, width))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, rows: Tensor | slice | int) -> Tensor:
-        return self.pixels[self.rows[rows]].float() / 127.5 - 1
+        return self.pixels[self.rows[rows]].movedim(-1, -3).float().div_(127.5).sub_(1).contiguous()
 
     def take(self, rows: Tensor) -> "Images":
         """Some of them, still unread."""
         return Images(self.pixels, self.rows[rows])
 
 
-def blank(n: int, shape: tuple[int, int, int]) -> Tensor:
-    """Bytes (n, C, H, W) to be filled: in memory, or if they were too many as floats, in a file that goes with them."""
-    if 4 * n * int(np.prod(shape)) <= IN_MEMORY:
-        return torch.empty(n, *shape, dtype=torch.uint8)
+def blank(n: int, height: int, width: int, channels: int) -> Tensor:
+    """Bytes (n, H, W, C) to be filled: in memory, or if they were too many as floats, in a file that goes with them."""
+    shape = n, height, width, channels
+    if 4 * math.prod(shape) <= IN_MEMORY:
+        return torch.empty(shape, dtype=torch.uint8)
     with tempfile.TemporaryFile() as file:
-        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(n, *shape)))
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
 
 
 def as_x(pixels: Tensor) -> Tensor | Images:
-    """x of bytes (n, C, H, W): floats where they fit into memory."""
+    """x of bytes (n, H, W, C): floats where they fit into memory."""
     return Images(pixels) if 4 * pixels.numel() > IN_MEMORY else Images(pixels)[:]
 
 

@@ -189,11 +189,12 @@ class Job:
     materials: list[Material]
 
 
-def prepare(given: dict[str, Any]) -> Job:
+def prepare(given: dict[str, Any], phase: Phase = silent) -> Job:
     """Read prior, data and classifiers; fill in the settings that depend on them.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
+        phase: told of progress.
 
     Raises:
         ValueError: whatever is wrong with them.
@@ -204,7 +205,7 @@ def prepare(given: dict[str, Any]) -> Job:
     given = with_paths(listed(given), lambda name: str(Path(name).resolve()))
     wanted = Config.of(given)  # mistakes in the settings come before mistakes in the files
     prior = open_prior(wanted.prior, wanted.unconditional)
-    materials = [material(settings, prior) for settings in wanted.controls]
+    materials = [material(settings, prior, phase) for settings in wanted.controls]
     known = next((m for m in materials if m.data and m.settings.condition), None)
     classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
     check_classes(prior, classes)
@@ -225,7 +226,7 @@ def prepare(given: dict[str, Any]) -> Job:
     return Job(config, prior, materials)
 
 
-def material(settings: ControlSettings, prior: Prior) -> Material:
+def material(settings: ControlSettings, prior: Prior, phase: Phase) -> Material:
     """Read what a control is made from.
 
     Raises:
@@ -239,7 +240,7 @@ def material(settings: ControlSettings, prior: Prior) -> Material:
         judges, pages = Judges.load(Path(handed)), pages_of(Path(handed))
         check_classifier(judges, handed, settings.name, prior.denoiser.shape)
     values = judges and judges.values
-    data = read_data(settings.data, settings, prior, values)
+    data = read_data(settings.data, settings, prior, values, phase=phase)
     on_scale = data.on_scale(settings.name)
     if settings.ruler and not on_scale and data.values[settings.name] != demo.VALUES[settings.ruler]:
         raise ValueError(
@@ -249,7 +250,7 @@ def material(settings: ControlSettings, prior: Prior) -> Material:
     if settings.judge_data and not judges:
         known = settings.model_copy(update={"kind": "scale" if on_scale else "classes"})
         judge_data = read_data(
-            settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional
+            settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional, phase
         )
     return Material(settings, data, judges, pages, judge_data)
 
@@ -357,7 +358,7 @@ def train_job(
     """
     out = Path(out)
     check_room(out, RUN_FILES[-1], overwrite)
-    return execute(prepare(given), out, quick, command, phase)
+    return execute(prepare(given, phase), out, quick, command, phase)
 
 
 def demo_job(
@@ -383,7 +384,7 @@ def demo_job(
                 folder = Path(kind, control["name"]) if len(drawn) > 1 else Path(kind)
                 write_imagefolder(scratch / folder, data)
                 control[kind] = str(scratch / folder)
-        job = prepare(settings)
+        job = prepare(settings, phase)
         for control in job.config.controls:
             control.data, control.judge_data = (
                 str(out.resolve() / Path(name).relative_to(Path(scratch).resolve()))
@@ -419,7 +420,7 @@ def add_job(
     given = listed(given)
     kept = old.model_dump(include={"prior", "unconditional", "classes", "gamma", "steps", "sigma_end", "time_power"})
     return execute(
-        prepare({**given, **kept, "controls": [*settled, *given["controls"]]}), Path(out), quick, command, phase
+        prepare({**given, **kept, "controls": [*settled, *given["controls"]]}, phase), Path(out), quick, command, phase
     )
 
 

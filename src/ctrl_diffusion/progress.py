@@ -13,7 +13,7 @@ def silent(what: str, total: int) -> Advance:
 
 
 def patient(phase: Phase, what: str, total: int, seconds: float = 2.0) -> Advance:
-    """A phase that opens once it has taken so long: what is over at once needs no bar, nor does a mistake found early."""
+    """A phase that opens once it has taken so long: what is over at once needs no bar, nor a mistake found early."""
     begin, done, advance = time.monotonic(), 0, None
 
     def step(n: int = 1, note: str = "") -> None:

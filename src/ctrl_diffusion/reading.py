@@ -79,7 +79,7 @@ def read_images(
             f"the prior makes images of {shape[0]} channels; image files have {', '.join(map(str, MODES))}."
         )
     shape = shape or shape_of(table)
-    pixels, kept, resized, bad = blank(table.rows, shape), [], [], []
+    pixels, kept, resized, bad = blank(table.rows, *shape[1:], shape[0]), [], [], []
     met: dict[str, int] = {}
     advance = patient(phase, "reading images", table.rows)
     for i in range(table.rows):
@@ -92,7 +92,7 @@ def read_images(
                 check_label(name, texts[name][i], known, scales.get(name))
             if image.size != shape[:0:-1]:
                 resized.append((i + 1, image.size))
-            pixels[len(kept)] = torch.from_numpy(array.copy()).permute(2, 0, 1)
+            pixels[len(kept)] = torch.from_numpy(array.copy())
             kept.append(i)
         except Bad as error:
             text = f"{table.name} row {i + 1}: {error}"
