@@ -378,7 +378,8 @@ def test_a_control_on_a_scale_is_asked_for_by_value(ctrl_here, quick_run, tmp_pa
     (folder / "measured.csv").write_text("\n".join(["image,class,grey", *rows, "missing.png,3,0.3"]))
     settings = tmp_path / "tiny.yaml"
     own = {"classifier": {"grid": 1, "depth": 1, "augment": "any_side_up", "updates": 1500}, "ruler": "ink"}
-    settings.write_text(yaml.safe_dump({**TINY, **own}))
+    enough = {"evaluation": {**TINY["evaluation"], "prior_samples": 18}}  # for nine levels
+    settings.write_text(yaml.safe_dump({**TINY, **own, **enough}))
     train = ["train", "--prior", "digits", "--data", folder / "measured.csv", "--control", "ink:grey"]
     train += ["--condition", "digit:class", "--config", settings, "--quiet"]
     done = ctrl_here(*train, "--out", tmp_path / "run")
