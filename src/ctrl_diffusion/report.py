@@ -388,13 +388,13 @@ def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
 
 def write_classifier_report(folder: Path, judges: Judges, held_out: LabelledImages) -> None:
     """Write reliability.png, confusion.png and a self-contained report.html about p̂."""
-    truth, p = held_out.labels[judges.control], judges.log_prob(held_out).exp()
+    truth, log_p = held_out.labels[judges.control], judges.log_prob(held_out)
     nearest = truth.round().clamp(0, len(judges.values) - 1) if held_out.on_scale(judges.control) else truth
-    confusion = confusion_matrix(nearest, p.argmax(1), labels=range(len(judges.values)), normalize="true")
+    confusion = confusion_matrix(nearest, log_p.argmax(1), labels=range(len(judges.values)), normalize="true")
     figures = {
         "reliability": intervals_figure(*judges.intervals(held_out))
         if held_out.on_scale(judges.control)
-        else reliability_figure(p, truth),
+        else reliability_figure(log_p.exp(), truth),
         "confusion": confusion_figure(
             torch.from_numpy(confusion), judges.values, f"true {judges.control}", "classifier says", "Held-out data, %"
         ),
