@@ -1,5 +1,6 @@
 import pytest
 import torch
+from classifiers import climbed
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.conditions import Conditions
@@ -56,19 +57,6 @@ def test_real_images_are_inside_and_noise_is_not(judged):
     noise = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     for strange in (noise, -others.x, others.x.roll(3, -1)):
         assert float(judges.outside(strange).float().mean()) > 0.9
-
-
-def climbed(judges, x, y, updates=15):
-    """Images after gradient ascent on log p̂(y | x): reward hacking without a prior."""
-    x = x.clone().requires_grad_()
-    optimizer = torch.optim.Adam([x], lr=0.05)
-    for _ in range(updates):
-        optimizer.zero_grad()
-        (-judges.classifier.log_prob(x).gather(1, y[:, None])).sum().backward()
-        optimizer.step()
-        with torch.no_grad():
-            x.clamp_(-1, 1)
-    return x.detach()
 
 
 def test_what_fools_the_reward_leaves_its_support_and_not_the_judge(judged):

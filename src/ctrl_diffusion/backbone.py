@@ -5,10 +5,7 @@ through the frozen network. Saved are the head, the scale of the features and th
 """
 
 import json
-import os
-import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,6 +15,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .classifier import Classifier, Head, Scorer
+from .rules import function_of
 
 
 class Elsewhere(ValueError):
@@ -152,10 +150,8 @@ class Own(Scorer):
         name, _, attribute = factory.partition(":")
         if not name or not attribute:
             raise Elsewhere(f"classifier.factory: {factory!r} is not of the form module:function.")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
         try:
-            make = getattr(import_module(name), attribute, None)
+            make = function_of(factory)
         except Exception as error:
             raise Elsewhere(f"classifier.factory: cannot import {name}: {error}") from error
         if not callable(make):

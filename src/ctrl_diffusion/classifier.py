@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
+from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
@@ -451,5 +452,5 @@ def report_density(classifier: Scorer, score: Tensor, y: Tensor) -> ClassifierRe
         nll_uncalibrated=float(classifier.misses(score, 1.0, y).mean()),
         brier=None,
         auroc=None,
-        r2=float(1 - (y - density.mean).square().sum() / (y - y.mean()).square().sum()),
+        r2=r2_score(y.numpy(), density.mean.numpy()),
     )

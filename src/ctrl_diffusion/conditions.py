@@ -27,6 +27,11 @@ class Conditions:
     controls: dict[str, int]
     nullable: Collection[str] = ()
 
+    @classmethod
+    def trained(cls, cond: dict[str, Tensor], controls: dict[str, int], settled: Collection[str] = ()) -> "Conditions":
+        """What one model that serves every choice of controls is trained on; where some are settled, of the others."""
+        return cls(cond, controls, (settled or controls) if len(controls) > 1 else ())
+
     @cached_property
     def combinations(self) -> Tensor:
         """The class of every control, or NULL, for each of the K labels: (K, controls)."""

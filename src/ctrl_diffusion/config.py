@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from typing_extensions import Self
 
 from .files import write_text
+from .sources import HUB
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
-HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "data", "judge_data", "classifier_from", "settled_from", "backbone")
 

@@ -20,7 +20,7 @@ IN_MEMORY = 2**28  # bytes; what is larger as floats stays on disk as bytes
 def open_image(file: Path | bytes) -> Image.Image:
     """One image, upright, as 8-bit grey, RGB or RGBA.
 
-    Of 16 bits the upper eight are kept, the orientation a camera noted is applied, palettes are looked up.
+    16 bits are scaled to 8, the orientation a camera noted is applied, palettes are looked up.
 
     Raises:
         ValueError: it cannot be read, is too large, or has pixels that are no whole numbers.
@@ -43,6 +43,12 @@ def open_image(file: Path | bytes) -> Image.Image:
     if image.mode in ("1", "L", "RGB", "RGBA"):
         return image.convert("L") if image.mode == "1" else image
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def is_grey(file: Path | bytes) -> bool:
+    """Whether `open_image` would make it grey, from the file's header; raises OSError if it has none."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        return image.mode in ("1", "L") or image.mode.startswith("I")
 
 
 def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:

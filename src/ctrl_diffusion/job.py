@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from sklearn.metrics import r2_score
 from torch import Tensor
 
 from . import demo
@@ -213,7 +214,7 @@ def prepare(given: dict[str, Any], phase: Phase = silent) -> Job:
         keep_classes(one, classes)
     sizes = {m.settings.name: len(m.judges.values if m.judges else m.data.values[m.settings.name]) for m in materials}
     settled = [m.settings.name for m in materials if m.settings.settled_from]
-    trained = Conditions({}, sizes, (settled or sizes) if len(sizes) > 1 else ())
+    trained = Conditions.trained({}, sizes, settled)
     site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
     groups = len(classes or [0])
     defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
@@ -557,7 +558,7 @@ def follows(asked: Tensor, came: Tensor) -> dict[str, float]:
     miss = came - asked
     return {
         "samples": len(asked),
-        "r2": float(1 - miss.square().sum() / (asked - asked.mean()).square().sum()),
+        "r2": r2_score(asked.numpy(), came.numpy()),
         "mean_error_levels": float(miss.mean()),
         "root_mean_square_error_levels": float(miss.square().mean().sqrt()),
     }

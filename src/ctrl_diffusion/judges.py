@@ -81,16 +81,20 @@ class Judges:
         """Whether each x (n, C, H, W) lies outside the region p̂ was fitted on: (n,)."""
         return self.support.outside(self.classifier.evidence(x))
 
+    def seen(self, data: LabelledImages) -> tuple[Tensor, ...]:
+        """What p̂ is given of labelled images, and their labels: (x, y) or (x, y, c)."""
+        return examples(data, self.control, self.condition if self.classifier.conditional else None)
+
     @torch.no_grad()
     def log_prob(self, data: LabelledImages) -> Tensor:
         """log p̂ of labelled images, of y given what they say of c: (n, K)."""
-        x, _, *c = examples(data, self.control, self.condition if self.classifier.conditional else None)
+        x, _, *c = self.seen(data)
         return self.classifier.log_prob(x, *c)
 
     @torch.no_grad()
     def intervals(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
         """Of y on a scale, the central intervals of 10 … 90 % and how often they hold y: two (9,)."""
-        x, y, *c = examples(data, self.control, self.condition if self.classifier.conditional else None)
+        x, y, *c = self.seen(data)
         return coverage(self.classifier.density(self.classifier.scores(x, *c), self.classifier.temperature), y)
 
     def metrics(self) -> dict[str, Any]:

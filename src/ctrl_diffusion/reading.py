@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data import LabelledImages
-from .images import MODES, as_x, blank, open_image, to_array
+from .images import MODES, as_x, blank, is_grey, open_image, to_array
 from .progress import Phase, patient, silent
 from .rules import Rule, label_by, load_rule
 from .scale import is_number, levels_of, places
@@ -109,16 +109,14 @@ def read_images(
 
 def shape_of(table: Table) -> tuple[int, int, int]:
     """(C, H, W) of a table's first image that can be read; three channels unless all are grey."""
-    colour, size = False, (1, 1)  # nobody asks for it unless some image can be read
-    for i in reversed(range(table.rows)):
+    grey, size = True, None
+    for i in range(table.rows):
         try:
-            image = opened(table, i, {})
-        except Bad:
+            size = size or opened(table, i, {}).size
+            grey = grey and is_grey(table.image(i)[0])
+        except (Bad, ValueError, OSError):  # said when the row is read
             continue
-        size = image.size
-        if image.mode != "L":
-            colour = True
-    return (3 if colour else 1, *size[::-1])
+    return (1 if grey else 3, *(size or (1, 1))[::-1])
 
 
 def opened(table: Table, row: int, met: dict[str, int]) -> Image.Image:

@@ -6,6 +6,7 @@ command runs.
 """
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -17,6 +18,14 @@ Rule = Callable[[Image.Image], Any]
 KILOBYTES = (60.0, 85.0, 110.0)  # where the reference code of the paper cuts (Zhao et al. 2025, arXiv 2406.12120)
 
 
+def function_of(name: str) -> Any:
+    """What MODULE:FUNCTION names, None if the module has nothing of that name; raises whatever importing it does."""
+    module, _, function = name.rpartition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file lying about takes the place of what is installed
+    return getattr(import_module(module), function, None)
+
+
 def load_rule(name: str) -> Rule:
     """The function that `MODULE:FUNCTION` names.
 
@@ -24,13 +33,10 @@ def load_rule(name: str) -> Rule:
         ValueError: there is no such module or function, or importing it failed.
     """
     module, _, function = name.rpartition(":")
-    sys.path.append("")  # last, so that no file lying about takes the place of what is installed
     try:
-        rule = getattr(import_module(module), function, None)
+        rule = function_of(name)
     except Exception as error:  # whatever the user's module does when it is imported
         raise ValueError(f"the rule {name}: {type(error).__name__}: {error}. Name it MODULE:FUNCTION.") from error
-    finally:
-        sys.path.pop()
     if not callable(rule):
         raise ValueError(f"the rule {name}: {module} has no function {function!r}. Name it MODULE:FUNCTION.")
     return rule

@@ -8,7 +8,7 @@ progress.jsonl  one line per probe and update
 metrics.json, samples/, the pictures and report.html
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -157,17 +157,14 @@ class Run:
 
     @property
     def trained(self) -> Conditions:
-        """All (c, y) that are trained: one model is to serve every choice of controls, so labels may be null.
-
-        Where a control is being added, one with a label for it.
-        """
+        """All (c, y) that are trained: labels may be null, but where a control is being added not that one's."""
         settled = [name for name in self.names if self.policy.controls[name].settled]
-        return self.conditions_on(self.names, (settled or self.names) if len(self.names) > 1 else ())
+        return Conditions.trained(self.conditions.cond, self.conditions.controls, settled)
 
-    def conditions_on(self, names: Sequence[str], nullable: Collection[str] = ()) -> Conditions:
+    def conditions_on(self, names: Sequence[str]) -> Conditions:
         """All (c, y) with labels for some of the controls."""
         cond = {} if self.config.classes is None else {"c": torch.tensor(self.config.classes)}
-        return Conditions(cond, {name: self.policy.controls[name].size for name in names}, nullable)
+        return Conditions(cond, {name: self.policy.controls[name].size for name in names})
 
     @property
     def parts(self) -> list[tuple[str, ...]]:

@@ -11,10 +11,11 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
 IMAGE_COLUMNS = ("file_name", "image", "path")
 
 
@@ -28,6 +29,7 @@ class Table:
         texts: column → every row's label as text, blank where there is none.
         image: row from 0 → the path or the bytes of its image, and what to call it.
         rows: how many.
+        cache: what must live as long as the table.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Table:
     texts: Callable[[str], list[str]]
     image: Callable[[int], tuple[Path | bytes, str]]
     rows: int
+    cache: tempfile.TemporaryDirectory | None = None
 
 
 def open_table(source: str | Path) -> Table:
@@ -58,14 +61,14 @@ def open_table(source: str | Path) -> Table:
     if path.suffix == ".parquet" and path.is_file():
         from datasets import Dataset
 
-        with tempfile.TemporaryDirectory() as cache:  # read whole, so that nothing is left behind
-            found = read_with(lambda: Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True), path)
-        return of_dataset(found, str(path), path.parent)
+        cache = tempfile.TemporaryDirectory()  # on disk: images in a table may be more than memory holds
+        found = read_with(lambda: Dataset.from_parquet(str(path), cache_dir=cache.name), path)
+        return replace(of_dataset(found, str(path), path.parent), cache=cache)
     if path.is_file():
         if path.suffix not in (".csv", ".jsonl"):
             raise ValueError(f"{path} is no table: .csv, .jsonl and .parquet are read, and folders.")
         return of_rows(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if HUB.fullmatch(str(source)):
         from datasets import load_dataset
 
         found = read_with(lambda: load_dataset(str(source), split="train"), f"{source} is no folder or file here, and")
