@@ -73,7 +73,7 @@ def support(judges: Judges, unseen: LabelledImages) -> dict[str, float]:
 
 def main() -> None:
     found: dict[str, Any] = {}
-    for control in demo.SETTINGS:
+    for control in ("ink", "digit"):
         ((data, others),) = demo.labelled_digits(control, 0)
         half = len(others) // 2
         for_judge, unseen = others[range(half)], others[range(half, len(others))]
