@@ -1,9 +1,11 @@
 import json
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from ctrl_diffusion import demo
@@ -120,6 +122,25 @@ def test_numbers_of_many_values_are_a_scale(tmp_path):
         read_images(tmp_path, {"ink": None}, SHAPE)
     with pytest.raises(ValueError, match="row 1: ink must be a number, got 'v0'"):
         read_images(tmp_path, {"ink": None}, SHAPE, scales={"ink": True})
+
+
+def test_tags_are_controls_of_two_classes(tmp_path):
+    """Of a column that lists any number of them, in a table or as a list."""
+    texts = ["hat; glasses", "", "glasses", "hats|scarf", "scarf,hat"]
+    write(tmp_path, [f'a{i}.png,3,"{text}"' for i, text in enumerate(texts)])
+    lists = [re.split("[;,|] ?", text) if text else [] for text in texts]
+    rows = [{"file_name": f"a{i}.png", "ink": tags} for i, tags in enumerate(lists)]
+    (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    saved = [{"image": str(tmp_path / row["file_name"]), "ink": row["ink"]} for row in rows]
+    Dataset.from_list(saved).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    mapping, tags = {"wears_hat": "ink", "scarf": "ink"}, {"wears_hat": "hat", "scarf": "scarf"}
+    for source in (tmp_path, tmp_path / "lists.jsonl", tmp_path / "saved"):
+        data = read_images(source, {"wears_hat": None, "scarf": None}, SHAPE, mapping, tags=tags)
+        assert data.values == {"wears_hat": ("no", "yes"), "scarf": ("no", "yes")}
+        assert data.labels["wears_hat"].tolist() == [1, 0, 0, 0, 1]
+        assert data.labels["scarf"].tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(ValueError, match="no row has the tag 'Hat' in ink; the most frequent are: glasses, hat, scarf"):
+        read_images(tmp_path, {"hat": None}, SHAPE, {"hat": "ink"}, tags={"hat": "Hat"})
 
 
 def test_rows_that_cannot_be_used_are_skipped_when_asked_and_counted(tmp_path):

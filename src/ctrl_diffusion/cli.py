@@ -93,8 +93,8 @@ def root(
     """Add new conditional controls to pre-trained diffusion and flow models."""
 
 
-Control = Annotated[str, typer.Option(help="The new control y: NAME, NAME:COLUMN or NAME:MODULE:FUNCTION.")]
-Controls = Annotated[list[str], typer.Option(help="y, as NAME or NAME:COLUMN; one for each --data.")]
+Control = Annotated[str, typer.Option(help="The new control y: NAME, NAME:COLUMN[=TAG] or NAME:MODULE:FUNCTION.")]
+Controls = Annotated[list[str], typer.Option(help="y: NAME or NAME:COLUMN[=TAG]; for each --data.")]
 Datasets = Annotated[list[str], typer.Option(help="Folder with metadata.csv, table, or hub id.")]
 Conditions = Annotated[list[str], typer.Option(help="c, as NAME or NAME:COLUMN; - for none.")]
 Classifiers = Annotated[list[Path], typer.Option(help="A folder of ctrl classifier; left out, fit one.")]

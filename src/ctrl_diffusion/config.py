@@ -136,8 +136,11 @@ class ControlSettings(Strict):
     """One control and the data it comes from.
 
     Args:
-        name: of y. NAME:COLUMN is the name and the column, NAME:MODULE:FUNCTION the name and a rule.
+        name: of y. NAME:COLUMN is the name and the column, NAME:MODULE:FUNCTION the name and a rule, NAME:COLUMN=TAG
+            the name, the column and the tag.
         column: of y, if it is called otherwise; or a rule that computes y from the image (`rules`).
+        tag: y is whether the column, which lists any number of tags, has this one: "no" or "yes". Several such controls
+            are the multi-label case.
         kind: "scale" for numbers to be asked for by value; "auto" takes numbers of more than 64 values for a scale.
         data: a folder, a table, or a dataset on the hub (`sources`); not read if the control is settled.
         judge_data: others with the same column, on which the judge is fitted; null keeps a part of the data for it. Not
@@ -153,6 +156,7 @@ class ControlSettings(Strict):
 
     name: str = Field(min_length=1)
     column: str | None = None
+    tag: str | None = Field(None, min_length=1)
     kind: Literal["auto", "classes", "scale"] = "auto"
     data: str
     judge_data: str | None = None
@@ -167,12 +171,21 @@ class ControlSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _split(cls, values: Any) -> Any:
-        """NAME:COLUMN as a name and a column."""
+        """NAME:COLUMN as a name and a column, NAME:COLUMN=TAG as these and a tag."""
         values = dict(values) if isinstance(values, dict) else values
         for name, column in (("name", "column"), ("condition", "condition_column")):
             if isinstance(values, dict) and ":" in str(values.get(name) or ""):
                 values[name], _, values[column] = values[name].partition(":")
+        if isinstance(values, dict) and "=" in str(values.get("column") or ""):
+            values["column"], _, values["tag"] = values["column"].partition("=")
         return values
+
+    @model_validator(mode="after")
+    def _tags_are_two_classes(self) -> Self:
+        """A tag is there or not."""
+        if self.tag and self.kind == "scale":
+            raise ValueError("tag excludes kind: scale, a tag is there or not")
+        return self
 
 
 class Config(Strict):

@@ -104,8 +104,31 @@ def read_data(
     scales = {} if settings.kind == "auto" else {name: settings.kind == "scale"}
     return read_images(
         source, columns, prior and prior.denoiser.shape, mapping, scales | ({c: False} if c else {}),
-        settings.skip_bad, phase,
+        {name: settings.tag} if settings.tag else None, settings.skip_bad, phase,
     )  # fmt: skip
+
+
+def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
+    """Say if pictures stand in two rows, or in what the judge is fitted on too, whatever their files are called.
+
+    Warns:
+        UserWarning: they do.
+    """
+    digests = data.digests()
+    first: dict[bytes, int] = {}
+    copies = [(first[d], row) for row, d in enumerate(digests, start=1) if first.setdefault(d, row) != row]
+    if copies:
+        warnings.warn(
+            f"{source}: {len(copies)} of {len(data)} images are copies of another (the first: rows {copies[0][0]} and "
+            f"{copies[0][1]} of those read). In two parts of a split they make p̂ look better than it is: keep one.",
+            stacklevel=2,
+        )
+    if judge_data and (shared := len(set(judge_data.digests()) & set(digests))):
+        warnings.warn(
+            f"{source}: {shared} of its images are in judge_data too. A judge that learned from the same images as p̂ "
+            "is no second opinion: leave them out of one.",
+            stacklevel=2,
+        )
 
 
 def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
@@ -148,6 +171,7 @@ def classifier_job(
     about = ControlSettings(name=control, data=str(source), condition=condition, skip_bad=skip_bad)
     control, condition = about.name, about.condition
     data = read_data(about.data, about, open_prior(prior) if prior else None, phase=phase)
+    warn_of_copies(about.data, data)
     if condition:
         data = only(data, condition, data.labels[condition].unique().tolist())
     judges, held_out = fit_judges(data, control, condition, settings=settings, seed=seed, phase=phase)
@@ -253,6 +277,7 @@ def material(settings: ControlSettings, prior: Prior, phase: Phase) -> Material:
         judge_data = read_data(
             settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional, phase
         )
+    warn_of_copies(settings.data, data, judge_data)
     return Material(settings, data, judges, pages, judge_data)
 
 

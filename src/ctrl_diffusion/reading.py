@@ -1,5 +1,6 @@
 """Read labelled images: a table of any kind becomes `LabelledImages`, or one line says which row is wrong and why."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -43,6 +44,7 @@ def read_images(
     shape: tuple[int, int, int] | None = None,
     mapping: Mapping[str, str] | None = None,
     scales: Mapping[str, bool] | None = None,
+    tags: Mapping[str, str] | None = None,
     skip_bad: bool = False,
     phase: Phase = silent,
 ) -> LabelledImages:
@@ -56,6 +58,7 @@ def read_images(
             images as they are, of the first one's size, in colour unless all are grey.
         mapping: the column a label is in, if it is called otherwise, or MODULE:FUNCTION, a rule (`rules`).
         scales: whether a label is a place on a scale; left out, numbers of more than MOST_CLASSES values are.
+        tags: the tag a label is about, "yes" where it stands in the column, "no" where it does not.
         skip_bad: leave out rows that cannot be used, and say how many; otherwise the first is an error.
         phase: told of progress.
 
@@ -73,6 +76,7 @@ def read_images(
             f"{table.name} has no column {', '.join(sorted(missing))}; it has: {', '.join(table.columns)}."
         )
     texts = {name: table.texts(column) for name, column in wanted.items()}
+    texts |= {name: tagged(table, wanted[name], texts[name], tag) for name, tag in (tags or {}).items()}
     texts |= {name: [""] * table.rows for name in rules}
     if shape and shape[0] not in MODES:
         raise ValueError(
@@ -143,6 +147,20 @@ def ruled(rule: Rule, image: Image.Image) -> str:
         return label_by(rule, image)
     except ValueError as error:
         raise Bad("rules that failed", str(error)) from error
+
+
+def tagged(table: Table, column: str, texts: list[str], tag: str) -> list[str]:
+    """Whether each row has a tag; a row without any has a blank column.
+
+    Raises:
+        ValueError: no row has it.
+    """
+    rows = [{found.strip() for found in re.split("[;,|]", text)} for text in texts]
+    if not any(tag in row for row in rows):
+        known = Counter(sorted(found for row in rows for found in row if found))
+        some = ", ".join(found for found, _ in known.most_common(10))
+        raise ValueError(f"{table.name}: no row has the tag {tag!r} in {column}; the most frequent are: {some}.")
+    return ["yes" if tag in row else "no" for row in rows]
 
 
 def check_label(name: str, text: str, known: Known | None, scale: bool | None) -> None:

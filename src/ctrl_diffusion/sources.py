@@ -121,7 +121,7 @@ def of_rows(table: Path) -> Table:
     of_images = image_column(columns, str(table))
 
     def texts(column: str) -> list[str]:
-        return ["" if row.get(column) is None else str(row[column]).strip() for row in rows]
+        return [as_text(row.get(column)) for row in rows]
 
     names = texts(of_images)
     return Table(str(table), columns, texts, lambda i: (inside(table.parent, names[i]), names[i]), len(rows))
@@ -142,7 +142,7 @@ def of_dataset(found: Any, name: str, root: Path | None) -> Table:
         feature, values = found.features[column], found[column]
         if isinstance(feature, ClassLabel):
             return ["" if value is None else feature.int2str(value) for value in values]
-        return ["" if value is None else str(value).strip() for value in values]
+        return [as_text(value) for value in values]
 
     def image(i: int) -> tuple[Path | bytes, str]:
         value = found[i][of_images]
@@ -153,6 +153,13 @@ def of_dataset(found: Any, name: str, root: Path | None) -> Table:
         return (Path(called) if root is None else inside(root, called)), called
 
     return Table(name, columns, texts, image, len(found))
+
+
+def as_text(value: Any) -> str:
+    """A label as text, blank where there is none; of a list its members, joined as a table would have them."""
+    if isinstance(value, list):
+        return ";".join(map(as_text, value))
+    return "" if value is None else str(value).strip()
 
 
 def image_column(columns: list[str], name: str) -> str:
