@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from ctrl_diffusion.conditions import Conditions
@@ -36,3 +37,20 @@ def test_a_control_may_be_left_out_but_not_all():
     assert (added.combinations[:, 1] != NULL).all()
     assert added.classes == 4 * 2
     assert Conditions({}, {"ink": 3}).combinations.tolist() == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("settled", [(), ("slant",)])
+@pytest.mark.parametrize("n", [60, 61])
+def test_every_choice_of_controls_is_drawn_as_often_as_the_others(n, settled):
+    """However many labels it has, and each of these as often as the others."""
+    conditions = Conditions.trained({"c": torch.tensor([7, 8])}, {"ink": 4, "slant": 2}, settled)
+    labels, _ = conditions.of(conditions.draw(n, torch.Generator().manual_seed(0)))
+    asked = torch.stack([y != NULL for y in labels.values()], dim=1)
+    choices, counts = asked.unique(dim=0, return_counts=True)
+    assert len(choices) == (2 if settled else 3)
+    assert counts.sum() == n
+    assert counts.max() - counts.min() <= 1
+    both = asked.all(1)
+    of_both = (labels["ink"][both] * 2 + labels["slant"][both]).bincount(minlength=8)
+    # every (c, y) once before any comes again: two conditions, eight labels
+    assert of_both.max() - of_both.min() <= 2

@@ -54,10 +54,26 @@ class Conditions:
         """G · K."""
         return self.groups * self.classes
 
+    @cached_property
+    def choices(self) -> list[Tensor]:
+        """The pairs of each choice of controls that are not null."""
+        _, choice = (self.combinations != NULL).unique(dim=0, return_inverse=True)
+        return [(choice.repeat(self.groups) == i).nonzero().squeeze(1) for i in choice.unique()]
+
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """n pairs (n,), each as often as the others but for the remainder."""
-        rounds = -(-n // self.pairs)
-        return torch.cat([torch.randperm(self.pairs, generator=generator) for _ in range(rounds)])[:n]
+        """n pairs (n,): each choice of controls as often as the others, and each of its pairs, but for the remainder.
+
+        One control alone has few pairs of its own; it would hardly be learned if all pairs were alike.
+        """
+        count, rest = divmod(n, len(self.choices))
+        first = int(torch.randint(len(self.choices), (), generator=generator)) if rest else 0
+        drawn = []
+        for i, pairs in enumerate(self.choices):
+            mine = count + ((i - first) % len(self.choices) < rest)
+            rounds = -(-mine // len(pairs))
+            order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(rounds)])[:mine]
+            drawn.append(pairs[order])
+        return torch.cat(drawn)
 
     def group_of(self, pair: Tensor) -> Tensor:
         """Row of the condition for pairs (B,)."""

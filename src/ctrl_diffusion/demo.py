@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         ],
         # eight combinations share the samples of a digit, and the rarest comes once in a hundred
         "weighted": {"cache": 4000},
+        "adjoint": {"updates": 1200},
         "evaluation": {"prior_samples": 4000, "paths": 2000},
     },
 }
