@@ -135,7 +135,10 @@ class LoRAControl(Control):
         self._silence()
 
     def _add_shift(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output if self._shift is None else output + self._shift
+        if self._shift is None:
+            return output
+        # a guided network is called with the rows twice, without and with the prompt: the control acts in both
+        return output + self._shift.repeat(len(output) // len(self._shift), 1)
 
     def _silence(self) -> None:
         # the layers' own way of adding the adapter; peft's enable_adapters() would also flip requires_grad

@@ -117,6 +117,10 @@ class NetworkDenoiser(Denoiser):
             # x̂ = (x_t − σ ε)/α divides by almost nothing where α → 0: begin where its error is not yet all there is
             self.start = schedule.latest(SMALLEST_ALPHA)
 
+    def called(self, call: Network) -> "NetworkDenoiser":
+        """The same network, called otherwise."""
+        return NetworkDenoiser(self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site)
+
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         timestep = self.schedule.timestep(t).to(x_t).expand(len(x_t))
         prediction = self.call(x_t, timestep, **cond)[:, : x_t.shape[1]]

@@ -1,6 +1,6 @@
 """The reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,29 +28,39 @@ class Reward:
     Args:
         classifiers: one per control.
         gamma: γ ≥ 0; 1 asks for the posterior itself.
+        decode: x_0 → the images p̂ looks at, of a latent model; None if x_0 are what it looks at.
     """
 
-    def __init__(self, classifiers: dict[str, Likelihood], gamma: float = 1.0) -> None:
+    def __init__(
+        self,
+        classifiers: dict[str, Likelihood],
+        gamma: float = 1.0,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if gamma < 0:
             raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
-        self.classifiers, self.gamma = classifiers, gamma
+        self.classifiers, self.gamma, self.decode = classifiers, gamma, decode
 
     def __call__(self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """Reward (B,) of x_0 (B, C, H, W) under the prior's conditions, B rows each; a null label earns nothing."""
-        total = x_0.new_zeros(len(x_0))
+        """Reward (B,) of x_0 (B, *) under the prior's conditions, B rows each; a null label earns nothing."""
+        total, x = x_0.new_zeros(len(x_0)), self.seen(x_0)
         for name, y in labels.items():
             if y.is_floating_point():
                 classifier, given = self.asked(name, cond)
-                chosen = self.gamma * classifier.log_prob_at(x_0, y, **given)
+                chosen = self.gamma * classifier.log_prob_at(x, y, **given)
             else:
-                chosen = self.table(name, x_0, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+                chosen = self.table(name, x, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
             total = total + torch.where(y == NULL, 0.0, chosen)
         return total
 
-    def table(self, name: str, x_0: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """Reward of every class of one control: (B, K)."""
+    def seen(self, x_0: Tensor) -> Tensor:
+        """What p̂ looks at, of x_0 (B, *)."""
+        return self.decode(x_0) if self.decode else x_0
+
+    def table(self, name: str, x: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
+        """Reward of every class of one control: (B, K) of what p̂ looks at, x (B, *)."""
         classifier, given = self.asked(name, cond)
-        return self.gamma * classifier.log_prob(x_0, **given)
+        return self.gamma * classifier.log_prob(x, **given)
 
     def asked(self, name: str, cond: dict[str, Tensor] | None) -> tuple[Likelihood, dict[str, Tensor]]:
         """A control's p̂, and what of the conditions it is to be given."""
@@ -94,10 +104,14 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
         ValueError: a reward that is not finite.
     """
     group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
+    tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
+    for part, g in zip(x_0.split(1024), group.split(1024), strict=True):
+        x = reward.seen(part)
+        for name, rows in tables.items():
+            rows.append(reward.table(name, x, conditions.cond_of(g)))
     total = x_0.new_zeros(len(x_0), conditions.classes)
-    for name, classes in zip(conditions.controls, conditions.combinations.unbind(1), strict=True):
-        parts = zip(x_0.split(1024), group.split(1024), strict=True)
-        table = checked(torch.cat([reward.table(name, x, conditions.cond_of(g)) for x, g in parts]), name)
+    for (name, rows), classes in zip(tables.items(), conditions.combinations.unbind(1), strict=True):
+        table = checked(torch.cat(rows), name)
         total = total + torch.where(classes == NULL, 0.0, table[:, classes.clamp(min=0)])
     return total.view(conditions.groups, -1, conditions.classes)
 

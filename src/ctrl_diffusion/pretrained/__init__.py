@@ -1,17 +1,41 @@
 """The border to diffusers: a pipeline folder becomes a `Prior`; one small file per family."""
 
+import inspect
 import json
+import math
+import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from ..denoise import ControlSite, Network, NetworkDenoiser
-from ..schedule import VariancePreserving
+from ..schedule import RectifiedFlow, VariancePreserving
+from .latents import Codec
+from .text import Prompted, TextFamily
+
+# the pipelines that are known, and the file that knows them
+FAMILIES = {
+    "DDPMPipeline": "unet",
+    "DDIMPipeline": "unet",
+    "DiTPipeline": "dit",
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion",
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "FluxPipeline": "flux",
+}
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
+# parts of a pipeline
+NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer")
 
 
 @dataclass
@@ -25,6 +49,9 @@ class Family:
         site: where a control enters.
         classes: how many classes the condition `c` has, None if unconditional.
         null: the class that stands for none, None if the network was not trained with one.
+        codec: the autoencoder of a latent model.
+        text: of a model that is given prompts.
+        tokens: of one x, on which a flow's shift may depend.
     """
 
     network: nn.Module
@@ -33,6 +60,9 @@ class Family:
     site: ControlSite
     classes: int | None
     null: int | None = None
+    codec: Codec | None = None
+    text: TextFamily | None = None
+    tokens: int = 0
 
 
 @dataclass
@@ -41,15 +71,21 @@ class Prior:
 
     Args:
         denoiser: E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x.
-        classes: number of classes of the condition, None if unconditional.
+        classes: number of classes of the condition, None if unconditional; prompts are classes too.
         names: every name a class is known by → its number; the number itself is always one.
         null: the class that stands for none, None if the network was not trained with one.
+        codec: the autoencoder of a latent model, None if x are the images.
+        text: of a model that is given prompts.
+        pipeline: the name of its pipeline.
     """
 
     denoiser: NetworkDenoiser
     classes: int | None
     names: dict[str, int]
     null: int | None = None
+    codec: Codec | None = None
+    text: TextFamily | None = None
+    pipeline: str = ""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -57,32 +93,46 @@ class Prior:
         called = {number: name for name, number in reversed(self.names.items())}
         return tuple(called[i] for i in range(self.classes or 0))
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images, which for a latent model are not the shape of x."""
+        return self.codec.image_shape if self.codec else self.denoiser.shape
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) of x (B, *), differentiable; x themselves unless it is a latent model."""
+        return self.codec.decode(x) if self.codec else x
+
+    def encode(self, images: Tensor) -> Tensor:
+        """x (B, *) of images (B, C, H, W)."""
+        return self.codec.encode(images) if self.codec else images
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Prior":
-        """Load a diffusers pipeline folder.
+    def from_pretrained(cls, source: str | Path, size: tuple[int, int] | None = None) -> "Prior":
+        """Load a diffusers pipeline, a folder or a hub id.
+
+        A model that is given text knows no class yet: see `with_prompts`.
+
+        Args:
+            source: the folder, or OWNER/NAME.
+            size: (H, W) of the images, for families that make any; None for the one it was trained on.
 
         Raises:
-            ValueError: no such folder, not a pipeline, damaged, or of a kind that is not supported.
+            ValueError: no such folder or hub id, not a pipeline, damaged, of a kind that is not supported, or a size it
+                cannot make.
         """
-        from . import dit, unet  # one import per family, only when asked
-
-        families = {"DDPMPipeline": unet.load, "DDIMPipeline": unet.load, "DiTPipeline": dit.load}
-        folder = Path(folder)
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} is no pipeline folder of diffusers: it has no model_index.json.")
+        folder = located(source)
         try:
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
             name, scheduler = index["_class_name"], index["scheduler"][1]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/model_index.json is not one that diffusers writes ({error!r}).") from error
-        if name not in families:
-            raise ValueError(f"{folder} holds a {name}; supported: {', '.join(families)}.")
-        if (index.get("vae") or [None])[0] is not None:
-            raise ValueError(f"{folder} is a latent model: it has a VAE. So far only pixel models are supported.")
+        if name not in FAMILIES:
+            raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
         try:
-            family = families[name](folder)
+            # one import per family, only when asked
+            family = import_module(f".{FAMILIES[name]}", __name__).load(folder, size)
             settings = getattr(diffusers, scheduler).from_pretrained(folder, subfolder="scheduler")
-        except (OSError, ValueError, AttributeError, RuntimeError) as error:
+        except (OSError, ValueError, AttributeError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{folder} cannot be loaded: {reason}") from error
         denoiser = denoiser_of(family, settings, folder)
@@ -92,7 +142,35 @@ class Prior:
             for synonym in text.split(",")
         }
         names |= {str(i): i for i in range(family.classes or 0)}
-        return cls(denoiser, family.classes, names, family.null)
+        return cls(denoiser, family.classes, names, family.null, family.codec, family.text, name)
+
+    def with_prompts(self, prompts: Sequence[str], guidance: float | None = None, negative: str = "") -> "Prior":
+        """The prior of numbered prompts, of a model that is given text.
+
+        Args:
+            prompts: distinct; the classes of the condition `c`.
+            guidance: of classifier-free guidance, 1 for none; None for the pipeline's default.
+            negative: what the guidance leads away from.
+
+        Raises:
+            ValueError: it is given no text, or prompts that are not so.
+        """
+        if self.text is None:
+            raise ValueError("this prior is given no text. Leave the prompts out.")
+        if not prompts or len(set(prompts)) < len(prompts):
+            raise ValueError("prompts must be distinct, and one at least.")
+        call = Prompted(self.text, self.text.guidance if guidance is None else guidance, negative)
+        call.add(prompts)
+        names = {prompt: i for i, prompt in enumerate(prompts)}
+        return replace(self, denoiser=self.denoiser.called(call), classes=len(prompts), names=names)
+
+    def number_of(self, prompt: str) -> int:
+        """The class of a prompt, which is encoded if it is a new one; of a prior `with_prompts`."""
+        if prompt not in self.names:
+            self.denoiser.call.add([prompt])
+            self.names[prompt] = self.classes
+            self.classes += 1
+        return self.names[prompt]
 
     def unconditional(self) -> "Prior":
         """p(x) of a prior of p(x | c): the same network, always asked for its null class.
@@ -108,16 +186,104 @@ class Prior:
         def call(x_t: Tensor, timestep: Tensor) -> Tensor:
             return conditional.call(x_t, timestep, c=torch.full_like(timestep, self.null, dtype=torch.long))
 
-        denoiser = NetworkDenoiser(
-            conditional.network, call, conditional.schedule, conditional.prediction, conditional.shape,
-            conditional.clip, conditional.site,
-        )  # fmt: skip
-        return replace(self, denoiser=denoiser, classes=None, names={}, null=None)
+        return replace(self, denoiser=conditional.called(call), classes=None, names={}, null=None)
+
+
+def located(source: str | Path) -> Path:
+    """The folder of a pipeline, which may have to come from the hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(source)
+    if folder.exists() or not HUB.fullmatch(str(source)):
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{folder} is no pipeline folder of diffusers: it has no model_index.json.")
+        return folder
+    try:
+        with quiet():
+            return Path(diffusers.DiffusionPipeline.download(str(source)))
+    except Exception as error:  # gated, absent, no network: the hub's client has an exception for each
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source} is no folder here, and the hub does not give it: {reason}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, diffusers and transformers draw no bars and print no advice."""
+    before = diffusers.utils.logging.get_verbosity(), transformers.logging.get_verbosity()
+    for library in (diffusers.utils.logging, transformers.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # about fields of old configs, which still mean what they did
+            yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before[0])
+        transformers.logging.set_verbosity(before[1])
+
+
+def opened(folder: Path) -> Any:
+    """A pipeline with all that is needed to encode prompts, by its own class, in float32 on the CPU."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    pipeline = getattr(diffusers, index["_class_name"])
+    # a part that its authors left out stands as [null, null], or not at all
+    absent = {
+        name: None
+        for name in inspect.signature(pipeline).parameters
+        if name in NOT_NEEDED or index.get(name) in (None, [None, None])
+    }
+    if missing := [name for name in NEEDED if name in absent]:
+        raise ValueError(f"it lacks its {' and '.join(missing)}")
+    with quiet():
+        return pipeline.from_pretrained(folder, **absent)
+
+
+def default_guidance(pipeline: Any) -> float:
+    """The guidance of a pipeline's own default."""
+    return inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+
+
+def sized(
+    size: tuple[int, int] | None, sample_size: int | tuple[int, int], factor: int, patch: int = 1
+) -> tuple[int, int]:
+    """(H, W) of images: as asked, or of a network's latents.
+
+    Raises:
+        ValueError: not a multiple of what one patch of latents covers.
+    """
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    height, width = size or (factor * sides[0], factor * sides[1])
+    if height % (factor * patch) or width % (factor * patch):
+        raise ValueError(f"size {height}×{width}: height and width must be multiples of {factor * patch}")
+    return height, width
+
+
+def fixed(size: tuple[int, int] | None, own: tuple[int, int]) -> None:
+    """Refuse another size than a network's own."""
+    if size and tuple(size) != tuple(own):
+        raise ValueError(f"size {size[0]}×{size[1]}: it makes images of {own[0]}×{own[1]} only. Leave size out")
+
+
+def flow_of(config: dict[str, Any], tokens: int) -> RectifiedFlow:
+    """The schedule of a flow, its shift as the scheduler would set it for so many tokens."""
+    if not config.get("use_dynamic_shifting"):
+        return RectifiedFlow(config["shift"])
+    few, many = config["base_image_seq_len"], config["max_image_seq_len"]
+    low, high = config["base_shift"], config["max_shift"]
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return RectifiedFlow(math.exp(mu) if config.get("time_shift_type") == "exponential" else mu)
 
 
 def denoiser_of(family: Family, scheduler: Any, folder: Path) -> NetworkDenoiser:
     """A network under the schedule, prediction type and clipping its scheduler was configured with."""
     config = scheduler.config
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        schedule = flow_of(config, family.tokens)
+        return NetworkDenoiser(family.network, family.call, schedule, "flow", family.shape, None, family.site)
     if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
         raise ValueError(f"{folder} uses {type(scheduler).__name__}, which has no discrete noise schedule to read.")
     if config.get("thresholding"):

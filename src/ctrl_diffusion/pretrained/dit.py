@@ -1,18 +1,24 @@
-"""DiT on pixels (Peebles & Xie 2023): `DiTPipeline` without a VAE, conditioned on a class."""
+"""DiT (Peebles & Xie 2023): `DiTPipeline` on latents, or without a VAE on pixels, conditioned on a class."""
 
 from pathlib import Path
 
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor
 
 from ..denoise import ControlSite
-from . import Family
+from . import Family, fixed
+from .latents import Codec
 
 
-def load(folder: Path) -> Family:
+def load(folder: Path, size: tuple[int, int] | None) -> Family:
     """The network of a pipeline folder; cond is `c` (B,), the null class is the number of classes."""
     network = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
-    config, size = network.config, network.config.sample_size
+    config, side, codec = network.config, network.config.sample_size, None
+    if (folder / "vae").is_dir():
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        codec = Codec(vae, (factor * side, factor * side))
+    fixed(size, codec.image_shape[1:] if codec else (side, side))
 
     def call(x_t: Tensor, timestep: Tensor, c: Tensor) -> Tensor:
         return network(x_t, timestep, class_labels=c, return_dict=False)[0]
@@ -24,4 +30,4 @@ def load(folder: Path) -> Family:
         targets=("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "proj_out_1", "proj_out_2"),
     )
     classes = config.num_embeds_ada_norm
-    return Family(network, call, (config.in_channels, size, size), site, classes, null=classes)
+    return Family(network, call, (config.in_channels, side, side), site, classes, null=classes, codec=codec)

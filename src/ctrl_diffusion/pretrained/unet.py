@@ -6,13 +6,13 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..denoise import ControlSite
-from . import Family
+from . import Family, fixed
 
 # linear layers and convolutions of residual and attention blocks, by the endings of their names
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj")
 
 
-def load(folder: Path) -> Family:
+def load(folder: Path, size: tuple[int, int] | None) -> Family:
     """The network of a pipeline folder; cond is `c` (B,) if it has a class embedding."""
     network = UNet2DModel.from_pretrained(folder, subfolder="unet")
     config = network.config
@@ -24,8 +24,9 @@ def load(folder: Path) -> Family:
     def call(x_t: Tensor, timestep: Tensor, c: Tensor | None = None) -> Tensor:
         return network(x_t, timestep, class_labels=c, return_dict=False)[0]
 
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    side = config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    fixed(size, (height, width))
     site = ControlSite(
         embeddings=("time_embedding",), width=network.time_embedding.linear_2.out_features, targets=TARGETS, rank=16
     )

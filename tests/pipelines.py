@@ -1,0 +1,168 @@
+"""Tiny pipelines of every family with random weights, made on the spot."""
+
+import string
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+WIDTH = 16  # of the text encoders
+
+
+def clip_tokenizer():
+    """One token a letter."""
+    letters = string.ascii_lowercase
+    names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=16)
+
+
+def clip(kind=CLIPTextModel):
+    return kind(
+        CLIPTextConfig(
+            vocab_size=54, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=16, projection_dim=WIDTH, bos_token_id=52, eos_token_id=53, pad_token_id=53,
+        )
+    ).eval()  # fmt: skip
+
+
+def t5_tokenizer():
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((a, -3.0) for a in string.ascii_lowercase)]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)
+
+
+def t5():
+    return T5EncoderModel(T5Config(vocab_size=32, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+def vae(channels=4, shift=None):
+    """Four times smaller a side."""
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, shift_factor=shift,
+        scaling_factor=0.3, sample_size=32,
+    ).eval()  # fmt: skip
+
+
+def text_unet(**options):
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4, **{"cross_attention_dim": WIDTH, **options},
+    ).eval()  # fmt: skip
+
+
+def stable_diffusion(scheduler=None):
+    """As shipped: with a scheduler that takes several steps' predictions together."""
+    return StableDiffusionPipeline(
+        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=text_unet(),
+        scheduler=scheduler or PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def stable_diffusion_2():
+    """v-prediction, to a signal-to-noise ratio of zero."""
+    return stable_diffusion(
+        DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=False)
+    )
+
+
+def stable_diffusion_xl():
+    unet = text_unet(
+        cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=clip(), text_encoder_2=clip(CLIPTextModelWithProjection), tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), unet=unet, scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+    )  # fmt: skip
+
+
+def stable_diffusion_3():
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH, out_channels=4,
+        pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae(shift=0.1), text_encoder=clip(CLIPTextModelWithProjection),
+        text_encoder_2=clip(CLIPTextModelWithProjection), text_encoder_3=None, tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), tokenizer_3=None, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+def flux():
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
+    return FluxPipeline(
+        transformer=transformer, vae=vae(shift=0.1), text_encoder=clip(), tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(), tokenizer_2=t5_tokenizer(), scheduler=scheduler,
+    )  # fmt: skip
+
+
+def ddpm():
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return DDPMPipeline(unet=unet.eval(), scheduler=DDPMScheduler(clip_sample=False))
+
+
+def dit():
+    """On latents, with channels of a learned variance."""
+    transformer = DiTTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, num_embeds_ada_norm=5,
+    ).eval()  # fmt: skip
+    return DiTPipeline(transformer=transformer, vae=vae(), scheduler=DDIMScheduler(clip_sample=False))
+
+
+BUILDERS = {
+    "DDPM": ddpm, "DiT": dit, "SD 1": stable_diffusion, "SD 2": stable_diffusion_2, "SDXL": stable_diffusion_xl,
+    "SD 3": stable_diffusion_3, "Flux": flux,
+}  # fmt: skip
+
+
+def saved(name, folder):
+    """A pipeline folder of a family, its output layers not zero, and the pipeline."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = BUILDERS[name]()
+        network = pipeline.components.get("unet") or pipeline.components["transformer"]
+        for parameter in network.parameters():
+            if not parameter.any():  # some begin at zero and would hide everything before them
+                torch.nn.init.normal_(parameter, std=0.05)
+    pipeline.save_pretrained(folder)
+    return pipeline

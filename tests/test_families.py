@@ -1,0 +1,218 @@
+"""What holds of every family of pre-trained models."""
+
+import warnings
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from pipelines import BUILDERS, saved
+
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control import NULL, LoRAControl, Policy
+from ctrl_diffusion.learn.adjoint import Adjoint
+from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.ppo import PPO
+from ctrl_diffusion.learn.weighted import Weighted
+from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.rollout import rollout
+from ctrl_diffusion.sample import paths
+from ctrl_diffusion.train import fit
+
+PROMPTS = ["a seven", "two"]
+SIZE = {"Flux": (32, 48)}  # its default is 1024 × 1024
+STEPS = 20
+DIFFUSION = [name for name in BUILDERS if name not in ("SD 3", "Flux")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Of every family a pipeline as diffusers saves it."""
+    root = tmp_path_factory.mktemp("families")
+    diffusers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return {name: (root / name, saved(name, root / name)) for name in BUILDERS}
+
+
+def opened(folders, name, **options):
+    prior = Prior.from_pretrained(folders[name][0], SIZE.get(name))
+    return prior.with_prompts(PROMPTS, **options) if prior.text else prior
+
+
+def given(prior, n=2):
+    return {} if prior.classes is None else {"c": torch.arange(n) % 2}
+
+
+@torch.no_grad()
+def told(folders, name, x_t, timestep, c):
+    """What the pipeline's own network says under the pipeline's own guidance, written as its own loop has it."""
+    pipeline, texts = folders[name][1], [PROMPTS[i] for i in (() if c is None else c)]
+    guidance = {"SD 1": 7.5, "SD 2": 7.5, "SDXL": 5.0, "SD 3": 7.0, "Flux": 3.5}.get(name)
+    t = timestep.expand(len(x_t))
+    if name == "DDPM":
+        return pipeline.unet(x_t, t).sample
+    if name == "DiT":
+        return pipeline.transformer(x_t, t, class_labels=c).sample[:, :4]
+    if name in ("SD 1", "SD 2"):
+        asked, without = pipeline.encode_prompt(texts, "cpu", 1, True)
+        halves = [pipeline.unet(x_t, t, h).sample for h in (asked, without)]
+    if name == "SDXL":
+        asked, without, pooled, unpooled = pipeline.encode_prompt(texts, device="cpu")
+        ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).repeat(len(x_t), 1)
+        halves = [
+            pipeline.unet(x_t, t, h, added_cond_kwargs={"text_embeds": p, "time_ids": ids}).sample
+            for h, p in ((asked, pooled), (without, unpooled))
+        ]
+    if name == "SD 3":
+        asked, without, pooled, unpooled = pipeline.encode_prompt(texts, None, None, device="cpu")
+        halves = [pipeline.transformer(x_t, h, p, t).sample for h, p in ((asked, pooled), (without, unpooled))]
+    if name == "Flux":
+        asked, pooled, text_ids = pipeline.encode_prompt(texts, None, device="cpu")
+        _, height, width = x_t.shape[1:]
+        packed = pipeline._pack_latents(x_t, len(x_t), 4, height, width)
+        ids = pipeline._prepare_latent_image_ids(len(x_t), height // 2, width // 2, "cpu", torch.float32)
+        velocity = pipeline.transformer(
+            packed, asked, pooled, t / 1000, ids, text_ids, torch.full((len(x_t),), guidance)
+        ).sample  # fmt: skip
+        return pipeline._unpack_latents(velocity, 4 * height, 4 * width, 4)
+    return halves[1] + guidance * (halves[0] - halves[1])
+
+
+def compared(found, expected):
+    # 1e-4; the states of an ε-model that never was trained grow to hundreds, of which that is less than eight ulps
+    torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-4, 1e-6 * float(expected.abs().max())))
+
+
+def chain(prior, times, eta):
+    x = torch.randn(2, *prior.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return rollout(prior.denoiser, x, times, eta, torch.Generator().manual_seed(1), cond=given(prior))
+
+
+@pytest.mark.parametrize(
+    ("kind", "eta"),
+    [(DDIMScheduler, 0.0), (DDIMScheduler, 1.0), (DDPMScheduler, 1.0)],
+    ids=["DDIM 0", "DDIM 1", "DDPM"],
+)
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_trajectories_are_those_of_diffusers(folders, name, kind, eta):
+    """Whatever scheduler a pipeline was shipped with: another one on its betas, its network, the same noise."""
+    prior = opened(folders, name)
+    shipped = folders[name][1].scheduler.config
+    scheduler = kind.from_config(shipped, clip_sample=False, timestep_spacing="leading", variance_type="fixed_small")
+    train = shipped.num_train_timesteps
+    ks = list(range(train - 1, 0, -train // STEPS))
+    if kind is DDPMScheduler:
+        scheduler.set_timesteps(timesteps=ks)
+    else:
+        scheduler.set_timesteps(STEPS)
+    path = chain(prior, tuple((k + 1) / train for k in ks), eta)
+    same = torch.Generator().manual_seed(1)
+    for i, k in enumerate(ks[:-1]):
+        noise = {"variance_noise": path.z[i]} if kind is DDIMScheduler and eta else {}
+        options = {"eta": eta, **noise} if kind is DDIMScheduler else {"generator": same}
+        x = scheduler.step(
+            told(folders, name, path.x[i], torch.tensor(k), given(prior).get("c")), k, path.x[i], **options
+        )
+        compared(path.x[i + 1], x.prev_sample)
+    assert i + 1 >= 10
+
+
+@pytest.mark.parametrize("name", ["SD 3", "Flux"])
+def test_trajectories_are_those_of_flow_matching(folders, name):
+    """Down to x_0, which is what Euler's last step makes of the chain's last state; the shift is the scheduler's."""
+    prior, pipeline = opened(folders, name), folders[name][1]
+    even = torch.linspace(1, 0.1, STEPS).tolist()
+    tokens = prior.denoiser.shape[1] * prior.denoiser.shape[2] // 4
+    mu = calculate_shift(tokens, 4, 64) if name == "Flux" else None
+    pipeline.scheduler.set_timesteps(sigmas=even, mu=mu)
+    shifted = [prior.denoiser.schedule.shifted(t) for t in even]
+    torch.testing.assert_close(torch.tensor([*shifted, 0.0]), pipeline.scheduler.sigmas, rtol=0, atol=1e-6)
+    path = chain(prior, tuple(shifted), 0.0)
+    plain = FlowMatchEulerDiscreteScheduler()
+    plain.set_timesteps(sigmas=shifted)
+    for i, k in enumerate(plain.timesteps):
+        velocity = told(folders, name, path.x[i], k, given(prior)["c"])
+        x = plain.step(velocity, k, path.x[i]).prev_sample
+        compared(path.x[i + 1] if i + 1 < len(path.x) else path.x_0, x)
+    assert i + 1 >= 10
+
+
+def controlled(prior, seed=0):
+    """A policy whose control does something."""
+    control = LoRAControl("ink", "1234", prior.denoiser, rank=4, seed=seed)
+    with torch.no_grad():
+        for parameters in control.parameter_groups().values():
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
+        control.table.weight[-1].zero_()
+    return Policy(prior.denoiser, control)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_null_control_is_the_network_itself(folders, name):
+    """Bit for bit at equal batch, and another label is not."""
+    x = torch.randn(2, *opened(folders, name).denoiser.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        bare = opened(folders, name)
+        expected = bare.denoiser(x, 0.5, **given(bare))
+        prior = opened(folders, name)
+        policy = controlled(prior)
+        null = torch.full((2,), NULL)
+        assert torch.equal(policy(x, 0.5, labels={"ink": null}, **given(prior)), expected)
+        assert torch.equal(policy.prior(x, 0.5, **given(prior)), expected)
+        steered = policy(x, 0.5, labels={"ink": torch.tensor([1, 2])}, **given(prior))
+        assert (steered - expected).flatten(1).abs().amax(1).min() > 1e-3
+        # a row's control is its own, in both halves of the guidance
+        mixed = policy(x, 0.5, labels={"ink": torch.tensor([1, NULL])}, **given(prior))
+        compared(mixed, torch.stack([steered[0], expected[1]]))
+
+
+# each update sees every step of the rollout
+LEARNERS = {
+    "weighted": lambda times, x_0: Weighted(x_0, times, batch=32),
+    "adjoint": lambda times, x_0: Adjoint(times, 16, regressed=3),
+    "backprop": lambda times, x_0: Backprop(times, 16),
+    "ppo": lambda times, x_0: PPO(times, 16, surrogates=3),
+}
+
+
+class Darkness:
+    """p(y | x) of two classes, by the mean of the images."""
+
+    def log_prob(self, x):
+        mean = 100 * x.flatten(1).mean(1, keepdim=True)
+        return torch.cat([mean, -mean], dim=1).log_softmax(1)
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_step_of_every_learner_is_uphill_and_trains_the_control_alone(folders, name, learner):
+    """On a fixed batch −J falls, or what a learner has for it: ppo its surrogate, the weighted one its regression."""
+    prior = opened(folders, name)
+    policy = Policy(prior.denoiser, LoRAControl("dark", "01", prior.denoiser, rank=4))
+    before = {key: value.clone() for key, value in prior.denoiser.network.state_dict().items() if "lora_" not in key}
+    conditions = Conditions({} if prior.classes is None else {"c": torch.arange(2)}, {"dark": 2})
+    times = prior.denoiser.times(3, 0.2)
+    reward = Reward({"dark": Darkness()}, decode=prior.decode)
+    n = 32 * conditions.groups
+    cond = conditions.cond_of(torch.arange(n) * conditions.groups // n)
+    x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond)[0]
+
+    def stream():
+        return LEARNERS[learner](times, x_0)(policy, reward, conditions, torch.Generator().manual_seed(2))
+
+    def cost(step):
+        return step.metrics["kl"] - step.metrics["reward"] if learner == "adjoint" else float(step.loss.detach())
+
+    steps = stream()
+    first = next(steps)
+    list(fit(policy, iter([first]), 1, {"embedding": 3e-6, "adapter": 3e-6}, warmup=1))
+    # ppo's next update is on the same paths; the others' streams begin anew with the same noise
+    assert cost(next(steps if learner == "ppo" else stream())) <= cost(first)
+    after = prior.denoiser.network.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert any(p.any() for p in policy.parameter_groups()["embedding"])
