@@ -1,5 +1,7 @@
 """What holds of every family of pre-trained models."""
 
+import json
+import shutil
 import warnings
 
 import diffusers
@@ -11,6 +13,7 @@ from pipelines import BUILDERS, saved
 
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import NULL, LoRAControl, Policy
+from ctrl_diffusion.inspection import in_words, inspected
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
@@ -216,3 +219,97 @@ def test_a_step_of_every_learner_is_uphill_and_trains_the_control_alone(folders,
     after = prior.denoiser.network.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert any(p.any() for p in policy.parameter_groups()["embedding"])
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_pipeline_is_inspected(folders, name):
+    """What is said is what diffusers' own objects say."""
+    prior, pipeline = opened(folders, name), folders[name][1]
+    bare = sum(p.numel() for p in prior.denoiser.network.parameters())
+    found = inspected(prior)
+    assert (found["family"], found["parameters"]) == (type(pipeline).__name__, bare)
+    kinds = {"SD 2": "v_prediction", "SD 3": "flow", "Flux": "flow"}
+    assert found["prediction_type"] == kinds.get(name, "epsilon")
+    assert found["schedule"] == ("RectifiedFlow" if kinds.get(name) == "flow" else "VariancePreserving")
+    assert 0 < found["control_parameters"]
+    assert found["step"]["memory_mb"]["activations"] > 0
+    assert in_words(found).startswith("family       " + found["family"])
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+@pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux"])
+def test_images_need_not_be_square(folders, name, size):
+    """Nor of the size a family was trained on; latents and images are of the size asked for."""
+    prior = Prior.from_pretrained(folders[name][0], size).with_prompts(PROMPTS)
+    assert prior.denoiser.shape == (4, size[0] // 4, size[1] // 4)
+    with torch.no_grad():
+        images = prior.decode(prior.denoiser(torch.randn(2, *prior.denoiser.shape), 0.5, **given(prior)))
+    assert images.shape == (2, 3, *size)
+    assert prior.encode(images).shape == (2, *prior.denoiser.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("SD 1", (30, 32), "size 30×32: height and width must be multiples of 4"),
+        ("Flux", (36, 32), "size 36×32: height and width must be multiples of 8"),
+        ("DDPM", (16, 16), "size 16×16: it makes images of 8×8 only"),
+        ("DiT", (16, 16), "size 16×16: it makes images of 32×32 only"),
+    ],
+)
+def test_a_size_that_cannot_be_is_one_line(folders, name, size, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Prior.from_pretrained(folders[name][0], size)
+    assert "\n" not in str(caught.value)
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "vae"), "cannot be loaded"),
+        (lambda folder: edit(folder / "model_index.json", text_encoder=[None, None]), "it lacks its text_encoder"),
+        (lambda folder: edit(folder / "scheduler/scheduler_config.json", prediction_type="karras"), "prediction"),
+        (lambda folder: edit(folder / "unet/config.json", time_cond_proj_dim=8), "is given the guidance"),
+    ],
+)
+def test_a_broken_text_pipeline_is_one_line(folders, tmp_path, change, message):
+    folder = tmp_path / "broken"
+    shutil.copytree(folders["SD 1"][0], folder)
+    change(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        Prior.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_is_asked_for_names_alone(monkeypatch, folders):
+    """What it gives is a folder; what it does not is one line."""
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name: str(folders["SD 1"][0]))
+    assert Prior.from_pretrained("someone/something").pipeline == "StableDiffusionPipeline"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="someone/something is no folder here, and the hub does not give it") as caught:
+        Prior.from_pretrained("someone/something")
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_are_numbered_and_guided(folders):
+    """f(∅) + g (f(c) − f(∅)); a new prompt is numbered after the others and changes none of them."""
+    one, guided = (opened(folders, "SD 1", guidance=g) for g in (1.0, 3.0))
+    empty = Prior.from_pretrained(folders["SD 1"][0]).with_prompts([""], guidance=1.0)
+    x, t = torch.randn(2, 4, 8, 8), 0.5
+    with torch.no_grad():
+        f, f_null = one.denoiser(x, t, **given(one)), empty.denoiser(x, t, c=torch.zeros(2, dtype=torch.long))
+        compared(guided.denoiser(x, t, **given(one)), f_null + 3 * (f - f_null))
+        assert guided.number_of("a nine") == 2
+        assert guided.number_of("two") == 1
+        assert guided.class_names == ("a seven", "two", "a nine")
+        compared(guided.denoiser(x, t, **given(one)), f_null + 3 * (f - f_null))
+        nine = guided.denoiser(x, t, c=torch.tensor([2, 2]))
+        assert (nine - guided.denoiser(x, t, **given(one))).flatten(1).abs().amax(1).min() > 1e-3
+    with pytest.raises(ValueError, match="distinct"):
+        one.with_prompts(["two", "two"])
+    with pytest.raises(ValueError, match="is given no text"):
+        Prior.from_pretrained(folders["DiT"][0]).with_prompts(["two"])

@@ -116,8 +116,12 @@ def test_names_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
-        ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "has a VAE"),
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "holds a FluxPipeline; supported: DDPMPipeline"),
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "cannot be loaded: it lacks its vae and text_encoder and",
+        ),
+        ("model_index.json", {"_class_name": "KandinskyPipeline"}, "holds a KandinskyPipeline; supported: DDPMPipel"),
         ("model_index.json", {"scheduler": None}, "not one that diffusers writes"),
         ("model_index.json", {"scheduler": ["diffusers", "NoScheduler"]}, "cannot be loaded"),
         ("model_index.json", {"scheduler": ["diffusers", "ScoreSdeVeScheduler"]}, "no discrete noise schedule"),

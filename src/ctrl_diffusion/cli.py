@@ -33,6 +33,8 @@ def quiet_dependencies() -> None:
     """Keep the dependencies' banners and advice off the terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # they set up their loggers on import
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in ("diffusers", "transformers", "accelerate", "peft", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=name)
@@ -182,7 +184,8 @@ def classifier(
 @app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out run")
 def train(
     out: Annotated[Path, typer.Option(help="The run folder.")],
-    prior: Annotated[str | None, typer.Option(help="A pipeline folder of diffusers, or digits.")] = None,
+    prior: Annotated[str | None, typer.Option(help="A pipeline of diffusers, folder or hub id; or digits.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Of a text model: a file, one prompt a line.")] = None,
     data: Datasets = [],  # noqa: B006
     control: Controls = [],  # noqa: B006
     condition: Conditions = [],  # noqa: B006
@@ -202,7 +205,7 @@ def train(
     from .job import train_job
 
     given = {
-        "prior": prior, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
+        "prior": prior, "prompts": prompts, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
         "learners": learner and learner.split(","), **asked(data, control, condition, classifier, skip_bad),
     }  # fmt: skip
     learn(lambda new, phase: train_job(new, out, overwrite, quick, typed(), phase), given, config, out, quiet)
@@ -268,12 +271,28 @@ def add(
     )
 
 
+@app.command(epilog="Example: ctrl inspect my-pipeline")
+def inspect(
+    prior: Annotated[str, typer.Argument(help="A pipeline of diffusers, folder or hub id; or digits.")],
+    json_: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a pre-trained model is, and what training a control on it would take."""
+    from .inspection import in_words, inspected
+    from .run import open_prior
+
+    model = open_prior(prior)
+    found = inspected(model.with_prompts([""]) if model.text else model)
+    typer.echo(json.dumps(found, indent=2) if json_ else in_words(found))
+
+
 @app.command(epilog="Example: ctrl sample runs/demo --set ink=3 --class 7 -n 16 --out sevens")
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the images.")],
     set_: Annotated[list[str], typer.Option("--set", help="CONTROL=VALUE; left out, the prior's own.")] = [],  # noqa: B006
-    class_: Annotated[str | None, typer.Option("--class", help="The prior's class; left out, each in turn.")] = None,
+    class_: Annotated[
+        str | None, typer.Option("--class", help="The prior's class, or any prompt; left out, each.")
+    ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
     strength: Annotated[float, typer.Option(help="0 the prior, 1 as trained, more extrapolates.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,

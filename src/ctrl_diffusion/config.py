@@ -15,7 +15,7 @@ from .sources import HUB
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
-PATHS = ("prior", "data", "judge_data", "classifier_from", "settled_from", "backbone")
+PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
 
 
 class Strict(BaseModel):
@@ -196,6 +196,11 @@ class Config(Strict):
     Args:
         prior: a pipeline folder, or "digits", the embedded one.
         unconditional: ask a class-conditional prior for its null class only.
+        prompts: of a prior that is given text, its conditions c; or a file of them, one a line. null takes those the
+            data have in their column of c.
+        guidance: of classifier-free guidance, part of such a prior; null for the pipeline's default, 1 for none.
+        negative_prompt: what the guidance leads away from.
+        size: (height, width) of the images, of a prior that makes any; null for the one it was trained on.
         controls: the new controls, trained together.
         classes: the prior's classes that are trained and certified, null for an unconditional prior.
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
@@ -204,6 +209,10 @@ class Config(Strict):
 
     prior: str
     unconditional: bool = False
+    prompts: list[str] | None = Field(None, min_length=1)
+    guidance: float | None = Field(None, ge=1)
+    negative_prompt: str = ""
+    size: tuple[PositiveInt, PositiveInt] | None = None
     controls: list[ControlSettings] = Field(min_length=1)
     classes: list[int] | None = Field(None, min_length=1)
     seed: int = Field(0, ge=0, lt=2**32)

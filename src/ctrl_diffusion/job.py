@@ -46,12 +46,13 @@ from .learn.ppo import PPO
 from .learn.weighted import RENOISING, Weighted
 from .pretrained import Prior
 from .progress import Phase, silent
-from .reading import read_images
+from .reading import in_order, read_images
 from .report import save_figure, sheet_figure, write_classifier_report, write_exact_report, write_report
 from .reward import prior_table
-from .run import Run, home, open_prior
+from .run import Run, as_set, home, open_prior
 from .sample import stream
 from .scale import is_number, number_at, places
+from .sources import open_table
 from .testbed import races
 from .train import fit
 
@@ -66,8 +67,14 @@ DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
 MOST_CONDITIONS = 20
+MOST_PROMPTS = 64
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
 COLLAPSE = 10.0  # nats
+# what a run with one control more has of the old one
+KEPT = {
+    "prior", "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps",
+    "sigma_end", "time_power",
+}  # fmt: skip
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
@@ -93,17 +100,17 @@ def read_data(
         ValueError: the data are not as they should be, or the prior has no condition.
     """
     name, c = settings.name, settings.condition if condition else None
-    if c and prior and prior.classes is None:
+    if c and prior and prior.classes is None and not prior.text:
         raise ValueError(f"--condition {c}: this prior is unconditional. Leave --condition out.")
     if c == name:
         raise ValueError(f"--condition and --control both name the column {name!r}.")
     columns = {name: values and {value: i for i, value in enumerate(values)}}
     if c:
-        columns[c] = prior and prior.names
+        columns[c] = (prior and prior.names) or None
     mapping = {key: column for key, column in ((name, settings.column), (c, settings.condition_column)) if column}
     scales = {} if settings.kind == "auto" else {name: settings.kind == "scale"}
     return read_images(
-        source, columns, prior and prior.denoiser.shape, mapping, scales | ({c: False} if c else {}),
+        source, columns, prior and prior.image_shape, mapping, scales | ({c: False} if c else {}),
         {name: settings.tag} if settings.tag else None, settings.skip_bad, phase,
     )  # fmt: skip
 
@@ -228,8 +235,13 @@ def prepare(given: dict[str, Any], phase: Phase = silent) -> Job:
         if not given.get(name):
             raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
     given = with_paths(listed(given), lambda name: str(Path(name).resolve()))
+    if isinstance(given.get("prompts"), str):
+        given["prompts"] = read_prompts(Path(given["prompts"]))
     wanted = Config.of(given)  # mistakes in the settings come before mistakes in the files
-    prior = open_prior(wanted.prior, wanted.unconditional)
+    prior = open_prior(wanted.prior, wanted.size)
+    if prior.text and wanted.prompts is None:
+        wanted.prompts = prompts_of(wanted.controls)
+    prior = as_set(prior, wanted)
     materials = [material(settings, prior, phase) for settings in wanted.controls]
     known = next((m for m in materials if m.data and m.settings.condition), None)
     classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
@@ -242,13 +254,53 @@ def prepare(given: dict[str, Any], phase: Phase = silent) -> Job:
     site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
     groups = len(classes or [0])
     defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
-    config = Config.of({**merged(defaults, given), "classes": classes})
+    config = Config.of({**merged(defaults, given), "classes": classes, "prompts": wanted.prompts})
     while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
         config.steps -= 1  # a prior of few timesteps
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
     if config.evaluation.prior_samples < math.prod(sizes.values()):
         raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
     return Job(config, prior, materials)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line; blank lines are left out.
+
+    Raises:
+        ValueError: it cannot be read, or has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise ValueError(f"{path} has no prompts. Write one a line.")
+    return found
+
+
+def prompts_of(controls: list[ControlSettings]) -> list[str]:
+    """The prompts that stand in the data's columns of c.
+
+    Raises:
+        ValueError: no data have such a column, or more prompts than can be trained one by one.
+    """
+    known = next((control for control in controls if control.condition), None)
+    if known is None:
+        raise ValueError(
+            "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition."
+        )
+    table = open_table(known.data)
+    column = known.condition_column or known.condition
+    if column not in table.columns:
+        raise ValueError(f"{table.name} has no column {column}; it has: {', '.join(table.columns)}.")
+    found = in_order(text for text in table.texts(column) if text)
+    if len(found) > MOST_PROMPTS:
+        raise ValueError(
+            f"{table.name}: {column} has {len(found)} different prompts, more than {MOST_PROMPTS}. If y does not "
+            "depend on the prompt, leave --condition out and name some with --prompts FILE."
+        )
+    return list(found)
 
 
 def material(settings: ControlSettings, prior: Prior, phase: Phase) -> Material:
@@ -263,7 +315,7 @@ def material(settings: ControlSettings, prior: Prior, phase: Phase) -> Material:
     judges, pages, handed = None, {}, settings.classifier_from
     if handed:
         judges, pages = Judges.load(Path(handed)), pages_of(Path(handed))
-        check_classifier(judges, handed, settings.name, prior.denoiser.shape)
+        check_classifier(judges, handed, settings.name, prior.image_shape)
     values = judges and judges.values
     data = read_data(settings.data, settings, prior, values, phase=phase)
     on_scale = data.on_scale(settings.name)
@@ -348,6 +400,8 @@ def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | No
         return None
     if condition:
         return data.labels[condition].unique().tolist()
+    if prior.text:
+        return list(range(prior.classes))
     if prior.classes > MOST_CONDITIONS:
         warnings.warn(
             f"the prior has {prior.classes} classes and the data no --condition: {MOST_CONDITIONS} of them, evenly "
@@ -444,7 +498,7 @@ def add_job(
     here = str(Path(run).resolve())
     settled = [{**control.model_dump(), "settled_from": here} for control in old.controls]
     given = listed(given)
-    kept = old.model_dump(include={"prior", "unconditional", "classes", "gamma", "steps", "sigma_end", "time_power"})
+    kept = old.model_dump(include=KEPT)
     return execute(
         prepare({**given, **kept, "controls": [*settled, *given["controls"]]}, phase), Path(out), quick, command, phase
     )
@@ -809,6 +863,8 @@ def sample_job(
         raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
     if c is not None and run.prior.classes is None:
         raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
+    if c is not None and run.prior.text:
+        run.prior.number_of(c)
     if c is not None and c not in run.prior.names:
         some = ", ".join(list(run.prior.names)[:10])
         raise ValueError(f"--class must be one of the prior's {run.prior.classes} classes ({some} …), got {c!r}.")

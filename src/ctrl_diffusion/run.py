@@ -50,10 +50,16 @@ def attached(folder: Path, prior: Prior) -> LoRAControl:
         raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Train it again.") from error
 
 
-def open_prior(name: str, unconditional: bool = False) -> Prior:
-    """The embedded prior by its name, else a pipeline folder; by its null class if it is to be unconditional."""
-    prior = Prior.from_pretrained(assets.DIGITS if name == EMBEDDED else name)
-    return prior.unconditional() if unconditional else prior
+def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:
+    """The embedded prior by its name, else a pipeline's folder or hub id."""
+    return Prior.from_pretrained(assets.DIGITS if name == EMBEDDED else name, size)
+
+
+def as_set(prior: Prior, config: Config) -> Prior:
+    """A prior with the prompts of a run, or by its null class if it is to be unconditional."""
+    if config.prompts is not None:
+        prior = prior.with_prompts(config.prompts, config.guidance, config.negative_prompt)
+    return prior.unconditional() if config.unconditional else prior
 
 
 @dataclass
@@ -95,7 +101,14 @@ class Run:
     def reward_at(self, gamma: float) -> Reward:
         """The reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
         found = {name: judges.classifier for name, judges in self.judges.items()}
-        return Reward({n: Among(p, self.config.classes) if p.conditional else p for n, p in found.items()}, gamma)
+        among = {n: Among(p, self.config.classes) if p.conditional else p for n, p in found.items()}
+        return Reward(among, gamma, self.prior.decode if self.prior.codec else None)
+
+    def images(self, x: Tensor) -> Tensor:
+        """What there is to see of samples x (n, *), which may be latents: (n, C, H, W)."""
+        if not self.prior.codec:
+            return x
+        return torch.cat([self.prior.decode(part) for part in x.split(256)])
 
     @property
     def judge(self) -> Judge:
@@ -134,7 +147,7 @@ class Run:
                 generator = stream(self.config.seed, purpose)
                 labels = {settings.name: asked}
                 x_0, _, _ = paths(self.policy, n, self.times, generator, cond, labels, progress=advance)
-                found[settings.name] = asked, self.place(settings, x_0)
+                found[settings.name] = asked, self.place(settings, self.images(x_0))
         return found
 
     def outside(self, x: Tensor) -> Tensor:
@@ -216,7 +229,7 @@ class Run:
         if missing:
             raise ValueError(f"{folder} is an unfinished run: it lacks {', '.join(missing)}. Train it again.")
         judges = {name: Judges.load(home(folder, "classifier", name)) for name in config.names}
-        prior = open_prior(config.prior, config.unconditional)
+        prior = as_set(open_prior(config.prior, config.size), config)
         controls = [attached(home(folder, "control", name), prior) for name in config.names]
         return cls(config, prior, Policy(prior.denoiser, *controls), judges)
 
@@ -239,7 +252,7 @@ class Run:
         exact: bool = False,
         phase: Phase = silent,
     ) -> Tensor:
-        """Samples (n, C, H, W) in [−1, 1] of p(x | c, y).
+        """Samples (n, C, H, W) in [−1, 1] of p(x | c, y); images, also of a latent model.
 
         The certificate holds for the number of steps the control was trained with; with another number the same control
         steers another chain, of which nothing is proven (report.html shows what it does).
@@ -278,7 +291,7 @@ class Run:
         else:
             progress = phase("sampling", n)
             x_0, _, _ = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress)
-        return x_0.clamp(-1, 1)
+        return self.images(x_0).clamp(-1, 1)
 
     @torch.no_grad()
     def spend(self, budget: float, phase: Phase = silent) -> float:
@@ -314,7 +327,7 @@ class Run:
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
         if self.judge.outside:
-            figures["probe_outside"] = self.outside(x_0).float()
+            figures["probe_outside"] = self.outside(self.images(x_0)).float()
         return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
 
     @torch.no_grad()
@@ -337,6 +350,7 @@ class Run:
         members, judge = len(x_prior) // conditions.groups, self.judge
         earned, x_0, kl, log_ratio = self.policy_paths(conditions, self.repeats(n, conditions), purpose, phase)
         table = prior_table(self.reward, conditions, x_prior)
+        x_prior, x_0 = self.images(x_prior), self.images(x_0)
         # the prior ignores y: an equal share of its samples stands for each y
         share = members // conditions.classes
         uncontrolled = x_prior.unflatten(0, (-1, members))[:, : share * conditions.classes].flatten(0, 1)
@@ -373,5 +387,5 @@ class Run:
             x_0, _, _ = paths(
                 self.policy, len(pair), self.times_of(steps), generator, cond, labels, strength, progress=advance
             )
-            found[kind][value] = score_samples(x_0, self.conditions, self.judge)
+            found[kind][value] = score_samples(self.images(x_0), self.conditions, self.judge)
         return found

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
-from ..denoise import ControlSite, Network, NetworkDenoiser
+from ..denoise import ControlSite, Network, NetworkDenoiser, Prediction
 from ..schedule import RectifiedFlow, VariancePreserving
 from .latents import Codec
 from .text import Prompted, TextFamily
@@ -211,8 +210,11 @@ def located(source: str | Path) -> Path:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, diffusers and transformers draw no bars and print no advice."""
-    before = diffusers.utils.logging.get_verbosity(), transformers.logging.get_verbosity()
-    for library in (diffusers.utils.logging, transformers.logging):
+    from transformers import logging  # a second of import that pixel models do without
+
+    libraries = diffusers.utils.logging, logging
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
@@ -222,8 +224,8 @@ def quiet() -> Iterator[None]:
             )  # about fields of old configs, which still mean what they did
             yield
     finally:
-        diffusers.utils.logging.set_verbosity(before[0])
-        transformers.logging.set_verbosity(before[1])
+        for library, level in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
 
 
 def opened(folder: Path) -> Any:
@@ -286,6 +288,9 @@ def denoiser_of(family: Family, scheduler: Any, folder: Path) -> NetworkDenoiser
         return NetworkDenoiser(family.network, family.call, schedule, "flow", family.shape, None, family.site)
     if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
         raise ValueError(f"{folder} uses {type(scheduler).__name__}, which has no discrete noise schedule to read.")
+    if config.prediction_type not in get_args(Prediction):
+        known = ", ".join(get_args(Prediction))
+        raise ValueError(f"{folder}: its scheduler's prediction_type is {config.prediction_type!r}; known: {known}.")
     if config.get("thresholding"):
         raise ValueError(f"{folder} asks for dynamic thresholding of x̂, which is not supported.")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None

@@ -1,0 +1,113 @@
+"""What a pre-trained model is, and what training a control on it takes."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config, suggested
+from .control import LoRAControl, Policy
+from .pretrained import Prior
+from .transition import half_square, transition
+
+MEGABYTE = 1e6
+
+
+def inspected(prior: Prior) -> dict[str, Any]:
+    """Family, sizes and the cost of an update with the settings `ctrl train` would choose for a control of two classes.
+
+    Memory is counted in float32: the weights, what AdamW and the averaged weights hold for the control, and what one
+    step of the chain keeps for the gradient, measured on one row and taken times the batch (the chain is checkpointed,
+    so one step is all that is kept; the states themselves are small). Evaluations are of the network, per sample of an
+    update, as (forward, forward and backward); a guided call counts as two.
+
+    Args:
+        prior: of a model that is given text, one with prompts; it is given a control.
+    """
+    denoiser = prior.denoiser
+    parameters = sum(p.numel() for p in denoiser.network.parameters())
+    groups = prior.classes or 1
+    values = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=min(groups, 20), classes=2)
+    config = Config.of({"prior": "-", "control": "-", "data": "-", **values})
+    control = LoRAControl("probe", ("no", "yes"), denoiser, config.rank)
+    trained = sum(p.numel() for group in control.parameter_groups().values() for p in group)
+    kept = kept_bytes(Policy(denoiser, control), prior)
+    twice = 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
+    return {
+        "family": prior.pipeline,
+        "prediction_type": denoiser.prediction,
+        "schedule": type(denoiser.schedule).__name__,
+        "sample_shape": list(denoiser.shape),
+        "image_shape": list(prior.image_shape),
+        "conditions": "text" if prior.text else prior.classes,
+        "guidance": prior.text and prior.text.guidance,
+        "parameters": parameters,
+        "control_parameters": trained,
+        "step": {
+            "batch": config.adjoint.batch,
+            "chain": config.steps,
+            "evaluations": {name: [twice * n for n in each] for name, each in evaluations(config).items()},
+            "memory_mb": {
+                "weights": round(4 * parameters / MEGABYTE, 1),
+                "control": round(4 * 5 * trained / MEGABYTE, 1),  # itself, its gradient, two moments, the average
+                "activations": round(config.adjoint.batch * kept / MEGABYTE, 1),
+            },
+        },
+    }
+
+
+def evaluations(config: Config) -> dict[str, tuple[int, int]]:
+    """Of the network for each sample of an update, forward alone and with backward, by learner."""
+    n, a = config.steps, config.adjoint
+    adjoints = n if a.lean else 2 * n  # through the prior, and unless lean through the policy
+    return {
+        "weighted": (0, 1),
+        # rollout and adjoints are made once for several updates
+        "adjoint": (math.ceil(n / a.reuse), math.ceil(adjoints / a.reuse) + a.regressed),
+        "backprop": (2 * n, 2 * n),  # policy and prior, each once more on the way back
+        "ppo": (math.ceil(2 * n / config.ppo.reuse), config.ppo.surrogates),
+    }
+
+
+def kept_bytes(policy: Policy, prior: Prior) -> int:
+    """What one step of the policy keeps for the gradient, bytes a row."""
+    cond = {} if prior.classes is None else {"c": torch.zeros(1, dtype=torch.long)}
+    held: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+
+    def hold(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x_t = torch.zeros(1, *policy.shape, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        t, s = policy.start, policy.start / 2
+        step = transition(policy, x_t, t, s, labels={"probe": torch.zeros(1, dtype=torch.long)}, **cond)
+        half_square(step.mean).sum()
+    return sum(held.values())
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """What `inspected` found, for people."""
+    step, memory = found["step"], found["step"]["memory_mb"]
+    conditions = {None: "none", "text": f"text, guidance {found['guidance']}"}
+    sizes = " × ".join(map(str, found["sample_shape"]))
+    if found["image_shape"] != found["sample_shape"]:
+        sizes += f", latents of images {' × '.join(map(str, found['image_shape']))}"
+    lines = {
+        "family": found["family"],
+        "predicts": f"{found['prediction_type']}, schedule {found['schedule']}",
+        "x": sizes,
+        "conditions": conditions.get(found["conditions"], f"{found['conditions']} classes"),
+        "parameters": f"{found['parameters']:,}, and {found['control_parameters']:,} of a control of two classes",
+        "an update": f"{step['batch']} samples, chain of {step['chain']} steps",
+        "memory": ", ".join(f"{name} {size:,.0f} MB" for name, size in memory.items()) + " (float32, one step)",
+    }
+    lines |= {
+        f"  {learner}": f"{forward} + {both} evaluations a sample (forward + forward and backward)"
+        for learner, (forward, both) in step["evaluations"].items()
+    }
+    return "\n".join(f"{name:12} {text}" for name, text in lines.items())

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.config import Config
+from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.inspection import evaluations
+from ctrl_diffusion.job import learner_of
+from ctrl_diffusion.reward import Reward
+
+
+class Ink:
+    """p(y | x) of two classes, by the mean of the images."""
+
+    def log_prob(self, x):
+        mean = x.flatten(1).mean(1, keepdim=True)
+        return torch.cat([mean, -mean], dim=1).log_softmax(1)
+
+
+class Tiny:
+    """What `learner_of` reads of a run."""
+
+    def __init__(self, config, prior):
+        self.config, self.times = config, prior.denoiser.times(config.steps, 0.1)
+        self.shape = prior.denoiser.shape
+
+    def prior_samples(self, members, purpose, phase):
+        return torch.zeros(members, *self.shape)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("learner", ["weighted", "adjoint", "backprop", "ppo"])
+def test_the_evaluations_said_are_those_made(digits, learner, lean):
+    """All of them, but for the read-outs at the end of a chain, which are no steps."""
+    learners = {name: {"batch": 4, "updates": 8} for name in ("weighted", "adjoint", "backprop", "ppo")}
+    learners["adjoint"] |= {"lean": lean, "reuse": 4, "regressed": 5}
+    learners["ppo"] |= {"reuse": 4, "surrogates": 5}
+    config = Config.of({"prior": "-", "control": "-", "data": "-", "steps": 8, **learners})
+    policy = Policy(digits.denoiser, LoRAControl("ink", "01", digits.denoiser, rank=4))
+    rows = 0
+
+    def count(module, args, kwargs):
+        nonlocal rows
+        rows += len(args[0])
+
+    conditions = Conditions({"c": torch.tensor([3])}, {"ink": 2})
+    steps = learner_of(Tiny(config, digits), learner, None)(
+        policy, Reward({"ink": Ink()}), conditions, torch.Generator().manual_seed(0)
+    )
+    handle = digits.denoiser.network.register_forward_pre_hook(count, with_kwargs=True)
+    for _ in range(8):
+        next(steps).loss.backward()
+    handle.remove()
+    # of four samples and eight updates; a rollout reads x_0 out, and the reward's gradient does so again
+    made, readouts = rows / (4 * 8), 0.0 if learner == "weighted" else 2.0
+    assert sum(evaluations(config)[learner]) <= made <= sum(evaluations(config)[learner]) + readouts
