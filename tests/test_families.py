@@ -7,12 +7,15 @@ import warnings
 import diffusers
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 from pipelines import BUILDERS, saved
 
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import NULL, LoRAControl, Policy
+from ctrl_diffusion.data import LabelledImages, write_imagefolder
 from ctrl_diffusion.inspection import in_words, inspected
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
@@ -313,3 +316,65 @@ def test_prompts_are_numbered_and_guided(folders):
         one.with_prompts(["two", "two"])
     with pytest.raises(ValueError, match="is given no text"):
         Prior.from_pretrained(folders["DiT"][0]).with_prompts(["two"])
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+@pytest.mark.parametrize("source", ["file", "column"])
+def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, source):
+    """Latents, prompts of a file or of the data, p̂ and pictures on images; then a prompt nobody trained."""
+    dark = torch.arange(60) % 2
+    x = torch.where(dark[:, None, None, None] == 1, -0.5, 0.5) + 0.1 * torch.randn(60, 3, 32, 32)
+    labels = {"prompt": torch.arange(60) // 30, "dark": dark}
+    write_imagefolder(tmp_path / "data", LabelledImages(x, labels, {"prompt": tuple(PROMPTS), "dark": ("no", "yes")}))
+    (tmp_path / "prompts.txt").write_text("a seven\n\ntwo\n")
+    tiny = {
+        "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical"},
+        "weighted": {"updates": 2, "batch": 4, "cache": 8}, "adjoint": {"updates": 2, "batch": 4},
+        "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8}, "steps": 3, "rank": 2,
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    run = tmp_path / "run"
+    given = ["--prompts", tmp_path / "prompts.txt"] if source == "file" else ["--condition", "prompt"]
+    done = ctrl_here(
+        "train", "--prior", folders["SD 1"][0], *given, "--data", tmp_path / "data", "--control", "dark", "--config",
+        tmp_path / "tiny.yaml", "--quiet", "--out", run,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["prompts"], config["classes"]) == (PROMPTS, [0, 1])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["ctrl"]["class_accuracy"] is None) == (source == "file")
+    assert Image.open(next((run / "samples").glob("0*.png"))).size == (32, 32)
+    asked = ["sample", run, "--set", "dark=yes", "--class", "a nine", "-n", 2, "--quiet", "--out", tmp_path / "nine"]
+    assert ctrl_here(*asked).returncode == 0
+    column = "c" if source == "file" else "prompt"
+    assert (tmp_path / "nine" / "metadata.csv").read_text().splitlines()[:2] == [
+        f"file_name,{column},dark",
+        "00000.png,a nine,yes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition"),
+        (["--prompts", "{none}"], "is no file of prompts, one a line"),
+        (["--prompts", "{empty}"], "has no prompts. Write one a line"),
+        (["--condition", "caption"], "has no column caption; it has: file_name, dark"),
+        (["--condition", "dark"], "--condition and --control both name the column 'dark'"),
+    ],
+)
+def test_prompts_that_are_not_there_are_one_line(folders, ctrl_here, tmp_path, arguments, message):
+    write_imagefolder(
+        tmp_path / "data", LabelledImages(torch.zeros(2, 3, 8, 8), {"dark": torch.arange(2)}, {"dark": ("no", "yes")})
+    )
+    (tmp_path / "empty.txt").write_text("\n")
+    names = {"none": tmp_path / "none.txt", "empty": tmp_path / "empty.txt"}
+    done = ctrl_here(
+        "train", "--prior", folders["SD 1"][0], "--data", tmp_path / "data", "--control", "dark",
+        *(text.format(**names) for text in arguments), "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -11,12 +11,12 @@ SOURCE = ROOT / "src" / "ctrl_diffusion"
 ORDER = (
     "files progress schedule denoise transition control rollout conditions images rules sources scale data reading "
     "classifier backbone support independence reward learn train sample certificate evaluate exact lattice testbed "
-    "pretrained assets demo config judges run report job cli"
+    "pretrained assets demo config inspection judges run report job cli"
 ).split()
 # rooms that may know only these
 NARROW = {
     "exact": {"schedule", "denoise"},
-    "pretrained": {"schedule", "denoise"},
+    "pretrained": {"files", "schedule", "denoise"},
     "assets": set(),
 }
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")

@@ -8,14 +8,14 @@ owner/name  a dataset of the Hugging Face hub, its `train` split
 import csv
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
+from .files import HUB
+
 IMAGE_COLUMNS = ("file_name", "image", "path")
 
 

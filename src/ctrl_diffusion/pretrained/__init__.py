@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoise import ControlSite, Network, NetworkDenoiser, Prediction
+from ..files import HUB
 from ..schedule import RectifiedFlow, VariancePreserving
 from .latents import Codec
 from .text import Prompted, TextFamily
@@ -31,7 +31,6 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
 }
-HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
 # parts of a pipeline
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer")
