@@ -105,7 +105,8 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     """
     group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
     tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
-    for part, g in zip(x_0.split(1024), group.split(1024), strict=True):
+    few = 64 if reward.decode else 1024  # decoded images are many times their latents
+    for part, g in zip(x_0.split(few), group.split(few), strict=True):
         x = reward.seen(part)
         for name, rows in tables.items():
             rows.append(reward.table(name, x, conditions.cond_of(g)))

@@ -1,5 +1,6 @@
 """Sampling with labels, a strength, any number of steps and a seed."""
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ def paths(
     strength: float = 1.0,
     compare: bool = False,
     eta: float = 1.0,
-    batch: int = 256,
+    batch: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Simulate n paths in batches, without a graph.
@@ -49,13 +50,14 @@ def paths(
         strength: w of the control.
         compare: also measure the path's KL against the prior.
         eta: churn.
-        batch: paths at a time.
+        batch: paths at a time; None for 256, or fewer of many dimensions.
         progress: called with the number of paths done since the last call.
 
     Returns:
         x_0 (n, C, H, W); KL of each path in nats (n,); log p_g/p_pre of each path in nats (n,). The last two are zero
         unless compared.
     """
+    batch = batch or min(256, max(8, 2**20 // math.prod(denoiser.shape)))
     samples, kls, log_ratios = [], [], []
     for start in range(0, n, batch):
         rows = slice(start, min(start + batch, n))
