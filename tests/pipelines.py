@@ -2,7 +2,9 @@
 
 import string
 
+import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -157,6 +159,9 @@ BUILDERS = {
 
 def saved(name, folder):
     """A pipeline folder of a family, its output layers not zero, and the pipeline."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = BUILDERS[name]()

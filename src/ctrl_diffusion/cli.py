@@ -333,6 +333,24 @@ def evaluate(
         write_json(out, metrics)
 
 
+@app.command(epilog="Example: ctrl export runs/texture texture-pipeline")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write: a pipeline of diffusers.")],
+    push: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub to upload it to.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a pipeline that diffusers loads where nothing of ours is installed."""
+    from .export import export, push_to_hub
+
+    export(run, out, overwrite)
+    if push:
+        push_to_hub(out, push)
+    if not quiet:
+        typer.echo(f'DiffusionPipeline.from_pretrained("{push or out}", trust_remote_code=True)')
+
+
 @app.command(epilog="Example: ctrl exact --quick --out runs/exact")
 def exact(
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("runs/exact"),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .denoise import Denoiser, NetworkDenoiser
 from .files import write_json, writing
+from .scale import is_number, places
 
 NULL = -1
 Labels = dict[str, Tensor]
@@ -52,6 +53,22 @@ class Control(nn.Module, ABC):
         for p in chain.from_iterable(self.parameter_groups().values()):
             p.requires_grad_(False)
         return self
+
+    def label_of(self, value: str | float) -> int | float:
+        """The class number of a value by its name, or its place on a scale.
+
+        Raises:
+            ValueError: there is no such value.
+        """
+        text = str(value)
+        if self.scale:
+            place = float(places(float(text), self.values)) if is_number(text) else NULL
+            if not 0 <= place <= self.size - 1:
+                raise ValueError(f"{self.name} must be a number in {self.values[0]} … {self.values[-1]}, got {text!r}.")
+            return place
+        if text not in self.values:
+            raise ValueError(f"{self.name} must be one of {', '.join(self.values)}, got {text!r}.")
+        return self.values.index(text)
 
     @abstractmethod
     def active(self, y: Tensor) -> AbstractContextManager[None]:

@@ -51,7 +51,7 @@ from .report import save_figure, sheet_figure, write_classifier_report, write_ex
 from .reward import prior_table
 from .run import Run, as_set, home, open_prior
 from .sample import stream
-from .scale import is_number, number_at, places
+from .scale import number_at
 from .sources import open_table
 from .testbed import races
 from .train import fit
@@ -573,6 +573,7 @@ def execute(
         "training": {"kept": kept, "stages": stages},
         "sweep": sweep_metrics(sweep, evaluation),
         "classifier": classifier_metrics(judges),
+        "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -822,19 +823,10 @@ def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
             raise ValueError(
                 f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
             )
-        control = run.policy.controls[name]
-        values = control.values
-        if control.scale:
-            place = float(places(float(value), values)) if is_number(value) else NULL
-            if not 0 <= place <= control.size - 1:
-                raise ValueError(
-                    f"--set {setting}: {name} must be a number in {values[0]} … {values[-1]}, got {value!r}."
-                )
-            chosen[name] = place
-            continue
-        if value not in values:
-            raise ValueError(f"--set {setting}: {name} must be one of {', '.join(values)}, got {value!r}.")
-        chosen[name] = values.index(value)
+        try:
+            chosen[name] = run.policy.controls[name].label_of(value)
+        except ValueError as error:
+            raise ValueError(f"--set {setting}: {error}") from error
     return chosen
 
 

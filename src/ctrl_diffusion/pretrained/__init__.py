@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import diffusers
@@ -31,6 +32,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
 }
+PARTS_ALONE = ("unet", "dit")  # the pipeline itself would cost seconds of imports
 # parts of a pipeline
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer")
@@ -121,25 +123,39 @@ class Prior:
         folder = located(source)
         try:
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            name, scheduler = index["_class_name"], index["scheduler"][1]
+            name, _ = index["_class_name"], index["scheduler"][1]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/model_index.json is not one that diffusers writes ({error!r}).") from error
         if name not in FAMILIES:
             raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
         try:
-            # one import per family, only when asked
-            family = import_module(f".{FAMILIES[name]}", __name__).load(folder, size)
-            settings = getattr(diffusers, scheduler).from_pretrained(folder, subfolder="scheduler")
+            return cls.of_pipeline(opened(folder, index), name, size, index.get("id2label"))
         except (OSError, ValueError, AttributeError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{folder} cannot be loaded: {reason}") from error
-        denoiser = denoiser_of(family, settings, folder)
+
+    @classmethod
+    def of_pipeline(
+        cls, pipeline: Any, name: str, size: tuple[int, int] | None = None, id2label: dict[str, str] | None = None
+    ) -> "Prior":
+        """The prior a pipeline's parts make.
+
+        Args:
+            pipeline: what has them as attributes.
+            name: of its class.
+            size: see `from_pretrained`.
+            id2label: number → names of the classes, by commas.
+
+        Raises:
+            ValueError: a prior that is not supported.
+        """
+        # one import per family, only when asked
+        family = import_module(f".{FAMILIES[name]}", __package__).load(pipeline, size)
         names = {
-            synonym.strip(): int(number)
-            for number, text in index.get("id2label", {}).items()
-            for synonym in text.split(",")
+            synonym.strip(): int(number) for number, text in (id2label or {}).items() for synonym in text.split(",")
         }
         names |= {str(i): i for i in range(family.classes or 0)}
+        denoiser = denoiser_of(family, pipeline.scheduler)
         return cls(denoiser, family.classes, names, family.null, family.codec, family.text, name)
 
     def with_prompts(self, prompts: Sequence[str], guidance: float | None = None, negative: str = "") -> "Prior":
@@ -227,9 +243,16 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(level)
 
 
-def opened(folder: Path) -> Any:
-    """A pipeline with all that is needed to encode prompts, by its own class, in float32 on the CPU."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+def opened(folder: Path, index: dict[str, Any]) -> Any:
+    """A pipeline in float32 on the CPU: its parts, or with text the pipeline itself, which encodes prompts."""
+    if FAMILIES[index["_class_name"]] in PARTS_ALONE:
+        parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers"}
+        return SimpleNamespace(
+            **{
+                name: getattr(diffusers, kind).from_pretrained(folder, subfolder=name)
+                for name, (_, kind) in parts.items()
+            }
+        )
     pipeline = getattr(diffusers, index["_class_name"])
     # a part that its authors left out stands as [null, null], or not at all
     absent = {
@@ -279,19 +302,19 @@ def flow_of(config: dict[str, Any], tokens: int) -> RectifiedFlow:
     return RectifiedFlow(math.exp(mu) if config.get("time_shift_type") == "exponential" else mu)
 
 
-def denoiser_of(family: Family, scheduler: Any, folder: Path) -> NetworkDenoiser:
+def denoiser_of(family: Family, scheduler: Any) -> NetworkDenoiser:
     """A network under the schedule, prediction type and clipping its scheduler was configured with."""
     config = scheduler.config
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         schedule = flow_of(config, family.tokens)
         return NetworkDenoiser(family.network, family.call, schedule, "flow", family.shape, None, family.site)
     if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
-        raise ValueError(f"{folder} uses {type(scheduler).__name__}, which has no discrete noise schedule to read.")
+        raise ValueError(f"its {type(scheduler).__name__} has no discrete noise schedule to read")
     if config.prediction_type not in get_args(Prediction):
         known = ", ".join(get_args(Prediction))
-        raise ValueError(f"{folder}: its scheduler's prediction_type is {config.prediction_type!r}; known: {known}.")
+        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}; known: {known}")
     if config.get("thresholding"):
-        raise ValueError(f"{folder} asks for dynamic thresholding of x̂, which is not supported.")
+        raise ValueError("its scheduler asks for dynamic thresholding of x̂, which is not supported")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
     if clip is not None:
         warnings.warn(f"this prior clips x̂ to ±{clip:g}: saturated pixels give learners no gradient.", stacklevel=3)

@@ -1,8 +1,7 @@
 """DiT (Peebles & Xie 2023): `DiTPipeline` on latents, or without a VAE on pixels, conditioned on a class."""
 
-from pathlib import Path
+from typing import Any
 
-from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor
 
 from ..denoise import ControlSite
@@ -10,12 +9,11 @@ from . import Family, fixed
 from .latents import Codec
 
 
-def load(folder: Path, size: tuple[int, int] | None) -> Family:
-    """The network of a pipeline folder; cond is `c` (B,), the null class is the number of classes."""
-    network = DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
+    """The network of a pipeline; cond is `c` (B,), the null class is the number of classes."""
+    network, vae = pipeline.transformer, getattr(pipeline, "vae", None)
     config, side, codec = network.config, network.config.sample_size, None
-    if (folder / "vae").is_dir():
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    if vae is not None:
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         codec = Codec(vae, (factor * side, factor * side))
     fixed(size, codec.image_shape[1:] if codec else (side, side))

@@ -4,12 +4,12 @@ Its network was distilled to be given the guidance as a number, if it is given a
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..denoise import ControlSite
-from . import Family, default_guidance, opened, sized
+from . import Family, default_guidance, sized
 from .latents import Codec
 from .text import Rows, TextFamily
 
@@ -20,9 +20,8 @@ TARGETS = (
 PATCH = 2  # latents a side that become one token
 
 
-def load(folder: Path, size: tuple[int, int] | None) -> Family:
-    """The network of a pipeline folder."""
-    pipeline = opened(folder)
+def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
+    """The network of a pipeline."""
     network = pipeline.transformer
     size = sized(size, pipeline.default_sample_size, pipeline.vae_scale_factor, PATCH)
     codec = Codec(pipeline.vae, size)

@@ -1,13 +1,13 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al. 2022) and SDXL (Podell et al. 2024): a UNet on latents, given text."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..denoise import ControlSite
-from . import Family, default_guidance, opened, sized
+from . import Family, default_guidance, sized
 from .latents import Codec
 from .text import Rows, TextFamily
 
@@ -15,9 +15,8 @@ from .text import Rows, TextFamily
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj")
 
 
-def load(folder: Path, size: tuple[int, int] | None) -> Family:
-    """The network of a pipeline folder, with or without SDXL's second encoder."""
-    pipeline = opened(folder)
+def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
+    """The network of a pipeline, with or without SDXL's second encoder."""
     network = pipeline.unet
     if network.config.time_cond_proj_dim is not None:
         raise ValueError("its UNet is distilled for few steps and is given the guidance, which is not supported")

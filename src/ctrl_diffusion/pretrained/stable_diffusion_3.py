@@ -1,21 +1,20 @@
 """Stable Diffusion 3 (Esser et al. 2024): a transformer on latents of a rectified flow, given text."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..denoise import ControlSite
-from . import Family, default_guidance, opened, sized
+from . import Family, default_guidance, sized
 from .latents import Codec
 from .text import Rows, TextFamily
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-def load(folder: Path, size: tuple[int, int] | None) -> Family:
-    """The network of a pipeline folder."""
-    pipeline = opened(folder)
+def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
+    """The network of a pipeline."""
     network = pipeline.transformer
     config = network.config
     size = sized(size, config.sample_size, pipeline.vae_scale_factor, config.patch_size)

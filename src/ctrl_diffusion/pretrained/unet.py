@@ -1,8 +1,7 @@
 """UNets on pixels (Ho et al. 2020): `DDPMPipeline` and `DDIMPipeline`, unconditional or with a class embedding."""
 
-from pathlib import Path
+from typing import Any
 
-from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..denoise import ControlSite
@@ -12,9 +11,9 @@ from . import Family, fixed
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj")
 
 
-def load(folder: Path, size: tuple[int, int] | None) -> Family:
-    """The network of a pipeline folder; cond is `c` (B,) if it has a class embedding."""
-    network = UNet2DModel.from_pretrained(folder, subfolder="unet")
+def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
+    """The network of a pipeline; cond is `c` (B,) if it has a class embedding."""
+    network = pipeline.unet
     config = network.config
     if config.time_embedding_type != "positional":
         raise ValueError(f"its UNet is given σ ({config.time_embedding_type} embedding), not a discrete timestep")

@@ -1,0 +1,127 @@
+"""Leaving again: a run becomes a folder that diffusers loads where nothing of ours is installed.
+
+The folder has the prior's pipeline, `controls/NAME/` with each control (and its LoRA alone, in the format diffusers
+loads), `pipeline.py` (`controlled.py` and what it imports, each a copy of ours side by side), and a model card.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from safetensors.torch import load_file, save_file
+
+from . import assets, controlled
+from .config import EMBEDDED
+from .files import check_room, clear, write_json, write_text, writing
+from .pretrained import located
+from .run import Run
+
+INDEX, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
+HERE = Path(__file__).parent
+# what pipeline.py needs, in the order in which they need each other
+SOURCES = ("files", "schedule", "denoise", "transition", "scale", "control", "rollout")
+FAMILY = ("latents", "text", "unet", "dit", "stable_diffusion", "stable_diffusion_3", "flux")
+FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
+
+
+def export(folder: Path, out: Path, overwrite: bool = False) -> None:
+    """Write a finished run as a pipeline of diffusers.
+
+    Args:
+        folder: the run.
+        out: the folder to write.
+        overwrite: whether an earlier export in `out` may go.
+
+    Raises:
+        ValueError: no finished run, or a folder that holds something else.
+    """
+    check_room(out, INDEX, overwrite)
+    run = Run.load(folder)
+    config = run.config
+    prior = Path(assets.DIGITS) if config.prior == EMBEDDED else located(config.prior)
+    index = json.loads((prior / INDEX).read_text(encoding="utf-8"))
+    parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    clear(out, FILES)
+    for name in parts:
+        if (prior / name).is_dir() and name in controlled.PARTS:
+            shutil.copytree(prior / name, out / name, dirs_exist_ok=True)
+    component = "unet" if "unet" in parts else "transformer"
+    for name in run.names:
+        place = out / controlled.CONTROLS / name
+        run.policy.controls[name].save(place)
+        adapter = load_file(place / "control.safetensors")
+        alone = {key.replace("adapter", component, 1): value for key, value in adapter.items() if key != "table"}
+        with writing(place / LORA) as temporary:
+            save_file(alone, temporary)
+    for name, text in sources().items():
+        write_text(out / f"{name}.py", text)
+    shutil.copy(folder / "grid.png", out / "grid.png")
+    write_text(out / "README.md", model_card(folder, run, index["_class_name"]))
+    chain: dict[str, Any] = config.model_dump(
+        include={"steps", "sigma_end", "time_power", "guidance", "negative_prompt", "size", "unconditional"}
+    )
+    # last: a folder with it is whole
+    write_json(
+        out / INDEX,
+        {
+            **{name: part for name, part in parts.items() if name in controlled.PARTS},
+            "_class_name": ["pipeline", "ControlledPipeline"],
+            "_diffusers_version": index.get("_diffusers_version"),
+            "base": index["_class_name"],
+            "chain": {**chain, "controls": run.names},
+            "id2label": index.get("id2label"),
+        },
+    )
+
+
+def push_to_hub(out: Path, name: str) -> None:
+    """Upload an exported folder to OWNER/NAME on the hub, which is made if it is not there.
+
+    Raises:
+        ValueError: the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=out, commit_message="ctrl export")
+    except Exception as error:  # no network, no token, a name that is taken: an exception for each
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{out} is written, but the hub does not take it as {name}: {reason}") from error
+
+
+def sources() -> dict[str, str]:
+    """The files of an exported folder by name: ours, importing each other side by side."""
+    texts = {name: (HERE / f"{name}.py").read_text(encoding="utf-8") for name in SOURCES}
+    texts["pretrained"] = (HERE / "pretrained" / "__init__.py").read_text(encoding="utf-8")
+    texts |= {name: (HERE / "pretrained" / f"{name}.py").read_text(encoding="utf-8") for name in FAMILY}
+    flat = {name: flattened(text) for name, text in texts.items()}
+    named = "\n".join(f"from .{name} import __doc__ as _  # noqa: F401" for name in flat)
+    pipeline = flattened((HERE / "controlled.py").read_text(encoding="utf-8"))
+    # diffusers copies, of all that lies beside a pipeline.py, what it imports itself
+    return flat | {"pipeline": f"{pipeline}\n\n# diffusers looks here for the files it has to copy\n{named}\n"}
+
+
+def flattened(text: str) -> str:
+    """A module's text with its relative imports from one folder."""
+    text = re.sub(r"^from \.\.(\w)", r"from .\1", text, flags=re.MULTILINE)
+    return re.sub(r"^from \. import", "from .pretrained import", text, flags=re.MULTILINE)
+
+
+def model_card(folder: Path, run: Run, base: str) -> str:
+    """What a stranger should know before using it."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    classifiers = metrics["classifier"] if len(run.names) > 1 else {run.name: metrics["classifier"]}
+    asked = {name: control.values[-1] for name, control in run.policy.controls.items()}
+    first = "" if run.prior.classes is None else f"class_labels={run.prior.class_names[0]!r}, "
+    if run.prior.text:
+        first = f"{run.config.prompts[0]!r}, "
+    templates = Environment(loader=PackageLoader(__package__), trim_blocks=True)
+    return templates.get_template("card.md").render(
+        run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,
+        call=f"{first}controls={asked}",
+    )  # fmt: skip
