@@ -695,7 +695,7 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         ("train --prior digits --control ink --out {tmp}/o", "--data is missing"),
         (
             "train --prior {latent} --data {data} --control ink --out {tmp}/o",
-            "cannot be loaded: it lacks its unet and vae",
+            "cannot be loaded: it lacks its unet and vae and text_encoder and tokenizer",
         ),
         ("train --prior {data} --data {data} --control ink --out {tmp}/o", "is no pipeline folder of diffusers"),
         ("train --prior digits --data {data} --control ink --out {run}", "or pass --overwrite"),
