@@ -36,7 +36,7 @@ def test_version_and_help(ctrl):
         assert command in overview
         text = ctrl(command, "--help").stdout
         assert "Example: ctrl " + command in " ".join(text.split())
-        assert len(text.splitlines()) <= 26, "a screen"
+        assert len(text.splitlines()) <= 24, "a screen"
 
 
 def test_demo_leaves_a_whole_run(quick_run):

@@ -16,7 +16,7 @@ ORDER = (
 # rooms that may know only these
 NARROW = {
     "exact": {"schedule", "denoise"},
-    "pretrained": {"files", "schedule", "denoise"},
+    "pretrained": {"schedule", "denoise"},
     "assets": set(),
 }
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")

@@ -184,7 +184,7 @@ def classifier(
 @app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out run")
 def train(
     out: Annotated[Path, typer.Option(help="The run folder.")],
-    prior: Annotated[str | None, typer.Option(help="A pipeline of diffusers, folder or hub id; or digits.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Pipeline of diffusers (folder, hub), or digits.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Of a text model: a file, one prompt a line.")] = None,
     data: Datasets = [],  # noqa: B006
     control: Controls = [],  # noqa: B006
@@ -197,7 +197,7 @@ def train(
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
     skip_bad: SkipBad = False,
-    quick: Quick = False,
+    quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,  # as of demo; --help stays a screen
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:

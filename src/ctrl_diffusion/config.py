@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from typing_extensions import Self
 
-from .files import HUB, write_text
+from .files import write_text
+from .sources import HUB
 
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]

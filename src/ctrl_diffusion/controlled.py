@@ -128,7 +128,7 @@ class ControlledPipeline(DiffusionPipeline):
         cond, n = {}, num_images_per_prompt
         if asked is not None:
             rows = [asked] if isinstance(asked, (str, int)) else list(asked)
-            c = torch.tensor([self._class(prior, row) for row in rows]).repeat_interleave(num_images_per_prompt)
+            c = torch.tensor([self._class(str(row)) for row in rows]).repeat_interleave(num_images_per_prompt)
             cond, n = {"c": c}, len(c)
         labels = {name: torch.full((n,), self._label(name, value)) for name, value in (controls or {}).items()}
         chain = self.config.chain
@@ -140,13 +140,11 @@ class ControlledPipeline(DiffusionPipeline):
         images = formatted(prior.decode(path.x_0).clamp(-1, 1), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
-    def _class(self, prior: Prior, asked: int | str) -> int:
-        if prior.text:
-            return prior.number_of(str(asked))
-        if str(asked) not in prior.names:
-            some = ", ".join(list(prior.names)[:10])
-            raise ValueError(f"class_labels must be among {some} …; got {asked!r}.")
-        return prior.names[str(asked)]
+    def _class(self, asked: str) -> int:
+        try:
+            return self._opened()[0].number_of(asked)
+        except ValueError as error:
+            raise ValueError(f"class_labels {error}") from error
 
     def _label(self, name: str, value: str | float) -> int | float:
         controls = self.policy.controls

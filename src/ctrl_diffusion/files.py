@@ -2,14 +2,11 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like, where there is no such path
 
 
 @contextmanager

@@ -292,8 +292,7 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
         )
     table = open_table(known.data)
     column = known.condition_column or known.condition
-    if column not in table.columns:
-        raise ValueError(f"{table.name} has no column {column}; it has: {', '.join(table.columns)}.")
+    table.check_columns([column])
     found = in_order(text for text in table.texts(column) if text)
     if len(found) > MOST_PROMPTS:
         raise ValueError(
@@ -855,14 +854,14 @@ def sample_job(
         raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
     if c is not None and run.prior.classes is None:
         raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
-    if c is not None and run.prior.text:
-        run.prior.number_of(c)
-    if c is not None and c not in run.prior.names:
-        some = ", ".join(list(run.prior.names)[:10])
-        raise ValueError(f"--class must be one of the prior's {run.prior.classes} classes ({some} …), got {c!r}.")
-    if run.prior.classes is not None:
+    if c is not None:
+        try:
+            cond["c"] = torch.full((n,), run.prior.number_of(c))
+        except ValueError as error:
+            raise ValueError(f"--class {error}") from error
+    elif run.prior.classes is not None:
         classes = torch.tensor(run.config.classes)
-        cond["c"] = classes[torch.arange(n) % len(classes)] if c is None else torch.full((n,), run.prior.names[c])
+        cond["c"] = classes[torch.arange(n) % len(classes)]
     check_room(out, SAMPLE_FILES[-1], overwrite)
     generator = torch.Generator().manual_seed(seed)
     x_0 = run.sample(y, strength=strength, steps=steps, generator=generator, exact=exact, phase=phase, **cond)

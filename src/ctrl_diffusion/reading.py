@@ -71,10 +71,7 @@ def read_images(
     table, mapping, scales = open_table(source), mapping or {}, scales or {}
     rules = {name: load_rule(text) for name, text in mapping.items() if ":" in text}
     wanted = {name: mapping.get(name, name) for name in columns if name not in rules}
-    if missing := set(wanted.values()) - set(table.columns):
-        raise ValueError(
-            f"{table.name} has no column {', '.join(sorted(missing))}; it has: {', '.join(table.columns)}."
-        )
+    table.check_columns(wanted.values())
     texts = {name: table.texts(column) for name, column in wanted.items()}
     texts |= {name: tagged(table, wanted[name], texts[name], tag) for name, tag in (tags or {}).items()}
     texts |= {name: [""] * table.rows for name in rules}

@@ -8,14 +8,14 @@ owner/name  a dataset of the Hugging Face hub, its `train` split
 import csv
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .files import HUB
-
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub looks like
 IMAGE_COLUMNS = ("file_name", "image", "path")
 
 
@@ -38,6 +38,17 @@ class Table:
     image: Callable[[int], tuple[Path | bytes, str]]
     rows: int
     cache: tempfile.TemporaryDirectory | None = None
+
+    def check_columns(self, wanted: Iterable[str]) -> None:
+        """Refuse a table that lacks columns.
+
+        Raises:
+            ValueError: those it lacks, and those it has.
+        """
+        if missing := set(wanted) - set(self.columns):
+            raise ValueError(
+                f"{self.name} has no column {', '.join(sorted(missing))}; it has: {', '.join(self.columns)}."
+            )
 
 
 def open_table(source: str | Path) -> Table:

@@ -14,10 +14,10 @@ from typing import Any, get_args
 
 import diffusers
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor, nn
 
 from ..denoise import ControlSite, Network, NetworkDenoiser, Prediction
-from ..files import HUB
 from ..schedule import RectifiedFlow, VariancePreserving
 from .latents import Codec
 from .text import Prompted, TextFamily
@@ -72,7 +72,7 @@ class Prior:
     Args:
         denoiser: E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x.
         classes: number of classes of the condition, None if unconditional; prompts are classes too.
-        names: every name a class is known by → its number; the number itself is always one.
+        names: every name a class is known by → its number; the number itself is one, unless they are prompts.
         null: the class that stands for none, None if the network was not trained with one.
         codec: the autoencoder of a latent model, None if x are the images.
         text: of a model that is given prompts.
@@ -178,13 +178,20 @@ class Prior:
         names = {prompt: i for i, prompt in enumerate(prompts)}
         return replace(self, denoiser=self.denoiser.called(call), classes=len(prompts), names=names)
 
-    def number_of(self, prompt: str) -> int:
-        """The class of a prompt, which is encoded if it is a new one; of a prior `with_prompts`."""
-        if prompt not in self.names:
-            self.denoiser.call.add([prompt])
-            self.names[prompt] = self.classes
+    def number_of(self, name: str) -> int:
+        """The class of a name, or of a prompt, which is encoded if it is a new one.
+
+        Raises:
+            ValueError: the prior, which is given no text, has no class of that name.
+        """
+        if name not in self.names and self.text is None:
+            some = ", ".join(list(self.names)[:10])
+            raise ValueError(f"must be one of the prior's {self.classes} classes ({some} …), got {name!r}.")
+        if name not in self.names:
+            self.denoiser.call.add([name])
+            self.names[name] = self.classes
             self.classes += 1
-        return self.names[prompt]
+        return self.names[name]
 
     def unconditional(self) -> "Prior":
         """p(x) of a prior of p(x | c): the same network, always asked for its null class.
@@ -210,7 +217,7 @@ def located(source: str | Path) -> Path:
         ValueError: there is none.
     """
     folder = Path(source)
-    if folder.exists() or not HUB.fullmatch(str(source)):
+    if folder.exists() or not named_like_hub(str(source)):
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} is no pipeline folder of diffusers: it has no model_index.json.")
         return folder
@@ -222,25 +229,35 @@ def located(source: str | Path) -> Path:
         raise ValueError(f"{source} is no folder here, and the hub does not give it: {reason}") from error
 
 
+def named_like_hub(name: str) -> bool:
+    """Whether a name could be OWNER/NAME on the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, diffusers and transformers draw no bars and print no advice."""
     from transformers import logging  # a second of import that pixel models do without
 
     libraries = diffusers.utils.logging, logging
-    before = [library.get_verbosity() for library in libraries]
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # about fields of old configs, which still mean what they did
+            # about fields of old configs, which still mean what they did
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for library, level in zip(libraries, before, strict=True):
+        for library, (level, bars) in zip(libraries, before, strict=True):
             library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
 
 
 def opened(folder: Path, index: dict[str, Any]) -> Any:

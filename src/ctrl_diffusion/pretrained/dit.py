@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..denoise import ControlSite
 from . import Family, fixed
-from .latents import Codec
+from .latents import Codec, factor_of
 
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
@@ -14,8 +14,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     network, vae = pipeline.transformer, getattr(pipeline, "vae", None)
     config, side, codec = network.config, network.config.sample_size, None
     if vae is not None:
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        codec = Codec(vae, (factor * side, factor * side))
+        codec = Codec(vae, (factor_of(vae) * side,) * 2)
     fixed(size, codec.image_shape[1:] if codec else (side, side))
 
     def call(x_t: Tensor, timestep: Tensor, c: Tensor) -> Tensor:

@@ -1,22 +1,26 @@
 """The autoencoder of a latent model: images ↔ what the network denoises."""
 
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 PIXELS_AT_ONCE = 2**20  # decoded together: what a decoder keeps for the gradient is many times its image
+
+
+def factor_of(vae: nn.Module) -> int:
+    """How many pixels a side one latent covers."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 class Codec:
     """Images (B, C, H, W) in [−1, 1] as latents of about unit variance, and back.
 
     Args:
-        vae: of the pipeline; frozen here.
+        vae: an AutoencoderKL of diffusers; frozen here.
         size: (H, W) of the images.
     """
 
-    def __init__(self, vae: AutoencoderKL, size: tuple[int, int]) -> None:
+    def __init__(self, vae: nn.Module, size: tuple[int, int]) -> None:
         self.vae = vae.requires_grad_(False).eval()
         config = vae.config
         if config.get("latents_mean") is not None:
@@ -25,7 +29,7 @@ class Codec:
         else:
             self.scale, self.shift = torch.tensor(config.scaling_factor), torch.tensor(config.shift_factor or 0.0)
         self.image_shape = (config.in_channels, *size)
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        factor = factor_of(vae)
         self.shape = (config.latent_channels, size[0] // factor, size[1] // factor)
         self.at_once = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
 
