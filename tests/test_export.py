@@ -109,6 +109,10 @@ def test_an_exported_run_draws_the_same_images_without_us(finished, ctrl_here, t
         ours = np.stack([np.asarray(Image.open(folder / f"0000{i}.png")) for i in range(2)])
         assert np.array_equal(drawn[key], ours), key
     assert not np.array_equal(drawn["controlled"], drawn["null"])
+    assert json.loads((out / "model_index.json").read_text())["flags"] == {
+        key: value for key, value in json.loads((tmp_path / "prior" / "model_index.json").read_text()).items()
+        if isinstance(value, bool)
+    }  # fmt: skip
     card = (out / "README.md").read_text()
     assert "trust_remote_code=True" in card
     assert "{{" not in card

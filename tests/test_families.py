@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from copy import deepcopy
 
 import diffusers
 import pytest
@@ -28,7 +29,7 @@ from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
 
 PROMPTS = ["a seven", "two"]
-SIZE = {"Flux": (32, 48)}  # its default is 1024 × 1024
+SIZE = {"Flux": (32, 48), "SDXL": (32, 48)}  # Flux's default is 1024 × 1024; SDXL is told height and width
 STEPS = 20
 DIFFUSION = [name for name in BUILDERS if name not in ("SD 3", "Flux")]
 
@@ -67,7 +68,7 @@ def told(folders, name, x_t, timestep, c):
         halves = [pipeline.unet(x_t, t, h).sample for h in (asked, without)]
     if name == "SDXL":
         asked, without, pooled, unpooled = pipeline.encode_prompt(texts, device="cpu")
-        ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).repeat(len(x_t), 1)
+        ids = torch.tensor([[32.0, 48, 0, 0, 32, 48]]).repeat(len(x_t), 1)
         halves = [
             pipeline.unet(x_t, t, h, added_cond_kwargs={"text_embeds": p, "time_ids": ids}).sample
             for h, p in ((asked, pooled), (without, unpooled))
@@ -222,6 +223,9 @@ def test_a_step_of_every_learner_is_uphill_and_trains_the_control_alone(folders,
     after = prior.denoiser.network.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert any(p.any() for p in policy.parameter_groups()["embedding"])
+    # the half of the adapter that begins at zero, in every layer the network reaches
+    half = [value for key, value in after.items() if ".lora_B." in key]
+    assert sum(bool(value.any()) for value in half) > len(half) / 2
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -270,13 +274,77 @@ def edit(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("name", ["SDXL", "SD 3", "Flux"])
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer_2"])
+def test_a_second_encoder_that_is_missing_is_one_line(folders, tmp_path, name, part):
+    shutil.copytree(folders[name][0], tmp_path / "broken")
+    edit(tmp_path / "broken" / "model_index.json", **{part: [None, None]})
+    with pytest.raises(ValueError, match=f"cannot be loaded: it lacks its {part}"):
+        Prior.from_pretrained(tmp_path / "broken")
+
+
+def test_a_flow_is_not_read_from_a_scheduler_of_diffusion(folders, tmp_path):
+    shutil.copytree(folders["SD 3"][0], tmp_path / "broken")
+    edit(tmp_path / "broken" / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    DDIMScheduler().save_pretrained(tmp_path / "broken" / "scheduler")
+    with pytest.raises(ValueError, match="it is a flow, whose schedule is read from FlowMatchEuler.*not DDIMScheduler"):
+        Prior.from_pretrained(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux"])
+def test_encoders_stored_in_half_precision_are_used_in_full(folders, tmp_path, name):
+    folder, pipeline = folders[name]
+    shutil.copytree(folder, tmp_path / "half")
+    for part in ("text_encoder", "text_encoder_2"):
+        if part in pipeline.components:
+            deepcopy(pipeline.components[part]).half().save_pretrained(tmp_path / "half" / part)
+    prior = Prior.from_pretrained(tmp_path / "half", SIZE.get(name)).with_prompts(PROMPTS)
+    x = torch.randn(2, *prior.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (p.denoiser(x, 0.5, **given(p)) for p in (prior, opened(folders, name)))
+    # half a precision of the encoders' weights, 2⁻¹¹, through the guided network
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_what_sdxl_takes_for_no_text_is_zeros_unless_its_index_says_otherwise(folders, tmp_path):
+    """A flag that is left out has the default of diffusers."""
+    nulls = []
+    for i, flag in enumerate([None, True, False]):
+        folder = tmp_path / str(i)
+        shutil.copytree(folders["SDXL"][0], folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        index.pop("force_zeros_for_empty_prompt")
+        index |= {} if flag is None else {"force_zeros_for_empty_prompt": flag}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        nulls.append(Prior.from_pretrained(folder).text.encode(["two"], "")[1]["encoder_hidden_states"])
+    assert [bool(null.any()) for null in nulls] == [False, False, True]
+
+
+def test_guidance_without_text_is_refused(folders, tmp_path, ctrl_here):
+    (tmp_path / "settings.yaml").write_text("guidance: 4.0")
+    done = ctrl_here(
+        "train", "--prior", folders["DiT"][0], "--data", tmp_path, "--control", "dark", "--config",
+        tmp_path / "settings.yaml", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2, "ctrl: guidance and negative_prompt: this prior is given no text. Leave them out.\n"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda folder: shutil.rmtree(folder / "vae"), "cannot be loaded"),
         (lambda folder: edit(folder / "model_index.json", text_encoder=[None, None]), "it lacks its text_encoder"),
         (lambda folder: edit(folder / "scheduler/scheduler_config.json", prediction_type="karras"), "prediction"),
+        (lambda folder: edit(folder / "scheduler/scheduler_config.json", prediction_type="flow"), "known: epsilon"),
         (lambda folder: edit(folder / "unet/config.json", time_cond_proj_dim=8), "is given the guidance"),
+        (lambda folder: edit(folder / "model_index.json", _class_name=["pipeline", "ControlledPipeline"]), "holds a"),
+        (lambda folder: truncate(folder / "text_encoder/model.safetensors"), "cannot be loaded"),
     ],
 )
 def test_a_broken_text_pipeline_is_one_line(folders, tmp_path, change, message):

@@ -4,7 +4,7 @@ import torch
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.control import LoRAControl, Policy
-from ctrl_diffusion.inspection import evaluations
+from ctrl_diffusion.inspection import evaluations, kept_bytes
 from ctrl_diffusion.job import learner_of
 from ctrl_diffusion.reward import Reward
 
@@ -26,6 +26,16 @@ class Tiny:
 
     def prior_samples(self, members, purpose, phase):
         return torch.zeros(members, *self.shape)
+
+
+def test_what_two_rows_tell_of_the_memory_holds_for_many(digits):
+    """What is kept is a part that all rows share and as much again for every row."""
+    policy = Policy(digits.denoiser, LoRAControl("probe", ("no", "yes"), digits.denoiser, rank=4))
+    one, two, many = (kept_bytes(policy, digits, rows) for rows in (1, 2, 16))
+    assert many == pytest.approx(one + 15 * (two - one), rel=0.01)
+    changed = sum(m.get_base_layer().weight.nbytes for m in policy.controls["probe"]._layers)
+    # every row shares the weights that the control changes, and little else
+    assert 2 * one - two == pytest.approx(changed, rel=0.1)
 
 
 @pytest.mark.parametrize("lean", [False, True])

@@ -34,6 +34,7 @@ class ControlledPipeline(DiffusionPipeline):
     Args:
         scheduler, unet, …, tokenizer_3: the parts of the pipeline the controls were trained on.
         base: the name of that pipeline's class.
+        flags: of that pipeline, such as what SDXL takes for no text.
         chain: of the run: steps, sigma_end, time_power, guidance, negative_prompt, size, unconditional, controls.
         id2label: names of the classes.
     """
@@ -43,8 +44,8 @@ class ControlledPipeline(DiffusionPipeline):
     def __init__(
         self, scheduler: Any, unet: Any = None, transformer: Any = None, vae: Any = None, text_encoder: Any = None,
         tokenizer: Any = None, text_encoder_2: Any = None, tokenizer_2: Any = None, text_encoder_3: Any = None,
-        tokenizer_3: Any = None, base: str = "", chain: dict[str, Any] | None = None,
-        id2label: dict[str, str] | None = None,
+        tokenizer_3: Any = None, base: str = "", flags: dict[str, bool] | None = None,
+        chain: dict[str, Any] | None = None, id2label: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(
@@ -52,7 +53,7 @@ class ControlledPipeline(DiffusionPipeline):
             tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3,
             tokenizer_3=tokenizer_3,
         )  # fmt: skip
-        self.register_to_config(base=base, chain=chain, id2label=id2label)
+        self.register_to_config(base=base, flags=flags, chain=chain, id2label=id2label)
         self._ready: tuple[Prior, Policy] | None = None
 
     @property
@@ -81,7 +82,7 @@ class ControlledPipeline(DiffusionPipeline):
         wanted = inspect.signature(kind).parameters
         needed = [name for name, p in wanted.items() if p.default is p.empty or name in self.components]
         with quiet():
-            return kind(**{name: self.components.get(name) for name in needed})
+            return kind(**{name: self.components.get(name) for name in needed}, **(self.config.flags or {}))
 
     def _folder(self) -> Path:
         name = self.config._name_or_path

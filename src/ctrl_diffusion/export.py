@@ -71,6 +71,7 @@ def export(folder: Path, out: Path, overwrite: bool = False) -> None:
             "_class_name": ["pipeline", "ControlledPipeline"],
             "_diffusers_version": index.get("_diffusers_version"),
             "base": index["_class_name"],
+            "flags": {name: value for name, value in index.items() if isinstance(value, bool)},
             "chain": {**chain, "controls": run.names},
             "id2label": index.get("id2label"),
         },

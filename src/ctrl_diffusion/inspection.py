@@ -17,10 +17,10 @@ MEGABYTE = 1e6
 def inspected(prior: Prior) -> dict[str, Any]:
     """Family, sizes and the cost of an update with the settings `ctrl train` would choose for a control of two classes.
 
-    Memory is counted in float32: the weights, what AdamW and the averaged weights hold for the control, and what one
-    step of the chain keeps for the gradient, measured on one row and taken times the batch (the chain is checkpointed,
-    so one step is all that is kept; the states themselves are small). Evaluations are of the network, per sample of an
-    update, as (forward, forward and backward); a guided call counts as two.
+    Memory is counted in float32: the weights, and once more those a control changes; what AdamW and the averaged
+    weights hold for the control; and what an update of `adjoint` keeps for the gradient, all of its regressed steps at
+    once, from one step run on one row and on two. A decoder is not counted. Evaluations are of the network, per sample
+    of an update, as (forward, forward and backward); a guided call counts as two.
 
     Args:
         prior: of a model that is given text, one with prompts; it is given a control.
@@ -32,7 +32,9 @@ def inspected(prior: Prior) -> dict[str, Any]:
     config = Config.of({"prior": "-", "control": "-", "data": "-", **values})
     control = LoRAControl("probe", ("no", "yes"), denoiser, config.rank)
     trained = sum(p.numel() for group in control.parameter_groups().values() for p in group)
-    kept = kept_bytes(Policy(denoiser, control), prior)
+    policy = Policy(denoiser, control)
+    one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
+    rows = config.adjoint.batch * config.adjoint.regressed
     twice = 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
     return {
         "family": prior.pipeline,
@@ -49,9 +51,9 @@ def inspected(prior: Prior) -> dict[str, Any]:
             "chain": config.steps,
             "evaluations": {name: [twice * n for n in each] for name, each in evaluations(config).items()},
             "memory_mb": {
-                "weights": round(4 * parameters / MEGABYTE, 1),
+                "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
                 "control": round(4 * 5 * trained / MEGABYTE, 1),  # itself, its gradient, two moments, the average
-                "activations": round(config.adjoint.batch * kept / MEGABYTE, 1),
+                "activations": round(rows * (two - one) / MEGABYTE, 1),
             },
         },
     }
@@ -70,9 +72,10 @@ def evaluations(config: Config) -> dict[str, tuple[int, int]]:
     }
 
 
-def kept_bytes(policy: Policy, prior: Prior) -> int:
-    """What one step of the policy keeps for the gradient, bytes a row."""
-    cond = {} if prior.classes is None else {"c": torch.zeros(1, dtype=torch.long)}
+def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
+    """What one step of the policy keeps for the gradient of so many rows, bytes."""
+    first = torch.zeros(rows, dtype=torch.long)
+    cond = {} if prior.classes is None else {"c": first}
     held: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 
@@ -82,10 +85,10 @@ def kept_bytes(policy: Policy, prior: Prior) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    x_t = torch.zeros(1, *policy.shape, requires_grad=True)
+    x_t = torch.zeros(rows, *policy.shape, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         t, s = policy.start, policy.start / 2
-        step = transition(policy, x_t, t, s, labels={"probe": torch.zeros(1, dtype=torch.long)}, **cond)
+        step = transition(policy, x_t, t, s, labels={"probe": first}, **cond)
         half_square(step.mean).sum()
     return sum(held.values())
 
@@ -104,7 +107,7 @@ def in_words(found: dict[str, Any]) -> str:
         "conditions": conditions.get(found["conditions"], f"{found['conditions']} classes"),
         "parameters": f"{found['parameters']:,}, and {found['control_parameters']:,} of a control of two classes",
         "an update": f"{step['batch']} samples, chain of {step['chain']} steps",
-        "memory": ", ".join(f"{name} {size:,.0f} MB" for name, size in memory.items()) + " (float32, one step)",
+        "memory": ", ".join(f"{name} {size:,.0f} MB" for name, size in memory.items()) + " (float32, adjoint)",
     }
     lines |= {
         f"  {learner}": f"{forward} + {both} evaluations a sample (forward + forward and backward)"

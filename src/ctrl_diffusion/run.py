@@ -59,6 +59,8 @@ def as_set(prior: Prior, config: Config) -> Prior:
     """A prior with the prompts of a run, or by its null class if it is to be unconditional."""
     if config.prompts is not None:
         prior = prior.with_prompts(config.prompts, config.guidance, config.negative_prompt)
+    elif config.guidance is not None or config.negative_prompt:
+        raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     return prior.unconditional() if config.unconditional else prior
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import diffusers
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..denoise import ControlSite, Network, NetworkDenoiser, Prediction
@@ -35,7 +36,7 @@ FAMILIES = {
 PARTS_ALONE = ("unet", "dit")  # the pipeline itself would cost seconds of imports
 # parts of a pipeline
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer")
+NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Family:
         null: the class that stands for none, None if the network was not trained with one.
         codec: the autoencoder of a latent model.
         text: of a model that is given prompts.
-        tokens: of one x, on which a flow's shift may depend.
+        tokens: of one x of a flow, on which its shift may depend; 0 of others.
     """
 
     network: nn.Module
@@ -126,11 +127,11 @@ class Prior:
             name, _ = index["_class_name"], index["scheduler"][1]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/model_index.json is not one that diffusers writes ({error!r}).") from error
-        if name not in FAMILIES:
+        if not isinstance(name, str) or name not in FAMILIES:
             raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
         try:
             return cls.of_pipeline(opened(folder, index), name, size, index.get("id2label"))
-        except (OSError, ValueError, AttributeError, RuntimeError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, RuntimeError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{folder} cannot be loaded: {reason}") from error
 
@@ -271,16 +272,19 @@ def opened(folder: Path, index: dict[str, Any]) -> Any:
             }
         )
     pipeline = getattr(diffusers, index["_class_name"])
-    # a part that its authors left out stands as [null, null], or not at all
+    # a part that its authors left out stands as [null, null], or not at all; a flag left out has its default
     absent = {
         name: None
-        for name in inspect.signature(pipeline).parameters
-        if name in NOT_NEEDED or index.get(name) in (None, [None, None])
+        for name, parameter in inspect.signature(pipeline).parameters.items()
+        if name in NOT_NEEDED
+        or index.get(name) == [None, None]
+        or (index.get(name) is None and parameter.default is parameter.empty)
     }
     if missing := [name for name in NEEDED if name in absent]:
         raise ValueError(f"it lacks its {' and '.join(missing)}")
     with quiet():
-        return pipeline.from_pretrained(folder, **absent)
+        # said, since transformers would keep what half precision a file has
+        return pipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent)
 
 
 def default_guidance(pipeline: Any) -> float:
@@ -325,11 +329,15 @@ def denoiser_of(family: Family, scheduler: Any) -> NetworkDenoiser:
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         schedule = flow_of(config, family.tokens)
         return NetworkDenoiser(family.network, family.call, schedule, "flow", family.shape, None, family.site)
+    if family.tokens:
+        raise ValueError(
+            f"it is a flow, whose schedule is read from FlowMatchEulerDiscreteScheduler, not {type(scheduler).__name__}"
+        )
     if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
         raise ValueError(f"its {type(scheduler).__name__} has no discrete noise schedule to read")
-    if config.prediction_type not in get_args(Prediction):
-        known = ", ".join(get_args(Prediction))
-        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}; known: {known}")
+    known = [kind for kind in get_args(Prediction) if kind != "flow"]
+    if config.prediction_type not in known:
+        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}; known: {', '.join(known)}")
     if config.get("thresholding"):
         raise ValueError("its scheduler asks for dynamic thresholding of x̂, which is not supported")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
