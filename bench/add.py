@@ -1,4 +1,5 @@
-"""A control that is added later, against the two trained together (about half an hour a seed on one busy thread).
+"""A control that is added later, against the two trained together (about three quarters of an hour a seed on one
+busy thread).
 
 python bench/add.py [SEED …]        (0 1 2 if none is given)
 

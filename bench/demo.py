@@ -1,4 +1,5 @@
-"""The demos' figures over seeds, with peak memory (`make bench`; about ten minutes a seed on two quiet cores).
+"""The demos' figures over seeds, with peak memory (`make bench`; about ten minutes a seed on two quiet cores,
+ink,slant about half an hour on one busy thread).
 
 python bench/demo.py ink|digit|ink,slant [SEED …]        (0 1 2 if none is given)
 

@@ -63,7 +63,7 @@ class Conditions:
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """n pairs (n,): each choice of controls as often as the others, and each of its pairs, but for the remainder.
 
-        One control alone has few pairs of its own; it would hardly be learned if all pairs were alike.
+        One control alone has few pairs of its own, and would be seen seldom if all pairs were alike.
         """
         count, rest = divmod(n, len(self.choices))
         first = int(torch.randint(len(self.choices), (), generator=generator)) if rest else 0
