@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from ctrl_diffusion import assets
 from ctrl_diffusion.cli import main
@@ -51,9 +52,12 @@ def ctrl_here(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def quick_run(ctrl, tmp_path_factory) -> Path:
-    """A run folder made by the command line."""
-    folder = tmp_path_factory.mktemp("runs") / "quick"
-    done = ctrl("demo", "--quick", "--out", folder)
-    assert done.returncode == 0, done.stderr
+def quick_run(ctrl, tmp_path_factory, worker_id) -> Path:
+    """A run folder made by the command line, once for all workers; no test may change it."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root if worker_id == "master" else root.parent) / "quick"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "report.html").is_file():  # what is written last
+            done = ctrl("demo", "--quick", "--out", folder, "--overwrite")
+            assert done.returncode == 0, done.stderr
     return folder

@@ -593,7 +593,7 @@ def test_bad_rows_are_skipped_and_odd_sizes_resized(ctrl_here, ragged, tmp_path,
     rows = [BROKEN[what][0] for what in SKIPPED]
     data = with_rows(ragged, tmp_path / "data", [*rows, "million.png,3,1", "wide.png,3,1"])
     settings = tmp_path / "tiny.yaml"
-    settings.write_text(yaml.safe_dump(TINY if command == "train" else TINY["classifier"]))
+    settings.write_text(yaml.safe_dump(TINY))
     prior = ["--prior", "digits"] if command == "classifier" else []
     done = ctrl_here(
         *JOBS[command], data, *prior, "--skip-bad", "--config", settings, "--quiet", "--out", tmp_path / "out"
