@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import Classifier
@@ -39,8 +40,8 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
     x, reader = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
     judge = Judge({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, reader if with_reader else None)
     conditions = Conditions({"c": torch.arange(10)}, {"y": 1})
-    target = score_target(x, torch.zeros(10, 4, 1), conditions, judge)
-    samples = score_samples(x, conditions, judge)
+    target = score_target(judge.look(x, conditions), torch.zeros(10, 4, 1), conditions)
+    samples = score_samples(judge.look(x, conditions), conditions)
     assert target.accuracy == samples.accuracy == samples.macro_f1 == 1.0
     torch.testing.assert_close(torch.tensor(target.diversity), torch.tensor(samples.diversity))
     if with_reader:
@@ -52,7 +53,9 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
 def test_a_sharp_reward_picks_what_it_rewards():
     y = demo.ink_ruler(x := demo.labelled_digits("ink", 0)[0][0].x[:40])
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
-    target = score_target(x, table, Conditions({}, {"y": 4}), Judge({"y": demo.ink_ruler}))
+    target = score_target(
+        Judge({"y": demo.ink_ruler}).look(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
+    )
     assert target.accuracy > 1 - 1e-6
     assert target.judge_accuracy is None
     torch.testing.assert_close(target.confusion, torch.eye(4), rtol=0, atol=1e-6)
@@ -62,21 +65,23 @@ def test_the_second_opinion_is_counted_as_the_rulers_is():
     """A judge that sees what the ruler sees has its accuracy, on samples and on the target alike."""
     x, judge = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
     both = Judge({"y": lambda x: judge.log_prob(x).argmax(1)}, seconds={"y": judge})
-    target = score_target(x, torch.randn(1, 40, 4), Conditions({}, {"y": 4}), both)
-    samples = score_samples(x, Conditions({}, {"y": 4}), both)
+    target = score_target(both.look(x, Conditions({}, {"y": 4})), torch.randn(1, 40, 4), Conditions({}, {"y": 4}))
+    samples = score_samples(both.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4}))
     for score in (target, samples):
         torch.testing.assert_close(score.judge_accuracy, score.accuracy)
     alone = Judge({}, seconds={"y": judge})  # where nothing else measures y
-    assert score_samples(x, Conditions({}, {"y": 4}), alone).accuracy == samples.accuracy
+    assert score_samples(alone.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})).accuracy == samples.accuracy
     blind = Judge({"y": demo.ink_ruler}, seconds={"y": judge})
     seen = judge.log_prob(x).argmax(1) == torch.arange(4).repeat_interleave(10)
-    assert score_samples(x, Conditions({}, {"y": 4}), blind).judge_accuracy == pytest.approx(float(seen.float().mean()))
+    assert score_samples(
+        blind.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})
+    ).judge_accuracy == pytest.approx(float(seen.float().mean()))
 
 
 def test_confusion_has_what_was_asked_in_its_rows():
     conditions = Conditions({}, {"y": 3})  # six samples, two for each class in turn
     came = torch.tensor([0, 1, 1, 1, 0, 2])
-    score = score_samples(torch.zeros(6, 1, 2, 2), conditions, Judge({"y": lambda x: came}))
+    score = score_samples(Judge({"y": lambda x: came}).look(torch.zeros(6, 1, 2, 2), conditions), conditions)
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
     assert score.accuracy == pytest.approx(4 / 6)
 
@@ -131,12 +136,46 @@ def test_several_controls_are_counted_each_and_all():
     conditions = Conditions({}, {"ink": 2, "slant": 2})  # labels (0,0) (0,1) (1,0) (1,1), two samples each
     ink, slant = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 1, 0, 0, 1, 1])
     judge = Judge({"ink": lambda x: ink, "slant": lambda x: slant})
-    score = score_samples(torch.zeros(8, 1, 2, 2), conditions, judge)
+    score = score_samples(judge.look(torch.zeros(8, 1, 2, 2), conditions), conditions)
     assert score.each == {"ink": 6 / 8, "slant": 7 / 8}
     assert score.accuracy == 5 / 8
     assert score.confusion.diagonal().tolist() == [1 / 2, 1 / 2, 1, 1 / 2]
     assert score.judge_accuracy is None
     # the same samples as the prior's, weighted evenly: every label sees all eight
-    target = score_target(torch.zeros(8, 1, 2, 2), torch.zeros(1, 8, 4), conditions, judge)
+    target = score_target(judge.look(torch.zeros(8, 1, 2, 2), conditions), torch.zeros(1, 8, 4), conditions)
     assert target.each == {"ink": 0.5, "slant": 0.5}
     assert target.accuracy == pytest.approx(0.25)
+
+
+def test_a_look_at_many_samples_is_a_look_at_each():
+    """A few at a time, decoded; every condition's reader and second classifier see their own."""
+    x, reader = torch.randn(40, 1, 4, 4), Classifier(1, 2, grid=4).eval().requires_grad_(False)
+    decoded = []
+
+    def decode(part):
+        decoded.append(len(part))
+        return F.interpolate(part, scale_factor=2)
+
+    def outside(x_0, images):
+        return (x_0[:, 0, 0, 0] > 0) & (images[:, 0, 1, 1] > 0.5)
+
+    second = Classifier(1, 2).eval().requires_grad_(False)
+    judge = Judge({"y": lambda images: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, decode)
+    conditions = Conditions({"c": torch.arange(2)}, {"y": 2})
+    look = judge.look(x, conditions)
+    assert decoded == [16, 16, 8]
+    images = F.interpolate(x, scale_factor=2)
+    assert torch.equal(look.measured["y"], (images.mean((1, 2, 3)) > 0).long())
+    group = torch.arange(2).repeat_interleave(20)
+    assert torch.equal(look.adheres, (reader.log_prob(images).argmax(1) == group).float())
+    assert torch.equal(look.seen["y"], judge.seconds["y"].log_prob(images).argmax(1))
+    torch.testing.assert_close(look.features, reader.features(images))
+    assert torch.equal(look.outside, (x[:, 0, 0, 0] > 0.5).float())
+    rows = torch.tensor([3, 30])
+    assert torch.equal(look[rows].features, look.features[rows])
+    assert torch.equal(look[rows].measured["y"], look.measured["y"][rows])
+
+
+@pytest.mark.parametrize(("side", "length"), [(32, 32 * 32), (100, 32 * 32), (8, 64)])
+def test_pixels_of_large_images_are_averaged_before_they_are_compared(side, length):
+    assert Judge({}).features(torch.ones(2, 1, side, side)).shape == (2, length)

@@ -66,7 +66,7 @@ def run_on(name, finished, folder):
     shutil.copytree(finished, folder / "run")
     config = yaml.safe_load((finished / "config.yaml").read_text()) | {"prior": str(folder / "prior")}
     if name in ("DDPM", "DiT"):
-        config |= {"prompts": None, "classes": None if name == "DDPM" else [0, 3]}
+        config |= {"prompts": None, "guidance": None, "classes": None if name == "DDPM" else [0, 3]}
     config["size"] = [32, 48] if name == "Flux" else None
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     prior = Prior.from_pretrained(folder / "prior", config["size"])
@@ -119,16 +119,44 @@ def test_an_exported_run_draws_the_same_images_without_us(finished, ctrl_here, t
     assert (out / "grid.png").is_file()
 
 
-def test_the_adapter_alone_is_what_diffusers_loads(finished, tmp_path):
-    """`load_lora_weights` of the pipeline the run was trained on gives its layers W + BA."""
+def opened(out, **options):
+    """The exported pipeline in this process, as diffusers loads its parts."""
+    parts = StableDiffusionPipeline.from_pretrained(out.parent / "prior", **options).components
+    index = json.loads((out / "model_index.json").read_text())
+    wanted = {name: parts[name] for name in ("scheduler", "unet", "vae", "text_encoder", "tokenizer")}
+    pipe = ControlledPipeline(**wanted, base=index["base"], chain=index["chain"])
+    pipe.register_to_config(_name_or_path=str(out))
+    return pipe
+
+
+def test_an_export_may_be_loaded_in_half_precision(finished, tmp_path):
+    """As text models usually are; what the control does to the pictures is what it does in float32 but for rounding."""
     run, _ = run_on("SD 1", finished, tmp_path)
+    export(run, tmp_path / "out")
+
+    def drawn(pipe, **given):
+        generator = torch.Generator().manual_seed(0)
+        return pipe("two", num_images_per_prompt=4, output_type="pt", generator=generator, **given).images.float()
+
+    full, half = opened(tmp_path / "out"), opened(tmp_path / "out", torch_dtype=torch.bfloat16)
+    said, meant = (drawn(pipe, controls={"dark": "yes"}) - drawn(pipe) for pipe in (half, full))
+    assert meant.abs().max() > 0.05
+    assert torch.cosine_similarity(said.flatten(), meant.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("alpha", [None, 8.0])
+def test_the_adapter_alone_is_what_diffusers_loads(finished, tmp_path, alpha):
+    """`load_lora_weights` of the pipeline the run was trained on gives its layers W + BA, scaled by α over the rank."""
+    run, _ = run_on("SD 1", finished, tmp_path)
+    about = json.loads((run / "control" / "control.json").read_text())
+    (run / "control" / "control.json").write_text(json.dumps({**about, "alpha": alpha}))
     export(run, tmp_path / "out")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "prior")
     pipeline.load_lora_weights(tmp_path / "out" / "controls" / "dark")
     tensors = load_file(run / "control" / "control.safetensors")
     for key in [key for key in tensors if key.endswith("lora_A.weight")]:
         layer = pipeline.unet.get_submodule(key.removeprefix("adapter.").removesuffix(".lora_A.weight"))
-        expected = tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+        expected = (alpha or 2) / 2 * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
         torch.testing.assert_close(layer.get_delta_weight(layer.active_adapters[0]), expected)
 
 
@@ -178,11 +206,7 @@ def test_what_cannot_be_exported_is_one_line(finished, ctrl_here, tmp_path, argu
 def test_a_wrong_call_says_what_is_wrong(finished, tmp_path, given, message):
     run, _ = run_on("SD 1", finished, tmp_path)
     export(run, tmp_path / "out")
-    parts = StableDiffusionPipeline.from_pretrained(tmp_path / "prior").components
-    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    wanted = {name: parts[name] for name in ("scheduler", "unet", "vae", "text_encoder", "tokenizer")}
-    pipe = ControlledPipeline(**wanted, base=index["base"], chain=index["chain"])
-    pipe.register_to_config(_name_or_path=str(tmp_path / "out"))
+    pipe = opened(tmp_path / "out")
     assert pipe("two", controls={"dark": "no"}, output_type="pt").images.shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match=message):
         pipe(**({"prompt": "two"} | given))

@@ -22,9 +22,10 @@ from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.pretrained import PRECISIONS, Prior
 from ctrl_diffusion.reward import Reward
 from ctrl_diffusion.rollout import rollout
+from ctrl_diffusion.run import Run
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
 
@@ -178,6 +179,73 @@ def test_a_null_control_is_the_network_itself(folders, name):
         compared(mixed, torch.stack([steered[0], expected[1]]))
 
 
+def half_stored(folders, name, dtype):
+    """A pipeline's prior whose network has its weights in half precision."""
+    prior = opened(folders, name)
+    prior.denoiser.network.to(dtype)
+    return prior
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stored", [False, True], ids=["autocast", "stored"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_half_precision_is_the_networks_alone(folders, name, stored, precision):
+    """By autocast or in the weights: x̂ is float32 and near the network's, null is bit for bit, the control is heard."""
+    dtype = PRECISIONS[precision]
+    full = controlled(opened(folders, name))
+    prior = half_stored(folders, name, dtype) if stored else opened(folders, name).placed("cpu", precision)
+    x = torch.randn(2, *prior.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        bare = prior.denoiser(x, 0.5, **given(prior))
+        policy = controlled(prior)
+        assert torch.equal(policy(x, 0.5, labels={"ink": torch.full((2,), NULL)}, **given(prior)), bare)
+        labels = {"ink": torch.tensor([1, 2])}
+        steered, expected = (p(x, 0.5, labels=labels, **given(prior)) for p in (policy, full))
+        before = full.prior(x, 0.5, **given(prior))
+    assert steered.dtype == bare.dtype == torch.float32
+    # a rounding of 2⁻⁸ (bf16) or 2⁻¹¹ at each of some ten layers, through guidance
+    close = (0.15 if precision == "bf16" else 0.03) * float(before.abs().max())
+    torch.testing.assert_close(bare, before, rtol=0, atol=close)
+    said, meant = (steered - bare).flatten(), (expected - before).flatten()
+    assert torch.cosine_similarity(said, meant, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_adapter_of_a_network_in_half_precision_is_trained_in_full(folders, dtype):
+    """Beside W and not in it: W + BA rounds to W where BA is below half an ulp."""
+    prior = half_stored(folders, "SD 1", dtype)
+    policy = controlled(prior)
+    adapter = policy.parameter_groups()["adapter"]
+    x, c, y = torch.randn(2, *prior.denoiser.shape), torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
+    weight = policy.controls["ink"]._layers[0].get_base_layer().weight
+    with policy.controls["ink"].active(y):
+        assert policy.controls["ink"]._layers[0].get_base_layer().weight is weight
+    policy(x, 0.5, labels={"ink": y}, c=c).sum().backward()
+    assert {p.dtype for p in adapter} == {p.grad.dtype for p in adapter} == {torch.float32}
+    assert all(p.grad.any() for p in adapter)
+
+
+def test_adapters_are_as_asked(folders, tmp_path):
+    """Rank, α and layers; saved and loaded; what α over the rank is, the control is multiplied by."""
+    prior = opened(folders, "SD 1")
+    control = LoRAControl("ink", "1234", prior.denoiser, rank=4, alpha=8, targets=["to_q"])
+    named = [key for key, m in prior.denoiser.network.named_modules() if m in control._layers]
+    assert named
+    assert all(key.endswith("to_q") for key in named)
+    with torch.no_grad():
+        for p in control.parameter_groups()["adapter"]:
+            p.normal_()
+    layer = control._layers[0]
+    a, b = layer.lora_A[control.adapter].weight, layer.lora_B[control.adapter].weight
+    torch.testing.assert_close(control._differences()[0], 2 * b @ a)
+    control.save(tmp_path)
+    again = LoRAControl.load(tmp_path, opened(folders, "SD 1").denoiser)
+    assert (again.rank, again.alpha, again.targets) == (4, 8, ["to_q"])
+    torch.testing.assert_close(again._differences()[0], control._differences()[0])
+    with pytest.raises(ValueError, match="lora_targets: .*no_such_layer"):
+        LoRAControl("other", "1234", prior.denoiser, targets=["no_such_layer"])
+
+
 # each update sees every step of the rollout
 LEARNERS = {
     "weighted": lambda times, x_0: Weighted(x_0, times, batch=32),
@@ -287,6 +355,27 @@ def test_a_second_encoder_that_is_missing_is_one_line(folders, tmp_path, name, p
         Prior.from_pretrained(tmp_path / "broken")
 
 
+@pytest.mark.parametrize(("name", "part"), [("DDPM", "unet"), ("DiT", "transformer"), ("SD 1", "scheduler")])
+def test_a_part_that_is_not_there_is_one_line(folders, tmp_path, name, part):
+    shutil.copytree(folders[name][0], tmp_path / "broken")
+    edit(tmp_path / "broken" / "model_index.json", **{part: [None, None]})
+    with pytest.raises(ValueError, match=f"broken cannot be loaded: it lacks its {part}"):
+        Prior.from_pretrained(tmp_path / "broken")
+
+
+def test_early_pipelines_have_their_parts_beside_the_index(folders, tmp_path):
+    """As many of the best-known DDPMs on the hub."""
+    shutil.copytree(folders["DDPM"][0], tmp_path / "early")
+    for part in ("unet", "scheduler"):
+        for file in (tmp_path / "early" / part).iterdir():
+            file.rename(tmp_path / "early" / file.name)
+        (tmp_path / "early" / part).rmdir()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        found, expected = (Prior.from_pretrained(f).denoiser(x, 0.5) for f in (tmp_path / "early", folders["DDPM"][0]))
+    assert torch.equal(found, expected)
+
+
 def test_a_flow_is_not_read_from_a_scheduler_of_diffusion(folders, tmp_path):
     shutil.copytree(folders["SD 3"][0], tmp_path / "broken")
     edit(tmp_path / "broken" / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
@@ -389,14 +478,16 @@ def test_prompts_are_numbered_and_guided(folders):
 @pytest.mark.filterwarnings("ignore:log Z")
 @pytest.mark.parametrize("source", ["file", "column"])
 def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, source):
-    """Latents, prompts of a file or of the data, p̂ and pictures on images; then a prompt nobody trained."""
+    """Prompts of a file, p̂ and pictures on images; or those of the data, p̂ on latents, and each update in parts; then a
+    prompt nobody trained."""
     dark = torch.arange(60) % 2
     x = torch.where(dark[:, None, None, None] == 1, -0.5, 0.5) + 0.1 * torch.randn(60, 3, 32, 32)
     labels = {"prompt": torch.arange(60) // 30, "dark": dark}
     write_imagefolder(tmp_path / "data", LabelledImages(x, labels, {"prompt": tuple(PROMPTS), "dark": ("no", "yes")}))
     (tmp_path / "prompts.txt").write_text("a seven\n\ntwo\n")
     tiny = {
-        "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical"},
+        "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical", "latents": source == "column"},
+        "micro_batch": 3 if source == "column" else None, "lora_alpha": 4.0, "lora_targets": ["to_q", "to_k"],
         "weighted": {"updates": 2, "batch": 4, "cache": 8}, "adjoint": {"updates": 2, "batch": 4},
         "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8}, "steps": 3, "rank": 2,
     }  # fmt: skip
@@ -409,7 +500,17 @@ def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, s
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["prompts"], config["classes"]) == (PROMPTS, [0, 1])
+    assert (config["prompts"], config["classes"], config["guidance"]) == (PROMPTS, [0, 1], 7.5)
+    opened = Run.load(run)
+    assert opened.policy.controls["dark"].targets == ["to_q", "to_k"]
+    shape = (4, 8, 8) if source == "column" else (3, 32, 32)
+    p_hat, judge = opened.judges["dark"].classifier, opened.judges["dark"].judge
+    assert (p_hat.latent, p_hat.shape["channels"], judge.shape["channels"]) == (source == "column", shape[0], 3)
+    z = torch.randn(2, 4, 8, 8)
+    seen = z if source == "column" else opened.prior.decode(z)
+    y = torch.tensor([0, 1])
+    expected = p_hat.log_prob(seen).gather(1, y[:, None]).squeeze(1)
+    torch.testing.assert_close(opened.reward(z, {"dark": y}), expected)
     metrics = json.loads((run / "metrics.json").read_text())
     assert (metrics["ctrl"]["class_accuracy"] is None) == (source == "file")
     assert Image.open(next((run / "samples").glob("0*.png"))).size == (32, 32)
@@ -426,6 +527,7 @@ def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, s
     ("arguments", "message"),
     [
         ([], "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition"),
+        (["--prompts", "{many}"], "many.txt has 65 prompts; 64 at most are trained one by one"),
         (["--prompts", "{none}"], "is no file of prompts, one a line"),
         (["--prompts", "{empty}"], "has no prompts. Write one a line"),
         (["--condition", "caption"], "has no column caption; it has: file_name, dark"),
@@ -437,7 +539,8 @@ def test_prompts_that_are_not_there_are_one_line(folders, ctrl_here, tmp_path, a
         tmp_path / "data", LabelledImages(torch.zeros(2, 3, 8, 8), {"dark": torch.arange(2)}, {"dark": ("no", "yes")})
     )
     (tmp_path / "empty.txt").write_text("\n")
-    names = {"none": tmp_path / "none.txt", "empty": tmp_path / "empty.txt"}
+    (tmp_path / "many.txt").write_text("\n".join(f"number {i}" for i in range(65)))
+    names = {name: tmp_path / f"{name}.txt" for name in ("none", "empty", "many")}
     done = ctrl_here(
         "train", "--prior", folders["SD 1"][0], "--data", tmp_path / "data", "--control", "dark",
         *(text.format(**names) for text in arguments), "--out", tmp_path / "run",

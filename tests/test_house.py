@@ -72,4 +72,4 @@ def test_the_core_stays_small():
     borders = ("pretrained", "controlled", "export", "backbone", "images", "rules", "sources", "reading")
     outside = (*borders, "assets", "demo", "exact", "lattice", "testbed", "report", "job", "cli")
     core = [p for p in MODULES if room(p) not in outside]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in core) < 4500
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in core) < 5000

@@ -129,7 +129,10 @@ def test_what_turns_round_with_c_is_learned_given_c(tmp_path):
         again.reader.log_prob(x, c)
     # so does whoever scores samples: two for each (c, y) in turn
     rows = torch.cat([((y == k) & (c == g)).nonzero()[:2, 0] for g in (0, 1) for k in (0, 1)])
-    score = score_samples(x[rows], Conditions({"c": torch.arange(2)}, {"y": 2}), Judge({}, seconds={"y": again.judge}))
+    score = score_samples(
+        Judge({}, seconds={"y": again.judge}).look(x[rows], Conditions({"c": torch.arange(2)}, {"y": 2})),
+        Conditions({"c": torch.arange(2)}, {"y": 2}),
+    )
     assert score.accuracy == score.judge_accuracy > 0.8
 
 

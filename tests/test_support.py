@@ -78,17 +78,17 @@ def test_what_fools_the_reward_leaves_its_support_and_not_the_judge(judged):
 def test_scores_have_the_share_outside():
     """Of even weights it is the samples' own; of sharp ones that of the rewarded."""
     x, conditions = torch.arange(8.0).view(8, 1, 1, 1), Conditions({}, {"y": 2})
-    judge = Judge({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x: x.flatten() > 5)
-    score = score_samples(x, conditions, judge)
+    judge = Judge({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x, _: x.flatten() > 5)
+    score = score_samples(judge.look(x, conditions), conditions)
     assert score.outside == 2 / 8
     assert score.outside_stderr == pytest.approx(float(torch.tensor([0.0] * 6 + [1.0] * 2).std()) / 8**0.5)
-    assert score_target(x, torch.zeros(1, 8, 2), conditions, judge).outside == pytest.approx(2 / 8)
+    assert score_target(judge.look(x, conditions), torch.zeros(1, 8, 2), conditions).outside == pytest.approx(2 / 8)
     table = torch.zeros(1, 8, 2)
     table[0, 7] = 50.0
-    assert score_target(x, table, conditions, judge).outside == pytest.approx(1.0)
+    assert score_target(judge.look(x, conditions), table, conditions).outside == pytest.approx(1.0)
     blind = Judge(judge.rulers)
-    assert score_samples(x, conditions, blind).outside is None
-    assert score_target(x, table, conditions, blind).outside is None
+    assert score_samples(blind.look(x, conditions), conditions).outside is None
+    assert score_target(blind.look(x, conditions), table, conditions).outside is None
 
 
 @pytest.mark.parametrize(

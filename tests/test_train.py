@@ -1,3 +1,5 @@
+from itertools import islice
+
 import pytest
 import torch
 
@@ -59,3 +61,36 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights():
     with pytest.raises(FloatingPointError, match="loss of update 1"):
         list(fit(trained, iter([Step(torch.tensor(float("nan"), requires_grad=True))]), 1, LR))
     assert all(torch.equal(p, q) for p, q in zip(before, trained.parameters(), strict=True))
+
+
+def test_a_step_is_taken_after_its_last_part():
+    """Parts in any number train as the whole does, and their figures add up."""
+    whole, parted = policy(), policy()
+
+    def in_parts(stream):
+        for step in stream:
+            for share, last in ((0.25, False), (0.5, False), (0.25, True)):
+                graph = share * next(losses(parted)).loss
+                yield Step(graph, {name: share * value for name, value in step.metrics.items()}, last)
+
+    first, second = list(fit(whole, losses(whole), 20, LR)), list(fit(parted, in_parts(losses(parted)), 20, LR))
+    assert [update.number for update in second] == list(range(1, 21))
+    assert [u.loss for u in second] == pytest.approx([u.loss for u in first], rel=1e-4)
+    assert second[0].metrics == {"seen": 1.0}
+    torch.testing.assert_close(weights(parted), weights(whole), rtol=1e-3, atol=1e-5)
+
+
+def test_what_half_precision_scales_up_on_the_way_back_is_scaled_down_again():
+    """A power of two, so that the same numbers come out to the bit."""
+    results = []
+    for scale in (1.0, 1024.0):
+        trained = policy()
+        trained.base.gradient_scale = scale
+        list(fit(trained, losses(trained), 10, LR))
+        results.append(weights(trained))
+    assert torch.equal(*results)
+
+
+def test_a_stream_that_ends_ends_the_training():
+    trained = policy()
+    assert len(list(fit(trained, islice(losses(trained), 3), 10, LR))) == 3

@@ -74,6 +74,7 @@ class Scorer(nn.Module):
     """
 
     at_once = 1024  # x; thousands of images at once would not fit
+    latent = False  # whether x are the latents of a latent model
     borrowed: str | tuple[str, ...] = ()  # how the names of weights begin that are not ours to save
     shape: dict[str, Any]
     described: str
@@ -114,7 +115,7 @@ class Scorer(nn.Module):
     def in_parts(self, trunk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         few = self.at_once
         parts = x.split(few) if isinstance(x, Tensor) else (x[rows] for rows in torch.arange(len(x)).split(few))
-        return torch.cat([trunk(part) for part in parts])
+        return torch.cat([trunk(part.to(self.temperature.device)) for part in parts])
 
     def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Raw scores of x: (B, K), or (B, 1) of an ordinal head, (B, 2) of a Gaussian one.
@@ -128,7 +129,7 @@ class Scorer(nn.Module):
         if self.conditional:
             if not 0 <= c.min() <= c.max() < self.film.num_embeddings:
                 raise ValueError(f"c must lie in 0 … {self.film.num_embeddings - 1}, got {c.unique().tolist()}.")
-            scale, shift = self.film(c).chunk(2, dim=1)
+            scale, shift = self.film(c.to(features.device)).chunk(2, dim=1)
             features = features * (1 + scale) + shift
         return self.score(features)
 

@@ -159,7 +159,7 @@ def classifier(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     condition: Condition = None,
     prior: Annotated[str | None, typer.Option(help="A pipeline folder: read the images at its size.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings (a config.yaml), of which classifier: is read.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings, of which classifier: and size: are read.")] = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
@@ -169,10 +169,13 @@ def classifier(
     from .config import ControlSettings, listed, read_settings
     from .job import classifier_job
 
-    given = listed({**(read_settings(config) if config else {}), "control": control})["controls"][0]
+    whole = read_settings(config) if config else {}
+    given = listed({**whole, "control": control})["controls"][0]
     settings = ControlSettings.of({**given, "data": data}, str(config)).classifier
     with phases(quiet) as phase:
-        judges = classifier_job(data, control, condition, out, prior, seed, overwrite, skip_bad, phase, settings)
+        judges = classifier_job(
+            data, control, condition, out, prior, seed, overwrite, skip_bad, phase, settings, whole.get("size")
+        )
     found = judges.quality
     if not quiet:
         typer.echo(
@@ -274,13 +277,16 @@ def add(
 @app.command(epilog="Example: ctrl inspect my-pipeline")
 def inspect(
     prior: Annotated[str, typer.Argument(help="A pipeline of diffusers, folder or hub id; or digits.")],
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Height and width of the images, if it makes any.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what a pre-trained model is, and what training a control on it would take."""
     from .inspection import in_words, inspected
     from .run import open_prior
 
-    model = open_prior(prior)
+    model = open_prior(prior, size)
     found = inspected(model.with_prompts([""]) if model.text else model)
     typer.echo(json.dumps(found, indent=2) if json_ else in_words(found))
 

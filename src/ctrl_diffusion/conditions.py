@@ -10,6 +10,16 @@ from torch import Tensor
 from .control import NULL, Labels
 
 
+def parts(n: int, most: int | None) -> list[slice]:
+    """Rows 0 … n − 1 in slices of `most`; None for all at once."""
+    return [slice(start, min(start + (most or n), n)) for start in range(0, n, most or n)]
+
+
+def rows_of(values: dict[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
+    """Some rows of each."""
+    return {name: value[rows] for name, value in values.items()}
+
+
 @dataclass
 class Conditions:
     """Every pair (c, y): G conditions of the prior times K labels y.
@@ -85,7 +95,7 @@ class Conditions:
 
     def cond_of(self, group: Tensor) -> dict[str, Tensor]:
         """The prior's conditions for groups (B,)."""
-        return {name: rows[group] for name, rows in self.cond.items()}
+        return rows_of(self.cond, group)
 
     def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
         """Labels and conditions of pairs (B,)."""

@@ -49,6 +49,7 @@ class ClassifierSettings(Strict):
         backbone: a frozen vision network of transformers, a folder or a hub id, on whose features a linear head is
             fitted; grid, depth and augment are not used then.
         factory: "module:function" that makes the network, from K and (C, H, W).
+        latents: p̂ looks at a latent model's latents: no decoder in training; the judge looks at images all the same.
     """
 
     head: Literal["auto", "categorical", "ordinal"] = "auto"
@@ -61,10 +62,15 @@ class ClassifierSettings(Strict):
     conditional: bool = False
     backbone: str | None = None
     factory: str | None = None
+    latents: bool = False
 
     @model_validator(mode="after")
     def one_kind(self) -> "ClassifierSettings":
-        """A factory's network has its own head and features."""
+        """A factory's network has its own head and features; what was trained on images does not know latents."""
+        if self.latents and (self.backbone or self.augment in ("any_side_up", "half_turn")):
+            raise ValueError(
+                "latents excludes a backbone, and turning: a turned image's latents are not turned latents"
+            )
         if self.factory and (self.backbone or self.conditional or self.head == "ordinal"):
             raise ValueError("factory excludes backbone, conditional and an ordinal head")
         return self
@@ -205,6 +211,13 @@ class Config(Strict):
         classes: the prior's classes that are trained and certified, null for an unconditional prior.
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
         patience: a learner stops after so many probes in turn without a better control; null lets it finish.
+        device: of prior, p̂ and paths; "auto" takes an accelerator of CUDA if there is one.
+        mixed_precision: of the prior's network, by autocast; densities and KL are float32 all the same.
+        micro_batch: samples that go through the network at once while a gradient is kept; null for all of an update's.
+            What is trained does not depend on it, memory does.
+        vae_tiling: decode large images in tiles, which are not the whole's to the last digit.
+        rank, lora_alpha, lora_targets: of a control's adapter; its scale is alpha/rank, 1 if null. Names or endings of
+            names of the layers it changes; null for those of the network's family.
     """
 
     prior: str
@@ -221,7 +234,13 @@ class Config(Strict):
     steps: int = Field(20, ge=1)
     sigma_end: float = Field(0.05, gt=0, lt=1)
     time_power: float = Field(2.0, ge=1)
+    device: str = "auto"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    micro_batch: int | None = Field(None, ge=1)
+    vae_tiling: bool = False
     rank: int = Field(64, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    lora_targets: list[str] | None = Field(None, min_length=1)
     learners: list[LearnerName] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
     patience: int | None = Field(None, ge=1)
@@ -326,9 +345,9 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     """Settings that depend on prior and data; the rest are the defaults above.
 
     Every (c, y) needs some hundred samples of the prior it can call its own. What there is to learn grows with the
-    pairs; time and memory of an update with batch × dimensions; the noise of a learning rate with the size of the
-    network and, for adjoints, with one over the root of the batch. Where x has many dimensions y is decided within a
-    short stretch of the chain, which needs steps.
+    pairs; time of an update with batch × dimensions, memory with micro-batch × dimensions; the noise of a learning rate
+    with the size of the network and, for adjoints, with one over the root of the batch. Where x has many dimensions y
+    is decided within a short stretch of the chain, which needs steps.
 
     Args:
         shape: of one x.
@@ -347,6 +366,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     return {
         "steps": 20 if dimensions <= 256 else 40,
         "rank": rank,
+        "micro_batch": None if dimensions <= 4096 else max(1, 2**15 // dimensions),
         "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 4, **lr},
         "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},

@@ -92,6 +92,7 @@ class Control(nn.Module, ABC):
 
     def embedded(self, table: nn.Embedding, y: Tensor) -> Tensor:
         """Rows (B, width) of a table for labels y: null is the last, which stays zero; between levels on a line."""
+        y = y.to(table.weight.device)
         if not y.is_floating_point():
             return table(torch.where(y == NULL, self.size, y))
         low = y.clamp(0, self.size - 2).long()
@@ -106,9 +107,11 @@ class LoRAControl(Control):
         name: the label's name, also the adapter's.
         values: what the user calls the classes, in order.
         denoiser: the prior; its network is given the adapter, switched off.
-        rank: rank of the adapter; its scale is α/rank = 1.
+        rank: rank of the adapter.
         seed: of the adapter's random half (the other half is zero).
         scale: whether y is on a scale.
+        alpha: of the adapter, whose scale is α/rank; None for a scale of 1.
+        targets: PEFT's target modules, names or endings of names; None for those of the network's family.
 
     Raises:
         ValueError: the denoiser does not say where a control enters it, or carries a control of that name already.
@@ -122,29 +125,37 @@ class LoRAControl(Control):
         rank: int = 64,
         seed: int = 0,
         scale: bool = False,
+        alpha: float | None = None,
+        targets: Sequence[str] | None = None,
     ) -> None:
         super().__init__(name, values, scale)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
-        self.rank = rank
+        self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
         # modules are named after it, and a module cannot be called "type" or have a dot in its name
         self.adapter = "control_" + re.sub(r"\W", "_", name)
         if any(isinstance(m, LoraLayer) and self.adapter in m.lora_A for m in denoiser.network.modules()):
             raise ValueError(f"this prior already carries a control {name!r}. Load the prior again for another one.")
         others = [(p, p.requires_grad) for key, p in denoiser.network.named_parameters() if "lora_" in key]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(denoiser.site.targets))
+        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets or denoiser.site.targets))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
             torch.default_generator.manual_seed(seed)
-            inject_adapter_in_model(config, denoiser.network, adapter_name=self.adapter)
+            try:
+                inject_adapter_in_model(config, denoiser.network, adapter_name=self.adapter)
+            except ValueError as error:
+                raise ValueError(f"lora_targets: {' '.join(str(error).split())[:200]}") from error
             self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
+        self.to(denoiser.device)
         for p, before in others:  # peft takes every adapter but the newest for finished
             p.requires_grad_(before)
         nn.init.zeros_(self.table.weight)
         denoiser.network.eval()
         # not a registered child: the prior owns its network, the control only its own parameters
-        self._network = [denoiser.network]
+        self._network, self._half = [denoiser.network], denoiser.stored is not None
         self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
+        for p in self.parameter_groups()["adapter"] if self._half else ():
+            p.data = p.data.float()  # peft makes them as the layers are
         self._shift: Tensor | None = None
         self._kept: list[Tensor] | None = None
         for site in denoiser.site.embeddings:
@@ -155,7 +166,7 @@ class LoRAControl(Control):
         if self._shift is None:
             return output
         # a guided network is called with the rows twice, without and with the prompt: the control acts in both
-        return output + self._shift.repeat(len(output) // len(self._shift), 1)
+        return output + self._shift.repeat(len(output) // len(self._shift), 1).to(output.dtype)
 
     def _silence(self) -> None:
         # the layers' own way of adding the adapter; peft's enable_adapters() would also flip requires_grad
@@ -185,20 +196,39 @@ class LoRAControl(Control):
 
     @contextmanager
     def active(self, y: Tensor) -> Iterator[None]:
-        # (W + BA)x and not Wx + B(Ax): the same, but with many rows to a layer far fewer products (docs/lab-notes.md)
         if self._shift is not None:
             raise RuntimeError(f"the control {self.name!r} is active already.")
+        with self._beside() if self._half else self._within():
+            self._shift = self.embedded(self.table, y)
+            try:
+                yield
+            finally:
+                self._shift = None
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Wx + B(Ax), as PEFT adds it: in half precision most of BA would be lost in the sum with W."""
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self._layers]
+        for layer, (off, active) in zip(self._layers, before, strict=True):
+            layer._disable_adapters = False
+            layer._active_adapter = [self.adapter] if off else [*active, self.adapter]
+        try:
+            yield
+        finally:
+            for layer, (off, active) in zip(self._layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = off, active
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """(W + BA)x: the same as Wx + B(Ax), but with many rows to a layer far fewer products (docs/lab-notes.md)."""
         homes = [layer.get_base_layer()._parameters for layer in self._layers]
         own = [home["weight"] for home in homes]
         changed = [weight + difference for weight, difference in zip(own, self._differences(), strict=True)]
-        shift = self.embedded(self.table, y)
         try:
-            self._shift = shift
             for home, weight in zip(homes, changed, strict=True):
                 home["weight"] = weight
             yield
         finally:
-            self._shift = None
             for home, weight in zip(homes, own, strict=True):
                 home["weight"] = weight
 
@@ -216,9 +246,8 @@ class LoRAControl(Control):
         tensors = {f"adapter.{key}": value.contiguous() for key, value in adapter.items()}
         with writing(folder / "control.safetensors") as temporary:
             save_file({**tensors, "table": self.table.weight.detach()}, temporary)
-        write_json(
-            folder / "control.json", {"name": self.name, "values": self.values, "rank": self.rank, "scale": self.scale}
-        )
+        about = ("name", "values", "rank", "scale", "alpha", "targets")
+        write_json(folder / "control.json", {key: getattr(self, key) for key in about})
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
@@ -273,6 +302,7 @@ class SideControl(Control):
             self.of_c = nn.Embedding(conditions, width) if conditions else None
         nn.init.zeros_(self.outer[-1].weight)
         nn.init.zeros_(self.outer[-1].bias)
+        self.to(denoiser.device)
         self._y: Tensor | None = None
         self._schedule = denoiser.schedule
         denoiser.register_forward_hook(self._add, with_kwargs=True)
@@ -284,10 +314,11 @@ class SideControl(Control):
         alpha, sigma = (a.to(x_t) for a in self._schedule(t))
         clock = torch.stack([t, alpha, sigma], dim=1)
         hidden = self.inner(torch.cat([x_t.flatten(1), x_hat.flatten(1), clock], dim=1))
-        hidden = hidden + self.embedded(self.table, self._y)
+        y = self._y.to(x_t.device)
+        hidden = hidden + self.embedded(self.table, y)
         if self.of_c is not None:
-            hidden = hidden + self.of_c(cond["c"])
-        shift = torch.where((self._y == NULL)[:, None], 0.0, (sigma**2)[:, None] * self.outer(hidden))
+            hidden = hidden + self.of_c(cond["c"].to(x_t.device))
+        shift = torch.where((y == NULL)[:, None], 0.0, (sigma**2)[:, None] * self.outer(hidden))
         return x_hat + shift.view_as(x_hat)
 
     @contextmanager
@@ -323,6 +354,10 @@ class Policy(Denoiser):
     @property
     def prior(self) -> Denoiser:
         return self.base
+
+    @property
+    def gradient_scale(self) -> float:
+        return self.base.gradient_scale
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor

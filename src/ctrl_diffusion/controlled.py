@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .control import LoRAControl, Policy
 from .pretrained import FAMILIES, PARTS_ALONE, Prior, quiet
-from .rollout import rollout
+from .rollout import normal, rollout
 
 CONTROLS = "controls"  # the folder they are in
 PARTS = (
@@ -134,7 +134,7 @@ class ControlledPipeline(DiffusionPipeline):
         labels = {name: torch.full((n,), self._label(name, value)) for name, value in (controls or {}).items()}
         chain = self.config.chain
         times = prior.denoiser.times(num_inference_steps or chain["steps"], chain["sigma_end"], chain["time_power"])
-        x_1 = torch.randn(n, *policy.shape, generator=generator)
+        x_1 = normal((n, *policy.shape), policy, generator)
         path = rollout(
             policy, x_1, times, generator=generator, cond=cond, labels=labels or None, strength=control_strength
         )  # fmt: skip

@@ -7,7 +7,7 @@ A label is a class, or a place on a scale (`scale`).
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,11 @@ class LabelledImages:
                     f"{name} must be a class 0 … {len(values[name]) - 1}, got {int(y.min())} … {int(y.max())}."
                 )
         return cls(torch.stack([row[0].float() for row in rows]), labels, {n: tuple(values[n]) for n in names})
+
+    def through(self, encode: Callable[[Tensor], Tensor]) -> "LabelledImages":
+        """The same labels with what x (n, C, H, W) are encoded to, a few at a time, in the place of x."""
+        x = torch.cat([encode(self.x[rows]) for rows in torch.arange(len(self)).split(16)])
+        return LabelledImages(x, self.labels, self.values)
 
     def on_scale(self, column: str) -> bool:
         """Whether a label is a place on a scale."""

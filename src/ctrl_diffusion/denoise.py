@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from .schedule import Schedule, per_sample
@@ -42,10 +43,17 @@ class Denoiser(nn.Module):
     schedule: Schedule
     shape: tuple[int, ...]  # of one x, without the batch
     start: float = 1.0  # the first time of its chains
+    gradient_scale: float = 1.0  # what goes back through it is to be multiplied by, lest it vanish in half precision
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         """x̂ (B, *) for x_t (B, *) at time t, a number or (B,), under conditions of B rows each."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where its chains live: with its parameters, if it has any."""
+        parameter = next(self.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     @property
     def prior(self) -> "Denoiser":
@@ -93,6 +101,8 @@ class NetworkDenoiser(Denoiser):
         shape: of one x.
         clip: clamp x̂ to ±clip, for priors whose own sampler does; saturated pixels then carry no gradient.
         site: where a control enters; None if only its output can be controlled.
+        precision: of the network's own arithmetic, by autocast; None for that of its weights. x̂ and all that comes of
+            it keep the precision of x_t.
     """
 
     def __init__(
@@ -104,6 +114,7 @@ class NetworkDenoiser(Denoiser):
         shape: tuple[int, ...],
         clip: float | None = None,
         site: ControlSite | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False).eval()
@@ -113,17 +124,34 @@ class NetworkDenoiser(Denoiser):
         self.shape = shape
         self.clip = clip
         self.site = site
+        self.precision = precision
         if prediction == "epsilon":
             # x̂ = (x_t − σ ε)/α divides by almost nothing where α → 0: begin where its error is not yet all there is
             self.start = schedule.latest(SMALLEST_ALPHA)
 
     def called(self, call: Network) -> "NetworkDenoiser":
         """The same network, called otherwise."""
-        return NetworkDenoiser(self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site)
+        return NetworkDenoiser(
+            self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site, self.precision
+        )
+
+    @property
+    def gradient_scale(self) -> float:
+        """float16 has no numbers below 6e-8; bfloat16 has those of float32."""
+        return 1024.0 if torch.float16 in (self.precision, self.stored) else 1.0
+
+    @property
+    def stored(self) -> torch.dtype | None:
+        """The half precision the network's weights are stored in; None if it is not half."""
+        first = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
+        return first if first in (torch.float16, torch.bfloat16) else None
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         timestep = self.schedule.timestep(t).to(x_t).expand(len(x_t))
-        prediction = self.call(x_t, timestep, **cond)[:, : x_t.shape[1]]
+        given = {name: row.to(x_t.device) for name, row in cond.items()}
+        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
+            prediction = self.call(x_t if self.stored is None else x_t.to(self.stored), timestep, **given)
+        prediction = prediction[:, : x_t.shape[1]].to(x_t.dtype)
         alpha, sigma = (per_sample(a, x_t) for a in self.schedule(t))
         x_hat = x_hat_from(prediction, self.prediction, x_t, alpha, sigma)
         return x_hat if self.clip is None else x_hat.clamp(-self.clip, self.clip)

@@ -18,10 +18,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .certificate import Certificate
 from .classifier import Classifier, Scorer
-from .conditions import Conditions
+from .conditions import Conditions, parts, rows_of
 from .control import Labels
 
 Ruler = Callable[[Tensor], Tensor]
+MOST_SIDE = 32  # of images whose pixels are compared
 
 
 @dataclass
@@ -34,29 +35,78 @@ class Judge:
         reader: reads which of the prior's conditions it is; its features measure diversity. Without one, adherence is
             not judged and diversity is measured in pixels.
         seconds: control → a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
-        outside: x (n, C, H, W) → whether each lies outside the region some p̂ was fitted on (n,).
+        outside: samples (n, *) and their images (n, C, H, W) → whether each lies outside the region some p̂ was
+            fitted on (n,).
+        decode: samples (n, *) → images, of a latent model; None if samples are images.
+        device: where the classifiers are.
     """
 
     rulers: dict[str, Ruler]
     reader: Classifier | None = None
     seconds: dict[str, Scorer] = field(default_factory=dict)
-    outside: Callable[[Tensor], Tensor] | None = None
+    outside: Callable[[Tensor, Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    device: torch.device | None = None
+
+    def look(self, x_0: Tensor, conditions: Conditions) -> "Look":
+        """Look at samples x_0 (n, *), equally many for each condition in turn, a few at a time: images may be large."""
+        group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
+        return Look.joined([
+            self.glance(x_0[rows].to(self.device), group[rows]) for rows in parts(len(x_0), 16 if self.decode else 1024)
+        ])  # fmt: skip
+
+    def glance(self, x_0: Tensor, group: Tensor) -> "Look":
+        """Look at samples (n, *) of conditions (n,) all at once."""
+        images = self.decode(x_0) if self.decode else x_0
+        measured, seen = self.measure(images, group)
+        adheres = self.reader and (self.reader.log_prob(images).argmax(1).cpu() == group).float()
+        outside = self.outside and self.outside(x_0, images).float().cpu()
+        return Look(measured, seen, self.features(images).cpu(), adheres, outside)
 
     def features(self, x: Tensor) -> Tensor:
-        """What diversity is measured in: (n, F)."""
-        return x.flatten(1) if self.reader is None else self.reader.features(x)
-
-    def adheres(self, x: Tensor, group: Tensor) -> Tensor | None:
-        """Whether each x (n, C, H, W) is read as its condition (n,): (n,) of 0 and 1."""
-        return None if self.reader is None else (self.reader.log_prob(x).argmax(1) == group).to(x)
+        """What diversity is measured in: (n, F); without a reader pixels, of large images averages of them."""
+        if self.reader:
+            return self.reader.features(x)
+        small = [min(side, MOST_SIDE) for side in x.shape[2:]]
+        return (x if [*x.shape[2:]] == small else F.adaptive_avg_pool2d(x, small)).flatten(1)
 
     def measure(self, x: Tensor, group: Tensor) -> tuple[Labels, Labels]:
         """The class of every y of each x of a condition (n,) that counts, and those the second classifiers see."""
         seen = {}
         for name, second in self.seconds.items():
-            given = (group,) if second.conditional else ()
-            seen[name] = second.log_prob(x, *given).argmax(1)
-        return {**seen, **{name: ruler(x) for name, ruler in self.rulers.items()}}, seen
+            given = (group.to(x.device),) if second.conditional else ()
+            seen[name] = second.log_prob(x, *given).argmax(1).cpu()
+        return {**seen, **{name: ruler(x.cpu()) for name, ruler in self.rulers.items()}}, seen
+
+
+@dataclass
+class Look:
+    """What a judge saw of n samples: the classes of y, those in the eyes of the second classifiers, features (n, F),
+    whether each is read as its condition (n,) and lies outside the region p̂ was fitted on (n,), both of 0 and 1."""
+
+    measured: Labels
+    seen: Labels
+    features: Tensor
+    adheres: Tensor | None
+    outside: Tensor | None
+
+    def __getitem__(self, rows: Tensor) -> "Look":
+        one = (None if t is None else t[rows] for t in (self.features, self.adheres, self.outside))
+        return Look(rows_of(self.measured, rows), rows_of(self.seen, rows), *one)
+
+    @classmethod
+    def joined(cls, looks: "list[Look]") -> "Look":
+        """Looks at some samples as a look at all."""
+        first = looks[0]
+        labels = (
+            {name: torch.cat([getattr(look, kind)[name] for look in looks]) for name in getattr(first, kind)}
+            for kind in ("measured", "seen")
+        )
+        others = (
+            None if getattr(first, kind) is None else torch.cat([getattr(look, kind) for look in looks])
+            for kind in ("features", "adheres", "outside")
+        )
+        return cls(*labels, *others)
 
 
 @dataclass
@@ -262,19 +312,16 @@ def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
     return total / (1 - weights.square().sum(1)).clamp(min=1e-6)
 
 
-def score_target(x_0: Tensor, table: Tensor, conditions: Conditions, judge: Judge) -> Score:
+def score_target(look: Look, table: Tensor, conditions: Conditions) -> Score:
     """The target's score.
 
     Args:
-        x_0: (G · M, *), prior samples, M for each condition in turn.
+        look: at prior samples, M for each of G conditions in turn.
         table: (G, M, K), their rewards.
         conditions: the pairs.
-        judge: of y and c.
     """
     groups, members, classes = table.shape
     w = table.softmax(1)
-    group = torch.arange(groups).repeat_interleave(members)
-    measured, seen = judge.measure(x_0, group)
 
     def hits(found: Labels) -> dict[str, Tensor]:
         """Whether a sample has what label k asks of each control: (G, M, K) of 0 and 1."""
@@ -284,38 +331,36 @@ def score_target(x_0: Tensor, table: Tensor, conditions: Conditions, judge: Judg
     def mean(hit: Tensor) -> float:
         return float((w * hit).sum(1).mean())
 
-    each, by_judge = hits(measured), hits(seen)
+    each, by_judge = hits(look.measured), hits(look.seen)
     came = all_of(each)
     accuracy = (w * came).sum(1, keepdim=True)  # (G, 1, K)
-    label = F.one_hot(conditions.label_of(measured), classes).to(w).view(groups, members, classes)
-    adheres = judge.adheres(x_0, group)
+    label = F.one_hot(conditions.label_of(look.measured), classes).to(w).view(groups, members, classes)
+    adheres, outside = look.adheres, look.outside
     return Score(
         accuracy=float(accuracy.mean()),
         # of a ratio of weighted sums, pair by pair
         accuracy_stderr=float((w * (came - accuracy)).square().sum().sqrt() / (groups * classes)),
         class_accuracy=None if adheres is None else mean(adheres.view(groups, members, 1)),
-        diversity=float(weighted_diversity(judge.features(x_0).view(groups, members, -1), w).mean()),
+        diversity=float(weighted_diversity(look.features.view(groups, members, -1), w).mean()),
         confusion=torch.einsum("gmk,gmj->gkj", w, label).mean(0),
         judge_accuracy=mean(all_of(by_judge)) if len(by_judge) == len(each) else None,
         each={name: mean(hit) for name, hit in each.items()},
         each_by_judge={name: mean(hit) for name, hit in by_judge.items()},
-        measured=measured,
-        outside=judge.outside and mean(judge.outside(x_0).to(w).view(groups, members, 1)),
+        measured=look.measured,
+        outside=None if outside is None else mean(outside.view(groups, members, 1)),
     )
 
 
-def score_samples(x_0: Tensor, conditions: Conditions, judge: Judge) -> Score:
-    """The score of samples x_0 (P · n, *), n for each pair (c, y) in turn."""
-    pair = conditions.all(len(x_0) // conditions.pairs)
-    (asked, _), group = conditions.of(pair), conditions.group_of(pair)
-    measured, seen = judge.measure(x_0, group)
-    features = judge.features(x_0).view(conditions.pairs, -1, judge.features(x_0[:1]).shape[1])
+def score_samples(look: Look, conditions: Conditions) -> Score:
+    """The score of P · n samples that were looked at, n for each pair (c, y) in turn."""
+    pair = conditions.all(len(look.features) // conditions.pairs)
+    (asked, _), measured, seen = conditions.of(pair), look.measured, look.seen
+    features = look.features.view(conditions.pairs, -1, look.features.shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
     each = {name: (measured[name] == y).float() for name, y in asked.items()}
     by_judge = {name: (seen[name] == y).float() for name, y in asked.items() if name in seen}
-    right, adheres = all_of(each), judge.adheres(x_0, group)
+    right, adheres, outside = all_of(each), look.adheres, look.outside
     labels = pair % conditions.classes, conditions.label_of(measured)
-    outside = judge.outside and judge.outside(x_0).float()
     return Score(
         accuracy=float(right.mean()),
         accuracy_stderr=float(right.std() / len(right) ** 0.5),

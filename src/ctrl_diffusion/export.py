@@ -19,7 +19,7 @@ from .files import check_room, clear, write_json, write_text, writing
 from .pretrained import located
 from .run import Run
 
-INDEX, LORA = "model_index.json", "pytorch_lora_weights.safetensors"
+INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
 HERE = Path(__file__).parent
 # what pipeline.py needs, in the order in which they need each other
 SOURCES = ("files", "schedule", "denoise", "transition", "scale", "control", "rollout")
@@ -46,14 +46,26 @@ def export(folder: Path, out: Path, overwrite: bool = False) -> None:
     parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     clear(out, FILES)
     for name in parts:
-        if (prior / name).is_dir() and name in controlled.PARTS:
+        if name not in controlled.PARTS:
+            continue
+        if (prior / name).is_dir():
             shutil.copytree(prior / name, out / name, dirs_exist_ok=True)
+        else:  # beside the index, as in early pipelines
+            (out / name).mkdir(exist_ok=True)
+            for pattern in ("scheduler_config.json",) if name == "scheduler" else ("config.json", f"{WEIGHTS}*"):
+                for file in prior.glob(pattern):
+                    shutil.copy(file, out / name / file.name)
     component = "unet" if "unet" in parts else "transformer"
     for name in run.names:
         place = out / controlled.CONTROLS / name
         run.policy.controls[name].save(place)
-        adapter = load_file(place / "control.safetensors")
-        alone = {key.replace("adapter", component, 1): value for key, value in adapter.items() if key != "table"}
+        adapter, control = load_file(place / "control.safetensors"), run.policy.controls[name]
+        scale = (control.alpha or control.rank) / control.rank  # which the format leaves at 1
+        alone = {
+            key.replace("adapter", component, 1): scale * value if "lora_B" in key else value
+            for key, value in adapter.items()
+            if key != "table"
+        }
         with writing(place / LORA) as temporary:
             save_file(alone, temporary)
     for name, text in sources().items():

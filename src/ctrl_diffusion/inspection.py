@@ -18,9 +18,9 @@ def inspected(prior: Prior) -> dict[str, Any]:
     """Family, sizes and the cost of an update with the settings `ctrl train` would choose for a control of two classes.
 
     Memory is counted in float32: the weights, and once more those a control changes; what AdamW and the averaged
-    weights hold for the control; and what an update of `adjoint` keeps for the gradient, all of its regressed steps at
-    once, from one step run on one row and on two. A decoder is not counted. Evaluations are of the network, per sample
-    of an update, as (forward, forward and backward); a guided call counts as two.
+    weights hold for the control; and what an update of `adjoint` keeps for the gradient, of a micro-batch or of all its
+    regressed steps at once, from one step run on one row and on two. A decoder is not counted. Evaluations are of the
+    network, per sample of an update, as (forward, forward and backward); a guided call counts as two.
 
     Args:
         prior: of a model that is given text, one with prompts; it is given a control.
@@ -35,6 +35,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
     policy = Policy(denoiser, control)
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
     rows = config.adjoint.batch * config.adjoint.regressed
+    at_once = min(rows, config.micro_batch or rows)
     twice = 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
     return {
         "family": prior.pipeline,
@@ -48,12 +49,13 @@ def inspected(prior: Prior) -> dict[str, Any]:
         "control_parameters": trained,
         "step": {
             "batch": config.adjoint.batch,
+            "micro_batch": config.micro_batch,
             "chain": config.steps,
             "evaluations": {name: [twice * n for n in each] for name, each in evaluations(config).items()},
             "memory_mb": {
                 "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
                 "control": round(4 * 5 * trained / MEGABYTE, 1),  # itself, its gradient, two moments, the average
-                "activations": round(rows * (two - one) / MEGABYTE, 1),
+                "activations": round(at_once * (two - one) / MEGABYTE, 1),
             },
         },
     }

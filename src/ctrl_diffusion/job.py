@@ -6,7 +6,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -73,7 +73,7 @@ COLLAPSE = 10.0  # nats
 # what a run with one control more has of the old one
 KEPT = {
     "prior", "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps",
-    "sigma_end", "time_power",
+    "sigma_end", "time_power", "mixed_precision", "vae_tiling",
 }  # fmt: skip
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
@@ -157,6 +157,7 @@ def classifier_job(
     skip_bad: bool = False,
     phase: Phase = silent,
     settings: ClassifierSettings | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Judges:
     """Fit p̂, the judge, and the reader of a condition on an imagefolder, and report them.
 
@@ -170,22 +171,35 @@ def classifier_job(
         skip_bad: leave out rows that cannot be used, and say how many.
         phase: told of progress.
         settings: of the classifiers.
+        size: (height, width) of the prior's images, of one that makes any.
 
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
     """
     check_room(out, CLASSIFIER_FILES[-1], overwrite)
+    if size is not None and not (isinstance(size, (list, tuple)) and [type(side) for side in size] == [int, int]):
+        raise ValueError(f"size must be [height, width], got {size!r}.")
+    if size and not prior:
+        raise ValueError("size is that of a prior's images. Give --prior, or leave size out.")
     about = ControlSettings(name=control, data=str(source), condition=condition, skip_bad=skip_bad)
     control, condition = about.name, about.condition
-    data = read_data(about.data, about, open_prior(prior) if prior else None, phase=phase)
+    model = open_prior(prior, size) if prior else None
+    data = read_data(about.data, about, model, phase=phase)
     warn_of_copies(about.data, data)
     if condition:
         data = only(data, condition, data.labels[condition].unique().tolist())
-    judges, held_out = fit_judges(data, control, condition, settings=settings, seed=seed, phase=phase)
+    judges, held_out = fit_judges(
+        data, control, condition, settings=settings, seed=seed, phase=phase, encode=encoder_of(model)
+    )
     clear(out, CLASSIFIER_FILES)
     judges.save(out)
     write_classifier_report(out, judges, held_out)
     return judges
+
+
+def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
+    """What makes latents of images, if the prior has it."""
+    return prior.encode if prior and prior.codec else None
 
 
 @dataclass
@@ -254,7 +268,9 @@ def prepare(given: dict[str, Any], phase: Phase = silent) -> Job:
     site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
     groups = len(classes or [0])
     defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
-    config = Config.of({**merged(defaults, given), "classes": classes, "prompts": wanted.prompts})
+    guidance = prior.text.guidance if prior.text and wanted.guidance is None else wanted.guidance
+    whole = {"classes": classes, "prompts": wanted.prompts, "guidance": guidance}
+    config = Config.of({**merged(defaults, given), **whole})
     while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
         config.steps -= 1  # a prior of few timesteps
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
@@ -267,7 +283,7 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one a line; blank lines are left out.
 
     Raises:
-        ValueError: it cannot be read, or has none.
+        ValueError: it cannot be read, has none, or more than can be trained one by one.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -276,6 +292,8 @@ def read_prompts(path: Path) -> list[str]:
     found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
         raise ValueError(f"{path} has no prompts. Write one a line.")
+    if len(found) > MOST_PROMPTS:
+        raise ValueError(f"{path} has {len(found)} prompts; {MOST_PROMPTS} at most are trained one by one.")
     return found
 
 
@@ -314,7 +332,7 @@ def material(settings: ControlSettings, prior: Prior, phase: Phase) -> Material:
     judges, pages, handed = None, {}, settings.classifier_from
     if handed:
         judges, pages = Judges.load(Path(handed)), pages_of(Path(handed))
-        check_classifier(judges, handed, settings.name, prior.image_shape)
+        check_classifier(judges, handed, settings.name, prior)
     values = judges and judges.values
     data = read_data(settings.data, settings, prior, values, phase=phase)
     on_scale = data.on_scale(settings.name)
@@ -369,8 +387,11 @@ def check_classes(prior: Prior, classes: list[int] | None) -> None:
         raise ValueError(f"classes must be {what}; got {classes}.")
 
 
-def check_classifier(judges: Judges, folder: str, control: str, shape: tuple[int, ...]) -> None:
-    """Refuse a classifier of another control or of images of another size."""
+def check_classifier(judges: Judges, folder: str, control: str, prior: Prior) -> None:
+    """Refuse a classifier of another control, of images of another size, or of latents the prior does not have."""
+    shape = prior.image_shape
+    if judges.latent and not prior.codec:
+        raise ValueError(f"the classifier in {folder} looks at latents, and this prior has none. Fit it with --prior.")
     if judges.control != control or judges.shape != shape:
         raise ValueError(
             f"the classifier in {folder} is of {judges.control!r} on images of {judges.shape}; needed: {control!r} on "
@@ -526,9 +547,10 @@ def execute(
             judges[name] = one.judges
             if one.judges is None:
                 judges[name], held_out[name] = fit_judges(
-                    one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data
-                )
-    shared = dependences(job.materials, judges)
+                    one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data,
+                    encoder_of(job.prior),
+                )  # fmt: skip
+    shared = dependences(job.materials, judges, job.prior)
     run = Run.start(config, job.prior, judges)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
@@ -583,7 +605,7 @@ def execute(
 
 
 @torch.no_grad()
-def dependences(materials: list[Material], judges: dict[str, Judges]) -> dict[str, dict[str, float]]:
+def dependences(materials: list[Material], judges: dict[str, Judges], prior: Prior) -> dict[str, dict[str, float]]:
     """Where two controls were read from one dataset, what their labels say about each other once x is known.
 
     Warns:
@@ -596,7 +618,11 @@ def dependences(materials: list[Material], judges: dict[str, Judges]) -> dict[st
             continue
         if any(m.data.on_scale(m.settings.name) for m in (one, other)):
             continue
-        log_p = judges[names[0]].log_prob(one.data), judges[names[1]].log_prob(other.data)
+        looked = (
+            (judges[name], m.data.through(prior.encode) if judges[name].latent else m.data)
+            for name, m in zip(names, (one, other), strict=True)
+        )
+        log_p = tuple(judge.log_prob(data) for judge, data in looked)
         shared = dependence(log_p, (one.data.labels[names[0]], other.data.labels[names[1]]))
         found[" and ".join(names)] = vars(shared)
         if shared.doubtful:
@@ -650,17 +676,18 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 
 def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
     """The learner of a stage with the run's settings."""
-    config, times = run.config, run.times
+    config, times, micro = run.config, run.times, run.config.micro_batch
     if stage == "weighted":
         cache = run.prior_samples(config.weighted.cache, "prior samples to learn from", phase)
-        return Weighted(cache, times, config.weighted.batch)
+        return Weighted(cache, times, config.weighted.batch, micro=micro)
     if stage == "adjoint":
         a = config.adjoint
-        return Adjoint(times, a.batch, regressed=a.regressed, reuse=a.reuse, clip=a.clip, lean=a.lean)
+        return Adjoint(times, a.batch, micro=micro, regressed=a.regressed, reuse=a.reuse, clip=a.clip, lean=a.lean)
     if stage == "ppo":
         p = config.ppo
-        return PPO(times, p.batch, surrogates=p.surrogates, reuse=p.reuse, clip=p.clip)
-    return Backprop(times, config.backprop.batch, clip=config.backprop.clip, through=config.backprop.through)
+        return PPO(times, p.batch, micro=micro, surrogates=p.surrogates, reuse=p.reuse, clip=p.clip)
+    b = config.backprop
+    return Backprop(times, b.batch, micro=micro, clip=b.clip, through=b.through)
 
 
 def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ report.html     how good they are on held-out data, with reliability.png and con
 """
 
 import json
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -76,10 +76,22 @@ class Judges:
     condition_values: tuple[str, ...] = ()
     support: Support | None = None
 
+    @property
+    def latent(self) -> bool:
+        """Whether p̂ looks at latents instead of images."""
+        return self.classifier.latent
+
+    def to(self, device: torch.device) -> "Judges":
+        """The same, their networks on a device."""
+        for network in (self.classifier, self.judge, self.reader):
+            if network:
+                network.to(device)
+        return self
+
     @torch.no_grad()
     def outside(self, x: Tensor) -> Tensor:
-        """Whether each x (n, C, H, W) lies outside the region p̂ was fitted on: (n,)."""
-        return self.support.outside(self.classifier.evidence(x))
+        """Whether each x (n, C, H, W), as p̂ looks at it, lies outside the region it was fitted on: (n,)."""
+        return self.support.outside(self.classifier.evidence(x).cpu())
 
     def seen(self, data: LabelledImages) -> tuple[Tensor, ...]:
         """What p̂ is given of labelled images, and their labels: (x, y) or (x, y, c)."""
@@ -89,13 +101,14 @@ class Judges:
     def log_prob(self, data: LabelledImages) -> Tensor:
         """log p̂ of labelled images, of y given what they say of c: (n, K)."""
         x, _, *c = self.seen(data)
-        return self.classifier.log_prob(x, *c)
+        return self.classifier.log_prob(x, *c).cpu()
 
     @torch.no_grad()
     def intervals(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
         """Of y on a scale, the central intervals of 10 … 90 % and how often they hold y: two (9,)."""
         x, y, *c = self.seen(data)
-        return coverage(self.classifier.density(self.classifier.scores(x, *c), self.classifier.temperature), y)
+        scores, temperature = self.classifier.scores(x, *c), self.classifier.temperature
+        return coverage(self.classifier.density(scores.cpu(), temperature.cpu()), y)
 
     def metrics(self) -> dict[str, Any]:
         """Figures by the names metrics.json uses."""
@@ -106,7 +119,7 @@ class Judges:
     def save(self, folder: Path) -> None:
         """Write the folder's weights and `classifier.json`."""
         about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
-        about |= {"condition": self.condition, "condition_values": self.condition_values}
+        about |= {"condition": self.condition, "condition_values": self.condition_values, "latent": self.latent}
         self.classifier.save(folder, about)
         if self.support:
             self.support.save(folder / SUPPORT)
@@ -131,8 +144,10 @@ class Judges:
             judge_accuracy, reader_accuracy = report.pop("judge_accuracy"), report.pop("reader_accuracy")
             others = {n: load_classifier(folder / n) for n in ("judge", "reader") if (folder / n).is_dir()}
             support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
+            classifier = load_classifier(folder)
+            classifier.latent = about["latent"]
             return cls(
-                about["control"], tuple(about["values"]), tuple(about["input"]), load_classifier(folder),
+                about["control"], tuple(about["values"]), tuple(about["input"]), classifier,
                 ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
                 about["condition"], tuple(about["condition_values"]), support,
             )  # fmt: skip
@@ -264,6 +279,7 @@ def fit_judges(
     seed: int = 0,
     phase: Phase = silent,
     judge_data: LabelledImages | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Judges, LabelledImages]:
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
@@ -276,15 +292,18 @@ def fit_judges(
         seed: of the parts and the fits.
         phase: told of progress.
         judge_data: what the judge is fitted on, also beside a ruler, so that p̂ keeps the more of the data.
+        encode: images → latents, for a p̂ that looks at these.
 
     Returns:
-        The judges, and the held-out part that none of them met.
+        The judges, and the held-out part that none of them met, as p̂ looks at it.
 
     Raises:
         ValueError: on held-out data p̂ is not better than chance by two standard errors; p̂(y | x, c) without a
-            column of c, or with too few examples of one.
+            column of c, or with too few examples of one; p̂ on latents, and nothing to encode images with.
     """
     settings = settings or ClassifierSettings()
+    if settings.latents and encode is None:
+        raise ValueError("classifier.latents: p̂ looks at latents, but there is no prior on latents. Leave it out.")
     if data.on_scale(control) and (settings.balanced or settings.factory):
         raise ValueError(f"{control!r} is on a scale: classifier.balanced and classifier.factory are for classes.")
     if settings.conditional and condition is None:
@@ -294,13 +313,15 @@ def fit_judges(
     if settings.augment == "any_side_up" and data.x.shape[2] != data.x.shape[3]:
         raise ValueError("classifier.augment: any_side_up needs square images. Use shift or none.")
     shares = WITH_JUDGE if judge_data is None and not ruler else WITH_RULER
-    fitting, calibration, held_out, *own = data.split(control, shares, seed)
+    images = data.split(control, shares, seed)
+    fitting, calibration, held_out = (part.through(encode) if settings.latents else part for part in images[:3])
+    own = images[3:]
     of_judge = own if judge_data is None else [judge_data]
     rounds = len(open_choices(settings, data.values[control], data.on_scale(control))) * epochs_of(settings, fitting)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
     trunk = Frozen(settings.backbone) if settings.backbone else None
     classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk)
-    classifier.trunk = trunk or classifier.trunk
+    classifier.trunk, classifier.latent = trunk or classifier.trunk, settings.latents
     quality = report_classifier(classifier, *examples(held_out, control, of_c))
     if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
         raise ValueError(
@@ -316,14 +337,14 @@ def fit_judges(
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
         judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk)
         judges.judge.trunk = trunk or judges.judge.trunk
-        judges.judge_accuracy = accuracy(judges.judge, held_out, control, of_c)
+        judges.judge_accuracy = accuracy(judges.judge, images[2], control, of_c)
     if condition:
-        met = joined(fitting, calibration, *own)
+        met = joined(*images[:2], *own)
         recipe = {"epochs": 40, "batch": 64, "lr": 3e-3, "weight_decay": 0.01}
         judges.reader = fit_classifier(
             met.x, met.labels[condition], len(met.values[condition]), grid=4, seed=seed,
             progress=phase(f"reader of {condition}", 40), **recipe,
         )  # fmt: skip
-        judges.reader_accuracy = accuracy(judges.reader, held_out, condition)
+        judges.reader_accuracy = accuracy(judges.reader, images[2], condition)
         judges.condition, judges.condition_values = condition, data.values[condition]
     return judges, held_out

@@ -1,6 +1,6 @@
 """The reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ class Likelihood(Protocol):
     """p(y | x) of one control: a `Classifier`, a scikit-learn one (`classifier.Estimator`), or a closed form.
 
     One that is p(y | x, c) says so by an attribute `conditional` that is true, and is then given the prior's conditions
-    as keywords of `log_prob`.
+    as keywords of `log_prob`; one that looks at the latents of a latent model by an attribute `latent`.
     """
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ class Reward:
         classifiers: one per control.
         gamma: γ ≥ 0; 1 asks for the posterior itself.
         decode: x_0 → the images p̂ looks at, of a latent model; None if x_0 are what it looks at.
+        device: where p̂ is; None for where x_0 is.
     """
 
     def __init__(
@@ -36,36 +37,42 @@ class Reward:
         classifiers: dict[str, Likelihood],
         gamma: float = 1.0,
         decode: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if gamma < 0:
             raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
-        self.classifiers, self.gamma, self.decode = classifiers, gamma, decode
+        self.classifiers, self.gamma, self.decode, self.device = classifiers, gamma, decode, device
 
     def __call__(self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None) -> Tensor:
         """Reward (B,) of x_0 (B, *) under the prior's conditions, B rows each; a null label earns nothing."""
-        total, x = x_0.new_zeros(len(x_0)), self.seen(x_0)
-        for name, y in labels.items():
+        total = x_0.new_zeros(len(x_0))
+        for name, x in self.views(x_0, labels).items():
+            y = labels[name].to(x.device)
             if y.is_floating_point():
-                classifier, given = self.asked(name, cond)
+                classifier, given = self.asked(name, x, cond)
                 chosen = self.gamma * classifier.log_prob_at(x, y, **given)
             else:
                 chosen = self.table(name, x, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
-            total = total + torch.where(y == NULL, 0.0, chosen)
+            total = total + torch.where(y == NULL, 0.0, chosen).to(total)
         return total
 
-    def seen(self, x_0: Tensor) -> Tensor:
-        """What p̂ looks at, of x_0 (B, *)."""
-        return self.decode(x_0) if self.decode else x_0
+    def views(self, x_0: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """What the p̂ of each control looks at, of x_0 (B, *): x_0 itself, or the images of a latent model."""
+        x = x_0.to(self.device)
+        latent = {name for name in names if getattr(self.classifiers[name], "latent", False)}
+        images = self.decode(x) if self.decode and len(latent) < len(names) else x
+        return {name: x if name in latent else images for name in names}
 
     def table(self, name: str, x: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
         """Reward of every class of one control: (B, K) of what p̂ looks at, x (B, *)."""
-        classifier, given = self.asked(name, cond)
+        classifier, given = self.asked(name, x, cond)
         return self.gamma * classifier.log_prob(x, **given)
 
-    def asked(self, name: str, cond: dict[str, Tensor] | None) -> tuple[Likelihood, dict[str, Tensor]]:
-        """A control's p̂, and what of the conditions it is to be given."""
+    def asked(self, name: str, x: Tensor, cond: dict[str, Tensor] | None) -> tuple[Likelihood, dict[str, Tensor]]:
+        """A control's p̂, and what of the conditions it is to be given beside x."""
         classifier = self.classifiers[name]
-        return classifier, (cond or {}) if getattr(classifier, "conditional", False) else {}
+        given = (cond or {}) if getattr(classifier, "conditional", False) else {}
+        return classifier, {key: row.to(x.device) for key, row in given.items()}
 
 
 class Among:
@@ -80,6 +87,7 @@ class Among:
 
     def __init__(self, likelihood: Likelihood, classes: Sequence[int]) -> None:
         self.likelihood, self.classes = likelihood, torch.tensor(classes)
+        self.latent = getattr(likelihood, "latent", False)
 
     def log_prob(self, x: Tensor, c: Tensor) -> Tensor:
         """log p̂(y | x, c) in nats (B, K); raises ValueError for a c the labels do not have."""
@@ -91,7 +99,7 @@ class Among:
 
     def number(self, c: Tensor) -> Tensor:
         """What the likelihood calls the prior's classes c (B,)."""
-        same = c[:, None] == self.classes
+        same = c[:, None] == self.classes.to(c.device)
         if not same.any(1).all():
             raise ValueError(f"p̂(y | x, c) knows c in {self.classes.tolist()}, got {c.unique().tolist()}.")
         return same.int().argmax(1)
@@ -105,11 +113,10 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     """
     group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
     tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
-    few = 64 if reward.decode else 1024  # decoded images are many times their latents
+    few = 16 if reward.decode else 1024  # decoded images are many times their latents
     for part, g in zip(x_0.split(few), group.split(few), strict=True):
-        x = reward.seen(part)
-        for name, rows in tables.items():
-            rows.append(reward.table(name, x, conditions.cond_of(g)))
+        for name, x in reward.views(part, tables).items():
+            tables[name].append(reward.table(name, x, conditions.cond_of(g)).to(x_0))
     total = x_0.new_zeros(len(x_0), conditions.classes)
     for (name, rows), classes in zip(tables.items(), conditions.combinations.unbind(1), strict=True):
         table = checked(torch.cat(rows), name)

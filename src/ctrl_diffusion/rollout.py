@@ -1,6 +1,6 @@
 """Simulate the reverse process and keep what the learners and the certificate read off it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,6 +34,22 @@ class Trajectory:
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: "list[Trajectory]") -> "Trajectory":
+        """Paths of one chain as one."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = {name: [getattr(part, name) for part in parts] for name in ("x", "z", "kl", "log_ratio")}
+        found = {name: None if each[0] is None else torch.cat(each, dim=1) for name, each in rows.items()}
+        return cls(parts[0].times, x_0=torch.cat([part.x_0 for part in parts]), **found)
+
+
+def normal(shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise where `like` is, drawn where the generator is: a seed means the same on every device."""
+    dtype = like.dtype if isinstance(like, Tensor) else None
+    source = generator.device if generator else "cpu"
+    return torch.randn(*shape, generator=generator, dtype=dtype, device=source).to(like.device)
+
 
 def read_out(denoiser: Denoiser, x_end: Tensor, t_end: float, **cond: Tensor) -> Tensor:
     """x_0 (B, *) from the chain's last state: always the prior's denoiser, part of the reward map."""
@@ -49,6 +65,7 @@ def rollout(
     compare: bool = False,
     cond: dict[str, Tensor] | None = None,
     at_state: Callable[[int, Tensor], Tensor] | None = None,
+    noise: Sequence[Tensor] | None = None,
     **control,
 ) -> Trajectory:
     """Simulate from noise to data.
@@ -65,6 +82,7 @@ def rollout(
         compare: also measure each step against the prior (one more evaluation a step).
         cond: the prior's own conditions, B rows each.
         at_state: (i, x_i) → x_i, called before every step and at the end; cuts or clips the gradient.
+        noise: of each step (B, *); drawn if None.
         control: labels and strength, for a policy.
     """
     cond = cond or {}
@@ -74,9 +92,9 @@ def rollout(
         u = here.control(transition(denoiser.prior, x_t, t, s, eta, **cond)) if compare else None
         return here.rsample(z), u
 
-    x_t, states, noise, kl, log_ratio = x_1, [x_1], [], [], []
+    x_t, states, drawn, kl, log_ratio = x_1, [x_1], [], [], []
     for i, (t, s) in enumerate(pairwise(times)):
-        z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
+        z = normal(x_t.shape, x_t, generator) if noise is None else noise[i]
         if at_state:
             x_t = at_state(i, x_t)
         if torch.is_grad_enabled():
@@ -84,10 +102,10 @@ def rollout(
         else:
             x_t, u = advance(x_t, z, t, s)
         states.append(x_t)
-        noise.append(z)
+        drawn.append(z)
         if u is not None:
             kl.append(half_square(u))
             log_ratio.append(kl[-1] + (u * z).flatten(1).sum(1))
     x_0 = read_out(denoiser, at_state(len(times) - 1, x_t) if at_state else x_t, times[-1], **cond)
     compared = {"kl": torch.stack(kl), "log_ratio": torch.stack(log_ratio)} if compare else {}
-    return Trajectory(times, torch.stack(states), torch.stack(noise), x_0, **compared)
+    return Trajectory(times, torch.stack(states), torch.stack(drawn), x_0, **compared)

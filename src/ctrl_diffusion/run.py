@@ -19,10 +19,10 @@ from torch import Tensor
 
 from . import assets, demo
 from .certificate import certify, gamma_within
-from .conditions import Conditions
+from .conditions import Conditions, parts, rows_of
 from .config import EMBEDDED, Config, ControlSettings
 from .control import Labels, LoRAControl, Policy
-from .evaluate import Evaluation, Judge, Nulled, Ruler, score_samples, score_target, warn_if_left
+from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, score_samples, score_target, warn_if_left
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
@@ -56,12 +56,13 @@ def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:
 
 
 def as_set(prior: Prior, config: Config) -> Prior:
-    """A prior with the prompts of a run, or by its null class if it is to be unconditional."""
+    """A prior with the prompts of a run, or by its null class if it is to be unconditional, where the run puts it."""
     if config.prompts is not None:
         prior = prior.with_prompts(config.prompts, config.guidance, config.negative_prompt)
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
-    return prior.unconditional() if config.unconditional else prior
+    prior = prior.unconditional() if config.unconditional else prior
+    return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
 
 @dataclass
@@ -79,6 +80,10 @@ class Run:
     prior: Prior
     policy: Policy
     judges: dict[str, Judges]
+
+    def __post_init__(self) -> None:
+        for judges in self.judges.values():
+            judges.to(self.prior.denoiser.device)
 
     @property
     def names(self) -> list[str]:
@@ -104,13 +109,13 @@ class Run:
         """The reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
         found = {name: judges.classifier for name, judges in self.judges.items()}
         among = {n: Among(p, self.config.classes) if p.conditional else p for n, p in found.items()}
-        return Reward(among, gamma, self.prior.decode if self.prior.codec else None)
+        return Reward(among, gamma, self.prior.decode if self.prior.codec else None, self.prior.denoiser.device)
 
     def images(self, x: Tensor) -> Tensor:
-        """What there is to see of samples x (n, *), which may be latents: (n, C, H, W)."""
+        """What there is to see of samples x (n, *), which may be latents: (n, C, H, W) on the CPU."""
         if not self.prior.codec:
             return x
-        return torch.cat([self.prior.decode(part) for part in x.split(256)])
+        return torch.cat([self.prior.decode(part.to(self.prior.denoiser.device)).cpu() for part in x.split(16)])
 
     @property
     def judge(self) -> Judge:
@@ -120,6 +125,8 @@ class Run:
             next((judges.reader for judges in self.judges.values() if judges.reader), None),
             {name: judges.judge for name, judges in self.judges.items() if judges.judge},
             self.outside if all(judges.support for judges in self.judges.values()) else None,
+            self.prior.decode if self.prior.codec else None,
+            self.prior.denoiser.device,
         )
 
     def ruler(self, settings: ControlSettings) -> Ruler:
@@ -133,7 +140,8 @@ class Run:
         judges = self.judges[settings.name]
         if settings.ruler:
             return places(demo.MEASURES[settings.ruler](x), judges.values)
-        return judges.judge.density(judges.judge.scores(x), judges.judge.temperature).mean
+        scores = judges.judge.scores(x.to(self.prior.denoiser.device))
+        return judges.judge.density(scores, judges.judge.temperature).mean.cpu()
 
     @torch.no_grad()
     def follow(self, n: int, phase: Phase = silent) -> dict[str, tuple[Tensor, Tensor]]:
@@ -149,12 +157,14 @@ class Run:
                 generator = stream(self.config.seed, purpose)
                 labels = {settings.name: asked}
                 x_0, _, _ = paths(self.policy, n, self.times, generator, cond, labels, progress=advance)
-                found[settings.name] = asked, self.place(settings, self.images(x_0))
+                came = [self.place(settings, self.images(part)) for part in x_0.split(1024)]
+                found[settings.name] = asked, torch.cat(came)
         return found
 
-    def outside(self, x: Tensor) -> Tensor:
-        """Whether each x (n, C, H, W) lies outside the region some p̂ was fitted on (n,)."""
-        return torch.stack([judges.outside(x) for judges in self.judges.values()]).any(0)
+    def outside(self, x_0: Tensor, images: Tensor) -> Tensor:
+        """Whether each sample (n, *), with its image, lies outside the region some p̂ was fitted on (n,)."""
+        seen = [judges.outside(x_0 if judges.latent else images) for judges in self.judges.values()]
+        return torch.stack(seen).any(0)
 
     @property
     def accuracy_by(self) -> str:
@@ -209,8 +219,9 @@ class Run:
             else:
                 mine = judges[control.name]
                 scale = mine.classifier.head == "gaussian"
+                lora = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
                 controls.append(
-                    LoRAControl(control.name, mine.values, prior.denoiser, config.rank, config.seed + i, scale)
+                    LoRAControl(control.name, mine.values, prior.denoiser, seed=config.seed + i, scale=scale, **lora)
                 )
         return cls(config, prior, Policy(prior.denoiser, *controls), judges)
 
@@ -319,7 +330,9 @@ class Run:
         x_0, kl, log_ratio = paths(
             self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
         )
-        return self.reward(x_0, labels, cond), x_0, kl, log_ratio
+        few = parts(len(x_0), 16 if self.prior.codec else None)
+        earned = [self.reward(x_0[rows], rows_of(labels, rows), rows_of(cond, rows)) for rows in few]
+        return torch.cat(earned), x_0, kl, log_ratio
 
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:
@@ -329,7 +342,7 @@ class Run:
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
         if self.judge.outside:
-            figures["probe_outside"] = self.outside(self.images(x_0)).float()
+            figures["probe_outside"] = self.judge.look(x_0, self.trained).outside
         return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
 
     @torch.no_grad()
@@ -339,27 +352,28 @@ class Run:
         The certificate is of the training chain. Of several controls also each choice in `parts`, on half the paths.
         """
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for log Z", phase)
-        evaluation = self.evaluate_on(self.conditions, x_prior, n, "paths to certify", phase)
+        looked = self.judge.look(x_prior, self.conditions)
+        evaluation = self.evaluate_on(self.conditions, x_prior, looked, n, "paths to certify", phase)
         for names in self.parts:
             purpose = f"paths with {' and '.join(names)} alone"
-            evaluation.parts[names] = self.evaluate_on(self.conditions_on(names), x_prior, n // 2, purpose, phase)
+            conditions = self.conditions_on(names)
+            evaluation.parts[names] = self.evaluate_on(conditions, x_prior, looked, n // 2, purpose, phase)
         return evaluation
 
     def evaluate_on(
-        self, conditions: Conditions, x_prior: Tensor, n: int, purpose: str, phase: Phase = silent
+        self, conditions: Conditions, x_prior: Tensor, of_prior: Look, n: int, purpose: str, phase: Phase = silent
     ) -> Evaluation:
-        """Judge the policy under some of its controls; x_prior (G · M, *) are samples of the prior."""
-        members, judge = len(x_prior) // conditions.groups, self.judge
+        """Judge the policy under some of its controls; x_prior (G · M, *) are the prior's, which were looked at."""
+        members = len(x_prior) // conditions.groups
         earned, x_0, kl, log_ratio = self.policy_paths(conditions, self.repeats(n, conditions), purpose, phase)
         table = prior_table(self.reward, conditions, x_prior)
-        x_prior, x_0 = self.images(x_prior), self.images(x_0)
         # the prior ignores y: an equal share of its samples stands for each y
         share = members // conditions.classes
-        uncontrolled = x_prior.unflatten(0, (-1, members))[:, : share * conditions.classes].flatten(0, 1)
+        uncontrolled = (torch.arange(len(x_prior)).view(-1, members)[:, : share * conditions.classes]).flatten()
         scores = {
-            "prior": score_samples(uncontrolled, conditions, judge),
-            "target": score_target(x_prior, table, conditions, judge),
-            "ctrl": score_samples(x_0, conditions, judge),
+            "prior": score_samples(of_prior[uncontrolled], conditions),
+            "target": score_target(of_prior, table, conditions),
+            "ctrl": score_samples(self.judge.look(x_0, conditions), conditions),
         }
         nulled = {
             name: Nulled.of({kind: score.measured[name] for kind, score in scores.items()}, control.size, table)
@@ -389,5 +403,5 @@ class Run:
             x_0, _, _ = paths(
                 self.policy, len(pair), self.times_of(steps), generator, cond, labels, strength, progress=advance
             )
-            found[kind][value] = score_samples(self.images(x_0), self.conditions, self.judge)
+            found[kind][value] = score_samples(self.judge.look(x_0, self.conditions), self.conditions)
         return found

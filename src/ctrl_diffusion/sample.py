@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .conditions import parts, rows_of
 from .control import Labels
 from .denoise import Denoiser
 from .progress import Phase, silent
 from .reward import Reward
-from .rollout import Times, Trajectory, rollout
+from .rollout import Times, Trajectory, normal, rollout
 
 Progress = Callable[[int], None]
 POOL, SMALLEST_POOL = 16, 1000
@@ -54,22 +55,21 @@ def paths(
         progress: called with the number of paths done since the last call.
 
     Returns:
-        x_0 (n, C, H, W); KL of each path in nats (n,); log p_g/p_pre of each path in nats (n,). The last two are zero
-        unless compared.
+        On the CPU, x_0 (n, C, H, W); KL of each path in nats (n,); log p_g/p_pre of each path in nats (n,). The last
+        two are zero unless compared.
     """
     batch = batch or min(256, max(8, 2**20 // math.prod(denoiser.shape)))
     samples, kls, log_ratios = [], [], []
-    for start in range(0, n, batch):
-        rows = slice(start, min(start + batch, n))
-        x_1 = torch.randn(rows.stop - start, *denoiser.shape, generator=generator)
-        here = {name: c[rows] for name, c in (cond or {}).items()}
-        control = {"labels": {n: y[rows] for n, y in labels.items()}, "strength": strength} if labels else {}
+    for rows in parts(n, batch):
+        x_1 = normal((rows.stop - rows.start, *denoiser.shape), denoiser, generator)
+        here = rows_of(cond or {}, rows)
+        control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
         with denoiser.frozen():
             path: Trajectory = rollout(denoiser, x_1, times, eta, generator, compare, cond=here, **control)
         zeros = torch.zeros(len(x_1))
-        samples.append(path.x_0)
-        kls.append(path.kl.sum(0) if compare else zeros)
-        log_ratios.append(path.log_ratio.sum(0) if compare else zeros)
+        samples.append(path.x_0.cpu())
+        kls.append(path.kl.sum(0).cpu() if compare else zeros)
+        log_ratios.append(path.log_ratio.sum(0).cpu() if compare else zeros)
         if progress:
             progress(len(x_1))
     return torch.cat(samples), torch.cat(kls), torch.cat(log_ratios)

@@ -5,9 +5,9 @@ At the end the averaged weights take the place of the last ones.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +50,7 @@ def fit(
     Raises:
         FloatingPointError: a loss or gradient that is not finite; the weights keep their last good values.
     """
-    accelerator = Accelerator(cpu=True)  # placing prior, noise and conditions on a device is not written yet
+    accelerator = Accelerator(cpu=policy.device.type == "cpu")
     groups, parameters = policy.parameter_groups(), policy.trained()
     optimizer = torch.optim.AdamW(
         [{"params": members, "lr": lr[kind]} for kind, members in groups.items()], betas=(0.9, 0.99), weight_decay=0.0
@@ -61,11 +61,20 @@ def fit(
 
     optimizer, decay = accelerator.prepare(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
     ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
-    for number, step in enumerate(islice(steps, updates), start=1):
-        loss = float(step.loss.detach())
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of update {number} is {loss}. Lower the learning rate.")
-        accelerator.backward(step.loss)
+    for number in range(1, updates + 1):
+        loss, metrics = 0.0, Counter()
+        for step in steps:
+            loss += float(step.loss.detach())
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of update {number} is {loss}. Lower the learning rate.")
+            accelerator.backward(policy.gradient_scale * step.loss)
+            metrics.update(step.metrics)  # a Counter adds up
+            if step.last:
+                break
+        else:
+            break  # the stream has ended
+        for p in parameters if policy.gradient_scale != 1.0 else ():
+            p.grad /= policy.gradient_scale
         norm = float(accelerator.clip_grad_norm_(parameters, max_norm))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient of update {number} is {norm}. Lower the learning rate.")
@@ -73,5 +82,5 @@ def fit(
         decay.step()
         optimizer.zero_grad()
         ema.step(parameters)
-        yield Update(number, loss, norm, step.metrics)
+        yield Update(number, loss, norm, dict(metrics))
     ema.copy_to(parameters)

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.reward import Reward, prior_table
 from ctrl_diffusion.sample import paths
@@ -95,3 +98,38 @@ def test_learners_reach_the_component_asked_for(schedule, name):
     assert float((x_0.mean(1) - policy.prior.means).abs().max()) < 0.15
     # J = E[r] − KL and r ≤ 0, so the KL lies between what an exact tilt needs and that plus the gap
     assert after.kl < float(-expected.mean()) + 0.5
+
+
+@pytest.mark.parametrize("micro", [1, 5, 7])
+@pytest.mark.parametrize("name", ["weighted", "adjoint", "lean adjoint", "backprop", "ppo"])
+def test_micro_batches_add_up_to_the_whole(name, micro):
+    """What goes through the network at once changes neither the gradient nor the figures of any update."""
+    policy, reward, conditions, times = toy(RectifiedFlow())
+    with torch.no_grad():
+        for i, p in enumerate(policy.trained()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    x_0, _, _ = paths(policy.prior, 50, times, torch.Generator().manual_seed(1))
+    learners = {
+        "weighted": lambda size: Weighted(x_0, times, batch=12, micro=size),
+        "adjoint": lambda size: Adjoint(times, 12, micro=size, regressed=3, reuse=2),
+        "lean adjoint": lambda size: Adjoint(times, 12, micro=size, regressed=3, reuse=2, lean=True),
+        "backprop": lambda size: Backprop(times, 12, micro=size, clip=0.05),
+        "ppo": lambda size: PPO(times, 12, micro=size, surrogates=3, reuse=2),
+    }
+
+    def found(size):
+        stream = learners[name](size)(policy, reward, conditions, torch.Generator().manual_seed(0))
+        policy.zero_grad()
+        figures, count, updates = Counter(), 0, 0
+        while updates < 2:
+            step = next(stream)
+            step.loss.backward()
+            figures.update(step.metrics)
+            count, updates = count + 1, updates + step.last
+        return torch.cat([p.grad.flatten() for p in policy.trained()]), figures, count
+
+    (whole, expected, one), (summed, figures, many) = found(None), found(micro)
+    assert (one, many >= 2 * (12 // micro)) == (2, True)
+    # float32 sums in another order
+    torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
+    assert figures == pytest.approx(expected, rel=1e-4, abs=1e-5)

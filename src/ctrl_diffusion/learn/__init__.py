@@ -7,18 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions
+from ..conditions import Conditions, parts, rows_of
 from ..control import Labels, Policy
-from ..rollout import Times, Trajectory, rollout
+from ..rollout import Times, Trajectory, normal, rollout
 from ..transition import Gaussian, transition
 
 
 @dataclass
 class Step:
-    """One gradient step's worth: a loss in nats to minimise and figures to log."""
+    """A gradient step's worth, or a part of it: a loss in nats to minimise and figures to log, both of which add up.
+
+    The step is taken after its last part.
+    """
 
     loss: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
+    last: bool = True
 
 
 # (policy, reward, conditions, generator) → losses without end
@@ -33,6 +37,7 @@ class OnPolicy:
         times: the chain's grid.
         batch: paths a rollout.
         eta: churn of the chain; must be positive.
+        micro: samples that go through the network at once while a gradient is asked for; None for all.
 
     Raises:
         ValueError: steps without noise: u = (mean_g − mean_pre)/std would divide by nothing.
@@ -41,6 +46,7 @@ class OnPolicy:
     times: Times
     batch: int
     eta: float = 1.0
+    micro: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eta <= 1.0:
@@ -55,13 +61,18 @@ class OnPolicy:
 
     def fresh_paths(
         self, policy: Policy, conditions: Conditions, generator: torch.Generator, **options: Any
-    ) -> tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]:
-        """Paths of the policy from new noise, with their pairs (c, y), labels and conditions; options of `rollout`."""
-        pair = conditions.draw(self.batch, generator)
-        labels, cond = conditions.of(pair)
-        x_1 = torch.randn(self.batch, *policy.shape, generator=generator)
-        path = rollout(policy, x_1, self.times, self.eta, generator, cond=cond, labels=labels, **options)
-        return path, pair, labels, cond
+    ) -> Iterator[tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]]:
+        """Paths of the policy from new noise, with their pairs (c, y), labels and conditions; options of `rollout`.
+
+        `micro` at a time; what is drawn does not depend on it.
+        """
+        pair, shape = conditions.draw(self.batch, generator), (self.batch, *policy.shape)
+        x_1, *noise = (normal(shape, policy, generator) for _ in self.times)
+        for rows in parts(self.batch, self.micro):
+            labels, cond = conditions.of(pair[rows])
+            own = [z[rows] for z in noise]
+            path = rollout(policy, x_1[rows], self.times, self.eta, cond=cond, noise=own, labels=labels, **options)
+            yield path, pair[rows], labels, cond
 
 
 def check_gradient(earned: Tensor) -> None:
@@ -75,6 +86,18 @@ def clip_rows(a: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     norm = a.flatten(1).norm(dim=1)
     factor = (limit / norm.clamp(min=1e-12)).clamp(max=1.0)
     return a * factor.view(-1, *[1] * (a.ndim - 1)), norm > limit
+
+
+def joined(
+    drawn: list[tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]],
+) -> tuple[Trajectory, Labels, dict[str, Tensor]]:
+    """The parts of a rollout as one, with its labels and conditions."""
+    paths, _, labels, conds = zip(*drawn, strict=True)
+    return (
+        Trajectory.joined(list(paths)),
+        {name: torch.cat([part[name] for part in labels]) for name in labels[0]},
+        {name: torch.cat([part[name] for part in conds]) for name in conds[0]},
+    )
 
 
 def visits(steps: int, paths: int, share: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -96,5 +119,5 @@ def revisit(
 ) -> Gaussian:
     """The steps i of paths `row` (n,) as the policy would take them now."""
     t_grid = torch.tensor(path.times, dtype=torch.float64)
-    own = {"labels": {name: y[row] for name, y in labels.items()}, **{name: c[row] for name, c in cond.items()}}
+    own = {"labels": rows_of(labels, row), **rows_of(cond, row)}
     return transition(policy, path.x[i, row], t_grid[i], t_grid[i + 1], eta, **own)

@@ -25,12 +25,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions
+from ..conditions import Conditions, parts
 from ..control import Labels, Policy
 from ..reward import Reward
 from ..rollout import Trajectory, read_out
 from ..transition import half_square, transition
-from . import OnPolicy, Step, check_gradient, clip_rows, revisit, visits
+from . import OnPolicy, Step, check_gradient, clip_rows, joined, revisit, visits
 
 
 def reward_gradient(
@@ -88,7 +88,8 @@ def adjoints_of(
                 here = transition(policy, x_t, t, s, eta, labels=labels, **cond)
                 u = here.control(pre)
                 value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i]).sum()
-            (a,) = torch.autograd.grad(value, x_t)
+            (a,) = torch.autograd.grad(policy.gradient_scale * value, x_t)
+            a = a / policy.gradient_scale
     return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), count / steps
 
 
@@ -97,7 +98,7 @@ class Adjoint(OnPolicy):
     """The learner.
 
     Args:
-        times, batch, eta: see `OnPolicy`.
+        times, batch, eta, micro: see `OnPolicy`.
         regressed: steps of each path that one update regresses; every path goes through its steps in its own order.
         reuse: updates from one rollout.
         clip: largest norm of std_i a_{i+1}, what one sample may ask of a step's control.
@@ -116,21 +117,24 @@ class Adjoint(OnPolicy):
         """Losses without end."""
         while True:
             with torch.no_grad(), policy.frozen():
-                path, _, labels, cond = self.fresh_paths(policy, conditions, generator)
-            earned, gradient = reward_gradient(policy, path, reward, labels, cond)
-            with policy.frozen():
-                adjoints, means, clipped = adjoints_of(
-                    policy, path, gradient, labels, cond, self.eta, self.clip, self.lean
-                )
+                drawn = list(self.fresh_paths(policy, conditions, generator))
+            found = []
+            for path, _, labels, cond in drawn:
+                earned, gradient = reward_gradient(policy, path, reward, labels, cond)
+                with policy.frozen():
+                    carried = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
+                found.append((earned, *carried))
+            path, labels, cond = joined(drawn)
+            rewards, adjoints, means, shares = zip(*found, strict=True)
+            clipped = sum(share * len(mine) for share, mine in zip(shares, rewards, strict=True)) / self.batch
+            earned, adjoints, means = torch.cat(rewards), torch.cat(adjoints, dim=1), torch.cat(means, dim=1)
             for i, row in islice(visits(self.steps, self.batch, self.regressed, generator), self.reuse):
-                here = revisit(policy, path, i, row, labels, cond, self.eta)
-                u = (here.mean - means[i, row]) / here.std
-                miss = half_square(u - here.std * adjoints[i, row])
-                yield Step(
-                    self.steps * miss.mean(),
-                    {
-                        "reward": float(earned.mean()),
-                        "kl": float(self.steps * half_square(u.detach()).mean()),
-                        "clipped": clipped,
-                    },
-                )
+                for rows in parts(len(i), self.micro):
+                    steps, mine = i[rows], row[rows]
+                    here = revisit(policy, path, steps, mine, labels, cond, self.eta)
+                    u = (here.mean - means[steps, mine]) / here.std
+                    miss = half_square(u - here.std * adjoints[steps, mine])
+                    figures = {"kl": float(self.steps * (half_square(u.detach()).sum() / len(i)))}
+                    if last := rows.stop == len(i):
+                        figures |= {"reward": float(earned.mean()), "clipped": clipped}
+                    yield Step(self.steps * (miss.sum() / len(i)), figures, last)

@@ -27,7 +27,7 @@ class Backprop(OnPolicy):
     """The learner.
 
     Args:
-        times, batch, eta: see `OnPolicy`; one rollout an update.
+        times, batch, eta, micro: see `OnPolicy`; one rollout an update.
         clip: largest norm of std_i ∇J at the state after step i, what one path may ask of the step's control.
         through: the number of last steps that the reward reaches; None for all.
     """
@@ -44,7 +44,7 @@ class Backprop(OnPolicy):
         """
         first = 0 if self.through is None else max(0, self.steps - self.through)
         stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]
-        clipped: list[float] = []
+        clipped: list[Tensor] = []
 
         def at_state(i: int, x_t: Tensor) -> Tensor:
             if i <= first:
@@ -55,15 +55,20 @@ class Backprop(OnPolicy):
 
         def clip(gradient: Tensor, std: float) -> Tensor:
             # the loss is a mean over the batch, one path's share of the gradient is a B-th
-            gradient, longer = clip_rows(gradient, self.clip / std / len(gradient))
-            clipped.append(float(longer.float().mean()))
+            gradient, longer = clip_rows(gradient, self.clip / std / self.batch)
+            clipped.append(longer)
             return gradient
 
         while True:
-            path, _, labels, cond = self.fresh_paths(policy, conditions, generator, compare=True, at_state=at_state)
-            earned, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
-            check_gradient(earned)
-            figures = {"reward": float(earned.detach().mean()), "kl": float(kl.detach().mean())}
-            figures["clipped"] = sum(clipped) / max(1, len(clipped))
+            done, before = 0, float(torch.cat(clipped).float().mean()) if clipped else 0.0
             clipped.clear()
-            yield Step((kl - earned).mean(), figures)
+            for path, pair, labels, cond in self.fresh_paths(
+                policy, conditions, generator, compare=True, at_state=at_state
+            ):
+                earned, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
+                check_gradient(earned)
+                done += len(pair)
+                last = done == self.batch
+                figures = {"reward": float(earned.detach().sum()) / self.batch, "clipped": before if last else 0.0}
+                figures["kl"] = float(kl.detach().sum()) / self.batch
+                yield Step((kl - earned).sum() / self.batch, figures, last)

@@ -22,12 +22,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions
+from ..conditions import Conditions, parts
 from ..control import Policy
 from ..reward import Reward
 from ..rollout import Trajectory
 from ..transition import half_square
-from . import OnPolicy, Step, revisit, visits
+from . import OnPolicy, Step, joined, revisit, visits
 
 
 def rewards_to_go(path: Trajectory, earned: Tensor) -> Tensor:
@@ -57,6 +57,7 @@ class Baseline:
 
         A pair not met before is given these paths' own mean.
         """
+        pair = pair.to(g.device)
         count = torch.bincount(pair, minlength=pairs)
         mean = g.new_zeros(len(g), pairs).index_add_(1, pair, g) / count.clamp(min=1)
         if self.mean is None:
@@ -71,7 +72,7 @@ class PPO(OnPolicy):
     """The learner.
 
     Args:
-        times, batch, eta: see `OnPolicy`.
+        times, batch, eta, micro: see `OnPolicy`.
         surrogates: steps of each path that one update looks at.
         reuse: updates from one rollout.
         clip: ε; ratios beyond 1 ± ε earn no more.
@@ -89,17 +90,20 @@ class PPO(OnPolicy):
         baseline = Baseline()
         while True:
             with torch.no_grad(), policy.frozen():
-                path, pair, labels, cond = self.fresh_paths(policy, conditions, generator, compare=True)
-                earned = reward(path.x_0, labels, cond)
+                drawn = list(self.fresh_paths(policy, conditions, generator, compare=True))
+                earned = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in drawn])
+            path, labels, cond = joined(drawn)
+            pair = torch.cat([pair for _, pair, _, _ in drawn])
             advantage = baseline.advantages(rewards_to_go(path, earned), pair, conditions.pairs)
             for i, row in islice(visits(self.steps, self.batch, self.surrogates, generator), self.reuse):
-                here = revisit(policy, path, i, row, labels, cond, self.eta)
-                log_rho = half_square(path.z[i, row]) - half_square((path.x[i + 1, row] - here.mean) / here.std)
-                yield Step(
-                    -self.steps * surrogate(log_rho, advantage[i, row], self.clip).mean(),
-                    {
-                        "reward": float(earned.mean()),
-                        "kl": float(path.kl.sum(0).mean()),
-                        "clipped": float(((log_rho.detach().exp() - 1).abs() > self.clip).float().mean()),
-                    },
-                )
+                for rows in parts(len(i), self.micro):
+                    steps, mine = i[rows], row[rows]
+                    here = revisit(policy, path, steps, mine, labels, cond, self.eta)
+                    miss = (path.x[steps + 1, mine] - here.mean) / here.std
+                    log_rho = half_square(path.z[steps, mine]) - half_square(miss)
+                    gain = surrogate(log_rho, advantage[steps, mine], self.clip)
+                    beyond = (log_rho.detach().exp() - 1).abs() > self.clip
+                    figures = {"clipped": float(beyond.float().sum() / len(i))}
+                    if last := rows.stop == len(i):
+                        figures |= {"reward": float(earned.mean()), "kl": float(path.kl.sum(0).mean())}
+                    yield Step(-self.steps * (gain.sum() / len(i)), figures, last)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions
+from ..conditions import Conditions, parts, rows_of
 from ..control import Policy
 from ..reward import Reward, prior_table
-from ..rollout import Times
+from ..rollout import Times, normal
 from ..schedule import per_sample
 from ..transition import half_square
 from . import Step
@@ -37,6 +37,7 @@ class Weighted:
         batch: samples an update.
         even: learn at w ≡ 1 what re-noising alone does to the prior, whatever the label.
         renoising: a snapshot of the policy's controls that learned it; None takes nothing off.
+        micro: samples that go through the network at once; None for all.
     """
 
     x_0: Tensor
@@ -44,6 +45,7 @@ class Weighted:
     batch: int = 256
     even: bool = False
     renoising: list[Tensor] | None = None
+    micro: int | None = None
 
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
@@ -62,18 +64,17 @@ class Weighted:
             labels, cond = conditions.of(pair)
             ticket = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)
             member = torch.searchsorted(cumulated[pair], ticket).squeeze(1).clamp(max=members - 1)
-            x_0 = self.x_0[pair // conditions.classes * members + member]
+            x_0 = self.x_0[pair // conditions.classes * members + member].to(policy.device)
             # stratified over the steps of the chain
             offset = torch.rand((), generator=generator)
             place = torch.randperm(self.batch, generator=generator) + offset
             i = (place * steps / self.batch).long().clamp(max=steps - 1)
-            noise = torch.randn(x_0.shape, generator=generator)
-            x_t = per_sample(alpha[i], x_0) * x_0 + per_sample(sigma[i], x_0) * noise
-            target = x_0
-            if self.renoising is not None:
-                with torch.no_grad(), policy.holding(self.renoising):
-                    renoised = policy(x_t, t_grid[i], labels=labels, **cond)
-                    target = x_0 - renoised + policy.prior(x_t, t_grid[i], **cond)
-            miss = policy(x_t, t_grid[i], labels=labels, **cond) - target
-            loss = half_square(miss / per_sample(sigma[i], x_0)).mean()
-            yield Step(loss)
+            x_t = per_sample(alpha[i], x_0) * x_0 + per_sample(sigma[i], x_0) * normal(x_0.shape, x_0, generator)
+            for rows in parts(self.batch, self.micro):
+                x, t, target = x_t[rows], t_grid[i[rows]], x_0[rows]
+                own = {"labels": rows_of(labels, rows), **rows_of(cond, rows)}
+                if self.renoising is not None:
+                    with torch.no_grad(), policy.holding(self.renoising):
+                        target = target - policy(x, t, **own) + policy.prior(x, t, **rows_of(cond, rows))
+                miss = half_square((policy(x, t, **own) - target) / per_sample(sigma[i[rows]], x))
+                yield Step(miss.sum() / self.batch, last=rows.stop == self.batch)

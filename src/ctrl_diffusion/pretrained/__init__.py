@@ -33,7 +33,8 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "FluxPipeline": "flux",
 }
-PARTS_ALONE = ("unet", "dit")  # the pipeline itself would cost seconds of imports
+PARTS_ALONE = {"unet": "unet", "dit": "transformer"}  # and their network; the pipeline itself takes seconds to import
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # parts of a pipeline
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -104,8 +105,29 @@ class Prior:
         return self.codec.decode(x) if self.codec else x
 
     def encode(self, images: Tensor) -> Tensor:
-        """x (B, *) of images (B, C, H, W)."""
-        return self.codec.encode(images) if self.codec else images
+        """x (B, *) of images (B, C, H, W), where these are."""
+        return self.codec.encode(images.to(self.denoiser.device)).to(images.device) if self.codec else images
+
+    def placed(self, device: str = "auto", precision: str = "no", tiling: bool = False) -> "Prior":
+        """The same prior, its network on a device; the autoencoder follows when it is needed, encoders stay.
+
+        Args:
+            device: as torch names it; "auto" for an accelerator of CUDA if there is one.
+            precision: of the network's own arithmetic: "no" for that of its weights, "bf16" or "fp16" by autocast.
+            tiling: decode large images in tiles.
+
+        Raises:
+            ValueError: there is no such device.
+        """
+        try:
+            self.denoiser.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        except (RuntimeError, AssertionError) as error:  # torch built without it raises the latter
+            reason = " ".join(str(error).split())[:100]
+            raise ValueError(f"device: {device!r} is not to be had here ({reason}). Use auto.") from error
+        self.denoiser.precision = PRECISIONS[precision]
+        if tiling and self.codec:
+            self.codec.vae.enable_tiling()
+        return self
 
     @classmethod
     def from_pretrained(cls, source: str | Path, size: tuple[int, int] | None = None) -> "Prior":
@@ -127,6 +149,8 @@ class Prior:
             name, _ = index["_class_name"], index["scheduler"][1]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/model_index.json is not one that diffusers writes ({error!r}).") from error
+        if not index["scheduler"][1]:
+            raise ValueError(f"{folder} cannot be loaded: it lacks its scheduler")
         if not isinstance(name, str) or name not in FAMILIES:
             raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
         try:
@@ -230,6 +254,11 @@ def located(source: str | Path) -> Path:
         raise ValueError(f"{source} is no folder here, and the hub does not give it: {reason}") from error
 
 
+def part_of(folder: Path, name: str) -> Path:
+    """Where a part of a pipeline is: in a folder of its own, or as in early pipelines beside the index."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
 def named_like_hub(name: str) -> bool:
     """Whether a name could be OWNER/NAME on the hub."""
     try:
@@ -263,11 +292,13 @@ def quiet() -> Iterator[None]:
 
 def opened(folder: Path, index: dict[str, Any]) -> Any:
     """A pipeline in float32 on the CPU: its parts, or with text the pipeline itself, which encodes prompts."""
-    if FAMILIES[index["_class_name"]] in PARTS_ALONE:
+    if network := PARTS_ALONE.get(FAMILIES[index["_class_name"]]):
         parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers"}
+        if network not in parts:
+            raise ValueError(f"it lacks its {network}")
         return SimpleNamespace(
             **{
-                name: getattr(diffusers, kind).from_pretrained(folder, subfolder=name)
+                name: getattr(diffusers, kind).from_pretrained(part_of(folder, name))
                 for name, (_, kind) in parts.items()
             }
         )

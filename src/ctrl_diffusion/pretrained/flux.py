@@ -11,7 +11,7 @@ from torch import Tensor
 from ..denoise import ControlSite
 from . import Family, default_guidance, sized
 from .latents import Codec
-from .text import Rows, TextFamily
+from .text import Rows, TextFamily, place_of
 
 TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
@@ -30,7 +30,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         if negative:
             raise ValueError("Flux takes no negative prompt")
-        rows, pooled, _ = pipeline.encode_prompt(list(prompts), None, device="cpu")
+        rows, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=place_of(pipeline))
         return {"encoder_hidden_states": rows, "pooled_projections": pooled}, {}
 
     def call(

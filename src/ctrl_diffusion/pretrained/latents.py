@@ -41,10 +41,16 @@ class Codec:
         return torch.cat([self.of_latents(part) for part in parts])
 
     def of_latents(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.scale.to(latents) + self.shift.to(latents), return_dict=False)[0]
+        vae, raw = self.beside(latents), latents / self.scale.to(latents) + self.shift.to(latents)
+        return vae.decode(raw.to(vae.dtype), return_dict=False)[0].to(latents.dtype)
+
+    def beside(self, x: Tensor) -> nn.Module:
+        """The autoencoder where x is: it comes to the accelerator when it is first needed there."""
+        return self.vae.to(x.device)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Latents of images, the mode of the encoder's distribution."""
-        modes = [self.vae.encode(part).latent_dist.mode() for part in images.split(self.at_once)]
-        return (torch.cat(modes) - self.shift.to(images)) * self.scale.to(images)
+        vae = self.beside(images)
+        modes = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in images.split(self.at_once)]
+        return (torch.cat(modes).to(images) - self.shift.to(images)) * self.scale.to(images)

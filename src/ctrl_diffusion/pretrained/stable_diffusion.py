@@ -9,7 +9,7 @@ from torch import Tensor
 from ..denoise import ControlSite
 from . import Family, default_guidance, sized
 from .latents import Codec
-from .text import Rows, TextFamily
+from .text import Rows, TextFamily, place_of
 
 # linear layers of attention, feed-forward and time, by the endings of their names
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj")
@@ -30,7 +30,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
         # what SDXL was trained to take for no text is zeros and not the empty prompt; the pipeline gives it for None
         without = [negative] * len(prompts) if negative or not large else None
         found = pipeline.encode_prompt(
-            list(prompts), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
+            list(prompts), device=place_of(pipeline), num_images_per_prompt=1, do_classifier_free_guidance=True,
             negative_prompt=without,
         )  # fmt: skip
         rows, null = {"encoder_hidden_states": found[0]}, {"encoder_hidden_states": found[1][:1]}

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..denoise import ControlSite
 from . import Family, default_guidance, sized
 from .latents import Codec
-from .text import Rows, TextFamily
+from .text import Rows, TextFamily, place_of
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -23,7 +23,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         texts = list(prompts)
         rows, null, pooled, null_pooled = pipeline.encode_prompt(
-            texts, None, None, device="cpu", negative_prompt=[negative] * len(texts)
+            texts, None, None, device=place_of(pipeline), negative_prompt=[negative] * len(texts)
         )
         return (
             {"encoder_hidden_states": rows, "pooled_projections": pooled},

@@ -7,6 +7,7 @@ through unamplified.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,18 @@ class Prompted:
     def add(self, prompts: Sequence[str]) -> None:
         """Encode prompts and number them after those that are known."""
         rows, self.null = self.family.encode(prompts, self.negative)
-        self.rows = {name: torch.cat([self.rows[name], row]) if self.rows else row for name, row in rows.items()}
+        self.rows = {
+            name: torch.cat([self.rows[name], row.to(self.rows[name])]) if self.rows else row
+            for name, row in rows.items()
+        }
+
+    def _bring(self, x_t: Tensor) -> None:
+        """What was encoded comes once to where it is needed, in the precision it is needed in."""
+        for known in (self.rows, self.null):
+            known.update({name: row.to(x_t) for name, row in known.items()})
 
     def __call__(self, x_t: Tensor, timestep: Tensor, c: Tensor) -> Tensor:
+        self._bring(x_t)
         rows = {name: row[c] for name, row in self.rows.items()}
         if self.family.distilled:
             rows["guidance"] = torch.full_like(timestep, self.guidance)
@@ -61,3 +71,8 @@ class Prompted:
         both = {name: torch.cat([self.null[name].expand_as(row), row]) for name, row in rows.items()}
         without, asked = self.family.call(x_t.repeat(2, 1, 1, 1), timestep.repeat(2), **both).chunk(2)
         return without + self.guidance * (asked - without)
+
+
+def place_of(pipeline: Any) -> torch.device:
+    """Where a pipeline's encoders are."""
+    return next(pipeline.text_encoder.parameters()).device

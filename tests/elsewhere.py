@@ -1,0 +1,98 @@
+"""A device that is not the CPU, for machines that have none: the CPU's arithmetic behind another name.
+
+Tensors there say so, and an operation that mixes them with the CPU's is refused as an accelerator refuses it. Indices
+and numbers without a dimension may come from the CPU, as they may there.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = torch.device("xla:0")  # a type that torch knows and does not try to start
+aten = torch.ops.aten
+MOVES = {aten._to_copy.default, aten.copy_.default}
+INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+
+
+class There(torch.Tensor):
+    """A tensor on that device."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, here: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, here.shape, strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype,
+            requires_grad=here.requires_grad,
+        )  # fmt: skip
+
+    def __init__(self, here: torch.Tensor) -> None:
+        self.here = here.detach()
+
+    @property
+    def device(self):
+        return DEVICE
+
+    def __repr__(self):
+        return f"There({self.here!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+def run(func, args, kwargs):
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    there = [t for t in tensors if isinstance(t, There)]
+    if there and func not in MOVES:
+        first = args[:1] if func in INDEXED else tensors
+        wrong = [t for t in first if isinstance(t, torch.Tensor) and not isinstance(t, There) and t.ndim]
+        if wrong:
+            raise RuntimeError(
+                f"{func}: tensors on two devices, one of them the CPU's of shape {tuple(wrong[0].shape)}."
+            )
+    asked = kwargs.get("device")  # of zeros_like and its kin torch fills in where it thinks the tensor is
+    to_there = bool(there) or (asked is not None and torch.device(asked).type == DEVICE.type)
+    inner = tree_map(lambda t: t.here if isinstance(t, There) else t, (args, kwargs))
+    if asked is not None:
+        inner[1]["device"] = torch.device("cpu")
+    found = func(*inner[0], **inner[1])
+    if func._schema.is_mutable:  # what was changed in place is what is given back
+        return args[0] if func._schema.returns else None
+    return tree_map(lambda t: There(t) if isinstance(t, torch.Tensor) and to_there else t, found)
+
+
+TO = torch.Tensor.to
+
+
+def to(self, *args, **kwargs):
+    """`Tensor.to`, which torch itself would take a tensor there for one of the CPU's by."""
+    given = (*args, *kwargs.values())
+    like = next((a for a in given if isinstance(a, torch.Tensor)), self)
+    place = torch.device(next((a for a in given if isinstance(a, (str, torch.device))), like.device))
+    kind = next((a for a in given if isinstance(a, torch.dtype)), like.dtype)
+    if DEVICE.type not in (place.type, self.device.type):
+        return TO(self, *args, **kwargs)
+    if place.type == self.device.type:
+        return TO(self, kind)
+    if self.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("a gradient would have to pass from one device to another.")
+    return There(TO(self, kind)) if place.type == DEVICE.type else TO(self.here, kind)
+
+
+class Elsewhere(TorchDispatchMode):
+    """Within, tensors can be made on `DEVICE`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+def open_device(monkeypatch):
+    """Let tensors and modules be moved to `DEVICE` until the test ends; to be entered as well."""
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: to(self, "cpu"))
+    monkeypatch.setattr(torch, DEVICE.type, SimpleNamespace(), raising=False)  # checkpoints ask for its module
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    return Elsewhere()

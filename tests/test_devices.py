@@ -1,0 +1,101 @@
+"""Prior, p̂ and paths on another device than the CPU: the same numbers to the bit, and nothing left behind."""
+
+import pytest
+import torch
+from elsewhere import DEVICE, There, open_device
+from pipelines import saved
+
+from ctrl_diffusion.classifier import Classifier
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.evaluate import Judge
+from ctrl_diffusion.learn.adjoint import Adjoint
+from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.ppo import PPO
+from ctrl_diffusion.learn.weighted import Weighted
+from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.reward import Reward, prior_table
+from ctrl_diffusion.sample import paths
+from ctrl_diffusion.train import fit
+
+LEARNERS = {
+    "weighted": lambda times, x_0: Weighted(x_0, times, batch=6),
+    "adjoint": lambda times, x_0: Adjoint(times, 4, regressed=2, micro=3),
+    "backprop": lambda times, x_0: Backprop(times, 4),
+    "ppo": lambda times, x_0: PPO(times, 4, surrogates=2),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("devices")
+    for name in ("DDPM", "DiT", "SD 1", "SDXL", "SD 3", "Flux"):
+        saved(name, root / name)
+    return root
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Another device, and tensors and modules that can be moved to it."""
+    with open_device(monkeypatch):
+        yield
+
+
+def job(folder, device, learner):
+    """A small whole job: control and figures."""
+    prior = Prior.from_pretrained(folder, (32, 32) if folder.name == "Flux" else None)
+    prior = (prior.with_prompts(["a seven", "two"]) if prior.text else prior).placed(device)
+    place = prior.denoiser.device
+    assert place.type == torch.device(device).type
+    torch.manual_seed(0)
+    classifier, second = (Classifier(3, 2).eval().requires_grad_(False).to(place) for _ in range(2))
+    policy = Policy(prior.denoiser, LoRAControl("dark", "01", prior.denoiser, rank=2))
+    conditions = Conditions({} if prior.classes is None else {"c": torch.arange(2)}, {"dark": 2})
+    times = prior.denoiser.times(3, 0.2)
+    reward = Reward({"dark": classifier}, decode=prior.decode, device=place)
+    n = 4 * conditions.groups
+    cond = conditions.cond_of(torch.arange(n) * conditions.groups // n)
+    x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond)[0]
+    stream = LEARNERS[learner](times, x_0)(policy, reward, conditions, torch.Generator().manual_seed(2))
+    updates = list(fit(policy, stream, 2, {"embedding": 1e-3, "adapter": 1e-3}, warmup=1))
+    labels, cond = conditions.of(conditions.all(2))
+    generator = torch.Generator().manual_seed(3)
+    found = paths(policy, 2 * conditions.pairs, times, generator, cond, labels, compare=True)
+    judge = Judge({}, None, {"dark": second}, decode=prior.decode, device=place)
+    look = judge.look(found[0], conditions)
+    with torch.no_grad():
+        earned = reward(found[0], labels, cond)
+        figures = [*found, earned, prior_table(reward, conditions, x_0), look.features, look.measured["dark"]]
+    assert not any(isinstance(figure, There) for figure in figures)
+    return [*(p.detach().cpu() for p in policy.trained()), *figures, torch.tensor([u.loss for u in updates])]
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_works_elsewhere_as_on_the_cpu(folders, elsewhere, learner):
+    found, expected = (job(folders / "DDPM", device, learner) for device in (DEVICE, "cpu"))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("DiT", "SDXL", "SD 3")]
+
+
+@pytest.mark.parametrize("name", ["SD 1", "Flux", *SLOW])
+def test_every_family_works_elsewhere_as_on_the_cpu(folders, elsewhere, name):
+    found, expected = (job(folders / name, device, "adjoint") for device in (DEVICE, "cpu"))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_left_behind_is_noticed(elsewhere):
+    """The device of these tests refuses what an accelerator refuses."""
+    x = torch.randn(2, 3)
+    with pytest.raises(RuntimeError, match="two devices"):
+        x.to(DEVICE) + x
+    assert torch.equal((x.to(DEVICE) + 1.0).cpu(), x + 1)
+
+
+def test_a_device_that_is_not_here_is_one_line(folders):
+    with pytest.raises(ValueError, match="device: 'cuda:7' is not to be had here") as caught:
+        Prior.from_pretrained(folders / "DDPM").placed("cuda:7")
+    assert "\n" not in str(caught.value)
