@@ -62,11 +62,10 @@ def made(tmp_path_factory):
     shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("images", "runs", "__pycache__"))
     saved("SD 1", folder / "pipeline")
     tiny_clip(folder)
-    sizes = {"n": 1600, "batch": 100, "size": 8, "steps": 3}
+    asked = "-n 1600 --prior pipeline --out images --size 8 --steps 3 --batch 100"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_images.py", "--prior", str(folder / "pipeline"), "--out", "images"])
-        sys.argv += [text for key, value in sizes.items() for text in (f"-{'-' * (len(key) > 1)}{key}", str(value))]
         patch.chdir(folder)
+        patch.setattr(sys, "argv", ["make_images.py", *asked.split()])
         runpy.run_path("make_images.py", run_name="__main__")
         write_rules()
     return folder
@@ -115,12 +114,16 @@ def test_a_shipped_config_is_a_whole_one(name, monkeypatch):
     sys.modules.pop("scores", None)
 
 
-def test_the_images_are_the_priors_own(made):
+def test_the_images_are_the_priors_own(made, monkeypatch, capsys):
     rows = (made / "images" / "metadata.csv").read_text(encoding="utf-8").splitlines()
     assert rows[:2] == ["file_name,prompt", "00000.png,a cat"]
     assert rows[46] == "00045.png,a cat"
     assert len(rows) == 1601
     assert Image.open(made / "images" / "01599.png").size == (8, 8)
+    monkeypatch.setattr(sys, "argv", ["make_images.py", "--out", str(made / "images")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(made / "make_images.py"), run_name="__main__")
+    assert "holds images already. Name another folder with --out" in capsys.readouterr().err
 
 
 def test_an_aesthetic_score_is_the_heads_of_a_normalised_embedding(tmp_path, here, monkeypatch):
