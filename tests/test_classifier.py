@@ -239,3 +239,14 @@ def test_labels_without_noise_do_not_make_a_needle():
     x, y, *_ = on_a_scale(600, 0, rule=True)
     p = fit_classifier(x, y, 9, "gaussian", grid=4, epochs=30)
     assert float(p.density(p.scores(x), 1e-6).stddev.min()) == pytest.approx(RESOLUTION)
+
+
+def test_large_images_are_looked_at_a_few_at_a_time(monkeypatch):
+    """At 512 × 512 the pooled convolutions of a held-out part at once would be tens of gigabytes."""
+    monkeypatch.setattr("ctrl_diffusion.classifier.PIXELS_AT_ONCE", 4 * 8 * 8)
+    classifier, x, seen = Classifier(3, 2), torch.randn(10, 3, 8, 8), []
+    classifier.trunk[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    classifier.log_prob(x)
+    classifier.log_prob(x[:, :, :4, :4])
+    classifier.log_prob(x.repeat(1, 1, 4, 4)[:2])  # one alone is too large already
+    assert seen == [4, 4, 2, 10, 1, 1]

@@ -28,6 +28,7 @@ from .files import write_json, writing
 Head = Literal["categorical", "ordinal", "gaussian"]
 # in levels: a value asked for is meant no more exactly. Labels without noise would else make p̂ a needle
 RESOLUTION = 0.25
+PIXELS_AT_ONCE = 2**22  # of images looked at together: a convolution at full size keeps ten times its image
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Scorer(nn.Module):
             an embedding that is only added moves the logits alike for every x and could not turn y's meaning round.
     """
 
-    at_once = 1024  # x; thousands of images at once would not fit
+    at_once = 1024  # x; thousands of images at once would not fit, nor a few dozen large ones
     latent = False  # whether x are the latents of a latent model
     borrowed: str | tuple[str, ...] = ()  # how the names of weights begin that are not ours to save
     shape: dict[str, Any]
@@ -113,7 +114,7 @@ class Scorer(nn.Module):
         return self.features(x)
 
     def in_parts(self, trunk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        few = self.at_once
+        few = max(1, min(self.at_once, PIXELS_AT_ONCE // math.prod(x.shape[2:])))
         parts = x.split(few) if isinstance(x, Tensor) else (x[rows] for rows in torch.arange(len(x)).split(few))
         return torch.cat([trunk(part.to(self.temperature.device)) for part in parts])
 
