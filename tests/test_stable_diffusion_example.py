@@ -25,7 +25,7 @@ SHIPPED = sorted(path.name for path in EXAMPLE.glob("*.yaml"))
 README = (EXAMPLE / "README.md").read_text(encoding="utf-8")
 # everything else is as shipped: the prompts, the guidance, the grid, the rank, the learner and its rates
 TINY = {
-    "prior": "pipeline", "size": [8, 8], "steps": 3, "classes": [0, 44], "backprop": {"updates": 2},
+    "prior": "pipeline", "size": [8, 8], "steps": 3, "classes": [0, 44], "backprop": {"updates": 2, "batch": 6},
     "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8},
 }  # fmt: skip
 FITTED = {"updates": 300, "depth": 1, "augment": "none"}

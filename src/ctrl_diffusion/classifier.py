@@ -150,6 +150,7 @@ class Scorer(nn.Module):
 
     def misses(self, score: Tensor, temperature: Tensor | float, y: Tensor) -> Tensor:
         """−log p̂ of what is fitted at y (B,), classes or places: (B,) nats."""
+        y = y.to(score.device)
         if self.head == "gaussian":
             return -self.density(score, temperature).log_prob(y)
         return F.nll_loss(self.fitted_log_prob(score, temperature), y, reduction="none")
@@ -284,6 +285,7 @@ def fit_classifier(
     c: Tensor | None = None,
     conditions: int = 0,
     network: Callable[[], Scorer] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Scorer:
     """Fit on clean x (n, C, H, W), y (n,) and, for p̂(y | x, c), c (n,); uncalibrated, in eval mode, frozen.
 
@@ -301,6 +303,7 @@ def fit_classifier(
         c: class numbers of the prior's condition, 0 … conditions − 1.
         network: makes what is fitted, whatever its x is; None makes a `Classifier` of classes, head, grid, depth,
             balanced and conditions.
+        device: on which it is fitted; it comes back to the CPU.
     """
     if network is None:
         shrink = max(0, round(math.log2(min(x.shape[2:]) / 8)))
@@ -317,6 +320,7 @@ def fit_classifier(
             counts = y.bincount(minlength=classes).clamp(min=1)
             weights = len(y) / (classes * counts)
             classifier.log_frequency.copy_((counts / counts.sum()).log())
+        classifier.to(device)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=weight_decay)
         batches, least = -(-len(x) // batch), math.inf
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * batches)
@@ -327,7 +331,7 @@ def fit_classifier(
                 score = classifier.scores(inputs, None if c is None else c[rows])
                 loss = classifier.misses(score, 1.0, y[rows])
                 # not the weighted mean: dividing by a batch's own weights would move the balance
-                loss = loss.mean() if weights is None else (weights[y[rows]] * loss).mean()
+                loss = loss.mean() if weights is None else (weights[y[rows]].to(loss) * loss).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -339,7 +343,7 @@ def fit_classifier(
     if watch:
         classifier.load_state_dict(best)
         classifier.temperature.fill_(1.0)
-    return classifier.requires_grad_(False).eval()
+    return classifier.requires_grad_(False).eval().cpu()
 
 
 @torch.no_grad()
@@ -370,7 +374,7 @@ def total_nll(classifier: Scorer, score: Tensor, temperature: Tensor | float, y:
     """Σ −log p̂ at y (B,) in nats."""
     if classifier.head == "gaussian":
         return float(classifier.misses(score, temperature, y).sum())
-    return float(F.nll_loss(classifier.log_prob_from(score, temperature), y, reduction="sum"))
+    return float(F.nll_loss(classifier.log_prob_from(score, temperature), y.to(score.device), reduction="sum"))
 
 
 class Estimator:

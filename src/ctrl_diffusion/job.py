@@ -548,7 +548,7 @@ def execute(
             if one.judges is None:
                 judges[name], held_out[name] = fit_judges(
                     one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data,
-                    encoder_of(job.prior),
+                    encoder_of(job.prior), job.prior.denoiser.device,
                 )  # fmt: skip
     shared = dependences(job.materials, judges, job.prior)
     run = Run.start(config, job.prior, judges)

@@ -184,6 +184,7 @@ def fit_calibrated(
     seed: int,
     advance: Advance,
     trunk: Frozen | None,
+    device: torch.device | str,
 ) -> tuple[Scorer, Choice]:
     """The best calibrated of the classifiers the settings leave open, by NLL on the calibration part."""
     found, (x, *labels) = [], examples(fitting, column, condition, trunk)
@@ -191,7 +192,7 @@ def fit_calibrated(
     seen, sizes = examples(calibration, column, condition, trunk), sizes_of(fitting, column, condition)
     for choice in open_choices(settings, fitting.values[column], fitting.on_scale(column)):
         watch = seen if settings.early_stopping else None
-        classifier = fit_on(mine, sizes, choice, settings, seed, advance, trunk, watch)
+        classifier = fit_on(mine, sizes, choice, settings, seed, advance, trunk, watch, device)
         found.append((calibrated_nll(classifier, *seen), len(found), classifier, choice))
     return min(found)[2:]
 
@@ -236,6 +237,7 @@ def fit_on(
     advance: Advance,
     trunk: Frozen | None = None,
     watch: tuple[Tensor, ...] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Scorer:
     """One classifier, not calibrated, of (x, y) or (x, y, c); on a trunk its head, fitted on what the trunk sees.
 
@@ -251,7 +253,7 @@ def fit_on(
     return fit_classifier(
         x, y, classes, **choice, **options, network=network, c=c[0] if c else None, epochs=epochs_of(settings, y),
         batch=BATCH, seed=seed, augment=None if trunk else AUGMENTATIONS[settings.augment], progress=advance,
-        watch=watch,
+        watch=watch, device=device,
     )  # fmt: skip
 
 
@@ -280,6 +282,7 @@ def fit_judges(
     phase: Phase = silent,
     judge_data: LabelledImages | None = None,
     encode: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[Judges, LabelledImages]:
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
@@ -293,6 +296,7 @@ def fit_judges(
         phase: told of progress.
         judge_data: what the judge is fitted on, also beside a ruler, so that p̂ keeps the more of the data.
         encode: images → latents, for a p̂ that looks at these.
+        device: on which they are fitted; they come back to the CPU.
 
     Returns:
         The judges, and the held-out part that none of them met, as p̂ looks at it.
@@ -320,7 +324,7 @@ def fit_judges(
     rounds = len(open_choices(settings, data.values[control], data.on_scale(control))) * epochs_of(settings, fitting)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
     trunk = Frozen(settings.backbone) if settings.backbone else None
-    classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk)
+    classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk, device)
     classifier.trunk, classifier.latent = trunk or classifier.trunk, settings.latents
     quality = report_classifier(classifier, *examples(held_out, control, of_c))
     if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
@@ -335,7 +339,7 @@ def fit_judges(
     judges.support = Support.fit(met).calibrate(torch.cat(unseen))
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
-        judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk)
+        judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)
         judges.judge.trunk = trunk or judges.judge.trunk
         judges.judge_accuracy = accuracy(judges.judge, images[2], control, of_c)
     if condition:
@@ -343,7 +347,7 @@ def fit_judges(
         recipe = {"epochs": 40, "batch": 64, "lr": 3e-3, "weight_decay": 0.01}
         judges.reader = fit_classifier(
             met.x, met.labels[condition], len(met.values[condition]), grid=4, seed=seed,
-            progress=phase(f"reader of {condition}", 40), **recipe,
+            progress=phase(f"reader of {condition}", 40), device=device, **recipe,
         )  # fmt: skip
         judges.reader_accuracy = accuracy(judges.reader, images[2], condition)
         judges.condition, judges.condition_values = condition, data.values[condition]
