@@ -16,6 +16,7 @@ from PIL import Image
 from ctrl_diffusion import demo, job
 from ctrl_diffusion.job import demo_job
 from ctrl_diffusion.reading import read_images
+from ctrl_diffusion.run import Run
 
 REQUIRED = {
     "prior": {"accuracy"},
@@ -145,6 +146,26 @@ def test_exact_samples_are_drawn_by_weight(ctrl, quick_run, tmp_path):
     assert (ink["exact"] == 1).sum() >= 6, "p̂ and the ruler disagree at the borders only"
     assert (ink["plain"] == 1).sum() < 6
     assert (tmp_path / "exact" / "00003.png").read_bytes() == (tmp_path / "again" / "00003.png").read_bytes()
+
+
+def test_samples_that_leave_the_labelled_region_are_told(quick_run, tmp_path, ctrl_here):
+    """Real digits are within, noise is not; what `ctrl sample` draws is counted."""
+    run = Run.load(quick_run)
+    real = demo.labelled_digits("ink", 0)[0][1].x[:200]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        within = run.outside_share(real)
+    # conformal on 150 calibration and held-out images: 5 % ± 2 %, and three standard errors of 200
+    assert within < 0.05 + 2 * 0.02 + 3 * 0.015
+    with pytest.warns(RuntimeWarning, match=r"\d+% of the samples lie outside the region .* of real images 5%"):
+        assert run.outside_share(torch.randn(200, 1, 8, 8)) > 0.5
+    asked = ["sample", quick_run, "--set", "ink=2", "-n", 20, "--quiet", "--out", tmp_path / "drawn"]
+    assert ctrl_here(*asked).returncode == 0
+    drawn = run.sample(
+        torch.full((20,), 1), torch.arange(20) % 10, generator=torch.Generator().manual_seed(0), latents=True
+    )  # fmt: skip
+    told = json.loads((tmp_path / "drawn" / "sample.json").read_text())["outside_support"]
+    assert told == pytest.approx(run.outside_share(drawn))
 
 
 def test_exact_races_every_learner(ctrl, tmp_path):

@@ -143,3 +143,50 @@ def test_a_conditional_classifier_needs_its_condition():
     data.labels["c"] = (torch.arange(100) < 3).long()
     with pytest.raises(ValueError, match="c = '1' has 3 example"):
         fit_judges(data, "y", "c", settings=CONDITIONAL)
+
+
+def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_path):
+    """Reader, judge and their accuracies are of images; p̂, its report and the region it was fitted on of latents."""
+    data = demo.labelled_digits("ink", 0)[0][0]
+    asked = []
+
+    def encode(images):
+        asked.append(len(images))
+        return torch.nn.functional.avg_pool2d(images, 2).repeat(1, 3, 1, 1)
+
+    settings = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300, latents=True)
+    judges, held_out = fit_judges(data, "ink", "digit", settings=settings, encode=encode)
+    assert judges.shape == (1, 8, 8)
+    assert held_out.x.shape[1:] == (3, 4, 4)
+    # each label of p̂'s three parts is encoded once; the judge's part is not
+    assert sum(asked) == 200 + 50 + 75
+    assert [c.shape["channels"] for c in (judges.classifier, judges.judge, judges.reader)] == [3, 1, 1]
+    judges.save(tmp_path)
+    again = Judges.load(tmp_path)
+    assert again.latent
+    assert torch.equal(again.outside(held_out.x), judges.outside(held_out.x))
+    # both rewards add, the images are decoded once for the one that needs them
+    decoded = []
+
+    def decode(latents):
+        decoded.append(len(latents))
+        return latents[:, :1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    z, y = torch.randn(5, 3, 4, 4), torch.arange(5) % 4
+    reward = Reward({"latent": again.classifier, "image": judges.judge}, decode=decode)
+    rows = torch.arange(5)
+    expected = again.classifier.log_prob(z)[rows, y] + judges.judge.log_prob(decode(z))[rows, y]
+    decoded.clear()
+    torch.testing.assert_close(reward(z, {"latent": y, "image": y}), expected)
+    assert decoded == [5]
+    reward(z, {"latent": y})
+    assert decoded == [5]
+
+
+def test_latents_are_refused_where_there_are_none_or_they_would_be_turned():
+    data = demo.labelled_digits("ink", 0)[0][0]
+    with pytest.raises(ValueError, match="p̂ looks at latents, but there is no prior on latents. Leave it out"):
+        fit_judges(data, "ink", settings=ClassifierSettings(latents=True))
+    for wrong in ({"backbone": "x"}, {"augment": "half_turn"}, {"augment": "any_side_up"}):
+        with pytest.raises(ValueError, match="latents excludes a backbone, and turning"):
+            ClassifierSettings(latents=True, **wrong)

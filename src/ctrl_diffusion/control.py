@@ -166,7 +166,7 @@ class LoRAControl(Control):
         if self._shift is None:
             return output
         # a guided network is called with the rows twice, without and with the prompt: the control acts in both
-        return output + self._shift.repeat(len(output) // len(self._shift), 1).to(output.dtype)
+        return output + self._shift.repeat(len(output) // len(self._shift), 1).to(output)
 
     def _silence(self) -> None:
         # the layers' own way of adding the adapter; peft's enable_adapters() would also flip requires_grad

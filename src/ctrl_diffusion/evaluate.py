@@ -20,6 +20,7 @@ from .certificate import Certificate
 from .classifier import Classifier, Scorer
 from .conditions import Conditions, parts, rows_of
 from .control import Labels
+from .reward import FEW
 
 Ruler = Callable[[Tensor], Tensor]
 MOST_SIDE = 32  # of images whose pixels are compared
@@ -51,9 +52,8 @@ class Judge:
     def look(self, x_0: Tensor, conditions: Conditions) -> "Look":
         """Look at samples x_0 (n, *), equally many for each condition in turn, a few at a time: images may be large."""
         group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
-        return Look.joined([
-            self.glance(x_0[rows].to(self.device), group[rows]) for rows in parts(len(x_0), 16 if self.decode else 1024)
-        ])  # fmt: skip
+        few = parts(len(x_0), FEW if self.decode else 1024)
+        return Look.joined([self.glance(x_0[rows].to(self.device), group[rows]) for rows in few])
 
     def glance(self, x_0: Tensor, group: Tensor) -> "Look":
         """Look at samples (n, *) of conditions (n,) all at once."""

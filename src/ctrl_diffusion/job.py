@@ -891,10 +891,12 @@ def sample_job(
         cond["c"] = classes[torch.arange(n) % len(classes)]
     check_room(out, SAMPLE_FILES[-1], overwrite)
     generator = torch.Generator().manual_seed(seed)
-    x_0 = run.sample(y, strength=strength, steps=steps, generator=generator, exact=exact, phase=phase, **cond)
+    how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": phase}
+    x_0 = run.sample(y, **how, **cond, latents=True)
+    images, outside = run.images(x_0).clamp(-1, 1), run.outside_share(x_0)
     clear(out, SAMPLE_FILES)
-    write_imagefolder(out, labelled(run, x_0, y, cond))
-    save_figure(out / "grid.png", sheet_figure(x_0))
+    write_imagefolder(out, labelled(run, images, y, cond))
+    save_figure(out / "grid.png", sheet_figure(images))
     asked = {
         "set": settings,
         "class": c,
@@ -903,6 +905,7 @@ def sample_job(
         "steps": steps or run.config.steps,
         "seed": seed,
         "exact": exact,
+        "outside_support": outside,
     }
     write_json(out / "sample.json", asked)
 

@@ -6,8 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .conditions import Conditions
+from .conditions import Conditions, parts, rows_of
 from .control import NULL, Labels
+
+FEW = 16  # images decoded at once
 
 
 class Likelihood(Protocol):
@@ -45,6 +47,9 @@ class Reward:
 
     def __call__(self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None) -> Tensor:
         """Reward (B,) of x_0 (B, *) under the prior's conditions, B rows each; a null label earns nothing."""
+        if self.decode and not torch.is_grad_enabled() and len(x_0) > FEW:  # images are many times their latents
+            rows = parts(len(x_0), FEW)
+            return torch.cat([self(x_0[r], rows_of(labels, r), rows_of(cond or {}, r)) for r in rows])
         total = x_0.new_zeros(len(x_0))
         for name, x in self.views(x_0, labels).items():
             y = labels[name].to(x.device)
@@ -113,7 +118,7 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     """
     group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
     tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
-    few = 16 if reward.decode else 1024  # decoded images are many times their latents
+    few = FEW if reward.decode else 1024
     for part, g in zip(x_0.split(few), group.split(few), strict=True):
         for name, x in reward.views(part, tables).items():
             tables[name].append(reward.table(name, x, conditions.cond_of(g)).to(x_0))

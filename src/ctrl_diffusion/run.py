@@ -8,6 +8,7 @@ progress.jsonl  one line per probe and update
 metrics.json, samples/, the pictures and report.html
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,17 +20,18 @@ from torch import Tensor
 
 from . import assets, demo
 from .certificate import certify, gamma_within
-from .conditions import Conditions, parts, rows_of
+from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
 from .control import Labels, LoRAControl, Policy
 from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, score_samples, score_target, warn_if_left
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
-from .reward import Among, Reward, prior_table
+from .reward import FEW, Among, Reward, prior_table
 from .rollout import Times
 from .sample import exact_samples, paths, stream
 from .scale import places
+from .support import BEYOND
 
 
 def home(folder: Path, what: str, name: str) -> Path:
@@ -115,7 +117,7 @@ class Run:
         """What there is to see of samples x (n, *), which may be latents: (n, C, H, W) on the CPU."""
         if not self.prior.codec:
             return x
-        return torch.cat([self.prior.decode(part.to(self.prior.denoiser.device)).cpu() for part in x.split(16)])
+        return torch.cat([self.prior.decode(part.to(self.prior.denoiser.device)).cpu() for part in x.split(FEW)])
 
     @property
     def judge(self) -> Judge:
@@ -255,6 +257,25 @@ class Run:
         """Where the run folder keeps the "control" or "classifier" of a control: `home` finds it there."""
         return folder / what / name if len(self.names) > 1 else folder / what
 
+    @torch.no_grad()
+    def outside_share(self, x_0: Tensor) -> float | None:
+        """The share of samples (n, *) outside the region some p̂ was fitted on; None if it is not known.
+
+        Warns:
+            RuntimeWarning: more than twice the 5 % of real images, and more by three standard errors.
+        """
+        if not self.judge.outside:
+            return None
+        share = float(torch.cat([self.outside(part, self.images(part)) for part in x_0.split(FEW)]).float().mean())
+        if share > max(2 * BEYOND, BEYOND + 3 * (BEYOND * (1 - BEYOND) / len(x_0)) ** 0.5):
+            warnings.warn(
+                f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of real images "
+                f"{BEYOND:.0%}: there p̂ has seen no labels. Compare the judge in report.html.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return share
+
     def sample(
         self,
         y: Tensor | Labels,
@@ -264,6 +285,7 @@ class Run:
         generator: torch.Generator | None = None,
         exact: bool = False,
         phase: Phase = silent,
+        latents: bool = False,
     ) -> Tensor:
         """Samples (n, C, H, W) in [−1, 1] of p(x | c, y); images, also of a latent model.
 
@@ -279,6 +301,7 @@ class Run:
             exact: draw many paths and keep some by their weights, exact in the limit of many, for the chain sampled
                 here (`sample.exact_samples`).
             phase: told of progress.
+            latents: give the chain's own x_0 (n, *), not what there is to see of them.
 
         Raises:
             ValueError: c or y out of range, of different lengths, or c missing or not wanted; too few paths count for
@@ -304,7 +327,7 @@ class Run:
         else:
             progress = phase("sampling", n)
             x_0, _, _ = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress)
-        return self.images(x_0).clamp(-1, 1)
+        return x_0 if latents else self.images(x_0).clamp(-1, 1)
 
     @torch.no_grad()
     def spend(self, budget: float, phase: Phase = silent) -> float:
@@ -330,9 +353,7 @@ class Run:
         x_0, kl, log_ratio = paths(
             self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
         )
-        few = parts(len(x_0), 16 if self.prior.codec else None)
-        earned = [self.reward(x_0[rows], rows_of(labels, rows), rows_of(cond, rows)) for rows in few]
-        return torch.cat(earned), x_0, kl, log_ratio
+        return self.reward(x_0, labels, cond), x_0, kl, log_ratio
 
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:

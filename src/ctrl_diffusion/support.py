@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .files import writing
 
+BEYOND = 0.05  # the share of unseen labelled images that lie outside
+
 
 @dataclass
 class Support:
@@ -44,7 +46,7 @@ class Support:
         variance, axes = torch.linalg.eigh(covariance)
         return cls(mean, axes / variance.sqrt() / std[:, None], torch.tensor(math.inf))
 
-    def calibrate(self, features: Tensor, share: float = 0.05) -> "Support":
+    def calibrate(self, features: Tensor, share: float = BEYOND) -> "Support":
         """Set the border from features (n, F) the fit has not seen, so that `share` of them lie beyond."""
         rank = math.ceil((1 - share) * (len(features) + 1))
         self.border = self.distance(features).sort().values[min(rank, len(features)) - 1]
