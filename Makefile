@@ -27,6 +27,7 @@ bench: setup
 	$(BIN)/python bench/add.py
 	$(BIN)/python bench/scale.py
 	$(BIN)/python bench/own.py
+	$(BIN)/python bench/text.py
 	$(BIN)/python bench/classifiers.py
 	$(BIN)/python bench/exact.py
 

@@ -1,12 +1,27 @@
 from dataclasses import replace
 
+import pytest
 import torch
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.judges import fit_judges
-from ctrl_diffusion.report import write_classifier_report, write_exact_report
+from ctrl_diffusion.report import told_apart, write_classifier_report, write_exact_report
 from ctrl_diffusion.testbed import GROWING, Picture
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("a handwritten one|a handwritten two", "one|two"),
+        ("a cat|a cat asleep", "a cat|a cat asleep"),  # nothing would be left of the first
+        ("horse|red horse", "horse|red horse"),
+        ("a cat", "a cat"),
+        ("0|1", "0|1"),
+    ],
+)
+def test_prompts_are_told_apart_by_the_words_they_do_not_share(names, expected):
+    assert told_apart(names.split("|")) == expected.split("|")
 
 
 def test_the_page_of_the_races_shows_how_the_gap_grows(tmp_path):

@@ -252,6 +252,13 @@ def shortened(text: str, most: int = 12) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Names without the words they all begin with, which for prompts may be all that an axis has room for."""
+    words = [name.split() for name in names]
+    shared = next((i for i, ones in enumerate(zip(*words, strict=False)) if len(set(ones)) > 1), 0)
+    return [" ".join(ones[shared:]) for ones in words]
+
+
 def headline(axes: Axes, text: str) -> None:
     """A title in the house's style."""
     axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
@@ -325,7 +332,9 @@ def write_report(
     control, values, classes = run.name, run.values, run.config.classes
     condition = next((one.condition for one in run.config.controls if one.condition), None)
     columns = 10 if classes is None else min(10, len(classes))
-    column_names = [""] * columns if classes is None else [shortened(run.prior.class_names[c], 8) for c in classes[:10]]
+    column_names = [""] * columns
+    if classes is not None:
+        column_names = [shortened(name, 8) for name in told_apart([run.prior.class_names[c] for c in classes[:10]])]
     pictures = {
         title: same_noise(run, strength, columns)
         for title, strength in ((f"Prior, which ignores {control}", 0.0), ("CTRL, same noise", 1.0))
