@@ -76,7 +76,8 @@ def vae() -> AutoencoderKL:
 
 def pipeline(name: str) -> Any:
     """A pipeline of that size, its encoders small: prompts are encoded once."""
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     if name == "tiny":
         return stable_diffusion(scheduler)
     parts = {"vae": vae(), "text_encoder": clip(), "tokenizer": clip_tokenizer(), "scheduler": scheduler}

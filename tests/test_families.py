@@ -339,6 +339,41 @@ def test_a_size_that_cannot_be_is_one_line(folders, name, size, message):
     assert "\n" not in str(caught.value)
 
 
+def test_large_images_may_be_decoded_in_tiles(folders):
+    """Of the size asked for, and differentiable; other families' priors have nothing to tile."""
+    prior = Prior.from_pretrained(folders["SD 1"][0], (64, 96)).placed("cpu", tiling=True)
+    assert prior.codec.vae.use_tiling
+    tiles = []
+    prior.codec.vae.decoder.register_forward_hook(lambda module, given, out: tiles.append(out.shape[2:]))
+    z = torch.randn(1, *prior.denoiser.shape, requires_grad=True)
+    images = prior.decode(z)
+    assert images.shape == (1, 3, 64, 96)
+    assert len(tiles) > 1
+    images.sum().backward()
+    assert z.grad.flatten(2).any(2).all()
+    assert opened(folders, "DDPM").placed("cpu", tiling=True).codec is None
+
+
+@pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux", "DiT"])
+def test_attention_is_pytorchs_own(folders, name, monkeypatch):
+    """Of the bare network and of one with a control alike."""
+    prior, called = opened(folders, name), []  # its prompts are encoded before the count
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*given, **options):
+        called.append(1)
+        return attention(*given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    x = torch.randn(2, *prior.denoiser.shape)
+    with torch.no_grad():
+        prior.denoiser(x, 0.5, **given(prior))
+        bare = len(called)
+        controlled(prior)(x, 0.5, labels={"ink": torch.tensor([0, 1])}, **given(prior))
+    assert bare > 0
+    assert len(called) == 2 * bare
+
+
 def edit(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
