@@ -154,18 +154,20 @@ def test_samples_that_leave_the_labelled_region_are_told(quick_run, tmp_path, ct
     real = demo.labelled_digits("ink", 0)[0][1].x[:200]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        within = run.outside_share(real)
+        within = run.outside_share(real, real)
     # conformal on 150 calibration and held-out images: 5 % ± 2 %, and three standard errors of 200
     assert within < 0.05 + 2 * 0.02 + 3 * 0.015
-    with pytest.warns(RuntimeWarning, match=r"\d+% of the samples lie outside the region .* of real images 5%"):
-        assert run.outside_share(torch.randn(200, 1, 8, 8)) > 0.5
+    noise = torch.randn(200, 1, 8, 8)
+    assert run.usually_outside == json.loads((quick_run / "metrics.json").read_text())["prior"]["outside_support"]
+    with pytest.warns(RuntimeWarning, match=r"\d+% of the samples lie outside the region .* of the prior's \d+%"):
+        assert run.outside_share(noise, noise) > 0.5
     asked = ["sample", quick_run, "--set", "ink=2", "-n", 20, "--quiet", "--out", tmp_path / "drawn"]
     assert ctrl_here(*asked).returncode == 0
     drawn = run.sample(
         torch.full((20,), 1), torch.arange(20) % 10, generator=torch.Generator().manual_seed(0), latents=True
     )  # fmt: skip
     told = json.loads((tmp_path / "drawn" / "sample.json").read_text())["outside_support"]
-    assert told == pytest.approx(run.outside_share(drawn))
+    assert told == pytest.approx(run.outside_share(drawn, drawn))
 
 
 def test_exact_races_every_learner(ctrl, tmp_path):

@@ -8,13 +8,16 @@ from pipelines import saved
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.data import LabelledImages, write_imagefolder
 from ctrl_diffusion.evaluate import Judge
+from ctrl_diffusion.job import train_job
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward, prior_table
+from ctrl_diffusion.run import Run
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
 
@@ -99,3 +102,35 @@ def test_a_device_that_is_not_here_is_one_line(folders):
     with pytest.raises(ValueError, match="device: 'cuda:7' is not to be had here") as caught:
         Prior.from_pretrained(folders / "DDPM").placed("cuda:7")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("latents", [False, True])
+def test_the_whole_job_works_elsewhere_as_on_the_cpu(folders, elsewhere, tmp_path, latents):
+    """Data, classifiers, training, certificate, report, loading and sampling; but for the seconds, the same figures."""
+    dark = torch.arange(60) % 2
+    x = torch.where(dark[:, None, None, None] == 1, -0.5, 0.5) + 0.1 * torch.randn(60, 3, 32, 32)
+    labels = {"prompt": torch.arange(60) // 30, "dark": dark}
+    values = {"prompt": ("a seven", "two"), "dark": ("no", "yes")}
+    write_imagefolder(tmp_path / "data", LabelledImages(x, labels, values))
+    found = []
+    for device in (str(DEVICE), "cpu"):
+        given = {
+            "prior": str(folders / "SD 1"), "data": str(tmp_path / "data"), "control": "dark", "condition": "prompt",
+            "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical", "latents": latents},
+            "weighted": {"updates": 1, "batch": 4, "cache": 8, "renoising": 1}, "adjoint": {"updates": 1, "batch": 4},
+            "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8}, "steps": 3, "rank": 2,
+            "device": device,
+        }  # fmt: skip
+        metrics = train_job(given, tmp_path / device)
+        run = Run.load(tmp_path / device, device)
+        y, c = torch.tensor([0, 1, -1]), torch.tensor([0, 1, 1])
+        drawn = run.sample(y, c)
+        exact = run.sample(y[:2], c[:2], strength=0.5, exact=True)
+        del metrics["seconds"]
+        found.append((metrics, drawn, exact))
+    (metrics, drawn, exact), (expected, *images) = found
+    assert metrics == expected
+    assert torch.equal(drawn, images[0])
+    assert torch.equal(exact, images[1])

@@ -211,6 +211,50 @@ def test_half_precision_is_the_networks_alone(folders, name, stored, precision):
     assert torch.cosine_similarity(said, meant, dim=0) > 0.9
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("learner", ["weighted", "adjoint", "backprop", "ppo"])
+def test_what_a_learner_asks_for_in_half_precision_is_what_it_asks_for_in_full(folders, learner, precision):
+    """The gradient of an update, in direction and size."""
+
+    def gradient(precision):
+        prior = opened(folders, "SD 2", guidance=1.0).placed("cpu", precision)
+        policy = controlled(prior, scale=0.3)
+        prior.denoiser.gradient_scale = 1.0  # this steep reward needs none
+        reward = Reward({"ink": Darkness(4)}, decode=prior.decode)
+        conditions, times = Conditions({"c": torch.arange(2)}, {"ink": 4}), prior.denoiser.times(3, 0.2)
+        x_0 = torch.randn(8, *prior.denoiser.shape, generator=torch.Generator().manual_seed(1))
+        stream = LEARNERS[learner](times, x_0)(policy, reward, conditions, torch.Generator().manual_seed(2))
+        next(fit(policy, stream, 1, {"embedding": 1e-9, "adapter": 1e-9}, max_norm=1e9), None)
+        return torch.cat([p.grad.flatten() for p in policy.trained()])
+
+    # asked of the optimiser's input: fit empties the gradients after its step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none=True: None)
+        half, full = gradient(precision), gradient("no")
+    assert half.dtype == torch.float32
+    assert torch.cosine_similarity(half, full, dim=0) > 0.95
+    assert float(half.norm() / full.norm()) == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_certificate_is_in_full_precision(folders):
+    """The KL of a small control in bfloat16 is that of the rounding; probes and certificates do not know of it."""
+    found = {}
+    for precision in ("no", "bf16"):
+        prior = opened(folders, "SD 1").placed("cpu", precision)
+        policy = controlled(prior, scale=1e-4)
+        cond, labels = given(prior, 4), {"ink": torch.arange(4)}
+        times = prior.denoiser.times(5, 0.2)
+
+        def kl(policy=policy, times=times, cond=cond, labels=labels):
+            return paths(policy, 4, times, torch.Generator().manual_seed(0), cond, labels, compare=True)[1].mean()
+
+        with policy.in_full():
+            found[precision] = kl()
+        found[f"{precision}, as trained"] = kl()
+    assert found["bf16"] == found["no"] == found["no, as trained"]
+    assert found["bf16, as trained"] > 10 * found["no"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_adapter_of_a_network_in_half_precision_is_trained_in_full(folders, dtype):
     """Beside W and not in it: W + BA rounds to W where BA is below half an ulp."""
@@ -243,8 +287,9 @@ def test_adapters_are_as_asked(folders, tmp_path):
     again = LoRAControl.load(tmp_path, opened(folders, "SD 1").denoiser)
     assert (again.rank, again.alpha, again.targets) == (4, 8, ["to_q"])
     torch.testing.assert_close(again._differences()[0], control._differences()[0])
-    with pytest.raises(ValueError, match="lora_targets: .*no_such_layer"):
-        LoRAControl("other", "1234", prior.denoiser, targets=["no_such_layer"])
+    for wrong in (["no_such_layer"], ["to_q", "no_such_layer"]):
+        with pytest.raises(ValueError, match="lora_targets: the network has no layer whose name .* 'no_such_layer'"):
+            LoRAControl("other", "1234", prior.denoiser, targets=wrong)
 
 
 # each update sees every step of the rollout
@@ -257,11 +302,13 @@ LEARNERS = {
 
 
 class Darkness:
-    """p(y | x) of two classes, by the mean of the images."""
+    """p(y | x) of classes by the mean of the images."""
+
+    def __init__(self, classes=2):
+        self.slopes = torch.linspace(100, -100, classes)
 
     def log_prob(self, x):
-        mean = 100 * x.flatten(1).mean(1, keepdim=True)
-        return torch.cat([mean, -mean], dim=1).log_softmax(1)
+        return (x.flatten(1).mean(1, keepdim=True) * self.slopes).log_softmax(1)
 
 
 @pytest.mark.parametrize("learner", LEARNERS)

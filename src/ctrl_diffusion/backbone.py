@@ -84,8 +84,9 @@ class Frozen(nn.Module):
 
     def fit(self, features: Tensor) -> Tensor:
         """Take the scale from features (n, F) as they come; returns them standardised."""
-        self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
-        return (features - self.mean) / self.std
+        mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+        self.mean, self.std = mean.to(self.grey.device), std.to(self.grey.device)
+        return (features - mean) / std
 
 
 class Backbone(Scorer):

@@ -177,7 +177,7 @@ class Scorer(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
         """Write `classifier.safetensors` and `classifier.json` (its shape, and what else is to be known about it)."""
-        mine = {name: value for name, value in self.state_dict().items() if not name.startswith(self.borrowed)}
+        mine = {name: value.cpu() for name, value in self.state_dict().items() if not name.startswith(self.borrowed)}
         with writing(folder / "classifier.safetensors") as temporary:
             save_file(mine, temporary)
         write_json(folder / "classifier.json", {"kind": type(self).__name__, "shape": self.shape, **(about or {})})
@@ -418,8 +418,8 @@ def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None
     """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
     score = classifier.scores(x, c)
     if classifier.head == "gaussian":
-        return report_density(classifier, score, y)
-    log_prob, raw = (classifier.log_prob_from(score, t) for t in (classifier.temperature, 1.0))
+        return report_density(classifier, score.cpu(), y)
+    log_prob, raw = (classifier.log_prob_from(score, t).cpu() for t in (classifier.temperature, 1.0))
     p, classes = log_prob.exp(), log_prob.shape[1]
     counts = y.bincount(minlength=classes)
     return ClassifierReport(
@@ -445,8 +445,8 @@ def coverage(density: Normal, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def report_density(classifier: Scorer, score: Tensor, y: Tensor) -> ClassifierReport:
     """As `report_classifier`, for y on a scale."""
-    density, last = classifier.density(score, classifier.temperature), classifier.classes - 1
-    misses = classifier.misses(score, classifier.temperature, y)
+    temperature, last = classifier.temperature.cpu(), classifier.classes - 1
+    density, misses = classifier.density(score, temperature), classifier.misses(score, temperature, y)
     said, came = coverage(density, y)
     return ClassifierReport(
         accuracy=float((density.mean.round().clamp(0, last) == y.round().clamp(0, last)).float().mean()),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from .files import write_text
@@ -212,7 +212,8 @@ class Config(Strict):
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
         patience: a learner stops after so many probes in turn without a better control; null lets it finish.
         device: of prior, p̂ and paths; "auto" takes an accelerator of CUDA if there is one.
-        mixed_precision: of the prior's network, by autocast; densities and KL are float32 all the same.
+        mixed_precision: of the prior's network in training and sampling, by autocast. Probes and the certificate are in
+            float32: what two predictions differ by is mostly rounding in bfloat16.
         micro_batch: samples that go through the network at once while a gradient is kept; null for all of an update's.
             What is trained does not depend on it, memory does.
         vae_tiling: decode large images in tiles, which are not the whole's to the last digit.
@@ -249,6 +250,12 @@ class Config(Strict):
     backprop: BackpropSettings = BackpropSettings()
     ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_no(cls, value: Any) -> Any:
+        """YAML takes a bare no for false."""
+        return "no" if value is False else value
 
     @classmethod
     def of(cls, values: Any, source: str = "settings") -> Self:
@@ -366,7 +373,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     return {
         "steps": 20 if dimensions <= 256 else 40,
         "rank": rank,
-        "micro_batch": None if dimensions <= 4096 else max(1, 2**15 // dimensions),
+        "micro_batch": None if dimensions <= 4096 and parameters < 1e8 else max(1, 2**15 // dimensions),
         "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 4, **lr},
         "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},

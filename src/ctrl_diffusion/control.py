@@ -141,6 +141,10 @@ class LoRAControl(Control):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
             torch.default_generator.manual_seed(seed)
+            names = [key for key, _ in denoiser.network.named_modules()]
+            for target in targets or ():
+                if not any(f".{key}".endswith(f".{target}") for key in names):
+                    raise ValueError(f"lora_targets: the network has no layer whose name is or ends in {target!r}.")
             try:
                 inject_adapter_in_model(config, denoiser.network, adapter_name=self.adapter)
             except ValueError as error:
@@ -152,7 +156,7 @@ class LoRAControl(Control):
         nn.init.zeros_(self.table.weight)
         denoiser.network.eval()
         # not a registered child: the prior owns its network, the control only its own parameters
-        self._network, self._half = [denoiser.network], denoiser.stored is not None
+        self._denoiser, self._network = [denoiser], [denoiser.network]
         self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
         for p in self.parameter_groups()["adapter"] if self._half else ():
             p.data = p.data.float()  # peft makes them as the layers are
@@ -175,8 +179,13 @@ class LoRAControl(Control):
 
     def settle(self) -> "LoRAControl":
         super().settle()
-        self._kept = self._differences()
+        self._kept = None if self._half else self._differences()
         return self
+
+    @property
+    def _half(self) -> bool:
+        """Whether the network computes in half precision, by its weights or by autocast."""
+        return self._denoiser[0].stored is not None or self._denoiser[0].precision is not None
 
     def _differences(self) -> list[Tensor]:
         """BA of every layer."""
@@ -188,7 +197,7 @@ class LoRAControl(Control):
     def frozen(self) -> Iterator[None]:
         with super().frozen():
             outer = self._kept
-            self._kept = self._differences()
+            self._kept = None if self._half else self._differences()
             try:
                 yield
             finally:
@@ -207,7 +216,7 @@ class LoRAControl(Control):
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """Wx + B(Ax), as PEFT adds it: in half precision most of BA would be lost in the sum with W."""
+        """Wx + B(Ax), as PEFT adds it: most checkpoints are in half precision, in which W + BA rounds to W."""
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self._layers]
         for layer, (off, active) in zip(self._layers, before, strict=True):
             layer._disable_adapters = False
@@ -243,9 +252,9 @@ class LoRAControl(Control):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
-        tensors = {f"adapter.{key}": value.contiguous() for key, value in adapter.items()}
+        tensors = {f"adapter.{key}": value.cpu().contiguous() for key, value in adapter.items()}
         with writing(folder / "control.safetensors") as temporary:
-            save_file({**tensors, "table": self.table.weight.detach()}, temporary)
+            save_file({**tensors, "table": self.table.weight.detach().cpu()}, temporary)
         about = ("name", "values", "rank", "scale", "alpha", "targets")
         write_json(folder / "control.json", {key: getattr(self, key) for key in about})
 
@@ -358,6 +367,12 @@ class Policy(Denoiser):
     @property
     def gradient_scale(self) -> float:
         return self.base.gradient_scale
+
+    def lower_scale(self) -> None:
+        self.base.lower_scale()
+
+    def in_full(self) -> AbstractContextManager[None]:
+        return self.base.in_full()
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor

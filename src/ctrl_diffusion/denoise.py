@@ -45,6 +45,10 @@ class Denoiser(nn.Module):
     start: float = 1.0  # the first time of its chains
     gradient_scale: float = 1.0  # what goes back through it is to be multiplied by, lest it vanish in half precision
 
+    def lower_scale(self) -> None:
+        """What went back through it was too much."""
+        self.gradient_scale = max(1.0, self.gradient_scale / 16)
+
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         """x̂ (B, *) for x_t (B, *) at time t, a number or (B,), under conditions of B rows each."""
         raise NotImplementedError
@@ -63,6 +67,11 @@ class Denoiser(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, what is trained of this denoiser must not change, and nobody asks for its gradient."""
+        yield
+
+    @contextmanager
+    def in_full(self) -> Iterator[None]:
+        """Inside, the network computes in the precision of its weights."""
         yield
 
     def times(self, steps: int, sigma_end: float, power: float = 1.0) -> tuple[float, ...]:
@@ -125,20 +134,32 @@ class NetworkDenoiser(Denoiser):
         self.clip = clip
         self.site = site
         self.precision = precision
+        if torch.float16 in (precision, self.stored):  # it has no numbers below 6e-8; bfloat16 has those of float32
+            self.gradient_scale = 2.0**10
         if prediction == "epsilon":
             # x̂ = (x_t − σ ε)/α divides by almost nothing where α → 0: begin where its error is not yet all there is
             self.start = schedule.latest(SMALLEST_ALPHA)
 
     def called(self, call: Network) -> "NetworkDenoiser":
         """The same network, called otherwise."""
+        return self._with(call, self.precision)
+
+    def at(self, precision: torch.dtype | None) -> "NetworkDenoiser":
+        """The same network in another precision."""
+        return self._with(self.call, precision)
+
+    def _with(self, call: Network, precision: torch.dtype | None) -> "NetworkDenoiser":
         return NetworkDenoiser(
-            self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site, self.precision
+            self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site, precision
         )
 
-    @property
-    def gradient_scale(self) -> float:
-        """float16 has no numbers below 6e-8; bfloat16 has those of float32."""
-        return 1024.0 if torch.float16 in (self.precision, self.stored) else 1.0
+    @contextmanager
+    def in_full(self) -> Iterator[None]:
+        self.precision, before = None, self.precision
+        try:
+            yield
+        finally:
+            self.precision = before
 
     @property
     def stored(self) -> torch.dtype | None:

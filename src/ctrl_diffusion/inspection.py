@@ -35,7 +35,9 @@ def inspected(prior: Prior) -> dict[str, Any]:
     policy = Policy(denoiser, control)
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
     rows = config.adjoint.batch * config.adjoint.regressed
-    at_once = min(rows, config.micro_batch or rows)
+    micro = config.micro_batch or rows
+    # regressed steps of the policy; or a step of prior and policy, as the adjoint is carried back
+    at_once = max(min(rows, micro), 2 * min(config.adjoint.batch, micro))
     twice = 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
     return {
         "family": prior.pipeline,

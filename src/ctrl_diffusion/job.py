@@ -183,14 +183,15 @@ def classifier_job(
         raise ValueError("size is that of a prior's images. Give --prior, or leave size out.")
     about = ControlSettings(name=control, data=str(source), condition=condition, skip_bad=skip_bad)
     control, condition = about.name, about.condition
-    model = open_prior(prior, size) if prior else None
+    model = open_prior(prior, size).placed() if prior else None
     data = read_data(about.data, about, model, phase=phase)
     warn_of_copies(about.data, data)
     if condition:
         data = only(data, condition, data.labels[condition].unique().tolist())
     judges, held_out = fit_judges(
-        data, control, condition, settings=settings, seed=seed, phase=phase, encode=encoder_of(model)
-    )
+        data, control, condition, settings=settings, seed=seed, phase=phase, encode=encoder_of(model),
+        device=model.denoiser.device if model else "cpu",
+    )  # fmt: skip
     clear(out, CLASSIFIER_FILES)
     judges.save(out)
     write_classifier_report(out, judges, held_out)
@@ -551,6 +552,8 @@ def execute(
                     encoder_of(job.prior), job.prior.denoiser.device,
                 )  # fmt: skip
     shared = dependences(job.materials, judges, job.prior)
+    if job.prior.codec:
+        job.prior.codec.vae.cpu()  # it comes back when there is something to decode
     run = Run.start(config, job.prior, judges)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
@@ -893,7 +896,8 @@ def sample_job(
     generator = torch.Generator().manual_seed(seed)
     how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": phase}
     x_0 = run.sample(y, **how, **cond, latents=True)
-    images, outside = run.images(x_0).clamp(-1, 1), run.outside_share(x_0)
+    images = run.images(x_0)
+    outside, images = run.outside_share(x_0, images), images.clamp(-1, 1)
     clear(out, SAMPLE_FILES)
     write_imagefolder(out, labelled(run, images, y, cond))
     save_figure(out / "grid.png", sheet_figure(images))

@@ -145,7 +145,7 @@ class Judges:
             others = {n: load_classifier(folder / n) for n in ("judge", "reader") if (folder / n).is_dir()}
             support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
             classifier = load_classifier(folder)
-            classifier.latent = about["latent"]
+            classifier.latent = about.get("latent", False)
             return cls(
                 about["control"], tuple(about["values"]), tuple(about["input"]), classifier,
                 ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
@@ -171,7 +171,7 @@ def examples(
 ) -> tuple[Tensor, ...]:
     """x or its features, the labels of a column and, where it depends on a condition, c."""
     few = torch.arange(len(data)).split(Backbone.at_once)
-    x = data.x if trunk is None else torch.cat([trunk(data.x[rows]) for rows in few])
+    x = data.x if trunk is None else torch.cat([trunk(data.x[rows].to(trunk.grey.device)).cpu() for rows in few])
     return x, data.labels[column], *([data.labels[condition]] if condition else [])
 
 
@@ -263,7 +263,7 @@ def accuracy(classifier: Scorer, data: LabelledImages, column: str, condition: s
     x, y, *c = examples(data, column, condition)
     if data.on_scale(column):  # which level is nearest
         y = y.round().clamp(0, len(data.values[column]) - 1)
-    return float((classifier.log_prob(x, *c).argmax(1) == y).float().mean())
+    return float((classifier.log_prob(x, *c).argmax(1).cpu() == y).float().mean())
 
 
 def joined(*parts: LabelledImages) -> LabelledImages:
@@ -296,7 +296,7 @@ def fit_judges(
         phase: told of progress.
         judge_data: what the judge is fitted on, also beside a ruler, so that p̂ keeps the more of the data.
         encode: images → latents, for a p̂ that looks at these.
-        device: on which they are fitted; they come back to the CPU.
+        device: on which they are fitted, and stay.
 
     Returns:
         The judges, and the held-out part that none of them met, as p̂ looks at it.
@@ -323,9 +323,10 @@ def fit_judges(
     of_judge = own if judge_data is None else [judge_data]
     rounds = len(open_choices(settings, data.values[control], data.on_scale(control))) * epochs_of(settings, fitting)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
-    trunk = Frozen(settings.backbone) if settings.backbone else None
+    trunk = Frozen(settings.backbone).to(device) if settings.backbone else None
     classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk, device)
     classifier.trunk, classifier.latent = trunk or classifier.trunk, settings.latents
+    classifier.to(device)
     quality = report_classifier(classifier, *examples(held_out, control, of_c))
     if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
         raise ValueError(
@@ -335,12 +336,13 @@ def fit_judges(
         )
     judges = Judges(control, data.values[control], tuple(data.x.shape[1:]), classifier, quality)
     with torch.no_grad():
-        met, *unseen = (classifier.evidence(part.x) for part in (fitting, calibration, held_out))
+        met, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
     judges.support = Support.fit(met).calibrate(torch.cat(unseen))
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
         judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)
         judges.judge.trunk = trunk or judges.judge.trunk
+        judges.judge.to(device)
         judges.judge_accuracy = accuracy(judges.judge, images[2], control, of_c)
     if condition:
         met = joined(*images[:2], *own)
@@ -349,6 +351,6 @@ def fit_judges(
             met.x, met.labels[condition], len(met.values[condition]), grid=4, seed=seed,
             progress=phase(f"reader of {condition}", 40), device=device, **recipe,
         )  # fmt: skip
-        judges.reader_accuracy = accuracy(judges.reader, images[2], condition)
+        judges.reader_accuracy = accuracy(judges.reader.to(device), images[2], condition)
         judges.condition, judges.condition_values = condition, data.values[condition]
     return judges, held_out

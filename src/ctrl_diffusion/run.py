@@ -8,6 +8,7 @@ progress.jsonl  one line per probe and update
 metrics.json, samples/, the pictures and report.html
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,12 +77,15 @@ class Run:
         prior: the pre-trained model.
         policy: the prior with the controls.
         judges: control → p̂, and what measures y and c.
+        usually_outside: the share of the prior's samples outside the region p̂ was fitted on, if it was measured; else
+            that of real images.
     """
 
     config: Config
     prior: Prior
     policy: Policy
     judges: dict[str, Judges]
+    usually_outside: float = BEYOND
 
     def __post_init__(self) -> None:
         for judges in self.judges.values():
@@ -228,8 +232,8 @@ class Run:
         return cls(config, prior, Policy(prior.denoiser, *controls), judges)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Run":
-        """Open a finished run.
+    def load(cls, folder: str | Path, device: str = "auto") -> "Run":
+        """Open a finished run, on any device: where it was trained is no part of it.
 
         Raises:
             ValueError: no such folder, no run, or a run that did not finish.
@@ -240,13 +244,18 @@ class Run:
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"{folder} is not a run folder: it has no config.yaml. Make one with: ctrl train")
         config = Config.read(folder / "config.yaml")
+        config.device = device
         missing = [name for name in ("classifier", "control") if not (folder / name).is_dir()]
         if missing:
             raise ValueError(f"{folder} is an unfinished run: it lacks {', '.join(missing)}. Train it again.")
         judges = {name: Judges.load(home(folder, "classifier", name)) for name in config.names}
         prior = as_set(open_prior(config.prior, config.size), config)
         controls = [attached(home(folder, "control", name), prior) for name in config.names]
-        return cls(config, prior, Policy(prior.denoiser, *controls), judges)
+        run = cls(config, prior, Policy(prior.denoiser, *controls), judges)
+        if (folder / "metrics.json").is_file():
+            known = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            run.usually_outside = known["prior"].get("outside_support") or BEYOND
+        return run
 
     def save_controls(self, folder: Path) -> None:
         """Write every control into its place in the run folder."""
@@ -258,19 +267,19 @@ class Run:
         return folder / what / name if len(self.names) > 1 else folder / what
 
     @torch.no_grad()
-    def outside_share(self, x_0: Tensor) -> float | None:
-        """The share of samples (n, *) outside the region some p̂ was fitted on; None if it is not known.
+    def outside_share(self, x_0: Tensor, images: Tensor) -> float | None:
+        """The share of samples (n, *), with their images, outside the region some p̂ was fitted on; None if not known.
 
         Warns:
-            RuntimeWarning: more than twice the 5 % of real images, and more by three standard errors.
+            RuntimeWarning: more than twice the prior's share, and more by three standard errors.
         """
         if not self.judge.outside:
             return None
-        share = float(torch.cat([self.outside(part, self.images(part)) for part in x_0.split(FEW)]).float().mean())
-        if share > max(2 * BEYOND, BEYOND + 3 * (BEYOND * (1 - BEYOND) / len(x_0)) ** 0.5):
+        share, usual = float(self.outside(x_0, images).float().mean()), self.usually_outside
+        if share > max(2 * usual, usual + 3 * (usual * (1 - usual) / len(x_0)) ** 0.5):
             warnings.warn(
-                f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of real images "
-                f"{BEYOND:.0%}: there p̂ has seen no labels. Compare the judge in report.html.",
+                f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's "
+                f"{usual:.0%}: there p̂ has seen no labels. Compare the judge in report.html.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -341,7 +350,8 @@ class Run:
         """Independent samples of the prior, `members` for each condition in turn."""
         cond = self.conditions.cond_of(torch.arange(self.conditions.groups).repeat_interleave(members))
         n, generator = members * self.conditions.groups, stream(self.config.seed, purpose)
-        return paths(self.prior.denoiser, n, self.times, generator, cond, progress=phase(purpose, n))[0]
+        with self.policy.in_full():
+            return paths(self.prior.denoiser, n, self.times, generator, cond, progress=phase(purpose, n))[0]
 
     def policy_paths(
         self, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent
@@ -350,9 +360,10 @@ class Run:
         pair = conditions.all(repeats)
         labels, cond = conditions.of(pair)
         generator, advance = stream(self.config.seed, purpose), phase(purpose, len(pair))
-        x_0, kl, log_ratio = paths(
-            self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
-        )
+        with self.policy.in_full():
+            x_0, kl, log_ratio = paths(
+                self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
+            )
         return self.reward(x_0, labels, cond), x_0, kl, log_ratio
 
     @torch.no_grad()
@@ -363,7 +374,8 @@ class Run:
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
         if self.judge.outside:
-            figures["probe_outside"] = self.judge.look(x_0, self.trained).outside
+            parts = [self.outside(part, self.images(part)) for part in x_0.split(FEW if self.prior.codec else 1024)]
+            figures["probe_outside"] = torch.cat(parts).float()
         return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
 
     @torch.no_grad()

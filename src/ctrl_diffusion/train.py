@@ -47,10 +47,13 @@ def fit(
         warmup: updates of linear warm-up; the rest decays as a cosine.
         max_norm: of the whole gradient, a last resort; learners clip per sample.
 
+    In float16 what goes back through the network is scaled up; an update too large for that is left out, and the scale
+    lowered.
+
     Raises:
         FloatingPointError: a loss or gradient that is not finite; the weights keep their last good values.
     """
-    accelerator = Accelerator(cpu=policy.device.type == "cpu")
+    accelerator = Accelerator(device_placement=False)  # everything is where the policy is
     groups, parameters = policy.parameter_groups(), policy.trained()
     optimizer = torch.optim.AdamW(
         [{"params": members, "lr": lr[kind]} for kind, members in groups.items()], betas=(0.9, 0.99), weight_decay=0.0
@@ -74,13 +77,17 @@ def fit(
         else:
             break  # the stream has ended
         for p in parameters if policy.gradient_scale != 1.0 else ():
-            p.grad /= policy.gradient_scale
+            if p.grad is not None:
+                p.grad /= policy.gradient_scale
         norm = float(accelerator.clip_grad_norm_(parameters, max_norm))
-        if not math.isfinite(norm):
+        if math.isfinite(norm):
+            optimizer.step()
+            decay.step()
+            ema.step(parameters)
+        elif policy.gradient_scale > 1:
+            policy.lower_scale()  # too large for float16: this update is left out
+        else:
             raise FloatingPointError(f"the gradient of update {number} is {norm}. Lower the learning rate.")
-        optimizer.step()
-        decay.step()
         optimizer.zero_grad()
-        ema.step(parameters)
         yield Update(number, loss, norm, dict(metrics))
     ema.copy_to(parameters)

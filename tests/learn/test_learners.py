@@ -133,3 +133,29 @@ def test_micro_batches_add_up_to_the_whole(name, micro):
     # float32 sums in another order
     torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
     assert figures == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weighted", "adjoint", "lean adjoint", "backprop", "ppo"])
+def test_what_is_scaled_up_on_the_way_back_comes_out_the_same(name):
+    """Clips and adjoints too, which work on gradients themselves; to the bit, as the scale is a power of two."""
+
+    def trained(scale):
+        policy, reward, conditions, times = toy(RectifiedFlow())
+        policy.base.gradient_scale = scale
+        x_0, _, _ = paths(policy.prior, 50, times, torch.Generator().manual_seed(1))
+        learner = {
+            "weighted": Weighted(x_0, times, batch=12),
+            "adjoint": Adjoint(times, 12, clip=0.5),
+            "lean adjoint": Adjoint(times, 12, clip=0.5, lean=True),
+            "backprop": Backprop(times, 12, clip=0.5),
+            "ppo": PPO(times, 12),
+        }[name]
+        stream = learner(policy, reward, conditions, torch.Generator().manual_seed(0))
+        updates = list(fit(policy, stream, 4, LR))
+        return policy.snapshot(), [update.metrics for update in updates]
+
+    (plain, figures), (scaled, same) = trained(1.0), trained(1024.0)
+    assert all(torch.equal(p, q) for p, q in zip(plain, scaled, strict=True))
+    assert figures == same
+    if name not in ("weighted", "ppo"):
+        assert 0 < figures[-1]["clipped"] < 1

@@ -81,6 +81,16 @@ def check_gradient(earned: Tensor) -> None:
         raise ValueError("this reward has no gradient, which this learner follows. Train with weighted or ppo.")
 
 
+def pulled_back(policy: Policy, value: Tensor, x_t: Tensor) -> Tensor:
+    """∇value at x_t (B, *), scaled on its way as far as half precision needs and bears."""
+    scale = policy.gradient_scale
+    (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
+    while scale > 1 and not gradient.isfinite().all():
+        scale /= 16
+        (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
+    return gradient / scale
+
+
 def clip_rows(a: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     """Scale rows of a (B, *) down to norm `limit`; also says which rows (B,) were longer."""
     norm = a.flatten(1).norm(dim=1)

@@ -30,7 +30,7 @@ from ..control import Labels, Policy
 from ..reward import Reward
 from ..rollout import Trajectory, read_out
 from ..transition import half_square, transition
-from . import OnPolicy, Step, check_gradient, clip_rows, joined, revisit, visits
+from . import OnPolicy, Step, check_gradient, clip_rows, joined, pulled_back, revisit, visits
 
 
 def reward_gradient(
@@ -41,7 +41,7 @@ def reward_gradient(
         x_end = path.x[-1].detach().requires_grad_()
         earned = reward(read_out(policy, x_end, path.times[-1], **cond), labels, cond)
         check_gradient(earned)
-        (gradient,) = torch.autograd.grad(earned.sum(), x_end)
+        gradient = pulled_back(policy, earned.sum(), x_end)
     return earned.detach(), gradient
 
 
@@ -88,8 +88,7 @@ def adjoints_of(
                 here = transition(policy, x_t, t, s, eta, labels=labels, **cond)
                 u = here.control(pre)
                 value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i]).sum()
-            (a,) = torch.autograd.grad(policy.gradient_scale * value, x_t)
-            a = a / policy.gradient_scale
+            a = pulled_back(policy, value, x_t)
     return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), count / steps
 
 

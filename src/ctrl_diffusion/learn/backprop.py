@@ -55,7 +55,7 @@ class Backprop(OnPolicy):
 
         def clip(gradient: Tensor, std: float) -> Tensor:
             # the loss is a mean over the batch, one path's share of the gradient is a B-th
-            gradient, longer = clip_rows(gradient, self.clip / std / self.batch)
+            gradient, longer = clip_rows(gradient, policy.gradient_scale * self.clip / std / self.batch)
             clipped.append(longer)
             return gradient
 

@@ -124,7 +124,7 @@ class Prior:
         except (RuntimeError, AssertionError) as error:  # torch built without it raises the latter
             reason = " ".join(str(error).split())[:100]
             raise ValueError(f"device: {device!r} is not to be had here ({reason}). Use auto.") from error
-        self.denoiser.precision = PRECISIONS[precision]
+        self.denoiser = self.denoiser.at(PRECISIONS[precision])
         if tiling and self.codec:
             self.codec.vae.enable_tiling()
         return self

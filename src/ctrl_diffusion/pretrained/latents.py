@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-PIXELS_AT_ONCE = 2**20  # decoded together: what a decoder keeps for the gradient is many times its image
+DECODED_AT_ONCE = 2**20  # pixels; decoded together: what a decoder keeps for the gradient is many times its image
 
 
 def factor_of(vae: nn.Module) -> int:
@@ -31,7 +31,7 @@ class Codec:
         self.image_shape = (config.in_channels, *size)
         factor = factor_of(vae)
         self.shape = (config.latent_channels, size[0] // factor, size[1] // factor)
-        self.at_once = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
+        self.at_once = max(1, DECODED_AT_ONCE // (size[0] * size[1]))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents, differentiable: a few at a time, each computed again on the way back."""
@@ -46,6 +46,8 @@ class Codec:
 
     def beside(self, x: Tensor) -> nn.Module:
         """The autoencoder where x is: it comes to the accelerator when it is first needed there."""
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.float()  # its authors say that it overflows
         return self.vae.to(x.device)
 
     @torch.no_grad()
