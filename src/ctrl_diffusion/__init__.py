@@ -17,6 +17,7 @@ _HOME = {
     "Denoiser": "denoise",
     "Estimator": "classifier",
     "Judges": "judges",
+    "Labelled": "learn.labelled",
     "LabelledImages": "data",
     "LoRAControl": "control",
     "PPO": "learn.ppo",
