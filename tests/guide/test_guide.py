@@ -91,12 +91,10 @@ def test_a_row_whose_label_is_null_is_the_priors(schedule, name):
     assert (found.x_0[asked] - prior[asked]).abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "free guidance"])  # it would have to be trained
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
 def test_rows_get_what_they_ask_for_in_their_place(schedule, name):
     policy, reward, _, times = setting(schedule)
-    if name == "free guidance":
-        pytest.skip("this policy was never trained")
     y = torch.arange(400) % 2
     found = METHODS[name](policy.prior, reward, {"y": y}, None, times, torch.Generator().manual_seed(0))
     again = METHODS[name](policy.prior, reward, {"y": y}, None, times, torch.Generator().manual_seed(0))

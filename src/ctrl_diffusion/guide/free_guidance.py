@@ -4,7 +4,7 @@ The conditional denoiser is a policy, a control of the size CTRL has, regressed 
 in `train.fit`. Its null label is the frozen prior, so that x̂_null needs no training and cannot be lost. It knows no p̂:
 at w = 1 it samples the labels' own conditional, at another w nothing that has a name (Bradley & Nakkiran 2024).
 
-Controls that were never trained together are added, x̂_null + w Σ (x̂_{y_k} − x̂_null) (Liu et al. 2022, eq. 11), as if
+Controls that were never trained together are added, x̂_null + w Σ (x̂_{y_k} − x̂_null) (Liu et al. 2022), as if
 the labels were independent given x_t as they are given x_0.
 """
 

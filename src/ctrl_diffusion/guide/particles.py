@@ -51,7 +51,9 @@ class Steering(Population):
         """log G (n,), of what x̂ earns, the most it ever did, and the sum of log G so far: here their difference."""
         return earned - given
 
-    def population(self, asked: Asked, times: Times, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def population(
+        self, asked: Asked, groups: list[slice], times: Times, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         denoiser, n = asked.denoiser, len(asked)
         x_t = normal((n, *denoiser.shape), denoiser, generator)
         log_w, given, most = (x_t.new_full((n,), start) for start in (0.0, 0.0, -math.inf))
@@ -62,10 +64,13 @@ class Steering(Population):
             most = torch.maximum(most, earned)
             gain = self.gain(earned, most, given)
             log_w, given = log_w + gain, given + gain
-            if 1 / log_w.softmax(0).square().sum() < self.spread * n:
-                kept = systematic(log_w, n, generator)
-                x_t, x_hat, toward, given, most = (each[kept] for each in (x_t, x_hat, toward, given, most))
-                log_w = torch.zeros_like(log_w)
+            kept = torch.arange(n)
+            for group in groups:
+                w = log_w[group].softmax(0)
+                if 1 / w.square().sum() < self.spread * len(w):
+                    kept[group] = group.start + systematic(log_w[group], len(w), generator)
+                    log_w[group] = 0.0
+            x_t, x_hat, toward, given, most = (each[kept] for each in (x_t, x_hat, toward, given, most))
             pre, here = (step(denoiser.schedule, x, x_t, t, s, self.eta) for x in (x_hat, x_hat + toward))
             z = normal(x_t.shape, x_t, generator)
             x_t, u = here.rsample(z), here.control(pre)

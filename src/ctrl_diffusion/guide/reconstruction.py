@@ -32,7 +32,7 @@ def looked_ahead(asked: Asked, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, 
 
 @dataclass
 class DPS(Guidance):
-    """Diffusion posterior sampling (Chung et al. 2023, eq. 11 for the likelihood, eq. 7 for the score).
+    """Diffusion posterior sampling (Chung et al. 2023, section 3.1).
 
     The paper's algorithm 1 takes ζ/‖y − A x̂‖ for the size of its step, a norm that only a regression has; this is the
     step its equations ask for, times the strength.

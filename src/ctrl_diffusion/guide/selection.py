@@ -5,6 +5,7 @@ They ask nothing of the reward but its value, and of the prior nothing but sampl
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,24 +36,32 @@ class Population(Method):
     particles: int = 16
 
     def sample(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
-        row, drawn = [], []
-        for mine in alike(asked.labels, asked.cond):
-            many = asked.rows(mine[:1].expand(self.particles * len(mine)))
-            x_0, log_w = self.population(many, times, generator)
-            row.append(mine)
-            drawn.append(x_0[systematic(log_w, len(mine), generator)].cpu())
-        return torch.cat(drawn)[torch.cat(row).argsort()]
+        pairs = alike(asked.labels, asked.cond)
+        sizes = [self.particles * len(mine) for mine in pairs]
+        ends = list(accumulate(sizes))
+        groups = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        many = asked.rows(torch.cat([mine[:1].expand(size) for mine, size in zip(pairs, sizes, strict=True)]))
+        x_0, log_w = self.population(many, groups, times, generator)
+        drawn = [
+            group.start + systematic(log_w[group], len(mine), generator)
+            for mine, group in zip(pairs, groups, strict=True)
+        ]
+        return x_0.cpu()[torch.cat(drawn)[torch.cat(pairs).argsort()]]
 
     @abstractmethod
-    def population(self, asked: Asked, times: Times, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A particle x_0 (n, *) for each row, all of which are alike, and the log of their weights (n,)."""
+    def population(
+        self, asked: Asked, groups: list[slice], times: Times, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A particle x_0 (n, *) for each row, and the log of its weight (n,) in its group, whose rows are alike."""
 
 
 @dataclass
 class Importance(Population):
     """Importance resampling: paths of the prior, weighed once, at the end."""
 
-    def population(self, asked: Asked, times: Times, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def population(
+        self, asked: Asked, groups: list[slice], times: Times, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         x_0 = self.of_prior(asked, times, generator)
         return x_0, asked.rewards(x_0)
 
