@@ -10,9 +10,16 @@ from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
 from ctrl_diffusion.data import LabelledImages, write_imagefolder
 from ctrl_diffusion.evaluate import Judge
+from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
+from ctrl_diffusion.guide.free_guidance import FreeGuidance
+from ctrl_diffusion.guide.noisy import NoisyClassifier
+from ctrl_diffusion.guide.particles import TDS, FeynmanKac
+from ctrl_diffusion.guide.reconstruction import DPS, MPGD
+from ctrl_diffusion.guide.selection import BestOf, Importance, Rejection
 from ctrl_diffusion.job import train_job
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
@@ -25,6 +32,7 @@ LEARNERS = {
     "weighted": lambda times, x_0: Weighted(x_0, times, batch=6),
     "adjoint": lambda times, x_0: Adjoint(times, 4, regressed=2, micro=3),
     "backprop": lambda times, x_0: Backprop(times, 4),
+    "labelled": lambda times, x_0: Labelled(x_0, {"dark": torch.arange(len(x_0)) % 2}, {}, times, batch=6),
     "ppo": lambda times, x_0: PPO(times, 4, surrogates=2),
 }
 
@@ -78,6 +86,41 @@ def test_every_learner_works_elsewhere_as_on_the_cpu(folders, elsewhere, learner
     found, expected = (job(folders / "DDPM", device, learner) for device in (DEVICE, "cpu"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+BASELINES = {
+    "classifier guidance": ClassifierGuidance,
+    "free guidance": lambda noisy: FreeGuidance(),
+    "DPS": lambda noisy: DPS(),
+    "MPGD": lambda noisy: MPGD(),
+    "TDS": lambda noisy: TDS(particles=2, batch=3),
+    "Feynman-Kac": lambda noisy: FeynmanKac(particles=2),
+    "importance": lambda noisy: Importance(particles=2),
+    "best of n": lambda noisy: BestOf(n=2),
+    "rejection": lambda noisy: Rejection(),
+}
+
+
+def guided(folder, device, name):
+    """Samples of a baseline."""
+    prior = Prior.from_pretrained(folder).placed(device).denoiser
+    torch.manual_seed(0)
+    clean, seeing = (Classifier(c, 2).eval().requires_grad_(False).to(prior.device) for c in (3, 5))
+    policy = Policy(prior, LoRAControl("dark", "01", prior, rank=2))
+    method = BASELINES[name]({"dark": NoisyClassifier(seeing, prior.schedule)})
+    gamma = 0.01 if name == "rejection" else 1.0  # this p̂ is never in doubt: another γ would wait for ever
+    reward, labels = Reward({"dark": clean}, gamma, device=prior.device), {"dark": torch.tensor([0, 1, 1])}
+    denoiser = policy if name == "free guidance" else prior
+    found = method(denoiser, reward, labels, None, prior.times(3, 0.2), torch.Generator().manual_seed(1), 1.5)
+    assert not isinstance(found.x_0, There)
+    return found
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_works_elsewhere_as_on_the_cpu(folders, elsewhere, name):
+    found, expected = (guided(folders / "DDPM", device, name) for device in (DEVICE, "cpu"))
+    assert torch.equal(found.x_0, expected.x_0)
+    assert found.cost == expected.cost
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("DiT", "SDXL", "SD 3")]

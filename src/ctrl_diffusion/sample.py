@@ -26,6 +26,18 @@ def stream(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
+def at_once(denoiser: Denoiser) -> int:
+    """Paths that go through a denoiser together: 256, or fewer of many dimensions."""
+    return min(256, max(8, 2**20 // math.prod(denoiser.shape)))
+
+
+def alike(labels: Labels, cond: dict[str, Tensor]) -> list[Tensor]:
+    """Which of n rows ask for the same (c, y): the rows of each."""
+    columns = [row.reshape(len(row), -1) for row in (*labels.values(), *cond.values())]
+    _, pair = torch.cat(columns, dim=1).unique(dim=0, return_inverse=True)
+    return [(pair == p).nonzero().squeeze(1) for p in range(int(pair.max()) + 1)]
+
+
 @torch.no_grad()
 def paths(
     denoiser: Denoiser,
@@ -51,14 +63,14 @@ def paths(
         strength: w of the control.
         compare: also measure the path's KL against the prior.
         eta: churn.
-        batch: paths at a time; None for 256, or fewer of many dimensions.
+        batch: paths at a time; None for `at_once`.
         progress: called with the number of paths done since the last call.
 
     Returns:
         On the CPU, x_0 (n, C, H, W); KL of each path in nats (n,); log p_g/p_pre of each path in nats (n,). The last
         two are zero unless compared.
     """
-    batch = batch or min(256, max(8, 2**20 // math.prod(denoiser.shape)))
+    batch = batch or at_once(denoiser)
     samples, kls, log_ratios = [], [], []
     for rows in parts(n, batch):
         x_1 = normal((rows.stop - rows.start, *denoiser.shape), denoiser, generator)
@@ -111,13 +123,10 @@ def exact_samples(
         RuntimeWarning: an effective share below 5 %.
     """
     cond = cond or {}
-    _, pair, count = torch.stack([*labels.values(), *cond.values()], dim=1).unique(
-        dim=0, return_inverse=True, return_counts=True
-    )
-    pools = (POOL * count).clamp(min=SMALLEST_POOL).tolist()
+    pairs = alike(labels, cond)
+    pools = [max(POOL * len(asked), SMALLEST_POOL) for asked in pairs]
     advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
-    for p, pool in enumerate(pools):
-        asked = (pair == p).nonzero().squeeze(1)
+    for asked, pool in zip(pairs, pools, strict=True):
         mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
         x, _, log_ratio = paths(denoiser, pool, times, generator, given, mine, strength, compare=True, progress=advance)
         log_w = reward(x, mine, given) - log_ratio
@@ -130,7 +139,7 @@ def exact_samples(
                 f"exact sampling: only {smallest:.2%} of the policy's paths count under their weights, too few to draw "
                 "from. Train the control further, or sample without --exact."
             )
-        x_0 = x.new_empty(len(pair), *x.shape[1:]) if x_0 is None else x_0
+        x_0 = x.new_empty(sum(map(len, pairs)), *x.shape[1:]) if x_0 is None else x_0
         x_0[asked] = x[w.multinomial(len(asked), replacement=True, generator=generator)]
     if smallest < WARNED_SHARE:
         warnings.warn(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..conditions import Conditions, parts, rows_of
 from ..control import Labels, Policy
 from ..rollout import Times, Trajectory, normal, rollout
+from ..schedule import Schedule, per_sample
 from ..transition import Gaussian, transition
 
 
@@ -96,6 +97,22 @@ def clip_rows(a: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
     norm = a.flatten(1).norm(dim=1)
     factor = (limit / norm.clamp(min=1e-12)).clamp(max=1.0)
     return a * factor.view(-1, *[1] * (a.ndim - 1)), norm > limit
+
+
+def renoised(
+    x_0: Tensor, times: Times, schedule: Schedule, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples x_0 (n, *) with the noise of a chain's times, as many of each step as of any other.
+
+    Returns:
+        x_t (n, *); t and σ_t (n,), float64.
+    """
+    steps, n = len(times) - 1, len(x_0)
+    offset = torch.rand((), generator=generator)
+    place = torch.randperm(n, generator=generator) + offset
+    t = torch.tensor(times, dtype=torch.float64)[(place * steps / n).long().clamp(max=steps - 1)]
+    alpha, sigma = schedule(t)
+    return per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * normal(x_0.shape, x_0, generator), t, sigma
 
 
 def joined(

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..conditions import Conditions, parts, rows_of
 from ..control import Policy
 from ..reward import Reward, prior_table
-from ..rollout import Times, normal
+from ..rollout import Times
 from ..schedule import per_sample
 from ..transition import half_square
-from . import Step
+from . import Step, renoised
 
 RENOISING = "re-noising"  # the name of the stage that learns what is taken off
 
@@ -56,25 +56,18 @@ class Weighted:
             weights = (torch.zeros_like(table) if self.even else table).softmax(1)  # (G, M, K)
         # for each pair the cumulated weights over its condition's samples
         cumulated, members = weights.transpose(1, 2).flatten(0, 1).double().cumsum(1), weights.shape[1]
-        t_grid = torch.tensor(self.times[:-1], dtype=torch.float64)
-        steps = len(t_grid)
-        alpha, sigma = policy.schedule(t_grid)
         while True:
             pair = conditions.draw(self.batch, generator)
             labels, cond = conditions.of(pair)
             ticket = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)
             member = torch.searchsorted(cumulated[pair], ticket).squeeze(1).clamp(max=members - 1)
             x_0 = self.x_0[pair // conditions.classes * members + member].to(policy.device)
-            # stratified over the steps of the chain
-            offset = torch.rand((), generator=generator)
-            place = torch.randperm(self.batch, generator=generator) + offset
-            i = (place * steps / self.batch).long().clamp(max=steps - 1)
-            x_t = per_sample(alpha[i], x_0) * x_0 + per_sample(sigma[i], x_0) * normal(x_0.shape, x_0, generator)
+            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator)
             for rows in parts(self.batch, self.micro):
-                x, t, target = x_t[rows], t_grid[i[rows]], x_0[rows]
+                x, t, target = x_t[rows], times[rows], x_0[rows]
                 own = {"labels": rows_of(labels, rows), **rows_of(cond, rows)}
                 if self.renoising is not None:
                     with torch.no_grad(), policy.holding(self.renoising):
                         target = target - policy(x, t, **own) + policy.prior(x, t, **rows_of(cond, rows))
-                miss = half_square((policy(x, t, **own) - target) / per_sample(sigma[i[rows]], x))
+                miss = half_square((policy(x, t, **own) - target) / per_sample(sigma[rows], x))
                 yield Step(miss.sum() / self.batch, last=rows.stop == self.batch)

@@ -1,0 +1,65 @@
+"""Denoising regression on labelled data, with no classifier: what classifier-free guidance is trained by.
+
+Noise the labelled x_0 and regress the denoiser under their labels, ½‖(x̂(x_t, c, y) − x_0)/σ_t‖² at the times of the
+chain. Labels are dropped at random (Ho & Salimans 2022, algorithm 1) so that one policy serves every choice of
+controls; but the policy of no label at all is the frozen prior, of which there is nothing to learn, so that each row
+keeps a label.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..conditions import Conditions, parts, rows_of
+from ..control import NULL, Labels, Policy
+from ..reward import Reward
+from ..rollout import Times
+from ..schedule import per_sample
+from ..transition import half_square
+from . import Step, renoised
+
+
+@dataclass
+class Labelled:
+    """The learner; it asks neither reward nor conditions.
+
+    Args:
+        x_0: (n, *), labelled examples; of latents if the prior is a latent model.
+        labels: control → (n,), NULL where a row has no such label: datasets of different controls go one after another.
+        cond: the prior's conditions, n rows each.
+        times: the chain's grid.
+        batch: samples an update.
+        dropout: how often a label is dropped from a row that has others.
+        micro: samples that go through the network at once; None for all.
+    """
+
+    x_0: Tensor
+    labels: Labels
+    cond: dict[str, Tensor]
+    times: Times
+    batch: int = 256
+    dropout: float = 0.1
+    micro: int | None = None
+
+    def __call__(
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+    ) -> Iterator[Step]:
+        """Losses without end."""
+        while True:
+            row = torch.randint(len(self.x_0), (self.batch,), generator=generator)
+            labels, cond = self.dropped(rows_of(self.labels, row), generator), rows_of(self.cond, row)
+            x_0 = self.x_0[row].to(policy.device)
+            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator)
+            for rows in parts(self.batch, self.micro):
+                x_hat = policy(x_t[rows], times[rows], labels=rows_of(labels, rows), **rows_of(cond, rows))
+                miss = half_square((x_hat - x_0[rows]) / per_sample(sigma[rows], x_hat))
+                yield Step(miss.sum() / self.batch, last=rows.stop == self.batch)
+
+    def dropped(self, labels: Labels, generator: torch.Generator) -> Labels:
+        """The labels with some of them null, but not all of a row."""
+        given = torch.stack([y != NULL for y in labels.values()])  # (controls, B)
+        kept = given & (torch.rand(given.shape, generator=generator) >= self.dropout)
+        kept = torch.where(kept.any(0), kept, given)
+        return {name: torch.where(keep, y, NULL) for (name, y), keep in zip(labels.items(), kept, strict=True)}
