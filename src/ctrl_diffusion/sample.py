@@ -28,7 +28,7 @@ def stream(seed: int, purpose: str) -> torch.Generator:
 
 def at_once(denoiser: Denoiser) -> int:
     """Paths that go through a denoiser together: 256, or fewer of many dimensions."""
-    return min(256, max(8, 2**20 // math.prod(denoiser.shape)))
+    return min(256, max(8, 2**18 // math.prod(denoiser.shape)))
 
 
 def alike(labels: Labels, cond: dict[str, Tensor]) -> list[Tensor]:
