@@ -5,8 +5,9 @@ import torch
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.config import ClassifierSettings
+from ctrl_diffusion.evaluate import Evaluation, Score
 from ctrl_diffusion.judges import fit_judges
-from ctrl_diffusion.report import told_apart, write_classifier_report, write_exact_report
+from ctrl_diffusion.report import sweep_figure, told_apart, write_classifier_report, write_exact_report
 from ctrl_diffusion.testbed import GROWING, Picture
 
 
@@ -59,3 +60,15 @@ def test_the_page_of_a_classifier_shows_its_figures(tmp_path):
     judges.quality = replace(judges.quality, auroc=None)
     write_classifier_report(tmp_path, judges, held_out)
     assert "a class is missing" in (tmp_path / "report.html").read_text()
+
+
+def test_no_line_of_the_sweep_is_cut_off():
+    """The panels share an axis, and either may reach higher."""
+
+    def score(diversity):
+        return Score(0.9, 0.01, 0.8, diversity, torch.eye(2))
+
+    sweep = {"strength": {0.0: score(1.0), 1.0: score(1.1)}, "steps": {10: score(0.9), 40: score(1.6)}}
+    evaluation = Evaluation(score(1.0), score(1.0), score(1.0), None, 4)
+    panels = sweep_figure(sweep, evaluation, 10).axes
+    assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.6 for axes in panels)

@@ -240,8 +240,9 @@ def sweep_figure(sweep: dict[str, dict[float, Score]], evaluation: Evaluation, t
                 label="target’s accuracy",
             )
             axes.set_xticks(x)
-            axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind], ylim=(0, None))
+            axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind])
             headline(axes, {"strength": "Strength", "steps": "Sampling steps"}[kind] + " (grey: as trained)")
+        panels[0].set_ylim(bottom=0)  # of both, once both are drawn: set before, it would cut the second off
         handles = panels[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
