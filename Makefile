@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/ctrl demo --out runs/demo --overwrite
 
 test: setup
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal  # tests are of very unequal length
 
 lint: setup
 	$(BIN)/ruff check src tests bench examples

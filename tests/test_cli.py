@@ -91,8 +91,8 @@ def test_the_report_needs_nothing_from_outside(quick_run):
     assert f"update {kept['update']} of {kept['stage']}" in page
 
 
-def test_sample_writes_labelled_pictures(ctrl, quick_run, tmp_path):
-    done = ctrl(
+def test_sample_writes_labelled_pictures(ctrl_here, quick_run, tmp_path):
+    done = ctrl_here(
         "sample",
         quick_run,
         "--set",
@@ -116,7 +116,7 @@ def test_sample_writes_labelled_pictures(ctrl, quick_run, tmp_path):
     assert (tmp_path / "a" / "grid.png").is_file()
 
 
-def test_sample_seed_strength_and_null(ctrl, quick_run, tmp_path):
+def test_sample_seed_strength_and_null(ctrl_here, quick_run, tmp_path):
     options = {
         "prior": [],
         "strength-0": ["--set", "ink=1", "--strength", "0"],
@@ -126,7 +126,7 @@ def test_sample_seed_strength_and_null(ctrl, quick_run, tmp_path):
     }
     pictures = {}
     for name, arguments in options.items():
-        done = ctrl("sample", quick_run, "-n", 3, "--quiet", "--out", tmp_path / name, *arguments)
+        done = ctrl_here("sample", quick_run, "-n", 3, "--quiet", "--out", tmp_path / name, *arguments)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         pictures[name] = [(tmp_path / name / f"0000{i}.png").read_bytes() for i in range(3)]
     assert pictures["prior"] == pictures["again"] == pictures["strength-0"]
@@ -134,11 +134,11 @@ def test_sample_seed_strength_and_null(ctrl, quick_run, tmp_path):
     assert pictures["prior"] != pictures["light"]
 
 
-def test_exact_samples_are_drawn_by_weight(ctrl, quick_run, tmp_path):
+def test_exact_samples_are_drawn_by_weight(ctrl_here, quick_run, tmp_path):
     """Strength 0 draws them from the prior alone, of which a third has this ink: no smoke test's control is needed."""
     asked = ["sample", quick_run, "--set", "ink=2", "--class", 7, "-n", 8, "--strength", 0]
     for name, more in (("exact", ["--exact"]), ("again", ["--exact"]), ("plain", [])):
-        done = ctrl(*asked, *more, "--quiet", "--out", tmp_path / name)
+        done = ctrl_here(*asked, *more, "--quiet", "--out", tmp_path / name)
         assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "exact" / "sample.json").read_text())["exact"] is True
     shape = (1, 8, 8)
@@ -170,6 +170,7 @@ def test_samples_that_leave_the_labelled_region_are_told(quick_run, tmp_path, ct
     assert told == pytest.approx(run.outside_share(drawn, drawn))
 
 
+@pytest.mark.slow
 def test_exact_races_every_learner(ctrl, tmp_path):
     done = ctrl("exact", "--quick", "--out", tmp_path / "exact")
     assert done.returncode == 0, done.stderr
@@ -185,8 +186,8 @@ def test_exact_races_every_learner(ctrl, tmp_path):
     assert {"density.png", "gap.png"} <= {path.name for path in (tmp_path / "exact").iterdir()}
 
 
-def test_evaluate(ctrl, quick_run, tmp_path):
-    done = ctrl("evaluate", quick_run, "-n", 80, "--out", tmp_path / "figures.json", "--quiet")
+def test_evaluate(ctrl_here, quick_run, tmp_path):
+    done = ctrl_here("evaluate", quick_run, "-n", 80, "--out", tmp_path / "figures.json", "--quiet")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["ctrl"]["samples"] == 80
@@ -222,6 +223,7 @@ def test_one_seed_the_same_bytes(tmp_path):
             assert a == b, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_kl_budget_lowers_gamma_and_a_run_can_be_made_again_from_it(tmp_path):
     first = demo_job(
@@ -235,7 +237,7 @@ def test_a_kl_budget_lowers_gamma_and_a_run_can_be_made_again_from_it(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:log Z")
-@pytest.mark.parametrize("value", [float("nan"), 1e9])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(1e9, marks=pytest.mark.slow)])
 def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
     """After three good updates the parameters are not finite any more, or so large that the control is lost."""
     learner_of = job.learner_of
@@ -278,6 +280,7 @@ def test_patience_ends_a_learner_that_brings_nothing(tmp_path):
     assert stopped["update"] < 40
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_config_makes_the_run_again(tmp_path, ctrl):
     demo_job(TINY, tmp_path / "a")
@@ -629,6 +632,7 @@ def test_bad_rows_are_skipped_and_odd_sizes_resized(ctrl_here, ragged, tmp_path,
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_two_tags_of_one_column_are_two_controls(ctrl_here, quick_run, tmp_path):
     """The multi-label case: one column lists what is true of an image, and each tag is asked for or left out."""

@@ -76,7 +76,9 @@ def run_on(name, finished, folder):
     return folder / "run", config
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("SD 2", "SDXL", "DiT") else ()) for n in BUILDERS]
+)
 def test_an_exported_run_draws_the_same_images_without_us(finished, ctrl_here, tmp_path, name):
     """With the control, at another strength, and without it: byte for byte what `ctrl sample` writes."""
     (run, config), out = run_on(name, finished, tmp_path), tmp_path / "out"

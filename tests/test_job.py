@@ -244,11 +244,11 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
         materials.append(Material(ControlSettings(name=name, data="one/table"), data, None, {}))
         judges[name] = Judges(name, ("0", "1"), (1, 4, 4), even, None)
     if not follows:
-        found = dependences(materials, judges)
+        found = dependences(materials, judges, None)
         assert found["a and b"]["p_value"] > 1e-3
     else:
         with pytest.warns(RuntimeWarning, match="a and b still depend on each other once x is known"):
-            found = dependences(materials, judges)
+            found = dependences(materials, judges, None)
         assert found["a and b"]["nats"] > 0.5, "log 2 less what 600 examples leave open"
     materials[1].settings.data = "another/table"
-    assert dependences(materials, judges) == {}
+    assert dependences(materials, judges, None) == {}

@@ -69,6 +69,7 @@ def through_the_commands(ctrl, root, *options, timeout=600):
     return json.loads((root / "run" / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_strangers_pipeline_goes_through_untouched(ctrl, tmp_path):
     root = example(tmp_path, "--updates", 20, "--width", 8)

@@ -15,6 +15,9 @@ from ctrl_diffusion.sample import exact_samples
 from ctrl_diffusion.testbed import LEARNERS, SCHEDULES, Answers, Task, end_states, learn, programme, race
 from ctrl_diffusion.transition import transition
 
+# the same law on both, of which one is learned on by default: training takes the time
+FLOW_FIRST = ["flow", pytest.param("vp", marks=pytest.mark.slow)]
+
 # the bars of each learner above its floor, in nats, at γ = 1 and 2
 BARS = {"adjoint": (0.05, 0.10), "backprop": (0.05, 0.10), "ppo": (0.12, 0.25), "weighted": (0.12, 0.25)}
 
@@ -64,7 +67,7 @@ def test_the_best_gaussian_steps_sample_the_target_and_the_prior_does_not(schedu
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", FLOW_FIRST)
 def test_a_learner_comes_near_its_floor_and_the_gap_bounds_the_truth(schedule, learner):
     """Cut down: a fifth of the updates, one task."""
     task = Task(schedule, "logistic")
@@ -116,7 +119,7 @@ def test_rewards_of_independent_controls_add_to_the_exact_conditional(schedule):
         torch.testing.assert_close(everything.logsumexp(0), torch.zeros(len(reward), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", FLOW_FIRST)
 def test_one_policy_serves_each_control_alone_and_both_from_marginal_classifiers(schedule):
     """Cut down: seven tenths of the updates. The bar is adjoint's, for every choice of controls by itself."""
     task = Task(schedule, "two controls", nullable=True)

@@ -18,6 +18,7 @@ from ctrl_diffusion.train import fit
 
 LR = {"embedding": 1e-2, "adapter": 3e-3}
 N = 2000
+SCHEDULES = [pytest.param(Cosine(), marks=pytest.mark.slow), RectifiedFlow()]
 
 
 def toy(schedule):
@@ -44,7 +45,7 @@ class Careless(GaussianMixture):
         return 0.6 * super().forward(x_t, t)
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_renoising_alone_does_is_taken_off(schedule):
     """At γ = 0 the optimal policy is the prior; regression on re-noised samples is not, unless it is corrected."""
     torch.manual_seed(0)
@@ -68,7 +69,7 @@ def test_what_renoising_alone_does_is_taken_off(schedule):
     assert corrected < 0.1 * renoised
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["weighted", "adjoint", "lean adjoint", "backprop"])
 def test_learners_reach_the_component_asked_for(schedule, name):
     torch.manual_seed(0)
