@@ -186,6 +186,7 @@ def test_exact_races_every_learner(ctrl, tmp_path):
     assert {"density.png", "gap.png"} <= {path.name for path in (tmp_path / "exact").iterdir()}
 
 
+@pytest.mark.filterwarnings("ignore:log Z")
 def test_evaluate(ctrl_here, quick_run, tmp_path):
     done = ctrl_here("evaluate", quick_run, "-n", 80, "--out", tmp_path / "figures.json", "--quiet")
     assert done.returncode == 0, done.stderr
@@ -270,6 +271,7 @@ def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
     assert "adjoint stopped at update" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_patience_ends_a_learner_that_brings_nothing(tmp_path):
     still = {"updates": 40, "batch": 8, "lr_embedding": 1e-12, "lr_adapter": 1e-12}
@@ -298,6 +300,7 @@ def test_a_config_makes_the_run_again(tmp_path, ctrl):
     assert yaml.safe_load((tmp_path / "c" / "config.yaml").read_text())["steps"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_the_demo_of_a_prior_that_knows_no_classes(tmp_path, ctrl_here):
     """y = digit on the null class: no condition, no ruler, a judge fitted on other digits."""
@@ -453,6 +456,7 @@ def test_several_controls_are_given_in_turn(ctrl_here, both, tmp_path, arguments
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
     (tmp_path / "thesis.txt").write_text("not a run")
@@ -477,10 +481,13 @@ def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
     assert (run / "control" / "control.safetensors").read_bytes() != before
 
 
-def test_classifier_and_train_on_the_users_own_folder(ctrl, quick_run, tmp_path):
+def test_classifier_and_train_on_the_users_own_folder(ctrl, ctrl_here, quick_run, tmp_path):
     """The commands a user types, on the demo's data: a judge instead of the ruler, the classifier handed over."""
     data, fitted, run = quick_run / "data", tmp_path / "fitted", tmp_path / "run"
-    done = ctrl("classifier", data, "--control", "ink", "--condition", "digit", "--out", fitted)
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(yaml.safe_dump(TINY))
+    about = ["--control", "ink", "--condition", "digit", "--config", settings]
+    done = ctrl("classifier", data, *about, "--out", fitted)
     assert done.returncode == 0, done.stderr
     assert "ink on held-out images: accuracy" in done.stdout
     names = {path.name for path in fitted.iterdir()}
@@ -488,10 +495,8 @@ def test_classifier_and_train_on_the_users_own_folder(ctrl, quick_run, tmp_path)
         "classifier.json", "classifier.safetensors", "judge", "reader", "reliability.png", "confusion.png",
         "report.html", "support.safetensors",
     }  # fmt: skip
-    settings = tmp_path / "tiny.yaml"
-    settings.write_text(yaml.safe_dump(TINY))
-    train = ["train", "--prior", "digits", "--data", data, "--control", "ink", "--condition", "digit"]
-    done = ctrl(*train, "--classifier", fitted, "--config", settings, "--gamma", 0.5, "--out", run)
+    train = ["train", "--prior", "digits", "--data", data, *about]
+    done = ctrl(*train, "--classifier", fitted, "--gamma", 0.5, "--out", run)
     assert done.returncode == 0, done.stderr
     assert "ink as asked, by the judge" in done.stdout
     metrics = json.loads((run / "metrics.json").read_text())
@@ -503,9 +508,9 @@ def test_classifier_and_train_on_the_users_own_folder(ctrl, quick_run, tmp_path)
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["gamma"], config["classes"]) == (0.5, list(range(10)))
     assert config["controls"][0]["data"] == str(data)
-    done = ctrl("sample", run, "--set", "ink=2", "-n", 2, "--out", tmp_path / "two", "--quiet")
+    done = ctrl_here("sample", run, "--set", "ink=2", "-n", 2, "--out", tmp_path / "two", "--quiet")
     assert done.returncode == 0, done.stderr
-    done = ctrl("evaluate", run, "-n", 80, "--quiet")
+    done = ctrl_here("evaluate", run, "-n", 80, "--quiet")
     assert json.loads(done.stdout)["accuracy_by"] == "judge"
 
 

@@ -77,7 +77,7 @@ def run_on(name, finished, folder):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("SD 2", "SDXL", "DiT") else ()) for n in BUILDERS]
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("SD 2", "SDXL", "SD 3", "DiT") else ()) for n in BUILDERS]
 )
 def test_an_exported_run_draws_the_same_images_without_us(finished, ctrl_here, tmp_path, name):
     """With the control, at another strength, and without it: byte for byte what `ctrl sample` writes."""

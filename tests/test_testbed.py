@@ -80,6 +80,7 @@ def test_a_learner_comes_near_its_floor_and_the_gap_bounds_the_truth(schedule, l
     assert picture.ends.shape == (1000, 2)
 
 
+@pytest.mark.slow
 def test_what_a_control_misses_point_by_point_is_what_it_misses_in_j():
     """For small steps J(best) − J(g) = E_g Σ ½‖u − u*‖², with u* the best control; at 25 some curvature is left."""
     task = Task("flow", "linear-Gaussian")
@@ -136,6 +137,7 @@ def test_one_policy_serves_each_control_alone_and_both_from_marginal_classifiers
         assert torch.tensor(over)[mine].mean() < BARS["adjoint"][0], over
 
 
+@pytest.mark.slow
 def test_resampling_halves_the_error_of_a_half_trained_policy():
     task = Task("flow", "linear-Gaussian")
     answers, pair, n = Answers(task), task.conditions.pairs - 1, 2000
