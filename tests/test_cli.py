@@ -481,6 +481,7 @@ def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
     assert (run / "control" / "control.safetensors").read_bytes() != before
 
 
+@pytest.mark.filterwarnings("ignore:log Z")
 def test_classifier_and_train_on_the_users_own_folder(ctrl, ctrl_here, quick_run, tmp_path):
     """The commands a user types, on the demo's data: a judge instead of the ruler, the classifier handed over."""
     data, fitted, run = quick_run / "data", tmp_path / "fitted", tmp_path / "run"
