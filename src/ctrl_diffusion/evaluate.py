@@ -278,6 +278,11 @@ class Evaluation:
         }
 
 
+def leaves(share: float, usual: float, error: float) -> bool:
+    """Whether a share outside is more than twice the usual one, and more by three standard errors."""
+    return share > max(2 * usual, usual + 3 * error)
+
+
 def warn_if_left(prior: Score, ctrl: Score) -> None:
     """Warn if the policy has moved to where nothing was labelled.
 
@@ -287,7 +292,7 @@ def warn_if_left(prior: Score, ctrl: Score) -> None:
     if prior.outside is None or ctrl.outside is None:
         return
     error = math.hypot(prior.outside_stderr, ctrl.outside_stderr)
-    if ctrl.outside > max(2 * prior.outside, prior.outside + 3 * error):
+    if leaves(ctrl.outside, prior.outside, error):
         warnings.warn(
             f"samples leave the region the classifier was fitted on ({ctrl.outside:.1%} lie outside, of the prior's "
             f"{prior.outside:.1%}); compare the independent judge.",

@@ -24,7 +24,7 @@ from .certificate import certify, gamma_within
 from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
 from .control import Labels, LoRAControl, Policy
-from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, score_samples, score_target, warn_if_left
+from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
@@ -276,7 +276,7 @@ class Run:
         if not self.judge.outside:
             return None
         share, usual = float(self.outside(x_0, images).float().mean()), self.usually_outside
-        if share > max(2 * usual, usual + 3 * (usual * (1 - usual) / len(x_0)) ** 0.5):
+        if leaves(share, usual, (usual * (1 - usual) / len(x_0)) ** 0.5):
             warnings.warn(
                 f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's "
                 f"{usual:.0%}: there p̂ has seen no labels. Compare the judge in report.html.",
