@@ -19,7 +19,8 @@ from ctrl_diffusion.classifier import Classifier, fit_classifier
 from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.data import to_pixels
-from ctrl_diffusion.evaluate import frechet_distance, nearest_distance
+from ctrl_diffusion.evaluate import nearest_distance
+from ctrl_diffusion.fidelity import frechet_distance
 from ctrl_diffusion.files import write_json
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
@@ -71,10 +72,10 @@ def main() -> None:
             (reader.log_prob(unseen).argmax(1) == c[split()[1]]).float().mean()
         ),
         "frechet_to_unseen": {
-            "samples": frechet_distance(unseen, as_written, reader),
-            "samples of the null class": frechet_distance(unseen, bare_as_written, reader),
-            "training digits": frechet_distance(unseen, seen, reader),
-            "training digits, blurred": frechet_distance(unseen, blurred, reader),
+            "samples": frechet_distance(reader.features(unseen), reader.features(as_written)),
+            "samples of the null class": frechet_distance(reader.features(unseen), reader.features(bare_as_written)),
+            "training digits": frechet_distance(reader.features(unseen), reader.features(seen)),
+            "training digits, blurred": frechet_distance(reader.features(unseen), reader.features(blurred)),
         },
         "null_class": {
             # the mean of the reader's largest probability: real digits first

@@ -33,7 +33,7 @@ REQUIRED = {
 def test_version_and_help(ctrl):
     assert ctrl("--version").stdout.strip() == version("ctrl-diffusion")
     overview = ctrl("--help").stdout
-    for command in ("demo", "classifier", "inspect", "train", "add", "sample", "evaluate", "export", "exact"):
+    for command in "demo classifier inspect train add sample evaluate compare export exact".split():
         assert command in overview
         text = ctrl(command, "--help").stdout
         assert "Example: ctrl " + command in " ".join(text.split())

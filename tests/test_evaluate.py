@@ -9,7 +9,6 @@ from ctrl_diffusion.evaluate import (
     Judge,
     Nulled,
     energy_test,
-    frechet_distance,
     nearest_distance,
     score_samples,
     score_target,
@@ -84,13 +83,6 @@ def test_confusion_has_what_was_asked_in_its_rows():
     score = score_samples(Judge({"y": lambda x: came}).look(torch.zeros(6, 1, 2, 2), conditions), conditions)
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
     assert score.accuracy == pytest.approx(4 / 6)
-
-
-def test_frechet_distance_is_zero_on_equal_sets_and_grows_with_a_shift():
-    x = demo.labelled_digits("ink", 0)[0][0].x
-    reader = Classifier(1, 10, grid=4).eval().requires_grad_(False)
-    assert abs(frechet_distance(x, x, reader)) < 1e-3
-    assert frechet_distance(x, x + 0.3, reader) > 10 * abs(frechet_distance(x, x, reader))
 
 
 def test_nearest_distance():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -135,17 +136,21 @@ def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
     controls: Annotated[str, typer.Option(help="ink; digit on the model without its classes; ink,slant.")] = "ink",
     learner: Learner = None,
+    labels: Annotated[int | None, typer.Option(min=1, help="Labelled digits for each control.")] = None,
+    config: Settings = None,
     seed: Seed = 0,
     quick: Quick = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Teach the embedded digits model a control it did not have, and certify it."""
+    from .config import read_settings
     from .job import demo_job
 
-    given = {"seed": seed} | ({"learners": learner.split(",")} if learner else {})
+    given = (read_settings(config) if config else {}) | {"seed": seed}
+    given |= {"learners": learner.split(",")} if learner else {}
     with phases(quiet) as phase:
-        metrics = demo_job(given, out, overwrite, quick, typed(), phase, controls)
+        metrics = demo_job(given, out, overwrite, quick, typed(), phase, controls, labels)
     if not quiet:
         typer.echo(summary(metrics, controls, out))
 
@@ -337,6 +342,47 @@ def evaluate(
         typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
     else:
         write_json(out, metrics)
+
+
+@app.command(epilog="Example: ctrl compare runs/demo --labels 50,100,200 --seeds 1,2,3 --out runs/compared")
+def compare(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; left out, RUN/compare.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Of these only, by name; a wrong one lists them.")] = None,
+    labels: Annotated[str | None, typer.Option(help="How many of each control; left out, all there are.")] = None,
+    strengths: Annotated[str, typer.Option(help="Of what is turned by strength.")] = "0.5,1,2,4",
+    seeds: Annotated[str | None, typer.Option(help="Of fits and noise; left out, the run's.")] = None,
+    n: Annotated[int, typer.Option("-n", min=2, help="Samples for each row, over all (c, y).")] = 1000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are there.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold a control against what else could be done with the same labels."""
+    from .compare import compare_job, in_words
+
+    asked = {
+        "labels": numbers("labels", labels, int), "strengths": numbers("strengths", strengths, float),
+        "seeds": numbers("seeds", seeds, int), "methods": methods.split(",") if methods else [],
+    }  # fmt: skip
+    with phases(quiet) as phase:
+        found = compare_job(run, out, **asked, n=n, resume=resume, overwrite=overwrite, command=typed(), phase=phase)
+    if not quiet:
+        typer.echo(f"{in_words(found)}\nreport: {(out or run / 'compare') / 'report.html'}")
+
+
+def numbers(option: str, text: str | None, kind: type) -> list:
+    """The numbers of a list with commas.
+
+    Raises:
+        ValueError: something else stands in it, or a negative number.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        found = [-1]
+    if any(number < 0 or not math.isfinite(number) for number in found):
+        raise ValueError(f"--{option} {text}: give numbers with commas between them, such as 50,100.")
+    return found
 
 
 @app.command(epilog="Example: ctrl export runs/texture texture-pipeline")

@@ -56,6 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 LABELLED = {"ink": 500, "digit": 200, "ink,slant": 250}  # for each control
+JUDGED = 200  # digits, at least
 
 
 def on_paper(x: Tensor) -> Tensor:
@@ -94,19 +95,30 @@ RULERS = {INK: ink_ruler, SLANT: slant_ruler}
 MEASURES = {INK: ink, SLANT: slant}  # of y on a scale
 
 
-def labelled_digits(controls: str, seed: int) -> list[tuple[LabelledImages, LabelledImages]]:
+def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list[tuple[LabelledImages, LabelledImages]]:
     """For each control of a demo its offline dataset, drawn evenly over its classes, and digits nobody else was given.
 
     The datasets share no image; the second of each pair is for the judge.
+
+    Args:
+        controls: of SETTINGS.
+        seed: of the draw.
+        labels: for each control; None for what the demo has.
+
+    Raises:
+        ValueError: so many labels leave too few digits for the judge.
     """
     x, c = digits()
     known = {DIGIT: c, INK: ink_ruler(x), SLANT: slant_ruler(x)}
     wanted = torch.isin(c, torch.tensor(SETTINGS[controls].get("classes", range(10))))
     rest, drawn = wanted.nonzero().squeeze(1).numpy(), []
+    count = labels or LABELLED[controls]
+    if (most := (len(rest) - JUDGED) // len(SETTINGS[controls]["controls"])) < count:
+        raise ValueError(f"--labels {count}: of {len(rest)} digits {JUDGED} are for the judge. Ask for {most} at most.")
     for settings in SETTINGS[controls]["controls"]:
         y = known[settings["name"]]
         rows, rest = train_test_split(
-            rest, train_size=LABELLED[controls], stratify=y[rest].numpy(), random_state=seed
+            rest, train_size=count, stratify=y[rest].numpy(), random_state=seed
         )  # fmt: skip
         drawn.append(rows)
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, f1_score
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
 
 from .certificate import Certificate
 from .classifier import Classifier, Scorer
@@ -399,26 +398,6 @@ def class_shares(y: Tensor, classes: int, weights: Tensor) -> tuple[Tensor, Tens
     shares = (weights[..., None] * came).sum(1, keepdim=True)
     variance = (weights[..., None] * (came - shares)).square().sum((0, 1))
     return shares.mean((0, 1)), variance.sqrt() / len(y)
-
-
-class _Features(nn.Module):
-    """The reader's features in the form torchmetrics asks for."""
-
-    def __init__(self, reader: Classifier) -> None:
-        super().__init__()
-        self.reader = reader
-        self.num_features = reader.score.in_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.reader.features(x)
-
-
-def frechet_distance(real: Tensor, samples: Tensor, reader: Classifier) -> float:
-    """Fréchet distance (Heusel et al. 2017) between two sets of x (n, C, H, W) in the reader's feature space."""
-    metric = FrechetInceptionDistance(feature=_Features(reader), input_img_size=tuple(real.shape[1:]), normalize=True)
-    metric.update(real, real=True)
-    metric.update(samples, real=False)
-    return float(metric.compute())
 
 
 def nearest_distance(x: Tensor, reference: Tensor) -> Tensor:

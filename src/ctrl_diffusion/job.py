@@ -470,6 +470,7 @@ def demo_job(
     command: str | None = None,
     phase: Phase = silent,
     controls: str = "ink",
+    labels: int | None = None,
 ) -> dict[str, Any]:
     """`train_job` on the embedded prior with labelled digits, and others for the judge, written into the run folder."""
     out = Path(out)
@@ -478,7 +479,7 @@ def demo_job(
     check_room(out, RUN_FILES[-1], overwrite)
     settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
     with TemporaryDirectory() as scratch:
-        drawn = demo.labelled_digits(controls, given.get("seed", 0))
+        drawn = demo.labelled_digits(controls, given.get("seed", 0), labels)
         for control, pair in zip(settings["controls"], drawn, strict=True):
             control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
             for kind, data in zip(DATA_FOLDERS, pair, strict=True):

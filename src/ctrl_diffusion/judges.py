@@ -8,7 +8,7 @@ report.html     how good they are on held-out data, with reliability.png and con
 """
 
 import json
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -272,6 +272,60 @@ def joined(*parts: LabelledImages) -> LabelledImages:
     return LabelledImages(joined_x([part.x for part in parts]), labels, parts[0].values)
 
 
+def rounds_of(settings: ClassifierSettings, fitting: LabelledImages, control: str) -> int:
+    """Rounds through the fitting part that `fit_posterior` takes in all."""
+    choices = open_choices(settings, fitting.values[control], fitting.on_scale(control))
+    return len(choices) * epochs_of(settings, fitting)
+
+
+def fit_posterior(
+    images: Sequence[LabelledImages],
+    control: str,
+    of_c: str | None,
+    settings: ClassifierSettings,
+    seed: int,
+    advance: Advance,
+    trunk: Frozen | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Judges, Choice, LabelledImages]:
+    """Fit, calibrate and report p̂, with the region it was fitted on.
+
+    Args:
+        images: three parts: to fit, to calibrate, held out.
+        control: the column of y.
+        of_c: the column of c of p̂(y | x, c).
+        settings: of the classifiers.
+        seed: of the fit.
+        advance: called after each of `rounds_of` rounds.
+        trunk: a frozen backbone.
+        encode: images → latents, for a p̂ that looks at these.
+        device: on which it is fitted, and stays.
+
+    Returns:
+        Judges that have p̂ alone, the options it was fitted with, and the held-out part as p̂ looks at it.
+
+    Raises:
+        ValueError: on held-out data it is not better than chance by two standard errors.
+    """
+    fitting, calibration, held_out = (part.through(encode) if settings.latents else part for part in images)
+    classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk, device)
+    classifier.trunk, classifier.latent = trunk or classifier.trunk, settings.latents
+    classifier.to(device)
+    quality = report_classifier(classifier, *examples(held_out, control, of_c))
+    if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
+        raise ValueError(
+            f"the classifier of {control!r} is not clearly better than chance (held-out NLL {quality.nll:.2f} ± "
+            f"{quality.nll_stderr:.2f} nats, chance {quality.chance_nll:.2f}): its gradients would mislead. Check the "
+            "labels or bring more of them."
+        )
+    judges = Judges(control, held_out.values[control], tuple(images[0].x.shape[1:]), classifier, quality)
+    with torch.no_grad():
+        met, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
+    judges.support = Support.fit(met).calibrate(torch.cat(unseen))
+    return judges, choice, held_out
+
+
 def fit_judges(
     data: LabelledImages,
     control: str,
@@ -318,26 +372,14 @@ def fit_judges(
         raise ValueError("classifier.augment: any_side_up needs square images. Use shift or none.")
     shares = WITH_JUDGE if judge_data is None and not ruler else WITH_RULER
     images = data.split(control, shares, seed)
-    fitting, calibration, held_out = (part.through(encode) if settings.latents else part for part in images[:3])
     own = images[3:]
     of_judge = own if judge_data is None else [judge_data]
-    rounds = len(open_choices(settings, data.values[control], data.on_scale(control))) * epochs_of(settings, fitting)
+    rounds = rounds_of(settings, images[0], control)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
     trunk = Frozen(settings.backbone).to(device) if settings.backbone else None
-    classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk, device)
-    classifier.trunk, classifier.latent = trunk or classifier.trunk, settings.latents
-    classifier.to(device)
-    quality = report_classifier(classifier, *examples(held_out, control, of_c))
-    if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
-        raise ValueError(
-            f"the classifier of {control!r} is not clearly better than chance (held-out NLL {quality.nll:.2f} ± "
-            f"{quality.nll_stderr:.2f} nats, chance {quality.chance_nll:.2f}): its gradients would mislead. Check the "
-            "labels or bring more of them."
-        )
-    judges = Judges(control, data.values[control], tuple(data.x.shape[1:]), classifier, quality)
-    with torch.no_grad():
-        met, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
-    judges.support = Support.fit(met).calibrate(torch.cat(unseen))
+    judges, choice, held_out = fit_posterior(
+        images[:3], control, of_c, settings, seed, advance, trunk, encode, device
+    )  # fmt: skip
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
         judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)

@@ -1,0 +1,113 @@
+"""CTRL against the baselines on digits: docs/results.md (about two and a half hours on two quiet cores).
+
+python bench/results.py [ink] [ink,slant]       (both, side by side, if none is named)
+
+Trains a run for each, on more labels than are compared (they are drawn from these anew for every seed), compares it
+with `ctrl compare`, and writes docs/results-*.json, the pictures, and the tables into docs/results.md. What was begun
+goes on: runs/results/ keeps every row and every fit.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctrl_diffusion.compare import averaged
+from ctrl_diffusion.files import write_json, write_text
+
+ROOT = Path(__file__).parent.parent
+DOCS, RUNS = ROOT / "docs", ROOT / "runs" / "results"
+LABELS, SEEDS = "50,100,200,500", "1,2,3"
+# fewer updates than the demos have: 24 of these are trained
+TASKS: dict[str, dict[str, Any]] = {
+    "ink": {
+        "labels": 1000, "n": 400,
+        "settings": {"weighted": {"updates": 300, "renoising": 75}, "adjoint": {"updates": 300}},
+    },
+    "ink,slant": {
+        "labels": 600, "n": 384,
+        "settings": {
+            "weighted": {"updates": 400, "renoising": 100, "cache": 1500},
+            "adjoint": {"updates": 400},
+            "evaluation": {"prior_samples": 2000, "paths": 1000},
+        },
+    },
+}  # fmt: skip
+COLUMNS = {
+    "accuracy": ("y as asked", 3), "class_accuracy": ("digit read", 3), "diversity_ratio": ("diversity", 2),
+    "frechet": ("Fréchet", 2), "kernel": ("kernel", 2), "coverage": ("coverage", 2), "gap_nats": ("gap, nats", 1),
+}  # fmt: skip
+
+
+def compared(task: str) -> subprocess.Popen:
+    """Start the comparison of a task, or what is missing of it, after its run."""
+    about, folder = TASKS[task], RUNS / task
+    run = folder / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "settings.yaml", yaml.safe_dump(about["settings"]))
+    ctrl = f"{sys.executable} -m ctrl_diffusion.cli"
+    more = f"--labels {about['labels']} --config {folder}/settings.yaml"
+    train = f"{ctrl} demo --controls {task} {more} --out {run} --overwrite"
+    compare = f"{ctrl} compare {run} --labels {LABELS} --seeds {SEEDS} -n {about['n']} --out {folder}/compared --resume"
+    steps = compare if (run / "report.html").is_file() else f"{train} && {compare}"
+    # small networks gain nothing from a second thread, two tasks do
+    return subprocess.Popen(["bash", "-c", steps], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def cell(row: dict[str, Any], name: str, digits: int) -> str:
+    """A figure with half its interval."""
+    if name not in row:
+        return "–"
+    mean, half = row[name]
+    return f"{mean:.{digits}f}".replace("-", "−") + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def table(rows: list[dict[str, Any]], found: dict[str, Any], labels: int) -> str:
+    """The rows of one number of labels, the chosen settings first in each method, as Markdown."""
+    head = ["method", "w", *(title for title, _ in COLUMNS.values()), "network", "gradients"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    unit = found["about"]["prior_evaluations"]
+    for row in (row for row in rows if row["labels"] == labels):
+        settings = " ".join(f"{key} {value}" for key, value in row["settings"].items())
+        name = f"**{row['title']}**" if row["chosen"] else row["title"]
+        figures = [cell(row, *column) for column in ((key, digits) for key, (_, digits) in COLUMNS.items())]
+        costs = [f"{row[key][0] / unit:.1f}×" for key in ("network_evaluations", "gradient_evaluations")]
+        lines.append(f"| {f'{name} {settings}'.strip()} | {row['strength']:g} | {' | '.join([*figures, *costs])} |")
+    return "\n".join(lines)
+
+
+def written(task: str) -> None:
+    """Copy what came of a task into docs/."""
+    folder, name = RUNS / task / "compared", task.replace(",", "-")
+    found = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    rows = averaged(found["rows"], found["chosen"])
+    write_json(
+        DOCS / f"results-{name}.json", {**{k: found[k] for k in ("about", "prior", "chosen", "cells")}, "rows": rows}
+    )
+    for picture in ("pareto", "labels"):
+        shutil.copy(folder / f"{picture}.png", DOCS / f"results-{name}-{picture}.png")
+    page = DOCS / "results.md"
+    text = page.read_text(encoding="utf-8")
+    for labels in sorted({row["labels"] for row in rows}):
+        mark = f"<!-- {task}, {labels} labels -->"
+        text = re.sub(rf"{mark}\n.*?\n(?=\n)", f"{mark}\n{table(rows, found, labels)}\n", text, flags=re.S)
+    write_text(page, text)
+
+
+def main() -> None:
+    tasks = sys.argv[1:] or list(TASKS)
+    started = [compared(task) for task in tasks]
+    if any([process.wait() for process in started]):
+        raise SystemExit(1)
+    for task in tasks:
+        written(task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.evaluate import Judge
+from ctrl_diffusion.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds
+
+
+def test_frechet_distance_of_two_clouds_is_that_of_their_moments():
+    """Clouds that are one another's image: ‖μ‖² + Σ (σ − σ')²; eigenvalues' roots cost half the digits."""
+    x = torch.randn(400, 3, dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky((x - x.mean(0)).mT.cov())).mT
+    y = 2.0 * x + torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    assert frechet_distance(x, y) == pytest.approx(5.0 + 3 * 1.0, rel=1e-4)
+    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_kernel_distance_of_one_part_is_torchmetrics():
+    x, y = torch.randn(40, 5), torch.randn(40, 5) + 0.5
+    expected = float(poly_mmd(x.double(), y.double(), 3, None, 1.0))
+    assert kernel_distance([x], [y]) == pytest.approx(expected)
+
+
+def test_kernel_distance_is_unbiased_also_of_few_samples_of_each_part():
+    """Two mixtures of the same two far parts: the mean over many draws is 0 within three of its standard errors.
+
+    With all pairs of different x alike, part or not, it would be off by (1/2 − 3/7) of what parts differ by.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def parts(n):
+        return [torch.randn(n, 4, generator=generator) + shift for shift in (0.0, 3.0)]
+
+    found = torch.tensor([kernel_distance(parts(30), parts(4)) for _ in range(200)])
+    assert abs(found.mean()) < 3 * found.std() / 200**0.5
+    x = torch.cat(parts(4)).double()
+    k = (x @ x.mT / 4 + 1) ** 3
+    difference = k[:4, :4].mean() + k[4:, 4:].mean() - 2 * k[:4, 4:].mean()
+    assert 3 * found.std() / 200**0.5 < (1 / 2 - 3 / 7) * difference / 2, "the error is small enough to tell"
+
+
+def test_manifolds_of_equal_far_and_collapsed_sets():
+    x = torch.randn(200, 2)
+    assert manifolds(x, x) == (1.0, 1.0, 1.0)
+    assert manifolds(x, x + 100) == (0.0, 0.0, 0.0)
+    precision, recall, coverage = manifolds(x, x[:1].repeat(200, 1) + 1e-3 * torch.randn(200, 2))
+    assert precision == 1.0, "all lie where real x are"
+    assert max(recall, coverage) < 0.2, "and hardly any real x where they are"
+
+
+def looked(x, group):
+    return Judge({"y": lambda x: (x.flatten(1).mean(1) > 0).long()}).glance(x, group)
+
+
+def test_fidelity_is_taken_within_what_was_asked_for():
+    """Samples that ignore y are drawn from the right x over all, and only a distance within y can tell."""
+    conditions = Conditions({"c": torch.arange(2)}, {"y": 2})
+    sign = torch.tensor([-1.0, 1.0])
+    real = 0.1 * torch.randn(400, 1, 1, 2) + sign[torch.arange(400) % 2].view(-1, 1, 1, 1)
+    group = torch.arange(400) // 200
+    yardstick = Yardstick.of(conditions, looked(real, group), group, looked(real, group))
+    asked = conditions.all(100) % 2
+    right = 0.1 * torch.randn(400, 1, 1, 2) + sign[asked].view(-1, 1, 1, 1)
+    deaf = right[torch.randperm(400)]
+    collapsed = right - right + sign[asked].view(-1, 1, 1, 1)
+    found = {
+        name: yardstick.fidelity(x.flatten(1)) for name, x in (("right", right), ("deaf", deaf), ("one", collapsed))
+    }
+    assert found["right"].frechet < 0.02 < 0.5 < found["deaf"].frechet
+    assert abs(found["right"].kernel) < 0.1 < 0.5 < found["deaf"].kernel
+    assert found["right"].precision > 0.9 > 0.6 > found["deaf"].precision
+    assert found["right"].diversity_ratio == pytest.approx(1.0, abs=0.1)  # standard error about 1/√200 of the spread
+    assert found["one"].diversity_ratio == pytest.approx(0.0, abs=1e-6)
+    assert found["one"].recall == 0.0
+
+
+def test_what_no_sample_of_the_prior_has_is_left_out_of_the_diversity():
+    conditions = Conditions({}, {"y": 2})
+    x = 1 + 0.1 * torch.rand(50, 1, 1, 2)  # y = 1 everywhere
+    yardstick = Yardstick.of(
+        conditions,
+        looked(torch.cat([x, -x]), torch.zeros(100).long()),
+        torch.zeros(100).long(),
+        looked(x, torch.zeros(50).long()),
+    )
+    assert math.isnan(yardstick.diversity[0])
+    ratio = yardstick.fidelity(torch.cat([-x, x]).flatten(1)).diversity_ratio
+    assert ratio == pytest.approx(1.0, abs=1e-4)
