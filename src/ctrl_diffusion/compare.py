@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import hmean
 from scipy.stats import t as student
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -295,14 +296,15 @@ class Comparison:
             self.cells.append({**self.about(cell), "seconds": cell.seconds})
 
     def chosen(self) -> dict[str, dict[str, Any]]:
-        """Of each method the trial whose samples come nearest to real x with what was asked for: the least Fréchet
-        distance, which wrong labels, what no real x looks like and too few kinds of it all raise."""
+        """Of each method the best trial by the harmonic mean of accuracy and coverage: whether samples have the y asked
+        for, and how many of the real x with that y they come near. Wrong labels lower one, what no real x looks like
+        and too few kinds of it the other."""
         out = {}
         for name in self.methods:
             trials = [row for row in self.rows if row["trial"] and row["method"] == name]
             if trials:
-                best = min(trials, key=lambda row: row["frechet"])
-                out[name] = {key: best[key] for key in ("settings", "strength", "accuracy", "frechet")}
+                best = max(trials, key=lambda row: hmean([row["accuracy"], row["coverage"]]))
+                out[name] = {key: best[key] for key in ("settings", "strength", "accuracy", "coverage")}
                 out[name]["trials"] = len(trials)
         return out
 

@@ -32,6 +32,7 @@ from .sample import stream
 from .train import fit
 
 PARTICLES = 8  # for each sample
+MOST_UPDATES = 3000  # of a noise-aware p̂, of which the best epoch is kept
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Cell:
         settings = next(c for c in run.config.controls if c.name == name).classifier
         encode = encoder_of(run.prior)
         fitting, calibration = (part.through(encode) if encode else part for part in self.parts[name])
-        epochs = epochs_of(settings, fitting)
+        updates = min(settings.updates, MOST_UPDATES)
+        epochs = epochs_of(settings.model_copy(update={"updates": updates}), fitting)
         x, y = (fitting.x[torch.arange(len(fitting))], fitting.labels[name])
         held_out = (calibration.x[torch.arange(len(calibration))], calibration.labels[name])
         advance = self.phase(f"noise-aware p̂ of {name}", epochs)
