@@ -16,10 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ctrl_diffusion.compare import averaged
 from ctrl_diffusion.files import write_json, write_text
+from ctrl_diffusion.report import STYLE, headline, save_figure, with_error
 
 ROOT = Path(__file__).parent.parent
 DOCS, RUNS = ROOT / "docs", ROOT / "runs" / "results"
@@ -100,6 +104,37 @@ def written(task: str) -> None:
     write_text(page, text)
 
 
+def overview() -> Figure:
+    """What docs/results.md begins with: control and fidelity against the number of labels, one column for each task."""
+    titles = {"ink": "ink, for each digit", "ink,slant": "ink and slant at once"}
+    shown = {"accuracy": "y as asked", "frechet": "Fréchet distance to real x with that y"}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 6), layout="constrained")
+        panels = figure.subplots(len(shown), len(titles), sharex=True)
+        for column, (task, title) in enumerate(titles.items()):
+            path = DOCS / f"results-{task.replace(',', '-')}.json"
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for axes, (name, what) in zip(panels[:, column], shown.items(), strict=True):
+                for method in ("ctrl", "classifier-guidance", "free-guidance", "dps", "mpgd"):
+                    mine = [row for row in found["rows"] if row["method"] == method and row["chosen"]]
+                    mine.sort(key=lambda row: row["labels"])
+                    x, y = [(row["labels"], 0.0) for row in mine], [row[name] for row in mine]
+                    with_error(axes, x, y, method, label=mine[0]["title"], zorder=3 if method == "ctrl" else 2)
+                axes.axhline(
+                    found["prior"][name], color="#999", linewidth=0.8, linestyle=":", label="the prior, not asked"
+                )
+                axes.set(xscale="log", yscale="log" if name == "frechet" else "linear", ylabel=what)
+                ticks = sorted({row["labels"] for row in found["rows"]})
+                axes.set_xticks(ticks, [str(n) for n in ticks])
+                axes.xaxis.set_minor_formatter(NullFormatter())
+            panels[-1, column].set(xlabel="labels, of each control")
+            panels[0, column].set(ylim=(0, 1))
+            headline(panels[0, column], title)
+        handles = panels[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
 def main() -> None:
     tasks = sys.argv[1:] or list(TASKS)
     started = [compared(task) for task in tasks]
@@ -107,6 +142,7 @@ def main() -> None:
         raise SystemExit(1)
     for task in tasks:
         written(task)
+    save_figure(DOCS / "results.png", overview())
 
 
 if __name__ == "__main__":
