@@ -12,11 +12,14 @@ from ctrl_diffusion.bias import (
     PLUG_IN,
     SPACING,
     Cells,
+    choosing,
     counted_kl,
     examples,
     noisy_classifier,
     pair_of,
     programme,
+    sampled,
+    target_samples,
 )
 from ctrl_diffusion.guide.reconstruction import DPS
 from ctrl_diffusion.job import bias_job
@@ -152,6 +155,16 @@ def test_labelled_examples_are_of_the_joint(likelihood):
     exact, variance = w @ plain, w @ plain.square() - (w @ plain) ** 2
     error = (variance * (1 / len(ours) + w.square().sum())).sqrt()
     assert ((ours.mean(0) - exact).abs() < 4 * error).all()
+
+
+def test_rejection_knows_the_bound_of_a_density():
+    """Whose top lies above it in single precision, by rounding, if nothing is added."""
+    task, n = Task("flow", "linear-Gaussian", steps=10), 1000
+    answers, pair = Answers(task, SPACING), pair_of(task)
+    (rejection,) = choosing(task, ())
+    x_0, _ = sampled(rejection, task, pair, n, seed=0)
+    kl, error = Cells(target_samples(task, answers, pair, 100_000, seed=0), 5 / n).kl(x_0)
+    assert abs(kl) < 4 * error
 
 
 @pytest.mark.slow

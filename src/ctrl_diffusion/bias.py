@@ -156,7 +156,8 @@ def guided(task: Task, size: Size, seed: int) -> list[Entrant]:
 
 def choosing(task: Task, particles: tuple[int, ...]) -> list[Entrant]:
     """What chooses among samples, each of them independent of the others."""
-    prior, bound = task.prior(), max(getattr(each, "bound", 0.0) for each in task.likelihoods().values())
+    (likelihood,) = task.likelihoods().values()
+    prior, bound = task.prior(), getattr(likelihood, "bound", 0.0) + 1e-5  # single precision rounds up, too
     found = [Entrant("rejection", Rejection(bound=bound, batch=BATCH), prior)]
     for k in particles:
         own = {"particles": k, "shared": False, "batch": BATCH}

@@ -517,10 +517,11 @@ ORIGINS = {
     "p(y | x_t) is approximated": ("#c2661c", ("DPS", "MPGD")),
     "labels and training": ("#2a8c5a", ("classifier guidance", "classifier-free guidance")),
     "the learner is stopped": (CTRL, (LEARNER,)),
-    "the particles are few": ("#7a5ba6", ("TDS", "Feynman–Kac", "importance", "rejection")),
+    "the particles are few": ("#7a5ba6", ("TDS", "Feynman–Kac", "importance")),
+    "none: exact, paid in tries": ("#2f8f9d", ("rejection",)),
     "it is no tilt": ("#888", ("best of K",)),
 }
-SMALLEST_SHOWN = 5e-4  # nats
+SMALLEST_SHOWN = 1e-4  # nats
 
 
 def bias_lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
@@ -580,7 +581,8 @@ def bias_figure(rows: Sequence[dict[str, Any]]) -> Figure:
             for n, fill in zip(steps, ("white", "#555"), strict=False)
         ]
         marks.append(Line2D([], [], color="#333", linewidth=0.8, linestyle=":", label=f"{FLOOR}, {steps[-1]} of them"))
-        figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        marks.append(Line2D([], [], color="#555", linewidth=3, alpha=0.35, label="cannot be told from 0"))
+        figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
