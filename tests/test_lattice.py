@@ -163,3 +163,44 @@ def test_three_dimensions_and_a_chain_without_noise_are_refused():
         LatticeChain(normal(3, Cosine()), Cosine().times(5, 0.1), 0.0, 0.8)
     with pytest.raises(ValueError, match="eta = 0"):
         LatticeChain(normal(1, Cosine()), Cosine().times(5, 0.1), 0.0, 0.8, eta=0.0)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_a_reward_what_is_plugged_in_is_the_prior(schedule, dim):
+    """E[E[x_0 | x_N] | x_t] = E[x_0 | x_t], by sums over the last lattice instead of the closed form."""
+    prior = GaussianMixture(torch.tensor([[-1.0, 0.2], [0.8, 0.5]], dtype=DOUBLE)[:, :dim], SPREAD, schedule)
+    chain = LatticeChain(prior, schedule.times(8, 0.1), RADIUS, SPREAD, spacing=1.0)
+    log_p = prior.log_density(chain.lattices[-1].points, chain.times[-1])
+    for found, pre, lattice in zip(chain.plugged_in(log_p), chain.prior_steps, chain.lattices, strict=False):
+        near = lattice.points.abs().amax(1) < 2.0  # further out x_0 lies beyond the last lattice
+        torch.testing.assert_close(found.mean[near], pre.mean[near], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_plugged_in_comes_to_the_posteriors_denoiser(schedule):
+    """The reward is asked at the read-out, x_0 up to the last noise: they differ by the order of its square."""
+    means, weights = torch.tensor([[-1.0, 0.4], [0.9, 0.8]], dtype=DOUBLE), torch.tensor([0.3, 0.7], dtype=DOUBLE)
+    prior = GaussianMixture(means, SPREAD, schedule, weights)
+    values = torch.tensor([0.5], dtype=DOUBLE)
+    likelihood, missed = LinearGaussian(torch.tensor([0.8, 0.6], dtype=DOUBLE), values, 0.5), []
+    exact, _ = posterior(prior, likelihood, 0)
+    for sigma_end in (0.2, 0.1):
+        chain = LatticeChain(prior, schedule.times(6, sigma_end), RADIUS, SPREAD, spacing=1.0)
+        reward = likelihood.log_prob(chain.x_0)[:, 0]
+        log_p = prior.log_density(chain.lattices[-1].points, chain.times[-1])
+        found, other = chain.plugged_in(log_p + reward)[2], list(chain.steps(exact))[2]
+        near = chain.lattices[2].points.abs().amax(1) < 2.0
+        missed.append(float((found.mean - other.mean)[near].abs().mean()))
+    assert missed[1] < 0.4 * missed[0]  # 0.25, at times that are not quite the same
+    assert missed[1] < 0.01
+
+
+def test_a_coarser_lattice_says_the_same():
+    schedule = RectifiedFlow()
+    prior, found = normal(2, schedule), []
+    for spacing in (0.7, 1.2):
+        chain = LatticeChain(prior, schedule.times(6, 0.1), radius=0.0, spread=0.8, spacing=spacing)
+        reward = chain.x_0 @ torch.tensor([0.9, -0.6], dtype=DOUBLE)
+        found.append(chain.log_z(reward))
+    assert found[0] == pytest.approx(found[1], abs=1e-4)

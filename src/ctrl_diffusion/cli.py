@@ -346,7 +346,7 @@ def evaluate(
 
 @app.command(epilog="Example: ctrl compare runs/demo --labels 50,100,200 --seeds 1,2,3 --out runs/compared")
 def compare(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder; or exact, the testbed.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write; left out, RUN/compare.")] = None,
     methods: Annotated[str | None, typer.Option(help="Of these only, by name; a wrong one lists them.")] = None,
     labels: Annotated[str | None, typer.Option(help="How many of each control; left out, all there are.")] = None,
@@ -354,12 +354,23 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Of fits and noise; left out, the run's.")] = None,
     n: Annotated[int, typer.Option("-n", min=2, help="Samples for each row, over all (c, y).")] = 1000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are there.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,  # as of exact; --help stays a screen
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Hold a control against what else could be done with the same labels."""
     from .compare import compare_job, in_words
+    from .job import bias_job
 
+    if str(run) == "exact":
+        out = out or Path("runs/compare-exact")
+        if methods or labels or seeds or resume:
+            raise ValueError("compare exact: the testbed has its own methods and labels. Leave the other options out.")
+        with phases(quiet) as phase:
+            rows = bias_job(out, quick, 0, overwrite, typed(), phase)
+        if not quiet:
+            typer.echo(f"{len(rows)} rows\nreport: {out / 'report.html'}")
+        return
     asked = {
         "labels": numbers("labels", labels, int), "strengths": numbers("strengths", strengths, float),
         "seeds": numbers("seeds", seeds, int), "methods": methods.split(",") if methods else [],

@@ -134,6 +134,11 @@ class LinearGaussian:
     def __init__(self, direction: Tensor, values: Tensor, std: float) -> None:
         self.direction, self.values, self.std, self.classes = direction, values, std, len(values)
 
+    @property
+    def bound(self) -> float:
+        """The largest log-density there is."""
+        return -math.log(self.std * math.sqrt(2 * math.pi))
+
     def log_prob(self, x: Tensor) -> Tensor:
         """log-density of each value in nats (B, K)."""
         return torch.distributions.Normal((x @ self.direction)[:, None], self.std).log_prob(self.values)

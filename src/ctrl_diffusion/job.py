@@ -22,6 +22,7 @@ from sklearn.metrics import r2_score
 from torch import Tensor
 
 from . import demo
+from .bias import biases
 from .conditions import Conditions
 from .config import (
     ClassifierSettings,
@@ -47,7 +48,14 @@ from .learn.weighted import RENOISING, Weighted
 from .pretrained import Prior
 from .progress import Phase, silent
 from .reading import in_order, read_images
-from .report import save_figure, sheet_figure, write_classifier_report, write_exact_report, write_report
+from .report import (
+    save_figure,
+    sheet_figure,
+    write_bias_report,
+    write_classifier_report,
+    write_exact_report,
+    write_report,
+)
 from .reward import prior_table
 from .run import Run, as_set, home, open_prior
 from .sample import stream
@@ -66,6 +74,7 @@ RUN_FILES = (
 DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
+BIAS_FILES = ("bias.json", "report.html", "bias.png")
 MOST_CONDITIONS = 20
 MOST_PROMPTS = 64
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
@@ -941,4 +950,31 @@ def exact_job(
         pictures += [picture] if picture else []
         write_json(out / EXACT_FILES[0], {"rows": rows})
     write_exact_report(out, rows, pictures, command or "ctrl exact", version("ctrl-diffusion"))
+    return rows
+
+
+def bias_job(
+    out: Path,
+    quick: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    command: str | None = None,
+    phase: Phase = silent,
+) -> list[dict[str, Any]]:
+    """Say where each method's bias comes from; writes bias.json after every row, then bias.png and report.html.
+
+    Returns:
+        The rows of bias.json.
+
+    Raises:
+        ValueError: a folder that cannot be written, or holds something.
+    """
+    check_room(out, BIAS_FILES[0], overwrite)
+    clear(out, BIAS_FILES[1:])
+    rows: list[dict[str, Any]] = []
+    write_json(out / BIAS_FILES[0], {"rows": rows})
+    for row in biases(quick, seed, phase):
+        rows.append(row)
+        write_json(out / BIAS_FILES[0], {"rows": rows})
+    write_bias_report(out, rows, command or "ctrl compare exact", version("ctrl-diffusion"))
     return rows

@@ -12,10 +12,12 @@ import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
+from .bias import FLOOR, LEARNER, PLUG_IN
 from .control import NULL
 from .data import LabelledImages, to_pixels
 from .evaluate import Evaluation, Score
@@ -607,6 +609,111 @@ def write_compare_report(folder: Path, rows: Averaged, found: dict[str, Any], co
         folder / "report.html", "compare.html", images=images, rows=rows, found=found, targets=targets,
         command=command, version=version,
     )  # fmt: skip
+
+
+# the methods of bias.json by what their bias comes from, with the colour of a group
+ORIGINS = {
+    "the steps are finite": ("#333", (FLOOR, PLUG_IN)),
+    "p(y | x_t) is approximated": ("#c2661c", ("DPS", "MPGD")),
+    "labels and training": ("#2a8c5a", ("classifier guidance", "classifier-free guidance")),
+    "the learner is stopped": (CTRL, (LEARNER,)),
+    "the particles are few": ("#7a5ba6", ("TDS", "Feynman–Kac", "importance")),
+    "none: exact, paid in tries": ("#2f8f9d", ("rejection",)),
+    "it is no tilt": ("#888", ("best of K",)),
+}
+SMALLEST_SHOWN = 1e-4  # nats
+
+
+def bias_lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """The lines of the picture, top to bottom: origin, what is written, and its rows, those of one schedule."""
+    found = []
+    for origin, (_, methods) in ORIGINS.items():
+        for method in methods:
+            mine = [row for row in rows if row["method"] == method]
+            for kind in dict.fromkeys((row["labels"], row["particles"]) for row in mine):
+                of_kind = [row for row in mine if (row["labels"], row["particles"]) == kind]
+                labels, particles = kind
+                more = f", {labels:,} labels" if labels else f", K = {particles}" if particles else ""
+                found.append((origin, (method + more).replace("of K, K =", "of"), of_kind))
+    return found
+
+
+def bias_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """KL of every method's samples from the target, grouped by where it comes from: a panel for each likelihood.
+
+    Of the first schedule. What cannot be told from 0 in the samples that were counted is a bar that ends two standard
+    errors up.
+    """
+    rows = [row for row in rows if row["schedule"] == rows[0]["schedule"]]
+    likelihoods, steps = list(dict.fromkeys(row["likelihood"] for row in rows)), sorted({row["steps"] for row in rows})
+    lines = bias_lines(rows)
+    origins = [origin for origin, _, _ in lines]
+    gaps = [sum(a != b for a, b in zip(origins[:i], origins[1 : i + 1], strict=True)) for i in range(len(lines))]
+    heights = [i + 1.5 * gap for i, gap in enumerate(gaps)]  # a line of its own for the name of a group
+    most = 2 * max(row["true_kl_nats"] for row in rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.2 + 2.6 * len(likelihoods), 1.3 + 0.19 * heights[-1]), layout="constrained")
+        panels = np.ravel(figure.subplots(1, len(likelihoods), sharey=True, squeeze=False))
+        for axes, likelihood in zip(panels, likelihoods, strict=True):
+            for (origin, name, mine), height in zip(lines, heights, strict=True):
+                here = {row["steps"]: row for row in mine if row["likelihood"] == likelihood}
+                show_bias(axes, height, here, steps, ORIGINS[origin][0])
+                if name == FLOOR:
+                    axes.axvline(here[steps[-1]]["true_kl_nats"], color="#333", linewidth=0.8, linestyle=":", zorder=0)
+            axes.set(xscale="log", xlim=(SMALLEST_SHOWN, most), xlabel="KL from the target (nats)")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.grid(axis="x", color="#eee", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.tick_params(axis="y", length=0)
+            headline(axes, f"y: {likelihood}")
+        panels[0].set_yticks(heights, [name for _, name, _ in lines])
+        panels[0].set_ylim(heights[-1] + 0.8, -2)
+        for origin, (colour, _) in ORIGINS.items():
+            if origin in origins:
+                top = heights[origins.index(origin)] - 1.1
+                panels[0].annotate(
+                    origin, (0, top), xycoords=("axes fraction", "data"), xytext=(-4, 0), textcoords="offset points",
+                    ha="right", va="center", color=colour, fontweight="bold", annotation_clip=False,
+                )  # fmt: skip
+        marks = [
+            Line2D([], [], color="#555", linestyle="", marker="o", markerfacecolor=fill, label=f"{n} steps")
+            for n, fill in zip(steps, ("white", "#555"), strict=False)
+        ]
+        marks.append(Line2D([], [], color="#333", linewidth=0.8, linestyle=":", label=f"{FLOOR}, {steps[-1]} of them"))
+        marks.append(Line2D([], [], color="#555", linewidth=3, alpha=0.35, label="cannot be told from 0"))
+        figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def show_bias(axes: Axes, height: float, here: dict[int, dict[str, Any]], steps: Sequence[int], colour: str) -> None:
+    """One method's KL on a line of the picture, few steps hollow and many full."""
+    known = [n for n in steps if n in here]
+    places = [max(here[n]["true_kl_nats"], SMALLEST_SHOWN) for n in known]
+    axes.plot(places, [height] * len(places), color=colour, linewidth=1, zorder=1)
+    for n, place in zip(known, places, strict=True):
+        kl, error = here[n]["true_kl_nats"], 2 * here[n]["true_kl_stderr"]
+        fill = colour if n == steps[-1] else "white"
+        if error and kl < error:
+            axes.plot([SMALLEST_SHOWN, max(kl, 0) + error], [height] * 2, color=colour, linewidth=3, alpha=0.35)
+            continue
+        axes.errorbar(
+            place, height, xerr=[[min(error, place - SMALLEST_SHOWN)], [error]] if error else None, color=colour,
+            marker="o", markersize=4.5, markerfacecolor=fill, linewidth=1, zorder=2,
+        )  # fmt: skip
+
+
+def write_bias_report(folder: Path, rows: Sequence[dict[str, Any]], command: str, version: str) -> None:
+    """Write bias.png and a report.html about where each method's bias comes from.
+
+    Args:
+        folder: to write into.
+        rows: of bias.json.
+        command: what was typed.
+        version: of this package.
+    """
+    images = {"bias": embedded(folder / "bias.png", bias_figure(rows))}
+    render(folder / "report.html", "bias.html", images=images, rows=rows, command=command, version=version)
 
 
 def embedded(path: Path, figure: Figure) -> str:

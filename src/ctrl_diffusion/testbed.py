@@ -22,7 +22,7 @@ from .control import Labels, Policy, SideControl
 from .denoise import Denoiser
 from .evaluate import energy_test
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
-from .lattice import LatticeChain, Outcome
+from .lattice import SPACING, LatticeChain, Outcome
 from .learn import Learner
 from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
@@ -115,13 +115,14 @@ class Answers:
 
     Args:
         task: the task.
+        spacing: of the lattices, see `LatticeChain`.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, spacing: float = SPACING) -> None:
         self.task, self.conditions = task, task.conditions
         prior = task.prior(torch.float64)
         self.chains = [
-            LatticeChain(prior, task.times, RADIUS, task.spread, cond={"c": torch.tensor([g])})
+            LatticeChain(prior, task.times, RADIUS, task.spread, cond={"c": torch.tensor([g])}, spacing=spacing)
             for g in range(self.conditions.groups)
         ]
         x_0 = torch.cat([chain.x_0 for chain in self.chains])
@@ -135,14 +136,26 @@ class Answers:
     @cached_property
     def floors(self) -> Tensor:
         """log Z − J of the best policy with the prior's std, for each pair (P,)."""
-        found = []
-        for pair in range(self.conditions.pairs):
-            chain, reward = self.of(pair)
-            found.append(chain.log_z(reward) - chain.outcome(chain.best(reward), reward).objective)
-        return torch.tensor(found)
+        return torch.tensor([self.gap(self.best(pair), pair) for pair in range(self.conditions.pairs)])
 
-    def outcome(self, policy: Policy, pair: int) -> Outcome:
-        """What a policy does for a pair."""
+    def gap(self, outcome: Outcome, pair: int) -> float:
+        """log Z − J of what was done for a pair."""
+        chain, reward = self.of(pair)
+        return chain.log_z(reward) - outcome.objective
+
+    def best(self, pair: int) -> Outcome:
+        """What the best policy with the prior's std does for a pair."""
+        chain, reward = self.of(pair)
+        return chain.outcome(chain.best(reward), reward)
+
+    def plugged_in(self, pair: int) -> Outcome:
+        """What the exact E[x_0 | x_t, y] does for a pair, in the place of the prior's x̂."""
+        chain, reward = self.of(pair)
+        log_p = chain.prior.log_density(chain.lattices[-1].points, chain.times[-1], chain.cond["c"])
+        return chain.outcome(chain.plugged_in(log_p + reward), reward)
+
+    def outcome(self, policy: Denoiser, pair: int) -> Outcome:
+        """What a policy, or a denoiser guided by labels as a policy is, does for a pair."""
         chain, reward = self.of(pair)
         labels, _ = self.conditions.of(torch.tensor([pair]))
         return chain.outcome(list(chain.steps(Doubled(policy), **labels)), reward)
@@ -152,10 +165,10 @@ class Doubled(Denoiser):
     """A policy in single precision, asked and answering in double.
 
     Args:
-        policy: the policy.
+        policy: the policy, or another denoiser that takes labels.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Denoiser) -> None:
         super().__init__()
         self.policy, self.schedule, self.shape = policy, policy.schedule, policy.shape
 
@@ -189,7 +202,9 @@ def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> 
         yield PPO(times, batch=512), updates(1600)
 
 
-def learn(name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phase = silent) -> Policy:
+def learn(
+    name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phase = silent, policy: Policy | None = None
+) -> Policy:
     """A policy trained by one learner.
 
     Args:
@@ -198,8 +213,9 @@ def learn(name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phas
         seed: of everything random.
         effort: share of the learner's updates.
         phase: told of progress.
+        policy: to train on, in place; None for an untrained one.
     """
-    policy, generator = new_policy(task, seed), stream(seed, "learn")
+    policy, generator = policy or new_policy(task, seed), stream(seed, "learn")
     for learner, updates in stages(name, task, effort, generator):
         advance = phase(f"{name}, {task.schedule}, {task.likelihood}, γ = {task.gamma:g}", updates)
         steps = learner(policy, task.reward(), task.conditions, generator)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ctrl_diffusion.exact import GaussianMixture, LinearGaussian, posterior
+from ctrl_diffusion.exact import GaussianMixture, LinearGaussian, Logistic, posterior
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.reward import Reward
@@ -53,6 +53,21 @@ def test_with_the_true_noisy_likelihood_it_is_the_posteriors_denoiser(schedule, 
     for k in range(2):
         exact, _ = posterior(prior, likelihood, k)
         torch.testing.assert_close(guided(x_t, t, labels={"y": torch.full((20,), k)}, c=c), exact(x_t, t, c=c))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_pure_noise_is_not_guided(schedule):
+    """A fitted classifier has some slope there too, which 1/α would blow up."""
+
+    class Sloping:
+        def log_prob(self, x_t, t):
+            return Logistic(torch.tensor([0.1, 0.0], dtype=DOUBLE)).log_prob(x_t)
+
+    prior, _ = setting(schedule, 2)
+    guided = ClassifierGuidance({"y": Sloping()}).steered(prior, Reward({}))
+    x_1, cond, labels = torch.ones(3, 2, dtype=DOUBLE), {"c": torch.tensor([0, 1, 1])}, {"y": torch.tensor([0, 1, 0])}
+    torch.testing.assert_close(guided(x_1, 1.0, labels=labels, **cond), prior(x_1, 1.0, **cond), rtol=0, atol=0)
+    assert (guided(x_1, 0.9, labels=labels, **cond) - prior(x_1, 0.9, **cond)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -7,6 +7,7 @@ from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.selection import Importance, systematic
 from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.sample import paths
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.testbed import Answers, Task
 
@@ -72,6 +73,25 @@ def test_resampling_is_even():
         assert (count - torch.tensor([100, 400, 0, 500])).abs().max() <= 1
         assert count[2] == 0
     assert torch.equal(systematic(torch.zeros(7), 7, torch.Generator().manual_seed(1)), torch.arange(7))
+
+
+def test_populations_that_go_together_are_resampled_each_by_itself():
+    log_w = torch.tensor([[0.1, 0.4, 0.0, 0.5], [0.0, 0.0, 1.0, 0.0]]).log()
+    for row, share in zip(systematic(log_w, 1000, torch.Generator().manual_seed(0)), log_w.exp(), strict=True):
+        assert (row.bincount(minlength=4) - 1000 * share).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["Feynman-Kac", "importance"])
+def test_a_particle_of_its_own_is_a_sample_of_the_prior(name):
+    """One has nobody to be chosen from, whatever it earns; of a shared population some would be drawn twice."""
+    prior = GaussianMixture(torch.tensor([[-1.0], [0.8]]), 0.4, Cosine())
+    labels, times = {"y": torch.ones(500, dtype=torch.long)}, Cosine().times(6, 0.1)
+    plain, _, _ = paths(prior, 500, times, torch.Generator().manual_seed(0), batch=1024)
+    for shared in (False, True):
+        method = type(SAMPLERS[name])(particles=1, batch=1024, shared=shared)
+        reward = Reward({"y": Logistic(torch.ones(1))})
+        found = method(prior, reward, labels, None, times, torch.Generator().manual_seed(0)).x_0
+        assert torch.equal(found, plain) != shared
 
 
 def test_steps_without_noise_are_refused():

@@ -58,6 +58,10 @@ class Steering(Population):
         x_t = normal((n, *denoiser.shape), denoiser, generator)
         log_w, given, most = (x_t.new_full((n,), start) for start in (0.0, 0.0, -math.inf))
         few = parts(n, self.batch or at_once(denoiser))
+        rows_by_size: dict[int, list[Tensor]] = {}
+        for group in groups:
+            rows_by_size.setdefault(group.stop - group.start, []).append(torch.arange(group.start, group.stop))
+        blocks = [torch.stack(rows) for rows in rows_by_size.values()]  # groups of one size go together
         for t, s in pairwise(times):
             found = zip(*(self.looked(asked.rows(rows), x_t[rows], t) for rows in few), strict=True)
             x_hat, earned, toward = (torch.cat(each) for each in found)
@@ -65,11 +69,12 @@ class Steering(Population):
             gain = self.gain(earned, most, given)
             log_w, given = log_w + gain, given + gain
             kept = torch.arange(n)
-            for group in groups:
-                w = log_w[group].softmax(0)
-                if 1 / w.square().sum() < self.spread * len(w):
-                    kept[group] = group.start + systematic(log_w[group], len(w), generator)
-                    log_w[group] = 0.0
+            for rows in blocks:
+                size = rows.shape[1]
+                uneven = 1 / log_w[rows].softmax(1).square().sum(1) < self.spread * size
+                poor = rows[uneven.cpu()]
+                kept[poor] = poor.gather(1, systematic(log_w[poor], size, generator))
+                log_w[poor] = 0.0
             x_t, x_hat, toward, given, most = (each[kept] for each in (x_t, x_hat, toward, given, most))
             pre, here = (step(denoiser.schedule, x, x_t, t, s, self.eta) for x in (x_hat, x_hat + toward))
             z = normal(x_t.shape, x_t, generator)

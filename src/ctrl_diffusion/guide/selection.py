@@ -16,13 +16,14 @@ from . import Asked, Method
 
 
 def systematic(log_w: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n rows drawn by weights (M,) with one random number: each as often as it should be, but for less than one.
+    """n rows drawn by weights (*, M) with one random number: each as often as it should be, but for less than one.
 
-    Even weights and n = M draw every row once, in order (Kitagawa 1996).
+    Even weights and n = M draw every row once, in order (Kitagawa 1996). Returns (*, n).
     """
-    upto = log_w.detach().cpu().double().softmax(0).cumsum(0)
-    place = (torch.arange(n) + torch.rand((), generator=generator, dtype=torch.float64)) / n
-    return torch.searchsorted(upto, place * upto[-1], right=True).clamp(max=len(upto) - 1)
+    upto = log_w.detach().cpu().double().softmax(-1).cumsum(-1)
+    first = torch.rand(*upto.shape[:-1], 1, generator=generator, dtype=torch.float64)
+    place = (torch.arange(n) + first) / n
+    return torch.searchsorted(upto, place * upto[..., -1:], right=True).clamp(max=upto.shape[-1] - 1)
 
 
 @dataclass
@@ -31,12 +32,15 @@ class Population(Method):
 
     Args:
         particles: for each sample.
+        shared: whether the samples of one (c, y) share a population; else each is drawn from `particles` of its own,
+            independent of the others and as far from the target as so few are.
     """
 
     particles: int = 16
+    shared: bool = True
 
     def sample(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
-        pairs = alike(asked.labels, asked.cond)
+        pairs = alike(asked.labels, asked.cond) if self.shared else list(torch.arange(len(asked))[:, None])
         sizes = [self.particles * len(mine) for mine in pairs]
         ends = list(accumulate(sizes))
         groups = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

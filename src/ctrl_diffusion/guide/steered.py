@@ -37,11 +37,11 @@ def gradient(earned: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
 def of_score(schedule: Schedule, t: Tensor | float, x: Tensor) -> Tensor:
     """σ_t²/α_t, by which a likelihood's gradient at x_t moves x̂.
 
-    Where α_t is next to nothing so is that gradient, but for rounding and the network's error: α_t is not let below the
-    smallest a prior is asked at, and at pure noise, which knows nothing of y, nothing is followed.
+    Where α_t is next to nothing so is that gradient, but for rounding and a fitted network's error, which this would
+    blow up: pure noise knows nothing of y, and below the smallest α_t a prior is asked at nothing is followed.
     """
     alpha, sigma = schedule(t)
-    return per_sample(sigma**2 / alpha.clamp(min=SMALLEST_ALPHA), x)
+    return per_sample(torch.where(alpha < SMALLEST_ALPHA, 0.0, sigma**2 / alpha.clamp(min=SMALLEST_ALPHA)), x)
 
 
 @dataclass(kw_only=True)
