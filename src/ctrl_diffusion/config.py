@@ -211,6 +211,9 @@ class Config(Strict):
         classes: the prior's classes that are trained and certified, null for an unconditional prior.
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
         patience: a learner stops after so many probes in turn without a better control; null lets it finish.
+        max_skipped: batches in turn that a learner may leave out because a loss, a gradient or a reward is not finite;
+            then it stops, and the best control so far is kept.
+        checkpoint: updates after which a training is saved, so that it can be resumed; each probe brings it as well.
         device: of prior, p̂ and paths; "auto" takes an accelerator of CUDA if there is one.
         mixed_precision: of the prior's network in training and sampling, by autocast. Probes and the certificate are in
             float32: what two predictions differ by is mostly rounding in bfloat16.
@@ -245,6 +248,8 @@ class Config(Strict):
     learners: list[LearnerName] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
     patience: int | None = Field(None, ge=1)
+    max_skipped: int = Field(5, ge=0)
+    checkpoint: int = Field(50, ge=1)
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()
     backprop: BackpropSettings = BackpropSettings()
