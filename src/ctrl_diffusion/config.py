@@ -13,6 +13,7 @@ from typing_extensions import Self
 from .files import write_text
 from .sources import HUB
 
+OURS = "ctrl_diffusion.rules:"  # rules that ship with the package
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
@@ -178,13 +179,7 @@ class ControlSettings(Strict):
     @classmethod
     def _split(cls, values: Any) -> Any:
         """NAME:COLUMN as a name and a column, NAME:COLUMN=TAG as these and a tag."""
-        values = dict(values) if isinstance(values, dict) else values
-        for name, column in (("name", "column"), ("condition", "condition_column")):
-            if isinstance(values, dict) and ":" in str(values.get(name) or ""):
-                values[name], _, values[column] = values[name].partition(":")
-        if isinstance(values, dict) and "=" in str(values.get("column") or ""):
-            values["column"], _, values["tag"] = values["column"].partition("=")
-        return values
+        return parted(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _tags_are_two_classes(self) -> Self:
@@ -314,6 +309,45 @@ def listed(values: Any) -> Any:
         raise ValueError(f"{', '.join(own)}: there are several controls. Give it for each of them, under controls.")
     given = {"name" if key == "control" else key: values[key] for key in own}
     return {**{k: v for k, v in values.items() if k not in own}, "controls": [merged(controls[0], given)]}
+
+
+def parted(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a control with the columns and the tag that stand in its names by keys of their own."""
+    values = dict(values)
+    for name, column in (("name", "column"), ("condition", "condition_column")):
+        if ":" in str(values.get(name) or ""):
+            values[name], _, values[column] = values[name].partition(":")
+    if "=" in str(values.get("column") or ""):
+        values["column"], _, values["tag"] = values["column"].partition("=")
+    return values
+
+
+def code_of(values: Any) -> set[str]:
+    """What settings name of code that is not ours and that they would run, each MODULE:FUNCTION."""
+    controls = values.get("controls") if isinstance(values := listed(values), dict) else None
+    found: set[str] = set()
+    for one in map(parted, filter(lambda one: isinstance(one, dict), controls if isinstance(controls, list) else [])):
+        classifier = one.get("classifier")
+        factory = classifier.get("factory") if isinstance(classifier, dict) else None
+        columns = [text for key in ("column", "condition_column") if ":" in (text := str(one.get(key) or ""))]
+        found |= {text for text in columns if not text.startswith(OURS)} | ({str(factory)} if factory else set())
+    return found
+
+
+def check_code(values: Any, named: Any, trust: bool, source: Path | None) -> None:
+    """Refuse settings that would run code which the user has not named.
+
+    Args:
+        values: all settings.
+        named: those of the command line.
+        trust: whether any code may run.
+        source: what an error calls the settings.
+
+    Raises:
+        ValueError: what would run, and how to let it.
+    """
+    if not trust and (foreign := code_of(values) - code_of(named)):
+        raise ValueError(f"{source} runs code: {', '.join(sorted(foreign))}. If you know it, pass --trust.")
 
 
 def with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
