@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .progress import Interrupted, Phase
+from .progress import Interrupted
 
 app = typer.Typer(
     add_completion=False,
@@ -197,7 +197,7 @@ def classifier(
 @app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out run")
 def train(
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A run folder: go on with it, nothing else is given.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run to go on with; give nothing else.")] = None,
     prior: Annotated[str | None, typer.Option(help="Pipeline of diffusers (folder, hub), or digits.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Of a text model: a file, one prompt a line.")] = None,
     data: Datasets = [],  # noqa: B006
@@ -289,7 +289,7 @@ def add(
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
     skip_bad: SkipBad = False,
-    trust: Trust = False,
+    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: Quick = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
