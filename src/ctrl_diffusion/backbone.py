@@ -45,7 +45,9 @@ class Frozen(nn.Module):
         self.source = str(Path(source).resolve()) if Path(source).is_dir() else source
         try:
             with torch.random.fork_rng(devices=[]):  # a pooling that the checkpoint lacks is drawn
-                network, info = AutoModel.from_pretrained(self.source, output_loading_info=True, use_safetensors=True)
+                network, info = AutoModel.from_pretrained(
+                    self.source, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+                )
             self.network = getattr(network, "vision_model", network).eval().requires_grad_(False)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise Elsewhere(f"the backbone {source} cannot be read: {error}") from error

@@ -208,7 +208,8 @@ class Config(Strict):
         patience: a learner stops after so many probes in turn without a better control; null lets it finish.
         max_skipped: batches in turn that a learner may leave out because a loss, a gradient or a reward is not finite;
             then it stops, and the best control so far is kept.
-        checkpoint: updates after which a training is saved, so that it can be resumed; each probe brings it as well.
+        checkpoint: updates after which a training is saved, so that it can be resumed; each probe brings it as well. A
+            signal saves what was not, but for a tenth as many updates.
         device: of prior, p̂ and paths; "auto" takes an accelerator of CUDA if there is one.
         mixed_precision: of the prior's network in training and sampling, by autocast. Probes and the certificate are in
             float32: what two predictions differ by is mostly rounding in bfloat16.

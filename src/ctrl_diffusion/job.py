@@ -895,7 +895,6 @@ class Course:
     Args:
         best: the best control so far.
         checkpoints: where states are saved; None saves none.
-        every: updates between two that are saved.
         done: stages that are over.
         records: of the log.
         idle: probes in turn that were not the best.
@@ -903,13 +902,11 @@ class Course:
         renoising: the control that learned what re-noising alone does.
         within: of the stage under way, its last state; empty at its start.
         latest: what is to be saved next.
-        since: updates since something was.
         begin: of this process's training, by its clock.
     """
 
     best: Best
     checkpoints: Checkpoints | None = None
-    every: int = 1
     done: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     idle: int = 0
@@ -917,13 +914,12 @@ class Course:
     renoising: list[Tensor] = field(default_factory=list)
     within: dict[str, Tensor] = field(default_factory=dict)
     latest: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    since: int = 0
     begin: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def of(cls, run: Run, checkpoints: Checkpoints) -> "Course":
         """As the newest state has it, or at the beginning."""
-        course = cls(Best(run.policy), checkpoints, run.config.checkpoint)
+        course = cls(Best(run.policy), checkpoints)
         if found := checkpoints.newest():
             tensors, about = found
             best, device = course.best, run.policy.device
@@ -951,8 +947,7 @@ class Course:
         about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
         about |= {"first": best.first, "record": best.record, "gradient_scale": best.policy.gradient_scale}
         self.latest = tensors, about
-        self.since += 1
-        if due or self.since >= self.every:
+        if due:
             self.save()
 
     def pass_on(self) -> None:
@@ -965,7 +960,7 @@ class Course:
         """Write the last state, if it is not written yet."""
         if self.latest:
             self.checkpoints.write(*self.latest)
-            self.latest, self.since = None, 0
+            self.latest = None
 
 
 def train_in(folder: Path, run: Run, phase: Phase) -> tuple[list[dict[str, Any]], float]:
@@ -1061,6 +1056,7 @@ def train_stage(
 
     record = {"stage": stage, "update": int(begin["counts"][0]) if begin else 0}
     advance(record["update"])
+    taken = saved = record["update"]
     if best and not begin:
         yield probed(record)
     try:
@@ -1078,12 +1074,12 @@ def train_stage(
                     return
             advance(1, note)
             yield record
-            due = due or "J" in record
-            if update.state and course.checkpoints:
+            due = due or "J" in record or update.number - saved >= config.checkpoint
+            if update.state and course.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
                 here = {f"fit.{name}": value for name, value in update.state().items()}
                 here |= {"generator": generator.get_state(), **numbered("carried", carried)}
                 course.reach(here, due)
-                due = False
+                taken, saved, due = update.number, update.number if due else saved, False
     except FloatingPointError as error:
         if best is None or not best.improved:
             raise
