@@ -109,8 +109,8 @@ def test_a_batch_of_paths_that_is_not_finite_is_left_out_and_counted(run, traine
 
 def test_rewards_that_stay_not_finite_stop_the_learner_and_the_last_good_control_is_kept(run, trained, monkeypatch):
     config = yaml.safe_load((run / "config.yaml").read_text())
-    good = {**config["weighted"], "updates": 20, "batch": 32}
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "max_skipped": 1, "weighted": good}))
+    often = {"evaluation": {**config["evaluation"], "probes": 4}, "max_skipped": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, **often}))
     disturbed(monkeypatch, lambda n, step, _: replace(step, loss=step.loss * (math.inf if n > 4 else 1.0)))
     *_, stopped, kept = trained(run)
     assert stopped["stopped"].startswith("diverged: the loss of update 8 is inf, as in 1 batches before it")
