@@ -1,6 +1,7 @@
 """What may go wrong on the way: a training goes on, or says in one line what to do and loses nothing."""
 
 import errno
+import fcntl
 import json
 import math
 import multiprocessing
@@ -263,6 +264,15 @@ def test_a_killed_job_leaves_no_lock(tmp_path):
         pass
 
 
+def test_where_a_file_system_has_no_locks_nobody_is_refused(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK).is_file()
+
+
 def test_a_folder_that_only_a_killed_job_was_in_is_free(tmp_path):
     (tmp_path / LOCK).write_text("1\n")
     with job.occupied(tmp_path, overwrite=False):
@@ -318,6 +328,13 @@ def test_killed_before_p_was_whole_it_is_fitted_again(begun, run, monkeypatch):
     for name in ("classifier/classifier.safetensors", "config.yaml", "data/metadata.csv"):
         assert (run / name).read_bytes() == (begun / name).read_bytes()
     assert not list(run.rglob(".*"))
+    # the rule that made the labels is run again, and the command line does not name it
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["controls"][0]["column"] = "somebodys:label"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "checkpoint" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.yaml runs code: somebodys:label\. If you know it, pass --trust"):
+        resume_job(run)
 
 
 def test_the_settings_go_first_when_a_run_is_cleared():

@@ -121,6 +121,8 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             whose = f"another job (process {file.read().strip()})"
             raise ValueError(f"{whose} is writing {folder}. Wait for it, or choose another --out.") from None
+        except OSError:
+            pass  # a file system without locks
         file.truncate(0)
         print(os.getpid(), file=file, flush=True)
         try:

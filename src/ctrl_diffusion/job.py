@@ -29,6 +29,7 @@ from .config import (
     Config,
     ControlSettings,
     LearnerSettings,
+    check_code,
     listed,
     merged,
     suggested,
@@ -695,6 +696,7 @@ def resume_job(
         clear_unfinished(folder)
         config = Config.read(folder / "config.yaml")
         if not (folder / CHECKPOINT / BEGUN).is_file():
+            check_code(config.model_dump(), {}, trust, folder / "config.yaml")
             return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)
         judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
         clear(folder, RESULTS)
