@@ -392,7 +392,7 @@ def test_rules_of_ours_and_columns_need_no_trust(tmp_path):
         check_code(settings, {}, False, tmp_path)  # what is wrong with them is said elsewhere
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "add"])
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "add", "compare"])
 def test_code_that_a_run_names_is_not_run_unless_it_is_trusted(code, ctrl_here, quick_run, command):
     theirs = shutil.copytree(quick_run, code / "theirs")
     about = theirs / "classifier" / "classifier.json"

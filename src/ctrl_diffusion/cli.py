@@ -379,6 +379,7 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Of fits and noise; left out, the run's.")] = None,
     n: Annotated[int, typer.Option("-n", min=2, help="Samples for each row, over all (c, y).")] = 1000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are there.")] = False,
+    trust: Trust = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -390,7 +391,9 @@ def compare(
         "seeds": numbers("seeds", seeds, int), "methods": methods.split(",") if methods else [],
     }  # fmt: skip
     with phases(quiet) as phase:
-        found = compare_job(run, out, **asked, n=n, resume=resume, overwrite=overwrite, command=typed(), phase=phase)
+        found = compare_job(
+            run, out, **asked, n=n, resume=resume, overwrite=overwrite, command=typed(), phase=phase, trust=trust
+        )
     if not quiet:
         typer.echo(f"{in_words(found)}\nreport: {(out or run / 'compare') / 'report.html'}")
 
