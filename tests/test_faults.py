@@ -233,6 +233,17 @@ def test_a_signal_saves_and_exits_130(run, trained, undisturbed, sent):
     assert log(run) == undisturbed
 
 
+def test_a_signal_before_p_is_fitted_leaves_nothing(begun, ctrl_here, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "fit_judges", stopped)
+    done = ctrl_here("train", "--config", begun / "config.yaml", "--out", tmp_path / "runs" / "new")
+    assert done.returncode == 130
+    assert done.stderr.endswith("ctrl: interrupted before training began: the same command begins again.\n")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_two_runs_in_one_folder(run, ctrl_here, tmp_path):
     with locked(run):
         for asked in (

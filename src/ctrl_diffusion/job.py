@@ -445,14 +445,18 @@ def occupied(out: Path, overwrite: bool) -> Iterator[None]:
 
     Raises:
         ValueError: what is in the way, and what to do.
+        Interrupted: before there was something to keep.
     """
     if (out / CHECKPOINT / BEGUN).is_file() and not overwrite:
         raise ValueError(
             f"{out} is a run that did not finish. Go on with it by ctrl train --resume {out}, or pass --overwrite."
         )
     check_room(out, RUN_FILES[-1], overwrite)
-    with locked(out):
-        yield
+    try:
+        with locked(out):
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before training began: the same command begins again.") from None
 
 
 def train_job(
