@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,14 @@ def test_a_backbone_that_is_gone_or_another_one_is_one_line(tmp_path):
         Judges.load(tmp_path / "saved")
 
 
+def test_a_backbone_that_is_a_pickle_is_not_loaded(tmp_path):
+    folder = Path(saved(tmp_path / "eyes", "vit"))
+    torch.save(NETWORKS["vit"]().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(Elsewhere, match=r"cannot be read: .*safetensors"):
+        Frozen(str(folder))
+
+
 def test_a_backbone_given_c(tmp_path):
     """y is the bright side for c = 0 and the other for c = 1."""
     data = sided(300)
@@ -184,7 +193,9 @@ def test_a_network_of_ones_own(own, tmp_path):
     assert torch.equal(other.log_prob(held_out), judges.log_prob(held_out)), "one seed, one classifier"
     assert float(judges.classifier.temperature) != 1.0
     judges.save(tmp_path / "saved")
-    again = Judges.load(tmp_path / "saved")
+    with pytest.raises(Elsewhere, match=r"runs code: p̂ is made by my_networks:net\. If you know it, pass --trust"):
+        Judges.load(tmp_path / "saved")
+    again = Judges.load(tmp_path / "saved", trust=True)
     assert isinstance(again.classifier, Own)
     assert torch.equal(again.log_prob(held_out), judges.log_prob(held_out))
 

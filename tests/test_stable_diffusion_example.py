@@ -176,7 +176,7 @@ def scaled_down(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_config_runs(here, ctrl_here, tmp_path, capsys, name):
     Path("tiny.yaml").write_text(yaml.safe_dump(scaled_down(name)), encoding="utf-8")
-    done = ctrl_here("train", "--config", "tiny.yaml", "--out", tmp_path / "run", "--quiet")
+    done = ctrl_here("train", "--config", "tiny.yaml", "--out", tmp_path / "run", "--quiet", "--trust")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     assert [record["stage"] for record in metrics["training"]["stages"]] == ["backprop"]

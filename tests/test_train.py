@@ -55,12 +55,56 @@ def test_one_seed_one_result():
     assert torch.equal(*results)
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_is_left_out_and_counted(value):
+    trained, seen = policy(), []
+
+    def now_and_then():
+        for number, step in enumerate(losses(trained), start=1):
+            yield Step(step.loss * value if number in (3, 4, 7) else step.loss)
+
+    for update in fit(trained, now_and_then(), 8, LR, max_skipped=2):
+        seen.append((update.skipped, weights(trained)))
+    assert [skipped for skipped, _ in seen] == [0, 0, 1, 2, 2, 2, 3, 3]
+    same = [torch.equal(before, after) for (_, before), (_, after) in zip(seen, seen[1:-1], strict=False)]
+    assert same == [False, True, True, False, False, True], "the last ones are averaged"
+
+
+def test_too_many_losses_in_turn_that_are_not_finite_stop_before_they_spoil_the_weights():
     trained = policy()
     before = [p.clone() for p in trained.parameters()]
-    with pytest.raises(FloatingPointError, match="loss of update 1"):
-        list(fit(trained, iter([Step(torch.tensor(float("nan"), requires_grad=True))]), 1, LR))
+    bad = Step(torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(FloatingPointError, match="loss of update 1 is nan. Lower the learning rate"):
+        list(fit(trained, iter([bad]), 1, LR, max_skipped=0))
+    with pytest.raises(FloatingPointError, match="loss of update 3 is nan, as in 2 batches before it"):
+        list(fit(trained, iter([bad] * 9), 9, LR, max_skipped=2))
     assert all(torch.equal(p, q) for p, q in zip(before, trained.parameters(), strict=True))
+
+
+def test_paths_that_serve_several_updates_count_once():
+    trained, good = policy(), next(losses(policy()))
+    bad = [Step(torch.tensor(float("inf"), requires_grad=True), whole=number % 4 == 0) for number in range(1, 13)]
+    assert [u.skipped for u in fit(trained, iter([*bad[:8], good]), 9, LR, max_skipped=2)][-1] == 8
+    with pytest.raises(FloatingPointError, match="loss of update 12 is inf, as in 2 batches"):
+        list(fit(trained, iter(bad), 12, LR, max_skipped=2))
+
+
+def test_a_training_goes_on_from_a_state_to_the_bit():
+    """Of weights, averages, moments and the place in the learning rate's course; also where an update was left out."""
+    whole, first, second = policy(), policy(), policy()
+
+    def stream(trained, start=1):
+        for number, step in enumerate(losses(trained), start=start):
+            bad = float("nan") if number == 3 else 1.0
+            yield Step(step.loss * bad, whole=number % 2 == 1)
+
+    undisturbed = list(fit(whole, stream(whole), 12, LR))
+    updates = fit(first, stream(first), 12, LR)
+    states = [(update := next(updates)).state and update.state() for _ in range(6)]
+    assert [state is None for state in states] == [False, True] * 3, "in the middle of a batch there is none"
+    resumed = list(fit(second, stream(second, 6), 12, LR, begin=states[4]))
+    assert [(u.number, u.loss, u.skipped) for u in resumed] == [(u.number, u.loss, u.skipped) for u in undisturbed[5:]]
+    assert torch.equal(weights(second), weights(whole))
 
 
 def test_a_step_is_taken_after_its_last_part():

@@ -48,6 +48,7 @@ _HOME = {
     "prior_table": "reward",
     "read_images": "reading",
     "report_classifier": "classifier",
+    "resume_job": "job",
     "train_job": "job",
 }
 __all__ = sorted(_HOME)

@@ -45,7 +45,9 @@ class Frozen(nn.Module):
         self.source = str(Path(source).resolve()) if Path(source).is_dir() else source
         try:
             with torch.random.fork_rng(devices=[]):  # a pooling that the checkpoint lacks is drawn
-                network, info = AutoModel.from_pretrained(self.source, output_loading_info=True)
+                network, info = AutoModel.from_pretrained(
+                    self.source, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+                )
             self.network = getattr(network, "vision_model", network).eval().requires_grad_(False)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise Elsewhere(f"the backbone {source} cannot be read: {error}") from error
@@ -181,6 +183,19 @@ class Own(Scorer):
 KINDS = {kind.__name__: kind for kind in (Classifier, Own, Backbone)}
 
 
-def load_classifier(folder: Path) -> Scorer:
-    """Read a saved classifier of any kind; raises Elsewhere if it needs what is not there."""
-    return KINDS[json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["kind"]].load(folder)
+def load_classifier(folder: Path, trust: bool = False) -> Scorer:
+    """Read a saved classifier of any kind.
+
+    Args:
+        folder: of `Scorer.save`.
+        trust: run the code it names, of a network of one's own.
+
+    Raises:
+        Elsewhere: it needs what is not there, or code that is not trusted.
+    """
+    about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+    if about["kind"] == Own.__name__ and not trust:
+        raise Elsewhere(
+            f"{folder} runs code: p̂ is made by {about['shape']['factory']}. If you know it, pass --trust (trust=True)."
+        )
+    return KINDS[about["kind"]].load(folder)

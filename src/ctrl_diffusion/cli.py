@@ -5,17 +5,19 @@ import logging
 import math
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .progress import Phase
+from .progress import Interrupted
 
 app = typer.Typer(
     add_completion=False,
@@ -106,6 +108,7 @@ Condition = Annotated[str | None, typer.Option(help="The prior's class c: NAME o
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, and count them.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Run code that files name: module:function.")]
 Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo, in turn.")]
 
 
@@ -144,10 +147,11 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Teach the embedded digits model a control it did not have, and certify it."""
-    from .config import read_settings
+    from .config import check_code, read_settings
     from .job import demo_job
 
     given = (read_settings(config) if config else {}) | {"seed": seed}
+    check_code(given, {}, False, config)
     given |= {"learners": learner.split(",")} if learner else {}
     with phases(quiet) as phase:
         metrics = demo_job(given, out, overwrite, quick, typed(), phase, controls, labels)
@@ -167,14 +171,16 @@ def classifier(
     config: Annotated[Path | None, typer.Option(help="Settings, of which classifier: and size: are read.")] = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
+    trust: Trust = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
-    from .config import ControlSettings, listed, read_settings
+    from .config import ControlSettings, check_code, listed, read_settings
     from .job import classifier_job
 
-    whole = read_settings(config) if config else {}
+    whole, named = read_settings(config) if config else {}, {"control": control, "condition": condition}
+    check_code({**whole, **named}, named, trust, config)
     given = listed({**whole, "control": control})["controls"][0]
     settings = ControlSettings.of({**given, "data": data}, str(config)).classifier
     with phases(quiet) as phase:
@@ -191,7 +197,8 @@ def classifier(
 
 @app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out run")
 def train(
-    out: Annotated[Path, typer.Option(help="The run folder.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run to go on with; give nothing else.")] = None,
     prior: Annotated[str | None, typer.Option(help="Pipeline of diffusers (folder, hub), or digits.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Of a text model: a file, one prompt a line.")] = None,
     data: Datasets = [],  # noqa: B006
@@ -204,19 +211,34 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Steps of the chain that is trained and certified.")] = None,
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
-    skip_bad: SkipBad = False,
-    quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,  # as of demo; --help stays a screen
+    # what an error names when it is needed is hidden: --help stays a screen
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
+    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
+    quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
-    from .job import train_job
+    from .job import is_finished, resume_job, train_job
 
     given = {
         "prior": prior, "prompts": prompts, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
         "learners": learner and learner.split(","), **asked(data, control, condition, classifier, skip_bad),
     }  # fmt: skip
-    learn(lambda new, phase: train_job(new, out, overwrite, quick, typed(), phase), given, config, out, quiet)
+    if resume:
+        if out or config or overwrite or quick or any(value is not None for value in given.values()):
+            raise ValueError(f"--resume takes everything from {resume}. Leave the other options out.")
+        done = is_finished(resume)
+        with phases(quiet) as phase:
+            metrics = resume_job(resume, typed(), phase, trust)
+        if done:
+            typer.echo(f"{resume} is finished: there is nothing to go on with.")
+        elif not quiet:
+            typer.echo(summary(metrics, ", ".join(metrics["labels"]), resume))
+        return
+    if out is None:
+        raise ValueError("--out is missing. Name the run folder, or a run to go on with by --resume.")
+    learn(train_job, given, config, out, trust, quiet, overwrite=overwrite, quick=quick)
 
 
 def asked(
@@ -241,16 +263,19 @@ def asked(
     return rows[0] if n < 2 else {"controls": rows}
 
 
-def learn(job: Callable[[dict, Phase], dict], given: dict, config: Path | None, out: Path, quiet: bool) -> None:
+def learn(
+    job: Callable[..., dict], given: dict, config: Path | None, out: Path, trust: bool, quiet: bool, **options: Any
+) -> None:
     """Run a training on the settings of a file and those given over them, and say what came of it."""
-    from .config import listed, read_settings
+    from .config import check_code, read_settings
 
     given = {k: v for k, v in given.items() if v is not None}
     settings = {**(read_settings(config) if config else {}), **given}
+    check_code(settings, given, trust, config)
     with phases(quiet) as phase:
-        metrics = job(settings, phase)
+        metrics = job(settings, out, command=typed(), phase=phase, trust=trust, **options)
     if not quiet:
-        typer.echo(summary(metrics, ", ".join(one["name"] for one in listed(settings)["controls"]), out))
+        typer.echo(summary(metrics, ", ".join(metrics["labels"]), out))
 
 
 @app.command(epilog="Example: ctrl add runs/ink --data photos --control slant --out runs/both")
@@ -265,6 +290,7 @@ def add(
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
     skip_bad: SkipBad = False,
+    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: Quick = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -274,9 +300,7 @@ def add(
 
     controls = asked(data, control, condition, classifier, skip_bad)
     given = {"seed": seed, "learners": learner and learner.split(","), **controls}
-    learn(
-        lambda settings, phase: add_job(run, settings, out, overwrite, quick, typed(), phase), given, config, out, quiet
-    )
+    learn(partial(add_job, run), given, config, out, trust, quiet, overwrite=overwrite, quick=quick)
 
 
 @app.command(epilog="Example: ctrl inspect my-pipeline")
@@ -309,6 +333,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
     exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
+    trust: Trust = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -317,7 +342,7 @@ def sample(
     from .run import Run
 
     with phases(quiet) as phase:
-        sample_job(Run.load(run), out, set_, class_, n, strength, steps, seed, exact, overwrite, phase)
+        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, overwrite, phase)
     if not quiet:
         typer.echo(f"{n} samples in {out}")
 
@@ -327,6 +352,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     n: Annotated[int, typer.Option("-n", min=2, help="Paths of the policy, over all (c, y).")] = 1000,
     out: Annotated[Path | None, typer.Option(help="Write the figures here; left out, print them.")] = None,
+    trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
@@ -336,7 +362,7 @@ def evaluate(
     if out is not None:
         check_file(out)
     with phases(quiet) as phase:
-        opened = Run.load(run)
+        opened = Run.load(run, trust=trust)
         metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, phase).metrics()}
     if out is None:
         typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
@@ -354,6 +380,7 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Of fits and noise; left out, the run's.")] = None,
     n: Annotated[int, typer.Option("-n", min=2, help="Samples for each row, over all (c, y).")] = 1000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the rows that are there.")] = False,
+    trust: Trust = False,
     quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,  # as of exact; --help stays a screen
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -376,7 +403,9 @@ def compare(
         "seeds": numbers("seeds", seeds, int), "methods": methods.split(",") if methods else [],
     }  # fmt: skip
     with phases(quiet) as phase:
-        found = compare_job(run, out, **asked, n=n, resume=resume, overwrite=overwrite, command=typed(), phase=phase)
+        found = compare_job(
+            run, out, **asked, n=n, resume=resume, overwrite=overwrite, command=typed(), phase=phase, trust=trust
+        )
     if not quiet:
         typer.echo(f"{in_words(found)}\nreport: {(out or run / 'compare') / 'report.html'}")
 
@@ -401,13 +430,14 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write: a pipeline of diffusers.")],
     push: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub to upload it to.")] = None,
+    trust: Trust = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a pipeline that diffusers loads where nothing of ours is installed."""
     from .export import export, push_to_hub
 
-    export(run, out, overwrite)
+    export(run, out, overwrite, trust)
     if push:
         push_to_hub(out, push)
     if not quiet:
@@ -431,13 +461,27 @@ def exact(
         typer.echo(f"{len(rows)} races\nreport: {out / 'report.html'}")
 
 
+def stop(*_: object) -> None:
+    """A terminal's Ctrl-C and a system's SIGTERM mean the same."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    """Entry point: a mistake in what was given is one line and exit code 2."""
+    """Entry point: what went wrong is one line, and exit code 2; 130 for a job that was asked to stop."""
     quiet_dependencies()
+    signal.signal(signal.SIGTERM, stop)
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         typer.echo(f"ctrl: {error}", err=True)
+        raise SystemExit(2) from None
+    except Interrupted as error:
+        typer.echo(f"ctrl: {error}", err=True)
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which nobody waits for to see a --help
+            raise
+        typer.echo("ctrl: out of memory. Turn down batch, micro_batch, rank or size in a --config.", err=True)
         raise SystemExit(2) from None
 
 

@@ -28,6 +28,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .certificate import certify
+from .config import check_code
 from .control import Labels
 from .data import LabelledImages
 from .denoise import Denoiser
@@ -77,6 +78,7 @@ class Comparison:
         strengths: of the methods that are turned by strength.
         n: samples for a row, at least.
         phase: told of progress.
+        trust: run code that files name.
     """
 
     run: Run
@@ -87,6 +89,7 @@ class Comparison:
     phase: Phase = silent
     rows: list[dict[str, Any]] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
+    trust: bool = False
 
     def __post_init__(self) -> None:
         run = self.run
@@ -166,7 +169,8 @@ class Comparison:
         parts = {name: tuple(three[:2]) for name, three in images.items()}
         data = {name: subset(data, name, n, seed)[0] for name, data in self.data.items()}
         if folder.is_dir():
-            return Cell(Run.load(folder, self.run.config.device), data, parts, self.variance, n, phase=self.phase)
+            there = Run.load(folder, self.run.config.device, self.trust)
+            return Cell(there, data, parts, self.variance, n, phase=self.phase)
         config = self.run.config.model_copy(deep=True, update={"seed": seed})
         prior, judges = as_set(open_prior(config.prior, config.size), config), {}
         for settings in config.controls:
@@ -375,6 +379,7 @@ def compare_job(
     overwrite: bool = False,
     command: str = "ctrl compare",
     phase: Phase = silent,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Compare a run's control with the baselines; see this module.
 
@@ -391,6 +396,7 @@ def compare_job(
         overwrite: whether an earlier comparison in `out` may go.
         command: what was typed.
         phase: told of progress.
+        trust: run code that the run's files name.
 
     Returns:
         The contents of compare.json.
@@ -404,14 +410,15 @@ def compare_job(
         raise ValueError(f"--methods {unknown[0]}: unknown. There are: {', '.join(ENTRANTS)}.")
     if not resume:
         check_room(out, COMPARE_FILES[0], overwrite)
-    run = Run.load(folder)
+    run = Run.load(folder, trust=trust)
+    check_code(run.config.model_dump(), {}, trust, folder / "config.yaml")
     about = {"run": fingerprint(folder), "n": n, "prior_evaluations": len(run.times), "accuracy_by": run.accuracy_by}
     found = {"about": about, "rows": [], "cells": []}
     if resume and (out / COMPARE_FILES[0]).is_file():
         found = json.loads((out / COMPARE_FILES[0]).read_text(encoding="utf-8"))
         if found["about"] != about:
             raise ValueError(f"{out} compares another run, or with another -n. Choose another --out, or --overwrite.")
-    comparison = Comparison(run, out, methods, tuple(strengths), n, phase, found["rows"], found["cells"])
+    comparison = Comparison(run, out, methods, tuple(strengths), n, phase, found["rows"], found["cells"], trust)
     own = comparison.own_cell()
     cells = [(n, seed) for seed in seeds or (own.seed,) for n in labels or (own.labels,)]
     for cell in cells:

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from .files import write_text
 from .sources import HUB
 
+OURS = "ctrl_diffusion.rules:"  # rules that ship with the package
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
@@ -178,13 +179,7 @@ class ControlSettings(Strict):
     @classmethod
     def _split(cls, values: Any) -> Any:
         """NAME:COLUMN as a name and a column, NAME:COLUMN=TAG as these and a tag."""
-        values = dict(values) if isinstance(values, dict) else values
-        for name, column in (("name", "column"), ("condition", "condition_column")):
-            if isinstance(values, dict) and ":" in str(values.get(name) or ""):
-                values[name], _, values[column] = values[name].partition(":")
-        if isinstance(values, dict) and "=" in str(values.get("column") or ""):
-            values["column"], _, values["tag"] = values["column"].partition("=")
-        return values
+        return parted(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _tags_are_two_classes(self) -> Self:
@@ -211,6 +206,10 @@ class Config(Strict):
         classes: the prior's classes that are trained and certified, null for an unconditional prior.
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
         patience: a learner stops after so many probes in turn without a better control; null lets it finish.
+        max_skipped: batches in turn that a learner may leave out because a loss, a gradient or a reward is not finite;
+            then it stops, and the best control so far is kept.
+        checkpoint: updates after which a training is saved, so that it can be resumed; each probe brings it as well. A
+            signal saves what was not, but for a tenth as many updates.
         device: of prior, p̂ and paths; "auto" takes an accelerator of CUDA if there is one.
         mixed_precision: of the prior's network in training and sampling, by autocast. Probes and the certificate are in
             float32: what two predictions differ by is mostly rounding in bfloat16.
@@ -245,6 +244,8 @@ class Config(Strict):
     learners: list[LearnerName] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
     patience: int | None = Field(None, ge=1)
+    max_skipped: int = Field(5, ge=0)
+    checkpoint: int = Field(50, ge=1)
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()
     backprop: BackpropSettings = BackpropSettings()
@@ -309,6 +310,45 @@ def listed(values: Any) -> Any:
         raise ValueError(f"{', '.join(own)}: there are several controls. Give it for each of them, under controls.")
     given = {"name" if key == "control" else key: values[key] for key in own}
     return {**{k: v for k, v in values.items() if k not in own}, "controls": [merged(controls[0], given)]}
+
+
+def parted(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a control with the columns and the tag that stand in its names by keys of their own."""
+    values = dict(values)
+    for name, column in (("name", "column"), ("condition", "condition_column")):
+        if ":" in str(values.get(name) or ""):
+            values[name], _, values[column] = values[name].partition(":")
+    if "=" in str(values.get("column") or ""):
+        values["column"], _, values["tag"] = values["column"].partition("=")
+    return values
+
+
+def code_of(values: Any) -> set[str]:
+    """What settings name of code that is not ours and that they would run, each MODULE:FUNCTION."""
+    controls = values.get("controls") if isinstance(values := listed(values), dict) else None
+    found: set[str] = set()
+    for one in map(parted, filter(lambda one: isinstance(one, dict), controls if isinstance(controls, list) else [])):
+        classifier = one.get("classifier")
+        factory = classifier.get("factory") if isinstance(classifier, dict) else None
+        columns = [text for key in ("column", "condition_column") if ":" in (text := str(one.get(key) or ""))]
+        found |= {text for text in columns if not text.startswith(OURS)} | ({str(factory)} if factory else set())
+    return found
+
+
+def check_code(values: Any, named: Any, trust: bool, source: Path | None) -> None:
+    """Refuse settings that would run code which the user has not named.
+
+    Args:
+        values: all settings.
+        named: those of the command line.
+        trust: whether any code may run.
+        source: what an error calls the settings.
+
+    Raises:
+        ValueError: what would run, and how to let it.
+    """
+    if not trust and (foreign := code_of(values) - code_of(named)):
+        raise ValueError(f"{source} runs code: {', '.join(sorted(foreign))}. If you know it, pass --trust.")
 
 
 def with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

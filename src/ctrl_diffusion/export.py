@@ -27,19 +27,20 @@ FAMILY = ("latents", "text", "unet", "dit", "stable_diffusion", "stable_diffusio
 FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
 
 
-def export(folder: Path, out: Path, overwrite: bool = False) -> None:
+def export(folder: Path, out: Path, overwrite: bool = False, trust: bool = False) -> None:
     """Write a finished run as a pipeline of diffusers.
 
     Args:
         folder: the run.
         out: the folder to write.
         overwrite: whether an earlier export in `out` may go.
+        trust: run code that the run names (`Run.load`).
 
     Raises:
         ValueError: no finished run, or a folder that holds something else.
     """
     check_room(out, INDEX, overwrite)
-    run = Run.load(folder)
+    run = Run.load(folder, trust=trust)
     config = run.config
     prior = Path(assets.DIGITS) if config.prior == EMBEDDED else located(config.prior)
     index = json.loads((prior / INDEX).read_text(encoding="utf-8"))

@@ -1,12 +1,20 @@
-"""Files appear whole or not at all: written under a temporary name, then renamed."""
+"""Files appear whole or not at all: written under a temporary name, then renamed. A folder is one job's at a time."""
 
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody watches there
+    fcntl = None
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -52,7 +60,7 @@ def check_room(folder: Path, marker: str, overwrite: bool) -> None:
     Raises:
         ValueError: what is in the way, and what to do.
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         if not overwrite:
             raise ValueError(f"{folder} exists and is not empty. Choose another --out, or pass --overwrite.")
         if not (folder / marker).is_file():
@@ -84,3 +92,44 @@ def clear(folder: Path, ours: Iterable[str]) -> None:
         else:
             path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process left under temporary names."""
+    for path in filter(Path.is_file, folder.rglob(".*.part*")):
+        path.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other jobs out of a folder, which is made if need be and goes again if nothing was written into it.
+
+    The lock is the system's and ends with the process, however that ends; the file says whose it is.
+
+    Raises:
+        ValueError: another job is in it.
+    """
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise FileNotFoundError  # the job before removed it after it was opened here
+        except (BlockingIOError, FileNotFoundError):
+            file.seek(0)
+            whose = f"another job (process {file.read().strip()})"
+            raise ValueError(f"{whose} is writing {folder}. Wait for it, or choose another --out.") from None
+        except OSError as error:
+            warnings.warn(f"{folder} cannot be locked ({error}): see that no other job writes it.", stacklevel=3)
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # they hold something
+                for path in made:
+                    path.rmdir()

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from . import demo
 from .bias import biases
+from .checkpoint import Checkpoints, in_turn, numbered, part_of
 from .conditions import Conditions
 from .config import (
     ClassifierSettings,
     Config,
     ControlSettings,
     LearnerSettings,
+    check_code,
     listed,
     merged,
     suggested,
@@ -37,7 +39,7 @@ from .config import (
 from .control import NULL, Policy
 from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
-from .files import check_room, clear, rounded, write_json, writing
+from .files import check_room, check_writable, clear, clear_unfinished, locked, rounded, write_json, write_text, writing
 from .independence import dependence
 from .judges import Judges, fit_judges
 from .learn import Learner
@@ -46,7 +48,7 @@ from .learn.backprop import Backprop
 from .learn.ppo import PPO
 from .learn.weighted import RENOISING, Weighted
 from .pretrained import Prior
-from .progress import Phase, silent
+from .progress import Interrupted, Phase, silent
 from .reading import in_order, read_images
 from .report import (
     save_figure,
@@ -64,13 +66,16 @@ from .sources import open_table
 from .testbed import races
 from .train import fit
 
+CHECKPOINT, BEGUN = "checkpoint", "run.json"
 # what each job writes; the last tells its folder from anybody else's
 PAGES = ("reliability.png", "confusion.png", "report.html")
 CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
-RUN_FILES = (
-    "classifier", "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png",
-    "confusion.png", "reliability*.png", "sweep.png", "plane.png", "config.yaml", "progress.jsonl",
+RESULTS = (
+    "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png", "confusion.png",
+    "reliability*.png", "sweep.png", "plane.png",
 )  # fmt: skip
+# the settings go first: with them in its folder a run can be gone on with
+RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, "progress.jsonl")
 DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
@@ -245,12 +250,13 @@ class Job:
     materials: list[Material]
 
 
-def prepare(given: dict[str, Any], phase: Phase = silent) -> Job:
+def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -> Job:
     """Read prior, data and classifiers; fill in the settings that depend on them.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
         phase: told of progress.
+        trust: run code that a classifier's folder names.
 
     Raises:
         ValueError: whatever is wrong with them.
@@ -266,7 +272,7 @@ def prepare(given: dict[str, Any], phase: Phase = silent) -> Job:
     if prior.text and wanted.prompts is None:
         wanted.prompts = prompts_of(wanted.controls)
     prior = as_set(prior, wanted)
-    materials = [material(settings, prior, phase) for settings in wanted.controls]
+    materials = [material(settings, prior, phase, trust) for settings in wanted.controls]
     known = next((m for m in materials if m.data and m.settings.condition), None)
     classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
     check_classes(prior, classes)
@@ -330,7 +336,7 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
     return list(found)
 
 
-def material(settings: ControlSettings, prior: Prior, phase: Phase) -> Material:
+def material(settings: ControlSettings, prior: Prior, phase: Phase, trust: bool) -> Material:
     """Read what a control is made from.
 
     Raises:
@@ -338,10 +344,10 @@ def material(settings: ControlSettings, prior: Prior, phase: Phase) -> Material:
     """
     if settings.settled_from:
         folder = home(Path(settings.settled_from), "classifier", settings.name)
-        return Material(settings, None, Judges.load(folder), pages_of(folder))
+        return Material(settings, None, Judges.load(folder, trust), pages_of(folder))
     judges, pages, handed = None, {}, settings.classifier_from
     if handed:
-        judges, pages = Judges.load(Path(handed)), pages_of(Path(handed))
+        judges, pages = Judges.load(Path(handed), trust), pages_of(Path(handed))
         check_classifier(judges, handed, settings.name, prior)
     values = judges and judges.values
     data = read_data(settings.data, settings, prior, values, phase=phase)
@@ -442,6 +448,26 @@ def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | No
     return chosen.round().long().tolist()
 
 
+@contextmanager
+def occupied(out: Path, overwrite: bool) -> Iterator[None]:
+    """Have a folder for a run to oneself, if it is free or may be overwritten.
+
+    Raises:
+        ValueError: what is in the way, and what to do.
+        Interrupted: before there was something to keep.
+    """
+    if (out / CHECKPOINT / BEGUN).is_file() and not overwrite:
+        raise ValueError(
+            f"{out} is a run that did not finish. Go on with it by ctrl train --resume {out}, or pass --overwrite."
+        )
+    check_room(out, RUN_FILES[-1], overwrite)
+    try:
+        with locked(out):
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before training began: the same command begins again.") from None
+
+
 def train_job(
     given: dict[str, Any],
     out: str | Path,
@@ -449,6 +475,7 @@ def train_job(
     quick: bool = False,
     command: str | None = None,
     phase: Phase = silent,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Train a control, certify it and report it in a run folder.
 
@@ -459,16 +486,18 @@ def train_job(
         quick: a twentieth of the training, a smoke test.
         command: what the user typed, for the report.
         phase: told of progress.
+        trust: run code that a classifier's folder names.
 
     Returns:
         The contents of metrics.json.
 
     Raises:
         ValueError: the settings, data or folder are not as they should be, or p̂ is no better than chance.
+        Interrupted, MemoryError, OSError: what happened on the way, and how to go on (`resume_job`).
     """
     out = Path(out)
-    check_room(out, RUN_FILES[-1], overwrite)
-    return execute(prepare(given, phase), out, quick, command, phase)
+    with occupied(out, overwrite):
+        return execute(prepare(given, phase, trust), out, quick, command, phase)
 
 
 def demo_job(
@@ -485,9 +514,8 @@ def demo_job(
     out = Path(out)
     if controls not in demo.SETTINGS:
         raise ValueError(f"the demo's controls are {' or '.join(demo.SETTINGS)}; got {controls!r}.")
-    check_room(out, RUN_FILES[-1], overwrite)
     settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
-    with TemporaryDirectory() as scratch:
+    with occupied(out, overwrite), TemporaryDirectory() as scratch:
         drawn = demo.labelled_digits(controls, given.get("seed", 0), labels)
         for control, pair in zip(settings["controls"], drawn, strict=True):
             control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
@@ -512,6 +540,7 @@ def add_job(
     quick: bool = False,
     command: str | None = None,
     phase: Phase = silent,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Train one more control on a finished run, whose own controls stay as they are; otherwise as `train_job`.
 
@@ -519,10 +548,11 @@ def add_job(
         run: the run folder; it is not changed.
         given: settings by the names of `Config`: of the new control and its training. Prior, chain, classes and γ are
             the run's.
-        out, overwrite, quick, command, phase: see `train_job`.
+        out, overwrite, quick, command, phase, trust: see `train_job`.
     """
-    check_room(Path(out), RUN_FILES[-1], overwrite)
-    old = Run.load(run).config
+    out = Path(out)
+    check_room(out, RUN_FILES[-1], overwrite)
+    old = Run.load(run, trust=trust).config
     for name in ("data", "control"):
         if not given.get(name) and not given.get("controls"):
             raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
@@ -530,9 +560,16 @@ def add_job(
     settled = [{**control.model_dump(), "settled_from": here} for control in old.controls]
     given = listed(given)
     kept = old.model_dump(include=KEPT)
-    return execute(
-        prepare({**given, **kept, "controls": [*settled, *given["controls"]]}, phase), Path(out), quick, command, phase
-    )
+    whole = {**given, **kept, "controls": [*settled, *given["controls"]]}
+    return train_job(whole, out, overwrite, quick, command, phase, trust)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long what is done inside took."""
+    begin = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - begin, 1)
 
 
 def execute(
@@ -540,19 +577,13 @@ def execute(
 ) -> dict[str, Any]:
     """Do a prepared training in a run folder; `own_data` holds datasets that become the run's.
 
-    The folder is not touched before every p̂ has shown that it is worth a training.
+    The folder is not touched before every p̂ has shown that it is worth a training. What is needed from then on to go
+    on at any moment lies in its checkpoint/, which goes when the run is finished.
     """
     config, seconds = job.config.quick() if quick else job.config, {}
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - begin, 1)
-
     judges: dict[str, Judges] = {}
     held_out: dict[str, LabelledImages] = {}
-    with timed("classifier"):
+    with timed(seconds, "classifier"):
         for one in job.materials:
             name, s = one.settings.name, one.settings
             judges[name] = one.judges
@@ -567,7 +598,7 @@ def execute(
     run = Run.start(config, job.prior, judges)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
-    clear(folder, RUN_FILES if own_data is None else (*DATA_FOLDERS, *RUN_FILES))
+    clear(folder, RUN_FILES if own_data is None else (RUN_FILES[0], *DATA_FOLDERS, *RUN_FILES[1:]))
     (folder / RUN_FILES[-1]).touch()
     if own_data:
         for name in DATA_FOLDERS:
@@ -582,16 +613,42 @@ def execute(
         for page, content in one.pages.items():
             with writing(place / page) as temporary:
                 temporary.write_bytes(content)
-    with timed("train"), (folder / "progress.jsonl").open("w", encoding="utf-8") as log:
-        records = []
-        for record in map(finite, train(run, phase)):
-            records.append(record)
-            print(json.dumps(rounded(record)), file=log, flush=True)
-        run.save_controls(folder)
-    with timed("sample"):
+    begun = {
+        "command": command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)]),
+        "seconds": seconds,
+        "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
+        "dependence": shared,
+    }
+    write_text(folder / CHECKPOINT / BEGUN, json.dumps(begun))  # its figures to the bit
+    return finish(run, folder, phase)
+
+
+def finish(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
+    """Train a run whose folder has p̂, from where its checkpoint stands; certify and report it.
+
+    Raises:
+        Interrupted: by a signal; what is needed to go on is saved.
+        OSError: what cannot be written, and what to do.
+    """
+    again = f"go on with: ctrl train --resume {folder}"
+    try:
+        return finished(run, folder, phase)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted. Everything is saved; {again}") from None
+    except OSError as error:
+        raise OSError(f"{error}. What is saved is whole; {again}") from error
+
+
+def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
+    """The contents of metrics.json, when all is done that `finish` has to do."""
+    config, begun = run.config, json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8"))
+    seconds, shared = begun["seconds"], begun["dependence"]
+    records, seconds["train"] = train_in(folder, run, phase)
+    run.save_controls(folder)
+    with timed(seconds, "sample"):
         evaluation = run.evaluate(config.evaluation.paths, phase)
         others = [config.steps // 2, config.steps, 2 * config.steps]
-        other_steps = [k for k in others if k > 0 and fits(job.prior, config, k)]
+        other_steps = [k for k in others if k > 0 and fits(run.prior, config, k)]
         followed = run.follow(config.evaluation.paths // 2, phase)
         sweep = run.sweep(STRENGTHS, other_steps, config.evaluation.sweep_paths, phase)
         pair = run.conditions.all(1)
@@ -606,15 +663,57 @@ def execute(
         **({"dependence": shared} if shared else {}),
         "training": {"kept": kept, "stages": stages},
         "sweep": sweep_metrics(sweep, evaluation),
-        "classifier": classifier_metrics(judges),
-        "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
+        "classifier": classifier_metrics(run.judges),
+        "labels": begun["labels"],
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
     }
-    command = command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
     write_json(folder / "metrics.json", metrics)
-    write_report(folder, run, metrics, evaluation, sweep, followed, records, command)
+    write_report(folder, run, metrics, evaluation, sweep, followed, records, begun["command"])
+    clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
     return metrics
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a run folder has all that a training leaves."""
+    folder = Path(folder)
+    return (folder / "report.html").is_file() and not (folder / CHECKPOINT / BEGUN).is_file()
+
+
+def resume_job(
+    folder: str | Path, command: str | None = None, phase: Phase = silent, trust: bool = False
+) -> dict[str, Any]:
+    """Go on with a run that was interrupted, however that was, as if it had not been; a finished one stays as it is.
+
+    Args:
+        folder: of the run.
+        command: what the user typed, for the report if p̂ has still to be fitted.
+        phase: told of progress.
+        trust: run code that its files name.
+
+    Returns:
+        The contents of metrics.json.
+
+    Raises:
+        ValueError: there is no run in it, another job is at it, or what it needs is not as it was.
+        Interrupted, OSError: as `finish` does.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} has no run to go on with: it has no config.yaml. Begin one with: ctrl train --out")
+    check_writable(folder)
+    with locked(folder):
+        if is_finished(folder):
+            clear(folder, [CHECKPOINT])  # what a kill while it was removed has left
+            return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        clear_unfinished(folder)
+        config = Config.read(folder / "config.yaml")
+        if not (folder / CHECKPOINT / BEGUN).is_file():
+            check_code(config.model_dump(), {}, trust, folder / "config.yaml")
+            return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)
+        judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
+        clear(folder, RESULTS)
+        return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)
 
 
 @torch.no_grad()
@@ -703,26 +802,43 @@ def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
     return Backprop(times, b.batch, micro=micro, clip=b.clip, through=b.through)
 
 
-def train(run: Run, phase: Phase = silent) -> Iterator[dict[str, Any]]:
+def stages_of(config: Config) -> Iterator[tuple[str, str]]:
+    """The stages of a training by name, with the learner of each."""
+    for learner in config.learners:
+        if learner == "weighted" and config.weighted.renoising:
+            yield RENOISING, learner
+        yield learner, learner
+
+
+def train(run: Run, phase: Phase = silent, course: "Course | None" = None) -> Iterator[dict[str, Any]]:
     """Run the learners one after the other; yields a record of every update and probe.
 
-    The best control of all probes is kept; the last record is that probe's, marked as kept.
+    The best control of all probes is kept; the last record is that probe's, marked as kept. A `course` that is not at
+    its beginning is gone on with.
     """
     few = -(-64 // run.trained.groups)
     prior_table(run.reward, run.trained, run.prior_samples(few, "rewards"))  # refused if one is not finite
-    best, untrained = Best(run.policy), run.policy.snapshot()
-    for stage in run.config.learners:
-        settings, learner = getattr(run.config, stage), learner_of(run, stage, phase)
-        if isinstance(learner, Weighted) and settings.renoising:
-            start = run.policy.snapshot()
+    course = course or Course(Best(run.policy))
+    best, untrained, learner = course.best, run.policy.snapshot(), None
+    run.policy.restore(best.snapshot or untrained)
+    for number, (stage, name) in enumerate(stages_of(run.config)):
+        if number < course.done:
+            continue
+        settings, learner = getattr(run.config, name), learner or learner_of(run, name, phase)
+        if stage == RENOISING:
             run.policy.restore(untrained)
             even = replace(learner, even=True)
-            yield from train_stage(run, RENOISING, even, settings, settings.renoising, phase)
-            learner.renoising = run.policy.snapshot()
-            run.policy.restore(start)
-        yield from train_stage(run, stage, learner, settings, settings.updates, phase, best)
-        best.restore()
-        phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
+            yield from train_stage(run, stage, even, settings, settings.renoising, phase, course)
+            course.renoising = run.policy.snapshot()
+            run.policy.restore(best.snapshot or untrained)
+        else:
+            if isinstance(learner, Weighted) and settings.renoising:
+                learner.renoising = course.renoising
+            yield from train_stage(run, stage, learner, settings, settings.updates, phase, course, best)
+            learner = None
+            best.restore()
+            phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
+        course.pass_on()
     yield {**best.record, "kept": True}
 
 
@@ -781,6 +897,145 @@ def paired(difference: Tensor) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
+@dataclass
+class Course:
+    """Where a training stands, and what it takes to go on from there as if nothing had happened.
+
+    A learner's paths are not kept. A state is taken only where none of them is left to be used: what comes next is
+    drawn from the stage's generator, which is kept with what the learner takes along, with the state of `fit` (weights,
+    their averages, AdamW's moments, the place in the learning rate's course) and with the best control. All else comes
+    out the same again: p̂ is in the run folder, and an untrained control, the prior's samples, probes and certificates
+    draw from streams of the seed and their purpose alone.
+
+    Args:
+        best: the best control so far.
+        checkpoints: where states are saved; None saves none.
+        done: stages that are over.
+        records: of the log.
+        idle: probes in turn that were not the best.
+        seconds: training took before this process.
+        renoising: the control that learned what re-noising alone does.
+        within: of the stage under way, its last state; empty at its start.
+        latest: what is to be saved next.
+        begin: of this process's training, by its clock.
+    """
+
+    best: Best
+    checkpoints: Checkpoints | None = None
+    done: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    idle: int = 0
+    seconds: float = 0.0
+    renoising: list[Tensor] = field(default_factory=list)
+    within: dict[str, Tensor] = field(default_factory=dict)
+    latest: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    begin: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, run: Run, checkpoints: Checkpoints) -> "Course":
+        """As the newest state has it, or at the beginning."""
+        course = cls(Best(run.policy), checkpoints)
+        if found := checkpoints.newest():
+            tensors, about = found
+            best, device = course.best, run.policy.device
+            best.first, best.record = about["first"], about["record"]
+            best.log_w, best.earned = tensors.get("log_w"), tensors.get("earned")
+            best.snapshot, course.renoising = (
+                [value.to(device) for value in in_turn(name, tensors)] for name in ("best", "renoising")
+            )
+            course.within = part_of("within", tensors)
+            course.done, course.records, course.idle = about["done"], about["records"], about["idle"]
+            course.seconds, run.policy.base.gradient_scale = about["seconds"], about["gradient_scale"]
+        return course
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far."""
+        return self.seconds + time.perf_counter() - self.begin
+
+    def reach(self, within: dict[str, Tensor], due: bool = True) -> None:
+        """Take in the state of the stage under way; it is saved if that is due."""
+        best, self.within = self.best, within
+        tensors = {f"within.{name}": value for name, value in within.items()}
+        tensors |= numbered("best", best.snapshot) | numbered("renoising", self.renoising)
+        tensors |= {"log_w": best.log_w, "earned": best.earned} if best.snapshot else {}
+        about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
+        about |= {"first": best.first, "record": best.record, "gradient_scale": best.policy.gradient_scale}
+        self.latest = tensors, about
+        if due:
+            self.save()
+
+    def pass_on(self) -> None:
+        """A stage is over."""
+        self.done, self.idle, self.within = self.done + 1, 0, {}
+        if self.checkpoints:
+            self.reach({})
+
+    def save(self) -> None:
+        """Write the last state, if it is not written yet."""
+        if self.latest:
+            self.checkpoints.write(*self.latest)
+            self.latest = None
+
+
+def train_in(folder: Path, run: Run, phase: Phase) -> tuple[list[dict[str, Any]], float]:
+    """Train a run from where the checkpoints in its folder stand; the records of its log, and the seconds it took.
+
+    The log is made what it was then. Out of memory, once the micro-batch is halved and training goes on from the last
+    state; what is trained does not depend on it, but for rounding.
+
+    Raises:
+        MemoryError: out of memory for all that.
+
+    Warns:
+        RuntimeWarning: the micro-batch was halved.
+    """
+    untrained, log, may_halve = run.policy.snapshot(), folder / RUN_FILES[-1], True
+    while True:
+        run.policy.restore(untrained)
+        course = Course.of(run, Checkpoints(folder / CHECKPOINT))
+        write_text(log, "".join(map(line_of, course.records)))
+        try:
+            with log.open("a", encoding="utf-8") as file:
+                for record in map(finite, train(run, phase, course)):
+                    course.records.append(record)
+                    print(line_of(record), end="", file=file, flush=True)
+            return course.records, round(course.elapsed, 1)
+        except KeyboardInterrupt:
+            course.save()
+            raise
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        course.save()
+        stage = getattr(run.config, list(stages_of(run.config))[course.done][1])
+        at_once = run.config.micro_batch or stage.batch
+        if not may_halve or at_once == 1:
+            raise MemoryError(
+                f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}), batch, rank or size, "
+                f"or set mixed_precision: bf16. Then go on with: ctrl train --resume {folder}"
+            )
+        may_halve, run.config.micro_batch = False, at_once // 2
+        run.config.write(folder / "config.yaml")
+        torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory: training goes on with micro_batch {at_once // 2} instead of {at_once}; updates see as "
+            "many samples as before.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def line_of(record: dict[str, Any]) -> str:
+    """A record as the log has it."""
+    return json.dumps(rounded(record)) + "\n"
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is an allocator's, of an accelerator or the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def train_stage(
     run: Run,
     stage: str,
@@ -788,49 +1043,64 @@ def train_stage(
     settings: LearnerSettings,
     updates: int,
     phase: Phase,
+    course: Course,
     best: Best | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One learner from the policy as it is to averaged weights; a record of every update and probe.
 
-    It stops early when the patience is at an end, when a loss or gradient is not finite, and when J falls far below
-    what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
-    Without `best` nobody compares the probes, only the last is taken, and a loss that is not finite is an error.
+    It stops early when the patience is at an end, when too many updates in turn are not finite, and when J falls far
+    below what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
+    Without `best` nobody compares the probes, only the last is taken, and not to be finite is an error.
     """
-    config, few = run.config, -(-160 // run.trained.pairs)
-    steps = learner(run.policy, run.reward, run.trained, stream(config.seed, stage))
+    config, few, begin = run.config, -(-160 // run.trained.pairs), part_of("fit", course.within)
+    generator = stream(config.seed, stage)
+    if begin:
+        generator.set_state(course.within["generator"])
+    carried = [value.to(run.policy.device) for value in in_turn("carried", course.within)]
+    steps = learner(run.policy, run.reward, run.trained, generator, carried)
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = max(1, updates // config.evaluation.probes) if best else updates
-    advance, note, idle = phase(f"learner: {stage}", updates), "", 0
+    advance, note, skipped, due = phase(f"learner: {stage}", updates), "", {}, False
 
     def probed(record: dict[str, Any]) -> dict[str, Any]:
-        nonlocal idle
         figures, log_w, earned = run.probe(few)
         record = {**record, **figures}
         if best:
-            idle = 0 if best.see(record, log_w, earned) else idle + 1
+            course.idle = 0 if best.see(record, log_w, earned) else course.idle + 1
         return record
 
-    record = {"stage": stage, "update": 0}
-    if best:
+    record = {"stage": stage, "update": int(begin["counts"][0]) if begin else 0}
+    advance(record["update"])
+    taken = saved = record["update"]
+    if best and not begin:
         yield probed(record)
     try:
-        for update in fit(run.policy, steps, updates, lr, config.ema_decay):
+        for update in fit(
+            run.policy, steps, updates, lr, config.ema_decay, max_skipped=config.max_skipped, begin=begin
+        ):
             record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
-            record |= update.metrics
+            skipped = {"skipped": update.skipped} if update.skipped else {}
+            record |= {**update.metrics, **skipped}
             if update.number % every == 0 and update.number < updates:
                 record = probed(record)
                 note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
-                if best and (reason := best.reason_to_stop(record, idle, config.patience)):
+                if best and (reason := best.reason_to_stop(record, course.idle, config.patience)):
                     yield {**record, "stopped": reason}
                     return
             advance(1, note)
             yield record
+            due = due or "J" in record or update.number - saved >= config.checkpoint
+            if update.state and course.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
+                here = {f"fit.{name}": value for name, value in update.state().items()}
+                here |= {"generator": generator.get_state(), **numbered("carried", carried)}
+                course.reach(here, due)
+                taken, saved, due = update.number, update.number if due else saved, False
     except FloatingPointError as error:
         if best is None or not best.improved:
             raise
-        yield {"stage": stage, "update": record["update"], "stopped": f"diverged: {error}"}
+        yield {"stage": stage, "update": record["update"], "stopped": f"diverged: {error}", **skipped}
         return
-    yield probed({"stage": stage, "update": updates, "averaged": True})
+    yield probed({"stage": stage, "update": updates, "averaged": True, **skipped})
 
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:

@@ -128,8 +128,12 @@ class Judges:
                 classifier.save(folder / name)
 
     @classmethod
-    def load(cls, folder: Path) -> "Judges":
+    def load(cls, folder: Path, trust: bool = False) -> "Judges":
         """Read a folder that `save` wrote.
+
+        Args:
+            folder: the folder.
+            trust: run code that it names.
 
         Raises:
             ValueError: no such folder, a damaged one, or one that needs a network which is not there.
@@ -142,9 +146,9 @@ class Judges:
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
             report = dict(about["report"])
             judge_accuracy, reader_accuracy = report.pop("judge_accuracy"), report.pop("reader_accuracy")
-            others = {n: load_classifier(folder / n) for n in ("judge", "reader") if (folder / n).is_dir()}
+            others = {n: load_classifier(folder / n, trust) for n in ("judge", "reader") if (folder / n).is_dir()}
             support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
-            classifier = load_classifier(folder)
+            classifier = load_classifier(folder, trust)
             classifier.latent = about.get("latent", False)
             return cls(
                 about["control"], tuple(about["values"]), tuple(about["input"]), classifier,

@@ -25,3 +25,7 @@ def patient(phase: Phase, what: str, total: int, seconds: float = 2.0) -> Advanc
             advance(n, note)
 
     return step
+
+
+class Interrupted(Exception):
+    """A job was asked to stop, and what it needs to go on is saved; the message says how to."""

@@ -232,8 +232,13 @@ class Run:
         return cls(config, prior, Policy(prior.denoiser, *controls), judges)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto") -> "Run":
+    def load(cls, folder: str | Path, device: str = "auto", trust: bool = False) -> "Run":
         """Open a finished run, on any device: where it was trained is no part of it.
+
+        Args:
+            folder: of the run.
+            device: as torch names it; "auto" for an accelerator of CUDA if there is one.
+            trust: run code that it names, of a p̂ on a network of one's own.
 
         Raises:
             ValueError: no such folder, no run, or a run that did not finish.
@@ -247,8 +252,9 @@ class Run:
         config.device = device
         missing = [name for name in ("classifier", "control") if not (folder / name).is_dir()]
         if missing:
-            raise ValueError(f"{folder} is an unfinished run: it lacks {', '.join(missing)}. Train it again.")
-        judges = {name: Judges.load(home(folder, "classifier", name)) for name in config.names}
+            lacks = f"{folder} is an unfinished run: it lacks {', '.join(missing)}"
+            raise ValueError(f"{lacks}. Go on with: ctrl train --resume {folder}")
+        judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
         prior = as_set(open_prior(config.prior, config.size), config)
         controls = [attached(home(folder, "control", name), prior) for name in config.names]
         run = cls(config, prior, Policy(prior.denoiser, *controls), judges)

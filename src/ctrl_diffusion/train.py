@@ -6,25 +6,36 @@ At the end the averaged weights take the place of the last ones.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 
 from .control import Policy
 from .learn import Step
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW knows of a parameter
+
 
 @dataclass
 class Update:
-    """What one update did: its number from 1, the loss in nats, the gradient's norm, the learner's figures."""
+    """What one update did: its number from 1, the loss in nats, the gradient's norm, the learner's figures.
+
+    Args:
+        skipped: updates up to this one that were left out because they were not finite.
+        state: gives all that `fit` needs to go on from here, by name: weights, their averages, AdamW's moments and
+            counts; to be called before the next update. None where the learner's paths are still to be used.
+    """
 
     number: int
     loss: float
     gradient_norm: float
     metrics: dict[str, float]
+    skipped: int = 0
+    state: Callable[[], dict[str, Tensor]] | None = None
 
 
 def fit(
@@ -35,6 +46,8 @@ def fit(
     ema_decay: float = 0.995,
     warmup: int = 20,
     max_norm: float = 100.0,
+    max_skipped: int = 5,
+    begin: dict[str, Tensor] | None = None,
 ) -> Iterator[Update]:
     """Train the policy's controls on a learner's stream of losses; a generator, the caller owns logging and stopping.
 
@@ -46,31 +59,46 @@ def fit(
         ema_decay: of the averaged weights that are kept at the end.
         warmup: updates of linear warm-up; the rest decays as a cosine.
         max_norm: of the whole gradient, a last resort; learners clip per sample.
+        max_skipped: batches (of paths, where these serve several updates) in turn that may be left out.
+        begin: the state of an earlier update, to go on from; `steps` are those that come after it.
 
-    In float16 what goes back through the network is scaled up; an update too large for that is left out, and the scale
-    lowered.
+    An update whose loss or gradient is not finite is left out and counted. In float16 what goes back through the
+    network is scaled up; where only the gradient is too large, the scale is lowered instead.
 
     Raises:
-        FloatingPointError: a loss or gradient that is not finite; the weights keep their last good values.
+        FloatingPointError: too many in turn were not finite; the weights keep their last good values.
     """
     accelerator = Accelerator(device_placement=False)  # everything is where the policy is
     groups, parameters = policy.parameter_groups(), policy.trained()
-    optimizer = torch.optim.AdamW(
-        [{"params": members, "lr": lr[kind]} for kind, members in groups.items()], betas=(0.9, 0.99), weight_decay=0.0
+    optimizer = accelerator.prepare(
+        torch.optim.AdamW([{"params": members} for members in groups.values()], betas=(0.9, 0.99), weight_decay=0.0)
     )
-
-    def factor(i: int) -> float:
-        return min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
-
-    optimizer, decay = accelerator.prepare(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
     ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
-    for number in range(1, updates + 1):
+    number = skipped = in_turn = 0
+
+    def state() -> dict[str, Tensor]:
+        found = {"counts": torch.tensor([number, ema.optimization_step, skipped, in_turn])}
+        for i, (p, average) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
+            known = optimizer.state.get(p, {})
+            found |= {f"weight.{i}": p.detach().clone(), f"average.{i}": average.clone()}
+            found |= {f"{name}.{i}": known[name].clone() for name in MOMENTS if known}
+        return found
+
+    if begin:
+        number, ema.optimization_step, skipped, in_turn = begin["counts"].tolist()
+        policy.restore([begin[f"weight.{i}"] for i in range(len(parameters))])
+        ema.shadow_params = [begin[f"average.{i}"].to(p.device) for i, p in enumerate(parameters)]
+        for i, p in enumerate(parameters):
+            if f"step.{i}" in begin:
+                step, *moments = (begin[f"{name}.{i}"] for name in MOMENTS)  # AdamW counts on the CPU
+                optimizer.state[p] = dict(zip(MOMENTS, (step, *(m.to(p.device) for m in moments)), strict=True))
+    while number < updates:
+        number += 1
         loss, metrics = 0.0, Counter()
         for step in steps:
             loss += float(step.loss.detach())
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss of update {number} is {loss}. Lower the learning rate.")
-            accelerator.backward(policy.gradient_scale * step.loss)
+            if math.isfinite(loss):
+                accelerator.backward(policy.gradient_scale * step.loss)
             metrics.update(step.metrics)  # a Counter adds up
             if step.last:
                 break
@@ -80,14 +108,22 @@ def fit(
             if p.grad is not None:
                 p.grad /= policy.gradient_scale
         norm = float(accelerator.clip_grad_norm_(parameters, max_norm))
-        if math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
+            i = ema.optimization_step  # updates that were taken
+            factor = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
+            for kind, group in zip(groups, optimizer.param_groups, strict=True):
+                group["lr"] = lr[kind] * factor
             optimizer.step()
-            decay.step()
             ema.step(parameters)
-        elif policy.gradient_scale > 1:
+            in_turn = 0
+        elif math.isfinite(loss) and policy.gradient_scale > 1:
             policy.lower_scale()  # too large for float16: this update is left out
         else:
-            raise FloatingPointError(f"the gradient of update {number} is {norm}. Lower the learning rate.")
+            skipped, in_turn = skipped + 1, in_turn + step.whole
+            if in_turn > max_skipped:
+                what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+                before = f", as in {in_turn - 1} batches before it" if in_turn > 1 else ""
+                raise FloatingPointError(f"the {what} of update {number} is {value}{before}. Lower the learning rate.")
         optimizer.zero_grad()
-        yield Update(number, loss, norm, dict(metrics))
+        yield Update(number, loss, norm, dict(metrics), skipped, state if step.whole else None)
     ema.copy_to(parameters)

@@ -18,15 +18,19 @@ from ..transition import Gaussian, transition
 class Step:
     """A gradient step's worth, or a part of it: a loss in nats to minimise and figures to log, both of which add up.
 
-    The step is taken after its last part.
+    The step is taken after its last part. After a `whole` one no paths are left to be used: a stream begun anew, with
+    the generator and what is `carried` as they are then, goes on with the same losses.
     """
 
     loss: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
     last: bool = True
+    whole: bool = True
 
 
-# (policy, reward, conditions, generator) → losses without end
+# (policy, reward, conditions, generator, carried) → losses without end; `carried`, which may be left out, is a list in
+# which a learner keeps what it takes along from one batch of paths to the next
+Carried = list[Tensor] | None
 Learner = Callable[..., Iterator[Step]]
 
 

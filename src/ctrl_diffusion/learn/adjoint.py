@@ -30,7 +30,7 @@ from ..control import Labels, Policy
 from ..reward import Reward
 from ..rollout import Trajectory, read_out
 from ..transition import half_square, transition
-from . import OnPolicy, Step, check_gradient, clip_rows, joined, pulled_back, revisit, visits
+from . import Carried, OnPolicy, Step, check_gradient, clip_rows, joined, pulled_back, revisit, visits
 
 
 def reward_gradient(
@@ -111,7 +111,12 @@ class Adjoint(OnPolicy):
     lean: bool = False
 
     def __call__(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+        self,
+        policy: Policy,
+        reward: Reward,
+        conditions: Conditions,
+        generator: torch.Generator,
+        carried: Carried = None,
     ) -> Iterator[Step]:
         """Losses without end."""
         while True:
@@ -127,7 +132,8 @@ class Adjoint(OnPolicy):
             rewards, adjoints, means, shares = zip(*found, strict=True)
             clipped = sum(share * len(mine) for share, mine in zip(shares, rewards, strict=True)) / self.batch
             earned, adjoints, means = torch.cat(rewards), torch.cat(adjoints, dim=1), torch.cat(means, dim=1)
-            for i, row in islice(visits(self.steps, self.batch, self.regressed, generator), self.reuse):
+            visited = islice(visits(self.steps, self.batch, self.regressed, generator), self.reuse)
+            for used, (i, row) in enumerate(visited, start=1):
                 for rows in parts(len(i), self.micro):
                     steps, mine = i[rows], row[rows]
                     here = revisit(policy, path, steps, mine, labels, cond, self.eta)
@@ -136,4 +142,4 @@ class Adjoint(OnPolicy):
                     figures = {"kl": float(self.steps * (half_square(u.detach()).sum() / len(i)))}
                     if last := rows.stop == len(i):
                         figures |= {"reward": float(earned.mean()), "clipped": clipped}
-                    yield Step(self.steps * (miss.sum() / len(i)), figures, last)
+                    yield Step(self.steps * (miss.sum() / len(i)), figures, last, used == self.reuse)

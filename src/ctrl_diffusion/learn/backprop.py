@@ -19,7 +19,7 @@ from ..conditions import Conditions
 from ..control import Policy
 from ..reward import Reward
 from ..transition import step_std
-from . import OnPolicy, Step, check_gradient, clip_rows
+from . import Carried, OnPolicy, Step, check_gradient, clip_rows
 
 
 @dataclass
@@ -37,14 +37,19 @@ class Backprop(OnPolicy):
     through: int | None = None
 
     def __call__(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+        self,
+        policy: Policy,
+        reward: Reward,
+        conditions: Conditions,
+        generator: torch.Generator,
+        carried: Carried = None,
     ) -> Iterator[Step]:
         """Losses without end; how many gradients an update clipped is known after its backward pass, so it is logged
         with the next.
         """
         first = 0 if self.through is None else max(0, self.steps - self.through)
         stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]
-        clipped: list[Tensor] = []
+        clipped = [] if carried is None else carried
 
         def at_state(i: int, x_t: Tensor) -> Tensor:
             if i <= first:

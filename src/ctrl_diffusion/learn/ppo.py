@@ -27,7 +27,7 @@ from ..control import Policy
 from ..reward import Reward
 from ..rollout import Trajectory
 from ..transition import half_square
-from . import OnPolicy, Step, joined, revisit, visits
+from . import Carried, OnPolicy, Step, joined, revisit, visits
 
 
 def rewards_to_go(path: Trajectory, earned: Tensor) -> Tensor:
@@ -46,16 +46,16 @@ class Baseline:
 
     Args:
         momentum: of the average over rollouts.
+        mean: so far (N, pairs), None if there is none.
     """
 
-    def __init__(self, momentum: float = 0.9) -> None:
-        self.momentum = momentum
-        self.mean: Tensor | None = None
+    def __init__(self, momentum: float = 0.9, mean: Tensor | None = None) -> None:
+        self.momentum, self.mean = momentum, mean
 
     def advantages(self, g: Tensor, pair: Tensor, pairs: int) -> Tensor:
         """G − b (N, B) for paths of pairs (B,), by the mean before these paths; then takes them in.
 
-        A pair not met before is given these paths' own mean.
+        A pair not met before is given these paths' own mean; a mean that is not finite is not taken in.
         """
         pair = pair.to(g.device)
         count = torch.bincount(pair, minlength=pairs)
@@ -63,7 +63,8 @@ class Baseline:
         if self.mean is None:
             self.mean = torch.full_like(mean, float("nan"))
         known = torch.where(self.mean.isnan(), mean, self.mean)
-        self.mean = torch.where(count > 0, self.momentum * known + (1 - self.momentum) * mean, self.mean)
+        taken = (count > 0) & mean.isfinite()
+        self.mean = torch.where(taken, self.momentum * known + (1 - self.momentum) * mean, self.mean)
         return g - known[:, pair]
 
 
@@ -84,10 +85,16 @@ class PPO(OnPolicy):
     clip: float = 0.2
 
     def __call__(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+        self,
+        policy: Policy,
+        reward: Reward,
+        conditions: Conditions,
+        generator: torch.Generator,
+        carried: Carried = None,
     ) -> Iterator[Step]:
         """Losses without end."""
-        baseline = Baseline()
+        carried = [] if carried is None else carried
+        baseline = Baseline(mean=carried[0] if carried else None)
         while True:
             with torch.no_grad(), policy.frozen():
                 drawn = list(self.fresh_paths(policy, conditions, generator, compare=True))
@@ -95,7 +102,9 @@ class PPO(OnPolicy):
             path, labels, cond = joined(drawn)
             pair = torch.cat([pair for _, pair, _, _ in drawn])
             advantage = baseline.advantages(rewards_to_go(path, earned), pair, conditions.pairs)
-            for i, row in islice(visits(self.steps, self.batch, self.surrogates, generator), self.reuse):
+            carried[:] = [baseline.mean]
+            visited = islice(visits(self.steps, self.batch, self.surrogates, generator), self.reuse)
+            for used, (i, row) in enumerate(visited, start=1):
                 for rows in parts(len(i), self.micro):
                     steps, mine = i[rows], row[rows]
                     here = revisit(policy, path, steps, mine, labels, cond, self.eta)
@@ -106,4 +115,4 @@ class PPO(OnPolicy):
                     figures = {"clipped": float(beyond.float().sum() / len(i))}
                     if last := rows.stop == len(i):
                         figures |= {"reward": float(earned.mean()), "kl": float(path.kl.sum(0).mean())}
-                    yield Step(-self.steps * (gain.sum() / len(i)), figures, last)
+                    yield Step(-self.steps * (gain.sum() / len(i)), figures, last, used == self.reuse)

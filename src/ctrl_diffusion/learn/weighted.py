@@ -22,7 +22,7 @@ from ..reward import Reward, prior_table
 from ..rollout import Times
 from ..schedule import per_sample
 from ..transition import half_square
-from . import Step, renoised
+from . import Carried, Step, renoised
 
 RENOISING = "re-noising"  # the name of the stage that learns what is taken off
 
@@ -48,7 +48,12 @@ class Weighted:
     micro: int | None = None
 
     def __call__(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+        self,
+        policy: Policy,
+        reward: Reward,
+        conditions: Conditions,
+        generator: torch.Generator,
+        carried: Carried = None,
     ) -> Iterator[Step]:
         """Losses without end."""
         with torch.no_grad():

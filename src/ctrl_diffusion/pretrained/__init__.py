@@ -35,6 +35,7 @@ FAMILIES = {
 }
 PARTS_ALONE = {"unet": "unet", "dit": "transformer"}  # and their network; the pipeline itself takes seconds to import
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NO_PICKLE = {"use_safetensors": True}  # which could run any code
 # parts of a pipeline
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -248,7 +249,7 @@ def located(source: str | Path) -> Path:
         return folder
     try:
         with quiet():
-            return Path(diffusers.DiffusionPipeline.download(str(source)))
+            return Path(diffusers.DiffusionPipeline.download(str(source), **NO_PICKLE))
     except Exception as error:  # gated, absent, no network: the hub's client has an exception for each
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{source} is no folder here, and the hub does not give it: {reason}") from error
@@ -296,10 +297,13 @@ def opened(folder: Path, index: dict[str, Any]) -> Any:
         parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers"}
         if network not in parts:
             raise ValueError(f"it lacks its {network}")
+        kinds = {name: getattr(diffusers, kind) for name, (_, kind) in parts.items()}
         return SimpleNamespace(
             **{
-                name: getattr(diffusers, kind).from_pretrained(part_of(folder, name))
-                for name, (_, kind) in parts.items()
+                name: kind.from_pretrained(
+                    part_of(folder, name), **(NO_PICKLE if issubclass(kind, diffusers.ModelMixin) else {})
+                )
+                for name, kind in kinds.items()
             }
         )
     pipeline = getattr(diffusers, index["_class_name"])
@@ -315,7 +319,7 @@ def opened(folder: Path, index: dict[str, Any]) -> Any:
         raise ValueError(f"it lacks its {' and '.join(missing)}")
     with quiet():
         # said, since transformers would keep what half precision a file has
-        return pipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent)
+        return pipeline.from_pretrained(folder, torch_dtype=torch.float32, **NO_PICKLE, **absent)
 
 
 def default_guidance(pipeline: Any) -> float:
