@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "ctrl_diffusion"
 ORDER = (
-    "files progress schedule denoise transition scale control rollout conditions images rules sources data reading "
-    "classifier backbone support independence reward learn train sample guide certificate evaluate fidelity exact "
-    "lattice testbed bias pretrained controlled assets demo config inspection judges run report export checkpoint job "
-    "entrants compare cli"
+    "files progress ranks schedule denoise transition scale control rollout conditions images rules sources data "
+    "reading classifier backbone support independence reward learn train sample guide certificate evaluate fidelity "
+    "exact lattice testbed bias pretrained controlled assets demo config inspection judges run report export "
+    "checkpoint job entrants compare cli"
 ).split()
 # rooms that may know only these
 NARROW = {

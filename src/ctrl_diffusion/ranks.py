@@ -26,8 +26,14 @@ _alone = False
 
 
 def state() -> PartialState:
-    """What accelerate knows of this process; where there is no accelerator, ranks talk as CPUs do."""
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    """What accelerate knows of this process; without CUDA ranks talk as CPUs do.
+
+    Raises:
+        ValueError: it was launched to shard the model.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("a model is not sharded over processes: launch without FSDP and DeepSpeed, with --multi_gpu.")
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
@@ -62,9 +68,9 @@ def first_speaks() -> Iterator[None]:
 
 
 def share(n: int) -> slice:
-    """This rank's of n things in a row."""
-    ranks, rank = (1, 0) if _alone else (state().num_processes, state().process_index)
-    return slice(n * rank // ranks, n * (rank + 1) // ranks)
+    """This rank's of n things in a row; what is left over falls to the first ranks."""
+    rank = 0 if _alone else state().process_index
+    return slice(-(-n * rank // count()), -(-n * (rank + 1) // count()))
 
 
 def share_of_batch(n: int) -> slice:
@@ -78,12 +84,16 @@ def share_of_batch(n: int) -> slice:
     return share(n)
 
 
+def joined(mine: list[Tensor]) -> list[Tensor]:
+    """The lists of all ranks, which may be of different lengths, as one."""
+    return mine if count() == 1 else gather_object([value.cpu() for value in mine])
+
+
 def gathered(mine: Tensor, dim: int = 0) -> Tensor:
-    """The shares of all ranks, one after the other."""
+    """The shares of all ranks, one after the other; a share may be empty, of any shape."""
     if count() == 1:
         return mine
-    shares = [one for one in gather_object([mine.cpu()]) if one.numel()]
-    return torch.cat(shares, dim).to(mine.device)
+    return torch.cat([share for share in joined([mine]) if share.numel()], dim).to(mine.device)
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -110,11 +120,11 @@ def summed(mine: Tensor) -> Tensor:
 
 
 def sum_figures(figures: dict[str, float]) -> dict[str, float]:
-    """The sum over ranks of figures that all of them have."""
+    """The sum over ranks of figures that all of them have, in the same order."""
     if count() == 1:
         return figures
-    names = sorted(figures)
-    return dict(zip(names, summed(torch.tensor([figures[n] for n in names], dtype=torch.float64)).tolist(), strict=True))
+    whole = summed(torch.tensor(list(figures.values()), dtype=torch.float64))
+    return dict(zip(figures, whole.tolist(), strict=True))
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -123,6 +133,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         return
     own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     there = own[0].new_tensor([p.grad is not None for p in parameters])
-    *sums, there = summed(torch.cat([g.flatten() for g in (*own, there)])).split([p.numel() for p in parameters] + [len(own)])
+    flat = [gradient.flatten() for gradient in (*own, there)]
+    *sums, there = summed(torch.cat(flat)).split([len(part) for part in flat])
     for p, whole, ranks in zip(parameters, sums, there.tolist(), strict=True):
         p.grad = whole.view_as(p) if ranks else None

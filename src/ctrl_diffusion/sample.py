@@ -14,7 +14,7 @@ from .control import Labels
 from .denoise import Denoiser
 from .progress import Phase, silent
 from .reward import Reward
-from .rollout import Times, Trajectory, normal, rollout
+from .rollout import Times, normal, rollout
 
 Progress = Callable[[int], None]
 POOL, SMALLEST_POOL = 16, 1000
@@ -75,20 +75,20 @@ def paths(
     mine = batches[ranks.share(len(batches))]
     for rows in batches:
         shape = (rows.stop - rows.start, *denoiser.shape)
-        if rows not in mine:
+        if rows in mine:
+            x_1, *noise = (normal(shape, denoiser, generator) for _ in times)
+            here = rows_of(cond or {}, rows)
+            control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
+            with denoiser.frozen():
+                path = rollout(denoiser, x_1, times, eta, compare=compare, cond=here, noise=noise, **control)
+            zeros = torch.zeros(len(x_1))
+            kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
+            found.append((path.x_0.cpu(), kl.cpu(), log_ratio.cpu()))
+        else:
             for _ in times:  # what is drawn for other ranks is drawn here as well
                 normal(shape, denoiser, generator, slice(0))
-            continue
-        x_1, *noise = (normal(shape, denoiser, generator) for _ in times)
-        here = rows_of(cond or {}, rows)
-        control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
-        with denoiser.frozen():
-            path: Trajectory = rollout(denoiser, x_1, times, eta, compare=compare, cond=here, noise=noise, **control)
-        zeros = torch.zeros(len(x_1))
-        kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
-        found.append((path.x_0.cpu(), kl.cpu(), log_ratio.cpu()))
         if progress:
-            progress(len(x_1))
+            progress(shape[0])
     x_0, kl, log_ratio = map(torch.cat, zip(*found, strict=True)) if found else [torch.empty(0)] * 3
     return ranks.gathered(x_0), ranks.gathered(kl), ranks.gathered(log_ratio)
 

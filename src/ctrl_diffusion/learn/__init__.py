@@ -19,8 +19,9 @@ from ..transition import Gaussian, transition
 class Step:
     """A gradient step's worth, or a part of it: a loss in nats to minimise and figures to log, both of which add up.
 
-    Of several ranks each gives the parts of its own rows. The step is taken after its last part. After a `whole` one no paths are left to be used: a stream begun anew, with
-    the generator and what is `carried` as they are then, goes on with the same losses.
+    Of several ranks each gives the parts of its own rows. The step is taken after its last part. After a `whole` one no
+    paths are left to be used: a stream begun anew, with the generator and what is `carried` (by all ranks) as they are
+    then, goes on with the same losses.
     """
 
     loss: Tensor
