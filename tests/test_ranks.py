@@ -218,7 +218,7 @@ def launched(*arguments):
     where = ["--main_process_port", free_port(), "-m", "ctrl_diffusion.cli"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, *where, *arguments]
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], **told, start_new_session=True)
+    return subprocess.Popen([str(part) for part in command], **told)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_launched_run_is_that_of_one_process(launched_run, ctrl):
         assert miss.max() < 2 * lr * updates
         assert miss.mean() < 1e-3 * lr * updates
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (folder, alone)]
-    for name in ("gap_nats", "objective_nats", "log_z_nats", "kl_nats"):
+    for name in ("gap_nats", "objective_nats", "log_z_nats"):
         pair = [found["certificate"][name] for found in metrics]
         assert pair[0] == pytest.approx(pair[1], rel=1e-3), name
 
@@ -262,8 +262,9 @@ def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, t
     log = folder / "progress.jsonl"
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= 14):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.kill(int((folder / ".lock").read_text()), signal.SIGKILL)  # rank 0; the other does not wait for it
+    process.communicate(timeout=120)
+    assert process.returncode
     assert list((folder / "checkpoint").glob("*.safetensors"))
     process = launched("train", "--resume", folder)
     _, warned = process.communicate(timeout=600)

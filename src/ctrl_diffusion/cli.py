@@ -28,7 +28,9 @@ app = typer.Typer(
 )
 
 SHOWN = 12  # progress bars
-OTHER = os.environ.get("RANK", "0") != "0"  # of several processes not the one that talks
+RANK = os.environ.get("RANK", "0")  # among several processes
+OTHER = RANK != "0"  # not the one that talks, unless something is wrong
+CTRL = f"ctrl (process {RANK})" if OTHER else "ctrl"
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closing words.")]
 
@@ -474,15 +476,15 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        typer.echo(f"ctrl: {error}", err=True)
+        typer.echo(f"{CTRL}: {error}", err=True)
         raise SystemExit(2) from None
     except Interrupted as error:
-        typer.echo(f"ctrl: {error}", err=True)
+        typer.echo(f"{CTRL}: {error}", err=True)
         raise SystemExit(130) from None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which nobody waits for to see a --help
             raise
-        typer.echo("ctrl: out of memory. Turn down batch, micro_batch, rank or size in a --config.", err=True)
+        typer.echo(f"{CTRL}: out of memory. Turn down batch, micro_batch, rank or size in a --config.", err=True)
         raise SystemExit(2) from None
 
 

@@ -65,6 +65,7 @@ def as_set(prior: Prior, config: Config) -> Prior:
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     prior = prior.unconditional() if config.unconditional else prior
+    ranks.state()  # of several processes each is given an accelerator of its own, which "auto" then means
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
 
