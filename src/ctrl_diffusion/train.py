@@ -71,7 +71,8 @@ def fit(
     Raises:
         FloatingPointError: too many in turn were not finite; the weights keep their last good values.
     """
-    accelerator = Accelerator(device_placement=False)  # everything is where the policy is
+    # everything is where the policy is, and in the policy's own precision, whatever accelerate is set up for
+    accelerator = Accelerator(device_placement=False, mixed_precision="no")
     groups, parameters = policy.parameter_groups(), policy.trained()
     optimizer = accelerator.prepare(
         torch.optim.AdamW([{"params": members} for members in groups.values()], betas=(0.9, 0.99), weight_decay=0.0)
