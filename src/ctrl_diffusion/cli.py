@@ -28,6 +28,9 @@ app = typer.Typer(
 )
 
 SHOWN = 12  # progress bars
+RANK = os.environ.get("RANK", "0")  # among several processes
+OTHER = RANK != "0"  # not the one that talks, unless something is wrong
+CTRL = f"ctrl (process {RANK})" if OTHER else "ctrl"
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closing words.")]
 
@@ -78,7 +81,7 @@ def phases(quiet: bool) -> Iterator:
 
 def show_warning(message: Warning | str, category: type, filename: str, *_: object) -> None:
     """A warning of ours is one line; a dependency's is none of the user's business."""
-    if Path(__file__).parent in Path(filename).parents:
+    if Path(__file__).parent in Path(filename).parents and not OTHER:
         typer.echo(f"ctrl: warning: {message}", err=True)
 
 
@@ -144,7 +147,7 @@ def demo(
     seed: Seed = 0,
     quick: Quick = False,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Teach the embedded digits model a control it did not have, and certify it."""
     from .config import check_code, read_settings
@@ -173,7 +176,7 @@ def classifier(
     skip_bad: SkipBad = False,
     trust: Trust = False,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
     from .config import ControlSettings, check_code, listed, read_settings
@@ -216,7 +219,7 @@ def train(
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
     from .job import is_finished, resume_job, train_job
@@ -231,7 +234,7 @@ def train(
         done = is_finished(resume)
         with phases(quiet) as phase:
             metrics = resume_job(resume, typed(), phase, trust)
-        if done:
+        if done and not OTHER:
             typer.echo(f"{resume} is finished: there is nothing to go on with.")
         elif not quiet:
             typer.echo(summary(metrics, ", ".join(metrics["labels"]), resume))
@@ -293,7 +296,7 @@ def add(
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: Quick = False,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Add a control to a finished run; its own controls stay as they are, to the bit."""
     from .job import add_job
@@ -335,7 +338,7 @@ def sample(
     exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
     trust: Trust = False,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Draw samples with labels, a strength, a number of steps and a seed."""
     from .job import sample_job
@@ -353,7 +356,7 @@ def evaluate(
     n: Annotated[int, typer.Option("-n", min=2, help="Paths of the policy, over all (c, y).")] = 1000,
     out: Annotated[Path | None, typer.Option(help="Write the figures here; left out, print them.")] = None,
     trust: Trust = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
     from .files import check_file, rounded, write_json
@@ -383,7 +386,7 @@ def compare(
     trust: Trust = False,
     quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,  # as of exact; --help stays a screen
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Hold a control against what else could be done with the same labels."""
     from .compare import compare_job, in_words
@@ -432,7 +435,7 @@ def export(
     push: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub to upload it to.")] = None,
     trust: Trust = False,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Write a pipeline that diffusers loads where nothing of ours is installed."""
     from .export import export, push_to_hub
@@ -450,7 +453,7 @@ def exact(
     quick: Annotated[bool, typer.Option("--quick", help="Two tasks, a tenth of the training: a smoke test.")] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Quiet = OTHER,
 ) -> None:
     """Race the learners on priors whose exact conditional is known, and report how close they come."""
     from .job import exact_job
@@ -473,15 +476,15 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        typer.echo(f"ctrl: {error}", err=True)
+        typer.echo(f"{CTRL}: {error}", err=True)
         raise SystemExit(2) from None
     except Interrupted as error:
-        typer.echo(f"ctrl: {error}", err=True)
+        typer.echo(f"{CTRL}: {error}", err=True)
         raise SystemExit(130) from None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which nobody waits for to see a --help
             raise
-        typer.echo("ctrl: out of memory. Turn down batch, micro_batch, rank or size in a --config.", err=True)
+        typer.echo(f"{CTRL}: out of memory. Turn down batch, micro_batch, rank or size in a --config.", err=True)
         raise SystemExit(2) from None
 
 

@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -21,7 +21,7 @@ import torch
 from sklearn.metrics import r2_score
 from torch import Tensor
 
-from . import demo
+from . import demo, ranks
 from .bias import biases
 from .checkpoint import Checkpoints, in_turn, numbered, part_of
 from .conditions import Conditions
@@ -450,19 +450,24 @@ def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | No
 
 @contextmanager
 def occupied(out: Path, overwrite: bool) -> Iterator[None]:
-    """Have a folder for a run to oneself, if it is free or may be overwritten.
+    """Have a folder for a run to oneself, if it is free or may be overwritten; of several ranks rank 0 sees to it.
 
     Raises:
         ValueError: what is in the way, and what to do.
         Interrupted: before there was something to keep.
     """
-    if (out / CHECKPOINT / BEGUN).is_file() and not overwrite:
-        raise ValueError(
-            f"{out} is a run that did not finish. Go on with it by ctrl train --resume {out}, or pass --overwrite."
-        )
-    check_room(out, RUN_FILES[-1], overwrite)
+
+    def enter() -> None:
+        if (out / CHECKPOINT / BEGUN).is_file() and not overwrite:
+            raise ValueError(
+                f"{out} is a run that did not finish. Go on with it by ctrl train --resume {out}, or pass --overwrite."
+            )
+        check_room(out, RUN_FILES[-1], overwrite)
+        stack.enter_context(locked(out))
+
     try:
-        with locked(out):
+        with ExitStack() as stack, ranks.first_speaks():
+            ranks.from_first(enter)
             yield
     except KeyboardInterrupt:
         raise Interrupted("interrupted before training began: the same command begins again.") from None
@@ -578,48 +583,56 @@ def execute(
     """Do a prepared training in a run folder; `own_data` holds datasets that become the run's.
 
     The folder is not touched before every p̂ has shown that it is worth a training. What is needed from then on to go
-    on at any moment lies in its checkpoint/, which goes when the run is finished.
+    on at any moment lies in its checkpoint/, which goes when the run is finished. Rank 0 fits p̂ for all: fits on
+    accelerators are alike, but not to the bit, and ranks that decide differently would wait for each other for ever.
     """
-    config, seconds = job.config.quick() if quick else job.config, {}
+    config, device, seconds = job.config.quick() if quick else job.config, job.prior.denoiser.device, {}
     judges: dict[str, Judges] = {}
     held_out: dict[str, LabelledImages] = {}
     with timed(seconds, "classifier"):
         for one in job.materials:
             name, s = one.settings.name, one.settings
-            judges[name] = one.judges
-            if one.judges is None:
-                judges[name], held_out[name] = fit_judges(
+
+            def fitted(one: Material = one, name: str = name, s: ControlSettings = s) -> Judges:
+                found, held_out[name] = fit_judges(
                     one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data,
-                    encoder_of(job.prior), job.prior.denoiser.device,
+                    encoder_of(job.prior), device,
                 )  # fmt: skip
+                return found.to("cpu")
+
+            judges[name] = one.judges or ranks.from_first(fitted).to(device)
     shared = dependences(job.materials, judges, job.prior)
     if job.prior.codec:
         job.prior.codec.vae.cpu()  # it comes back when there is something to decode
     run = Run.start(config, job.prior, judges)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
-    clear(folder, RUN_FILES if own_data is None else (RUN_FILES[0], *DATA_FOLDERS, *RUN_FILES[1:]))
-    (folder / RUN_FILES[-1]).touch()
-    if own_data:
-        for name in DATA_FOLDERS:
-            shutil.copytree(own_data / name, folder / name)
-    config.write(folder / "config.yaml")
-    for one in job.materials:
-        name = one.settings.name
-        place = run.room(folder, "classifier", name)
-        judges[name].save(place)
-        if name in held_out:
-            write_classifier_report(place, judges[name], held_out[name])
-        for page, content in one.pages.items():
-            with writing(place / page) as temporary:
-                temporary.write_bytes(content)
-    begun = {
-        "command": command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)]),
-        "seconds": seconds,
-        "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
-        "dependence": shared,
-    }
-    write_text(folder / CHECKPOINT / BEGUN, json.dumps(begun))  # its figures to the bit
+
+    def lay_out() -> None:
+        clear(folder, RUN_FILES if own_data is None else (RUN_FILES[0], *DATA_FOLDERS, *RUN_FILES[1:]))
+        (folder / RUN_FILES[-1]).touch()
+        if own_data:
+            for name in DATA_FOLDERS:
+                shutil.copytree(own_data / name, folder / name)
+        config.write(folder / "config.yaml")
+        for one in job.materials:
+            name = one.settings.name
+            place = run.room(folder, "classifier", name)
+            judges[name].save(place)
+            if name in held_out:
+                write_classifier_report(place, judges[name], held_out[name])
+            for page, content in one.pages.items():
+                with writing(place / page) as temporary:
+                    temporary.write_bytes(content)
+        begun = {
+            "command": command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)]),
+            "seconds": seconds,
+            "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
+            "dependence": shared,
+        }
+        write_text(folder / CHECKPOINT / BEGUN, json.dumps(begun))  # its figures to the bit
+
+    ranks.from_first(lay_out)
     return finish(run, folder, phase)
 
 
@@ -641,10 +654,11 @@ def finish(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
 
 def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
     """The contents of metrics.json, when all is done that `finish` has to do."""
-    config, begun = run.config, json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8"))
+    config = run.config
+    begun = ranks.from_first(lambda: json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8")))
     seconds, shared = begun["seconds"], begun["dependence"]
     records, seconds["train"] = train_in(folder, run, phase)
-    run.save_controls(folder)
+    ranks.from_first(lambda: run.save_controls(folder))
     with timed(seconds, "sample"):
         evaluation = run.evaluate(config.evaluation.paths, phase)
         others = [config.steps // 2, config.steps, 2 * config.steps]
@@ -653,7 +667,8 @@ def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
         sweep = run.sweep(STRENGTHS, other_steps, config.evaluation.sweep_paths, phase)
         pair = run.conditions.all(1)
         labels, cond = run.conditions.of(pair)
-        write_imagefolder(folder / "samples", labelled(run, run.sample(labels, **cond), labels, cond))
+        samples = labelled(run, run.sample(labels, **cond), labels, cond)
+        ranks.from_first(lambda: write_imagefolder(folder / "samples", samples))
     kept = {"stage": records[-1]["stage"], "update": records[-1]["update"], "averaged": "averaged" in records[-1]}
     stages = [record for record in records[:-1] if "averaged" in record or "stopped" in record]
     metrics = {
@@ -668,10 +683,14 @@ def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
     }
-    write_json(folder / "metrics.json", metrics)
-    write_report(folder, run, metrics, evaluation, sweep, followed, records, begun["command"])
-    clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
-    return metrics
+
+    def close() -> dict[str, Any]:
+        write_json(folder / "metrics.json", metrics)
+        write_report(folder, run, metrics, evaluation, sweep, followed, records, begun["command"])
+        clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
+        return metrics
+
+    return ranks.from_first(close)
 
 
 def is_finished(folder: str | Path) -> bool:
@@ -701,18 +720,27 @@ def resume_job(
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} has no run to go on with: it has no config.yaml. Begin one with: ctrl train --out")
-    check_writable(folder)
-    with locked(folder):
+
+    def enter() -> tuple[dict[str, Any] | None, bool]:
+        """The metrics of a finished run, and whether training has begun."""
+        check_writable(folder)
+        stack.enter_context(locked(folder))
         if is_finished(folder):
             clear(folder, [CHECKPOINT])  # what a kill while it was removed has left
-            return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            return json.loads((folder / "metrics.json").read_text(encoding="utf-8")), True
         clear_unfinished(folder)
+        return None, (folder / CHECKPOINT / BEGUN).is_file()
+
+    with ExitStack() as stack, ranks.first_speaks():
+        metrics, has_begun = ranks.from_first(enter)
+        if metrics:
+            return metrics
         config = Config.read(folder / "config.yaml")
-        if not (folder / CHECKPOINT / BEGUN).is_file():
+        if not has_begun:
             check_code(config.model_dump(), {}, trust, folder / "config.yaml")
             return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)
         judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
-        clear(folder, RESULTS)
+        ranks.from_first(lambda: clear(folder, RESULTS))
         return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)
 
 
@@ -933,9 +961,9 @@ class Course:
 
     @classmethod
     def of(cls, run: Run, checkpoints: Checkpoints) -> "Course":
-        """As the newest state has it, or at the beginning."""
+        """As the newest state has it, or at the beginning; every rank is where rank 0 is."""
         course = cls(Best(run.policy), checkpoints)
-        if found := checkpoints.newest():
+        if found := ranks.from_first(checkpoints.newest):
             tensors, about = found
             best, device = course.best, run.policy.device
             best.first, best.record = about["first"], about["record"]
@@ -972,8 +1000,8 @@ class Course:
             self.reach({})
 
     def save(self) -> None:
-        """Write the last state, if it is not written yet."""
-        if self.latest:
+        """Write the last state, if it is not written yet; of several ranks rank 0 does."""
+        if self.latest and ranks.is_first():
             self.checkpoints.write(*self.latest)
             self.latest = None
 
@@ -982,7 +1010,7 @@ def train_in(folder: Path, run: Run, phase: Phase) -> tuple[list[dict[str, Any]]
     """Train a run from where the checkpoints in its folder stand; the records of its log, and the seconds it took.
 
     The log is made what it was then. Out of memory, once the micro-batch is halved and training goes on from the last
-    state; what is trained does not depend on it, but for rounding.
+    state; what is trained does not depend on it, but for rounding. Several ranks are not halved.
 
     Raises:
         MemoryError: out of memory for all that.
@@ -994,12 +1022,14 @@ def train_in(folder: Path, run: Run, phase: Phase) -> tuple[list[dict[str, Any]]
     while True:
         run.policy.restore(untrained)
         course = Course.of(run, Checkpoints(folder / CHECKPOINT))
-        write_text(log, "".join(map(line_of, course.records)))
+        past = "".join(map(line_of, course.records))
+        ranks.from_first(lambda past=past: write_text(log, past))
         try:
-            with log.open("a", encoding="utf-8") as file:
+            with log.open("a", encoding="utf-8") if ranks.is_first() else nullcontext() as file:
                 for record in map(finite, train(run, phase, course)):
                     course.records.append(record)
-                    print(line_of(record), end="", file=file, flush=True)
+                    if file:
+                        print(line_of(record), end="", file=file, flush=True)
             return course.records, round(course.elapsed, 1)
         except KeyboardInterrupt:
             course.save()
@@ -1010,7 +1040,7 @@ def train_in(folder: Path, run: Run, phase: Phase) -> tuple[list[dict[str, Any]]
         course.save()
         stage = getattr(run.config, list(stages_of(run.config))[course.done][1])
         at_once = run.config.micro_batch or stage.batch
-        if not may_halve or at_once == 1:
+        if not may_halve or at_once == 1 or ranks.count() > 1:  # other ranks wait where they had memory enough
             raise MemoryError(
                 f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}), batch, rank or size, "
                 f"or set mixed_precision: bf16. Then go on with: ctrl train --resume {folder}"
@@ -1092,7 +1122,7 @@ def train_stage(
             due = due or "J" in record or update.number - saved >= config.checkpoint
             if update.state and course.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
                 here = {f"fit.{name}": value for name, value in update.state().items()}
-                here |= {"generator": generator.get_state(), **numbered("carried", carried)}
+                here |= {"generator": generator.get_state(), **numbered("carried", ranks.joined(carried))}
                 course.reach(here, due)
                 taken, saved, due = update.number, update.number if due else saved, False
     except FloatingPointError as error:
@@ -1172,15 +1202,12 @@ def sample_job(
     elif run.prior.classes is not None:
         classes = torch.tensor(run.config.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)]
-    check_room(out, SAMPLE_FILES[-1], overwrite)
+    ranks.from_first(lambda: check_room(out, SAMPLE_FILES[-1], overwrite))
     generator = torch.Generator().manual_seed(seed)
     how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": phase}
     x_0 = run.sample(y, **how, **cond, latents=True)
     images = run.images(x_0)
     outside, images = run.outside_share(x_0, images), images.clamp(-1, 1)
-    clear(out, SAMPLE_FILES)
-    write_imagefolder(out, labelled(run, images, y, cond))
-    save_figure(out / "grid.png", sheet_figure(images))
     asked = {
         "set": settings,
         "class": c,
@@ -1191,7 +1218,14 @@ def sample_job(
         "exact": exact,
         "outside_support": outside,
     }
-    write_json(out / "sample.json", asked)
+
+    def write() -> None:
+        clear(out, SAMPLE_FILES)
+        write_imagefolder(out, labelled(run, images, y, cond))
+        save_figure(out / "grid.png", sheet_figure(images))
+        write_json(out / "sample.json", asked)
+
+    ranks.from_first(write)
 
 
 def exact_job(

@@ -12,6 +12,7 @@ from .denoise import Denoiser
 from .transition import half_square, transition
 
 Times = tuple[float, ...]
+EVERY = slice(None)
 
 
 @dataclass
@@ -44,11 +45,16 @@ class Trajectory:
         return cls(parts[0].times, x_0=torch.cat([part.x_0 for part in parts]), **found)
 
 
-def normal(shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise where `like` is, drawn where the generator is: a seed means the same on every device."""
+def normal(
+    shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None, rows: slice = EVERY
+) -> Tensor:
+    """Standard normal noise where `like` is, drawn where the generator is: a seed means the same on every device.
+
+    Some rows of it are what they are among all.
+    """
     dtype = like.dtype if isinstance(like, Tensor) else None
     source = generator.device if generator else "cpu"
-    return torch.randn(*shape, generator=generator, dtype=dtype, device=source).to(like.device)
+    return torch.randn(*shape, generator=generator, dtype=dtype, device=source)[rows].to(like.device)
 
 
 def read_out(denoiser: Denoiser, x_end: Tensor, t_end: float, **cond: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import assets, demo
+from . import assets, demo, ranks
 from .certificate import certify, gamma_within
 from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
@@ -65,6 +65,7 @@ def as_set(prior: Prior, config: Config) -> Prior:
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     prior = prior.unconditional() if config.unconditional else prior
+    ranks.state()  # of several processes each is given an accelerator of its own, which "auto" then means
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
 
@@ -349,7 +350,8 @@ class Run:
         """Lower γ until the target lies within `budget` nats of the prior; returns it."""
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for γ", phase)
         table = prior_table(self.reward_at(1.0), self.conditions, x_prior)
-        self.config.gamma = float(f"{gamma_within(table, budget, self.config.gamma):.4g}")
+        gamma = ranks.from_first(lambda: gamma_within(table, budget, self.config.gamma))
+        self.config.gamma = float(f"{gamma:.4g}")
         return self.config.gamma
 
     def prior_samples(self, members: int, purpose: str, phase: Phase = silent) -> Tensor:
@@ -370,7 +372,8 @@ class Run:
             x_0, kl, log_ratio = paths(
                 self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
             )
-        return self.reward(x_0, labels, cond), x_0, kl, log_ratio
+        earned = self.reward(x_0, labels, cond)
+        return ranks.from_first(lambda: earned), x_0, kl, log_ratio
 
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:

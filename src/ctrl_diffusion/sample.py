@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import ranks
 from .conditions import parts, rows_of
 from .control import Labels
 from .denoise import Denoiser
 from .progress import Phase, silent
 from .reward import Reward
-from .rollout import Times, Trajectory, normal, rollout
+from .rollout import Times, normal, rollout
 
 Progress = Callable[[int], None]
 POOL, SMALLEST_POOL = 16, 1000
@@ -52,7 +53,7 @@ def paths(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Simulate n paths in batches, without a graph.
+    """Simulate n paths in batches, without a graph. Ranks share the batches, and each has all paths in the end.
 
     Args:
         denoiser: prior or policy.
@@ -70,21 +71,26 @@ def paths(
         On the CPU, x_0 (n, C, H, W); KL of each path in nats (n,); log p_g/p_pre of each path in nats (n,). The last
         two are zero unless compared.
     """
-    batch = batch or at_once(denoiser)
-    samples, kls, log_ratios = [], [], []
-    for rows in parts(n, batch):
-        x_1 = normal((rows.stop - rows.start, *denoiser.shape), denoiser, generator)
-        here = rows_of(cond or {}, rows)
-        control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
-        with denoiser.frozen():
-            path: Trajectory = rollout(denoiser, x_1, times, eta, generator, compare, cond=here, **control)
-        zeros = torch.zeros(len(x_1))
-        samples.append(path.x_0.cpu())
-        kls.append(path.kl.sum(0).cpu() if compare else zeros)
-        log_ratios.append(path.log_ratio.sum(0).cpu() if compare else zeros)
+    batches, found = parts(n, batch or at_once(denoiser)), []
+    mine = batches[ranks.share(len(batches))]
+    for rows in batches:
+        shape = (rows.stop - rows.start, *denoiser.shape)
+        if rows in mine:
+            x_1, *noise = (normal(shape, denoiser, generator) for _ in times)
+            here = rows_of(cond or {}, rows)
+            control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
+            with denoiser.frozen():
+                path = rollout(denoiser, x_1, times, eta, compare=compare, cond=here, noise=noise, **control)
+            zeros = torch.zeros(len(x_1))
+            kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
+            found.append((path.x_0.cpu(), kl.cpu(), log_ratio.cpu()))
+        else:
+            for _ in times:  # what is drawn for other ranks is drawn here as well
+                normal(shape, denoiser, generator, slice(0))
         if progress:
-            progress(len(x_1))
-    return torch.cat(samples), torch.cat(kls), torch.cat(log_ratios)
+            progress(shape[0])
+    x_0, kl, log_ratio = map(torch.cat, zip(*found, strict=True)) if found else [torch.empty(0)] * 3
+    return ranks.gathered(x_0), ranks.gathered(kl), ranks.gathered(log_ratio)
 
 
 @torch.no_grad()

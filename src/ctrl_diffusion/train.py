@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from . import ranks
 from .control import Policy
 from .learn import Step
 
@@ -65,6 +66,8 @@ def fit(
     An update whose loss or gradient is not finite is left out and counted. In float16 what goes back through the
     network is scaled up; where only the gradient is too large, the scale is lowered instead.
 
+    Ranks begin with rank 0's weights and step on the sum of their losses (`ranks`), so that they stay alike.
+
     Raises:
         FloatingPointError: too many in turn were not finite; the weights keep their last good values.
     """
@@ -92,6 +95,8 @@ def fit(
             if f"step.{i}" in begin:
                 step, *moments = (begin[f"{name}.{i}"] for name in MOMENTS)  # AdamW counts on the CPU
                 optimizer.state[p] = dict(zip(MOMENTS, (step, *(m.to(p.device) for m in moments)), strict=True))
+    if ranks.count() > 1:
+        policy.restore(ranks.from_first(lambda: [value.cpu() for value in policy.snapshot()]))
     while number < updates:
         number += 1
         loss, metrics = 0.0, Counter()
@@ -104,6 +109,9 @@ def fit(
                 break
         else:
             break  # the stream has ended
+        figures = ranks.sum_figures({"": loss, **metrics})  # a learner has no figure without a name
+        loss, metrics = figures.pop(""), figures
+        ranks.sum_gradients(parameters)
         for p in parameters if policy.gradient_scale != 1.0 else ():
             if p.grad is not None:
                 p.grad /= policy.gradient_scale
@@ -125,5 +133,5 @@ def fit(
                 before = f", as in {in_turn - 1} batches before it" if in_turn > 1 else ""
                 raise FloatingPointError(f"the {what} of update {number} is {value}{before}. Lower the learning rate.")
         optimizer.zero_grad()
-        yield Update(number, loss, norm, dict(metrics), skipped, state if step.whole else None)
+        yield Update(number, loss, norm, metrics, skipped, state if step.whole else None)
     ema.copy_to(parameters)

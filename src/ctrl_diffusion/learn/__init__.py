@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..conditions import Conditions, parts, rows_of
 from ..control import Labels, Policy
-from ..rollout import Times, Trajectory, normal, rollout
+from ..rollout import EVERY, Times, Trajectory, normal, rollout
 from ..schedule import Schedule, per_sample
 from ..transition import Gaussian, transition
 
@@ -18,8 +19,9 @@ from ..transition import Gaussian, transition
 class Step:
     """A gradient step's worth, or a part of it: a loss in nats to minimise and figures to log, both of which add up.
 
-    The step is taken after its last part. After a `whole` one no paths are left to be used: a stream begun anew, with
-    the generator and what is `carried` as they are then, goes on with the same losses.
+    Of several ranks each gives the parts of its own rows. The step is taken after its last part. After a `whole` one no
+    paths are left to be used: a stream begun anew, with the generator and what is `carried` (by all ranks) as they are
+    then, goes on with the same losses.
     """
 
     loss: Tensor
@@ -64,16 +66,27 @@ class OnPolicy:
         """Of the chain."""
         return len(self.times) - 1
 
+    @property
+    def mine(self) -> slice:
+        """This rank's rows of the batch."""
+        return ranks.share_of_batch(self.batch)
+
+    @property
+    def weight(self) -> float:
+        """Of a mean over this rank's rows in that over the batch."""
+        return (self.mine.stop - self.mine.start) / self.batch
+
     def fresh_paths(
         self, policy: Policy, conditions: Conditions, generator: torch.Generator, **options: Any
     ) -> Iterator[tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]]:
-        """Paths of the policy from new noise, with their pairs (c, y), labels and conditions; options of `rollout`.
+        """This rank's paths of the policy from new noise, with their pairs (c, y), labels and conditions; options of
+        `rollout`.
 
         `micro` at a time; what is drawn does not depend on it.
         """
-        pair, shape = conditions.draw(self.batch, generator), (self.batch, *policy.shape)
-        x_1, *noise = (normal(shape, policy, generator) for _ in self.times)
-        for rows in parts(self.batch, self.micro):
+        pair, shape = conditions.draw(self.batch, generator)[self.mine], (self.batch, *policy.shape)
+        x_1, *noise = (normal(shape, policy, generator, self.mine) for _ in self.times)
+        for rows in parts(len(pair), self.micro):
             labels, cond = conditions.of(pair[rows])
             own = [z[rows] for z in noise]
             path = rollout(policy, x_1[rows], self.times, self.eta, cond=cond, noise=own, labels=labels, **options)
@@ -104,19 +117,21 @@ def clip_rows(a: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def renoised(
-    x_0: Tensor, times: Times, schedule: Schedule, generator: torch.Generator
+    x_0: Tensor, times: Times, schedule: Schedule, generator: torch.Generator, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples x_0 (n, *) with the noise of a chain's times, as many of each step as of any other.
+    """Samples with the noise of a chain's times, as many of each step as of any other; x_0 (n, *) is this rank's share
+    of a batch.
 
     Returns:
         x_t (n, *); t and σ_t (n,), float64.
     """
-    steps, n = len(times) - 1, len(x_0)
+    steps, n, mine = len(times) - 1, batch, ranks.share_of_batch(batch)
     offset = torch.rand((), generator=generator)
     place = torch.randperm(n, generator=generator) + offset
-    t = torch.tensor(times, dtype=torch.float64)[(place * steps / n).long().clamp(max=steps - 1)]
+    t = torch.tensor(times, dtype=torch.float64)[(place * steps / n).long().clamp(max=steps - 1)][mine]
     alpha, sigma = schedule(t)
-    return per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * normal(x_0.shape, x_0, generator), t, sigma
+    noise = normal((n, *x_0.shape[1:]), x_0, generator, mine)
+    return per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise, t, sigma
 
 
 def joined(
@@ -131,14 +146,18 @@ def joined(
     )
 
 
-def visits(steps: int, paths: int, share: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def visits(
+    steps: int, paths: int, share: int, generator: torch.Generator, mine: slice = EVERY
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Transitions of a rollout to learn from, update by update: steps and paths (share · paths,), without end.
+
+    With `mine` those of some of the paths, which are counted among themselves.
 
     Every path goes through its steps in an order of its own, `share` of them an update, so that each is met once before
     any is met again and an update sees all steps.
     """
-    order = torch.rand(steps, paths, generator=generator).argsort(0)
-    row, start = torch.arange(paths), 0
+    order = torch.rand(steps, paths, generator=generator).argsort(0)[:, mine]
+    row, start = torch.arange(order.shape[1]), 0
     while True:
         i = order[(start + torch.arange(share)) % steps]
         yield i.flatten(), row.expand_as(i).flatten()

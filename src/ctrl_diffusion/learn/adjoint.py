@@ -119,6 +119,7 @@ class Adjoint(OnPolicy):
         carried: Carried = None,
     ) -> Iterator[Step]:
         """Losses without end."""
+        seen = self.regressed * self.batch  # transitions an update, by all ranks
         while True:
             with torch.no_grad(), policy.frozen():
                 drawn = list(self.fresh_paths(policy, conditions, generator))
@@ -130,16 +131,16 @@ class Adjoint(OnPolicy):
                 found.append((earned, *carried))
             path, labels, cond = joined(drawn)
             rewards, adjoints, means, shares = zip(*found, strict=True)
-            clipped = sum(share * len(mine) for share, mine in zip(shares, rewards, strict=True)) / self.batch
+            clipped = sum(share * len(part) for share, part in zip(shares, rewards, strict=True)) / self.batch
             earned, adjoints, means = torch.cat(rewards), torch.cat(adjoints, dim=1), torch.cat(means, dim=1)
-            visited = islice(visits(self.steps, self.batch, self.regressed, generator), self.reuse)
+            visited = islice(visits(self.steps, self.batch, self.regressed, generator, self.mine), self.reuse)
             for used, (i, row) in enumerate(visited, start=1):
                 for rows in parts(len(i), self.micro):
                     steps, mine = i[rows], row[rows]
                     here = revisit(policy, path, steps, mine, labels, cond, self.eta)
                     u = (here.mean - means[steps, mine]) / here.std
                     miss = half_square(u - here.std * adjoints[steps, mine])
-                    figures = {"kl": float(self.steps * (half_square(u.detach()).sum() / len(i)))}
+                    figures = {"kl": float(self.steps * (half_square(u.detach()).sum() / seen))}
                     if last := rows.stop == len(i):
-                        figures |= {"reward": float(earned.mean()), "clipped": clipped}
-                    yield Step(self.steps * (miss.sum() / len(i)), figures, last, used == self.reuse)
+                        figures |= {"reward": self.weight * float(earned.mean()), "clipped": clipped}
+                    yield Step(self.steps * (miss.sum() / seen), figures, last, used == self.reuse)

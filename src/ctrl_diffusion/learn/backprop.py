@@ -65,7 +65,7 @@ class Backprop(OnPolicy):
             return gradient
 
         while True:
-            done, before = 0, float(torch.cat(clipped).float().mean()) if clipped else 0.0
+            done, before = 0, self.weight * float(torch.cat(clipped).float().mean()) if clipped else 0.0
             clipped.clear()
             for path, pair, labels, cond in self.fresh_paths(
                 policy, conditions, generator, compare=True, at_state=at_state
@@ -73,7 +73,7 @@ class Backprop(OnPolicy):
                 earned, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
                 check_gradient(earned)
                 done += len(pair)
-                last = done == self.batch
+                last = done == self.mine.stop - self.mine.start
                 figures = {"reward": float(earned.detach().sum()) / self.batch, "clipped": before if last else 0.0}
                 figures["kl"] = float(kl.detach().sum()) / self.batch
                 yield Step((kl - earned).sum() / self.batch, figures, last)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..conditions import Conditions, parts, rows_of
 from ..control import NULL, Labels, Policy
 from ..reward import Reward
@@ -47,15 +48,16 @@ class Labelled:
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
     ) -> Iterator[Step]:
         """Losses without end."""
+        mine = ranks.share_of_batch(self.batch)
         while True:
             row = torch.randint(len(self.x_0), (self.batch,), generator=generator)
-            labels, cond = self.dropped(rows_of(self.labels, row), generator), rows_of(self.cond, row)
-            x_0 = self.x_0[row].to(policy.device)
-            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator)
-            for rows in parts(self.batch, self.micro):
+            labels, row = rows_of(self.dropped(rows_of(self.labels, row), generator), mine), row[mine]
+            cond, x_0 = rows_of(self.cond, row), self.x_0[row].to(policy.device)
+            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator, self.batch)
+            for rows in parts(len(row), self.micro):
                 x_hat = policy(x_t[rows], times[rows], labels=rows_of(labels, rows), **rows_of(cond, rows))
                 miss = half_square((x_hat - x_0[rows]) / per_sample(sigma[rows], x_hat))
-                yield Step(miss.sum() / self.batch, last=rows.stop == self.batch)
+                yield Step(miss.sum() / self.batch, last=rows.stop == len(row))
 
     def dropped(self, labels: Labels, generator: torch.Generator) -> Labels:
         """The labels with some of them null, but not all of a row."""

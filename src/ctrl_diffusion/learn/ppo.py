@@ -22,6 +22,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..conditions import Conditions, parts
 from ..control import Policy
 from ..reward import Reward
@@ -94,6 +95,7 @@ class PPO(OnPolicy):
     ) -> Iterator[Step]:
         """Losses without end."""
         carried = [] if carried is None else carried
+        seen = self.surrogates * self.batch  # transitions an update, by all ranks
         baseline = Baseline(mean=carried[0] if carried else None)
         while True:
             with torch.no_grad(), policy.frozen():
@@ -101,9 +103,10 @@ class PPO(OnPolicy):
                 earned = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in drawn])
             path, labels, cond = joined(drawn)
             pair = torch.cat([pair for _, pair, _, _ in drawn])
-            advantage = baseline.advantages(rewards_to_go(path, earned), pair, conditions.pairs)
+            g = ranks.gathered(rewards_to_go(path, earned), dim=1)
+            advantage = baseline.advantages(g, ranks.gathered(pair), conditions.pairs)[:, self.mine]
             carried[:] = [baseline.mean]
-            visited = islice(visits(self.steps, self.batch, self.surrogates, generator), self.reuse)
+            visited = islice(visits(self.steps, self.batch, self.surrogates, generator, self.mine), self.reuse)
             for used, (i, row) in enumerate(visited, start=1):
                 for rows in parts(len(i), self.micro):
                     steps, mine = i[rows], row[rows]
@@ -112,7 +115,8 @@ class PPO(OnPolicy):
                     log_rho = half_square(path.z[steps, mine]) - half_square(miss)
                     gain = surrogate(log_rho, advantage[steps, mine], self.clip)
                     beyond = (log_rho.detach().exp() - 1).abs() > self.clip
-                    figures = {"clipped": float(beyond.float().sum() / len(i))}
+                    figures = {"clipped": float(beyond.float().sum() / seen)}
                     if last := rows.stop == len(i):
-                        figures |= {"reward": float(earned.mean()), "kl": float(path.kl.sum(0).mean())}
-                    yield Step(-self.steps * (gain.sum() / len(i)), figures, last, used == self.reuse)
+                        kl = self.weight * float(path.kl.sum(0).mean())
+                        figures |= {"reward": self.weight * float(earned.mean()), "kl": kl}
+                    yield Step(-self.steps * (gain.sum() / seen), figures, last, used == self.reuse)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..conditions import Conditions, parts, rows_of
 from ..control import Policy
 from ..reward import Reward, prior_table
@@ -61,18 +62,19 @@ class Weighted:
             weights = (torch.zeros_like(table) if self.even else table).softmax(1)  # (G, M, K)
         # for each pair the cumulated weights over its condition's samples
         cumulated, members = weights.transpose(1, 2).flatten(0, 1).double().cumsum(1), weights.shape[1]
+        mine = ranks.share_of_batch(self.batch)
         while True:
-            pair = conditions.draw(self.batch, generator)
+            pair = conditions.draw(self.batch, generator)[mine]
             labels, cond = conditions.of(pair)
-            ticket = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)
+            ticket = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[mine]
             member = torch.searchsorted(cumulated[pair], ticket).squeeze(1).clamp(max=members - 1)
             x_0 = self.x_0[pair // conditions.classes * members + member].to(policy.device)
-            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator)
-            for rows in parts(self.batch, self.micro):
+            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator, self.batch)
+            for rows in parts(len(pair), self.micro):
                 x, t, target = x_t[rows], times[rows], x_0[rows]
                 own = {"labels": rows_of(labels, rows), **rows_of(cond, rows)}
                 if self.renoising is not None:
                     with torch.no_grad(), policy.holding(self.renoising):
                         target = target - policy(x, t, **own) + policy.prior(x, t, **rows_of(cond, rows))
                 miss = half_square((policy(x, t, **own) - target) / per_sample(sigma[rows], x))
-                yield Step(miss.sum() / self.batch, last=rows.stop == self.batch)
+                yield Step(miss.sum() / self.batch, last=rows.stop == len(pair))

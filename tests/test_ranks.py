@@ -1,0 +1,272 @@
+"""Two processes do what one does: the same draws, the sum of their gradients, one set of files."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from pipelines import saved
+from safetensors.torch import load_file
+from test_resume import SETTINGS, contents
+
+from ctrl_diffusion import ranks
+from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.learn.adjoint import Adjoint
+from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.labelled import Labelled
+from ctrl_diffusion.learn.ppo import PPO
+from ctrl_diffusion.learn.weighted import Weighted
+from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.sample import paths
+from ctrl_diffusion.testbed import Task, new_policy
+from ctrl_diffusion.train import fit
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["ctrl_diffusion.testbed", "ctrl_diffusion.pretrained"])
+# odd batches, so that shares are unequal; in micro-batches and without
+LEARNERS = {
+    "weighted": lambda times, x_0, y, cond: Weighted(x_0, times, batch=7, micro=2),
+    "adjoint": lambda times, x_0, y, cond: Adjoint(times, 5, regressed=2, reuse=2, micro=2),
+    "backprop": lambda times, x_0, y, cond: Backprop(times, 5, micro=2),
+    "labelled": lambda times, x_0, y, cond: Labelled(x_0, {y: torch.arange(len(x_0)) % 2}, cond, times, batch=7),
+    "ppo": lambda times, x_0, y, cond: PPO(times, 5, surrogates=2, reuse=2),
+}
+TRAININGS = [*((name, learner) for name in ("ring", "DDPM") for learner in LEARNERS), ("SD 1", "adjoint")]
+LR, UPDATES = 1e-2, 3
+
+
+class Bright:
+    """Whether images are bright."""
+
+    def log_prob(self, x):
+        score = 4 * x.flatten(1).mean(1)
+        return F.logsigmoid(torch.stack([-score, score], dim=1))
+
+
+def model(name, root):
+    """A policy in double precision, where another order of summation is worth 1e-15; reward, conditions, times."""
+    if name == "ring":
+        task = Task("vp", "logistic", steps=4)
+        return new_policy(task).double(), task.reward(torch.float64), task.conditions, task.times
+    prior = Prior.from_pretrained(root / name)
+    prior = prior.with_prompts(["a seven", "two"]) if prior.text else prior
+    prior.denoiser.double()
+    policy = Policy(prior.denoiser, LoRAControl("side", "01", prior.denoiser, rank=2)).double()
+    conditions = Conditions({"c": torch.arange(2)} if prior.text else {}, {"side": 2})
+    return policy, Reward({"side": Bright()}), conditions, prior.denoiser.times(3, 0.2)
+
+
+def training(name, learner, root):
+    """Weights, losses, gradient norms and figures of a few updates."""
+    policy, reward, conditions, times = model(name, root)
+    cond = conditions.cond_of(torch.arange(8) * conditions.groups // 8)
+    x_0, _, _ = paths(policy.prior, 8, times, torch.Generator().manual_seed(1), cond)
+    stream = LEARNERS[learner](times, x_0, "side", cond)(policy, reward, conditions, torch.Generator().manual_seed(2))
+    updates = list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
+    assert all(p.grad is None for p in policy.trained())
+    figures = [[u.loss, u.gradient_norm, *(u.metrics[key] for key in sorted(u.metrics))] for u in updates]
+    return {"weights": policy.snapshot(), "figures": torch.tensor(figures)}
+
+
+def simulated():
+    """Paths in batches, and where the stream is after them."""
+    torch.set_default_dtype(torch.float32)
+    task = Task("flow", "logistic", steps=4)
+    policy, found = new_policy(task), []
+    for p in policy.trained():
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(3))
+    for n in (23, 4):  # of the second a rank has none
+        labels, cond = task.conditions.of(torch.arange(n) % task.conditions.pairs)
+        generator, seen = torch.Generator().manual_seed(4), []
+        how = {"compare": True, "batch": 5, "progress": seen.append}
+        found += paths(policy, n, task.times, generator, cond, labels, **how)
+        assert sum(seen) == n
+        found.append(generator.get_state())
+    return found
+
+
+def without_the_sum():
+    """Embeddings of every rank after updates whose gradients of the embedding stay each rank's own."""
+    whole = ranks.sum_gradients
+    ranks.sum_gradients = lambda parameters: whole(parameters[1:])
+    policy, reward, conditions, times = model("ring", None)
+    assert policy.trained()[0] is policy.controls["side"].table.weight
+    stream = Backprop(times, 4)(policy, reward, conditions, torch.Generator().manual_seed(2))
+    list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
+    ranks.sum_gradients = whole
+    return policy.controls["side"].table.weight.detach()
+
+
+def refusal(what):
+    try:
+        what()
+    except ValueError as error:
+        return str(error)
+
+
+def only_first():
+    assert ranks.is_first()
+    assert ranks.count() == 1, "alone"
+    raise ValueError("nothing to write to")
+
+
+def everything(root):
+    """All that is compared."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    found = {"refused": refusal(lambda: ranks.from_first(only_first))}
+    found |= {pair: training(*pair, root) for pair in TRAININGS}
+    found["embedding"] = without_the_sum()
+    found["paths"] = simulated()
+    found["small"] = refusal(lambda: ranks.share_of_batch(1))
+    return found
+
+
+def rank_of_two(rank, port, root):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    assert ranks.count() == 2
+    torch.save(everything(root), root / f"{rank}.pt")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process finds, and each of two."""
+    root = tmp_path_factory.mktemp("ranks")
+    for name in ("DDPM", "SD 1"):
+        saved(name, root / name)
+    port = free_port()
+    two = [processes.Process(target=rank_of_two, args=(rank, port, root)) for rank in range(2)]
+    for process in two:
+        process.start()
+    try:
+        one = everything(root)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for process in two:
+        process.join()
+    assert [process.exitcode for process in two] == [0, 0]
+    return one, *(torch.load(root / f"{rank}.pt") for rank in range(2))
+
+
+@pytest.mark.parametrize(("name", "learner"), TRAININGS)
+def test_two_processes_train_as_one_with_the_same_batch(found, name, learner):
+    """AdamW divides a gradient by its size: what rounding leaves of one that should be nothing must stay below its ε,
+    1e-8; a step of a learning rate is then off by 1e-15/1e-8 of it, or some of these."""
+    one, first, second = (each[name, learner] for each in found)
+    for p, q, r in zip(one["weights"], first["weights"], second["weights"], strict=True):
+        assert torch.equal(q, r), "ranks stay alike to the bit"
+        torch.testing.assert_close(q, p, rtol=0, atol=10 * 1e-7 * LR * UPDATES)
+    assert torch.equal(first["figures"], second["figures"])
+    torch.testing.assert_close(first["figures"], one["figures"], rtol=1e-6, atol=1e-9)
+    assert one["weights"][0].abs().max() > LR / 10, "something was learned"
+
+
+def test_paths_of_two_processes_are_those_of_one_to_the_bit(found):
+    for one, *two in zip(*(each["paths"] for each in found), strict=True):
+        for other in two:
+            assert torch.equal(one, other)
+            assert one.dtype == other.dtype
+
+
+def test_the_embeddings_of_two_processes_would_part_without_the_sum_of_their_gradients(found):
+    _, first, second = (each["embedding"] for each in found)
+    assert (first - second).abs().max() > LR / 10
+    alike = [each["ring", "backprop"]["weights"][0] for each in found[1:]]
+    assert torch.equal(*alike)
+
+
+def test_what_rank_0_refuses_all_refuse(found):
+    assert [each["refused"] for each in found] == ["nothing to write to"] * 3
+    assert found[0]["small"] is None
+    assert (
+        found[1]["small"]
+        == found[2]["small"]
+        == ("a batch of 1 cannot be shared by 2 processes. Raise batch, or launch fewer.")
+    )
+
+
+def launched(*arguments):
+    """ctrl on two processes."""
+    how = [
+        "--multi_gpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    where = ["--main_process_port", free_port(), "-m", "ctrl_diffusion.cli"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, *where, *arguments]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(part) for part in command], **told)
+
+
+@pytest.fixture(scope="module")
+def launched_run(tmp_path_factory):
+    """A run of all learners on two processes, and what they said."""
+    root = tmp_path_factory.mktemp("launched")
+    (root / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
+    process = launched("demo", "--config", root / "settings.yaml", "--out", root / "run")
+    said, warned = process.communicate(timeout=600)
+    assert process.returncode == 0, warned
+    return root / "run", said, warned
+
+
+@pytest.mark.slow
+def test_a_launched_run_is_that_of_one_process(launched_run, ctrl):
+    """In single precision AdamW may take a whole step, either way, for a gradient that is nothing but rounding."""
+    folder, said, warned = launched_run
+    alone = folder.parent / "alone"
+    done = ctrl("demo", "--config", folder.parent / "settings.yaml", "--out", alone)
+    assert done.returncode == 0, done.stderr
+    assert said.replace(str(folder), "") == done.stdout.replace(str(alone), "")
+    assert warned.count("ctrl: warning") == done.stderr.count("ctrl: warning")
+    files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (folder, alone)]
+    assert files[0] == files[1]
+    weights = [load_file(run / "control" / "control.safetensors") for run in (folder, alone)]
+    updates, lr = 25, 0.05
+    for name, value in weights[0].items():
+        miss = (value - weights[1][name]).abs()
+        assert miss.max() < 2 * lr * updates
+        assert miss.mean() < 1e-3 * lr * updates
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (folder, alone)]
+    for name in ("gap_nats", "objective_nats", "log_z_nats"):
+        pair = [found["certificate"][name] for found in metrics]
+        assert pair[0] == pytest.approx(pair[1], rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, tmp_path):
+    whole, folder = launched_run[0], tmp_path / "run"
+    process = launched("demo", "--config", whole.parent / "settings.yaml", "--out", folder)
+    log = folder / "progress.jsonl"
+    while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= 14):
+        time.sleep(0.05)
+    os.kill(int((folder / ".lock").read_text()), signal.SIGKILL)  # rank 0; the other does not wait for it
+    process.communicate(timeout=120)
+    assert process.returncode
+    assert list((folder / "checkpoint").glob("*.safetensors"))
+    process = launched("train", "--resume", folder)
+    _, warned = process.communicate(timeout=600)
+    assert process.returncode == 0, warned
+    assert contents(folder) == contents(whole)
