@@ -287,6 +287,8 @@ def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -
     guidance = prior.text.guidance if prior.text and wanted.guidance is None else wanted.guidance
     whole = {"classes": classes, "prompts": wanted.prompts, "guidance": guidance}
     config = Config.of({**merged(defaults, given), **whole})
+    for name in config.learners:
+        ranks.share_of_batch(getattr(config, name).batch)
     while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
         config.steps -= 1  # a prior of few timesteps
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
