@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .denoise import Denoiser
-from .transition import half_square, transition
+from .transition import Gaussian, half_square, transition
 
 Times = tuple[float, ...]
-Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]  # (x_t, z) → x_s, the whitened control
+PriorStep = Callable[[Tensor], Gaussian]  # of x_t
+# x_t, z, the prior's mean → x_s and the whitened control
+OwnStep = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -60,35 +62,46 @@ def read_out(denoiser: Denoiser, x_end: Tensor, t_end: float, **cond: Tensor) ->
 
 
 class Checkpointed(torch.autograd.Function):
-    """A step that keeps nothing but its state and noise, and is computed again on the way back.
+    """A step of a chain that keeps its state and noise alone, and is computed again on the way back.
 
-    As `torch.utils.checkpoint` does, but without a hook on every tensor that a network saves, which on small networks
-    costs a sixth of the whole (docs/performance.md), and without a graph on the way there.
+    As `torch.utils.checkpoint` does, but without a hook on every tensor that a network saves (docs/performance.md),
+    without a graph on the way there, and on the way back with the graph of one evaluation at a time, the prior's first.
     """
 
     @staticmethod
-    def forward(context: Any, step: Step, x_t: Tensor, z: Tensor, *trained: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the step makes of x_t and z; `trained` are the parameters it has a gradient for."""
-        context.step = step
+    def forward(
+        context: Any, own: OwnStep, prior: PriorStep | None, x_t: Tensor, z: Tensor, *trained: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """x_s and the whitened control; `trained` are the parameters that own has a gradient for."""
+        context.own, context.prior = own, prior
         context.save_for_backward(x_t, z, *trained)
         context.set_materialize_grads(False)
-        return step(x_t, z)
+        return own(x_t, z, prior(x_t).mean if prior else None)
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(context: Any, of_x_s: Tensor | None, of_u: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient for the state, the noise and the parameters."""
         x_t, z, *trained = context.saved_tensors
-        asked = context.needs_input_grad[1:]
+        asked = context.needs_input_grad[2:]
+        x_t, z = (tensor.detach().requires_grad_(need) for tensor, need in zip((x_t, z), asked, strict=False))
+        mean = through_prior = None
+        with torch.set_grad_enabled(x_t.requires_grad and of_u is not None):
+            if context.prior:
+                pre = context.prior(x_t)
+                mean = pre.mean.detach()
+                if pre.mean.requires_grad:  # u = (mean_g − mean_pre)/std
+                    (through_prior,) = torch.autograd.grad(pre.mean, x_t, -(of_u / pre.std))
         with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip((x_t, z), asked, strict=False)]
-            made = context.step(*inputs)
+            x_s, u = context.own(x_t, z, mean)
+            # what the prior asks of x_t is the first of the sum, as if both networks were one graph
+            told = [(x_s, of_x_s), (u, of_u), (x_t.view_as(x_t), through_prior)]
         # a step whose labels are all null depends on no parameter
-        told = [(y, g) for y, g in zip(made, gradients, strict=True) if g is not None and y.requires_grad]
-        wanted = [tensor for tensor, need in zip((*inputs, *trained), asked, strict=True) if need]
+        told = [(y, given) for y, given in told if given is not None and y.requires_grad]
+        wanted = [tensor for tensor, need in zip((x_t, z, *trained), asked, strict=True) if need]
         outputs, given = zip(*told, strict=True) if told else ((), ())
         found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
-        return None, *(next(found) if need else None for need in asked)
+        return None, None, *(next(found) if need else None for need in asked)
 
 
 def rollout(
@@ -123,20 +136,23 @@ def rollout(
     cond = {name: row.to(x_1.device) for name, row in (cond or {}).items()}
     trained = [p for p in denoiser.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
 
-    def advance(x_t: Tensor, z: Tensor, t: float, s: float) -> tuple[Tensor, Tensor | None]:
+    def own(x_t: Tensor, z: Tensor, mean: Tensor | None, t: float, s: float) -> tuple[Tensor, Tensor | None]:
         here = transition(denoiser, x_t, t, s, eta, **control, **cond)
-        u = here.control(transition(denoiser.prior, x_t, t, s, eta, **cond)) if compare else None
-        return here.rsample(z), u
+        return here.rsample(z), None if mean is None else here.control(Gaussian(mean, here.std))
+
+    def prior(x_t: Tensor, t: float, s: float) -> Gaussian:
+        return transition(denoiser.prior, x_t, t, s, eta, **cond)
 
     x_t, states, drawn, kl, log_ratio = x_1, [x_1], [], [], []
     for i, (t, s) in enumerate(pairwise(times)):
         z = normal(x_t.shape, x_t, generator) if noise is None else noise[i]
         if at_state:
             x_t = at_state(i, x_t)
+        step = partial(own, t=t, s=s), partial(prior, t=t, s=s) if compare else None
         if torch.is_grad_enabled():
-            x_t, u = Checkpointed.apply(partial(advance, t=t, s=s), x_t, z, *trained)
+            x_t, u = Checkpointed.apply(*step, x_t, z, *trained)
         else:
-            x_t, u = advance(x_t, z, t, s)
+            x_t, u = step[0](x_t, z, step[1](x_t).mean if compare else None)
         states.append(x_t)
         drawn.append(z)
         if u is not None:

@@ -89,7 +89,7 @@ def adjoints_of(
                 u = here.control(pre)
                 value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i]).sum()
             a = pulled_back(policy, value, x_t)
-    return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), sum(torch.stack(longer).tolist()) / steps
+    return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), sum(torch.stack(longer).cpu().tolist()) / steps
 
 
 @dataclass
