@@ -27,7 +27,7 @@ class Trajectory:
         times: t_0 > … > t_N.
         x: states (N + 1, B, *).
         z: noise of each step (N, B, *), x_{i+1} = mean_i + std_i z_i.
-        x_0: (B, *), the prior's denoiser at the last state.
+        x_0: (B, *), the prior's denoiser at the last state; None if not read.
         kl: (N, B), KL of each step against the prior's in nats; None if not compared.
         log_ratio: (N, B), log p_g/p_pre of each step in nats, same expectation as kl; None if not compared.
     """
@@ -35,7 +35,7 @@ class Trajectory:
     times: Times
     x: Tensor
     z: Tensor
-    x_0: Tensor
+    x_0: Tensor | None
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
 
@@ -46,7 +46,8 @@ class Trajectory:
             return parts[0]
         rows = {name: [getattr(part, name) for part in parts] for name in ("x", "z", "kl", "log_ratio")}
         found = {name: None if each[0] is None else torch.cat(each, dim=1) for name, each in rows.items()}
-        return cls(parts[0].times, x_0=torch.cat([part.x_0 for part in parts]), **found)
+        read = [part.x_0 for part in parts if part.x_0 is not None]
+        return cls(parts[0].times, x_0=torch.cat(read) if read else None, **found)
 
 
 def normal(shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None) -> Tensor:
@@ -85,15 +86,14 @@ class Checkpointed(torch.autograd.Function):
         x_t, z, *trained = context.saved_tensors
         asked = context.needs_input_grad[2:]
         x_t, z = (tensor.detach().requires_grad_(need) for tensor, need in zip((x_t, z), asked, strict=False))
-        mean = through_prior = None
-        with torch.set_grad_enabled(x_t.requires_grad and of_u is not None):
-            if context.prior:
+        through_prior = None
+        if context.prior and x_t.requires_grad and of_u is not None:  # u = (mean_g − mean_pre)/std
+            with torch.enable_grad():
                 pre = context.prior(x_t)
-                mean = pre.mean.detach()
-                if pre.mean.requires_grad:  # u = (mean_g − mean_pre)/std
-                    (through_prior,) = torch.autograd.grad(pre.mean, x_t, -(of_u / pre.std))
+            (through_prior,) = torch.autograd.grad(pre.mean, x_t, -(of_u / pre.std))
         with torch.enable_grad():
-            x_s, u = context.own(x_t, z, mean)
+            # the gradient of u does not depend on where the prior's mean is
+            x_s, u = context.own(x_t, z, x_t.detach() if context.prior else None)
             # what the prior asks of x_t is the first of the sum, as if both networks were one graph
             told = [(x_s, of_x_s), (u, of_u), (x_t.view_as(x_t), through_prior)]
         # a step whose labels are all null depends on no parameter
@@ -111,6 +111,7 @@ def rollout(
     eta: float = 1.0,
     generator: torch.Generator | None = None,
     compare: bool = False,
+    read: bool = True,
     cond: dict[str, Tensor] | None = None,
     at_state: Callable[[int, Tensor], Tensor] | None = None,
     noise: Sequence[Tensor] | None = None,
@@ -128,6 +129,7 @@ def rollout(
         eta: churn.
         generator: of the steps' noise.
         compare: also measure each step against the prior (one more evaluation a step).
+        read: whether x_0 is asked for (one evaluation).
         cond: the prior's own conditions, B rows each.
         at_state: (i, x_i) → x_i, called before every step and at the end; cuts or clips the gradient.
         noise: of each step (B, *); drawn if None.
@@ -158,6 +160,7 @@ def rollout(
         if u is not None:
             kl.append(half_square(u))
             log_ratio.append(kl[-1] + (u * z).flatten(1).sum(1))
-    x_0 = read_out(denoiser, at_state(len(times) - 1, x_t) if at_state else x_t, times[-1], **cond)
+    end = at_state(len(times) - 1, x_t) if at_state else x_t
+    x_0 = read_out(denoiser, end, times[-1], **cond) if read else None
     compared = {"kl": torch.stack(kl), "log_ratio": torch.stack(log_ratio)} if compare else {}
     return Trajectory(times, torch.stack(states), torch.stack(drawn), x_0, **compared)

@@ -117,7 +117,7 @@ class Adjoint(OnPolicy):
         while True:
             with policy.frozen():
                 with torch.no_grad():
-                    drawn = list(self.fresh_paths(policy, conditions, generator))
+                    drawn = list(self.fresh_paths(policy, conditions, generator, read=False))  # that comes next
                 found = []
                 for path, _, labels, cond in drawn:
                     earned, gradient = reward_gradient(policy, path, reward, labels, cond)
