@@ -33,7 +33,8 @@ def alignprop(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: i
     config = AlignPropConfig(
         sample_num_steps=steps, sample_guidance_scale=GUIDANCE, sample_eta=1.0, train_batch_size=batch,
         train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=0,
-        train_learning_rate=1e-5, mixed_precision="no", log_with=None, save_freq=10**6, project_kwargs={"logging_dir": folder},
+        train_learning_rate=1e-5, mixed_precision="no", log_with=None, save_freq=10**6,
+        project_kwargs={"logging_dir": folder},
     )  # fmt: skip
     trainer = AlignPropTrainer(config, reward, prompt, pipeline)
     return lambda: trainer.step(0, 0)
@@ -44,7 +45,8 @@ def ddpo(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, f
     config = DDPOConfig(
         sample_num_steps=steps, sample_guidance_scale=GUIDANCE, sample_eta=1.0, sample_batch_size=batch,
         sample_num_batches_per_epoch=1, train_batch_size=batch, train_gradient_accumulation_steps=1, train_cfg=True,
-        train_learning_rate=1e-5, mixed_precision="no", log_with=None, save_freq=10**6, project_kwargs={"logging_dir": folder},
+        train_learning_rate=1e-5, mixed_precision="no", log_with=None, save_freq=10**6,
+        project_kwargs={"logging_dir": folder},
     )  # fmt: skip
     trainer = DDPOTrainer(config, reward, prompt, pipeline)
     return lambda: trainer.step(0, 0)

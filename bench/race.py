@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+Command = tuple[str | int | Path, ...]
 PROMPTS = ("a cat", "a dog")
 GUIDANCE = 5.0
 RANK = 16
@@ -62,7 +63,7 @@ class Contender:
         command: of its process.
     """
 
-    def __init__(self, *command: str | Path) -> None:
+    def __init__(self, *command: str | int | Path) -> None:
         # allocations of a megabyte go back when they are freed: the peak is what is held, not what was ever asked for
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -80,7 +81,7 @@ class Contender:
 
 
 @contextmanager
-def raced(contenders: dict[str, tuple[str | Path, ...]], rounds: int) -> Iterator[dict[str, Contender]]:
+def raced(contenders: dict[str, Command], rounds: int) -> Iterator[dict[str, Contender]]:
     """Contenders after a round that is not counted and `rounds` in which each ran one update after the other."""
     started: dict[str, Contender] = {}
     try:

@@ -1,14 +1,15 @@
 """Where the time of an update goes, and what others take for one: docs/performance.md, bench/results.json.
 
 python bench/speed.py                    (half an hour on one quiet thread; makes the peer's environment the first time)
-python bench/speed.py share|reference|trl|growth|gap …     (parts of it)
-python bench/speed.py contender FOLDER LEARNER BATCH STEPS [MICRO [SIDE [CONTROLS]]]      (one of bench/race.py)
+python bench/speed.py share_of_limit|vs_reference|vs_trl|growth …        (parts of it)
+python bench/speed.py contender FOLDER LEARNER BATCH STEPS MICRO CONTROLS        (one of them, see bench/race.py)
 
 A Stable Diffusion of 100,000 parameters under guidance, its weights random, saved and loaded by diffusers. Seconds are
 CPU seconds of one thread; every figure is a median over interleaved rounds, quoted as a ratio.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,11 +20,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from models import pipeline
-from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, raced, serve
-from torch import Tensor
+from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, Command, Contender, raced, serve
 
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
@@ -39,9 +40,9 @@ from ctrl_diffusion.rollout import Times
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results.json"
-PEER = ROOT / "runs" / "peer"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+PEER = HERE.parent / "runs" / "peer"
 PEER_PACKAGES = ("torch==2.13.0", "trl==0.22.2", "diffusers==0.35.2", "transformers<5", "peft")
 BATCH, STEPS, ROUNDS = 8, 10, 7
 LR = {"embedding": 1e-5, "adapter": 1e-5}
@@ -196,24 +197,112 @@ def share(folder: Path) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in ratios.items()}
 
 
-def ours(
-    folder: Path, learner: str, batch: int, times: Times, micro: int = 0, controls: int = 1
-) -> tuple[str | Path, ...]:
+def ours(folder: Path, learner: str, batch: int, steps: int, micro: int = 0, controls: int = 1) -> Command:
     """The command of a contender of our own."""
-    return sys.executable, __file__, "contender", folder, learner, batch, len(times) - 1, micro, controls
+    return sys.executable, __file__, "contender", folder, learner, batch, steps, micro, controls
+
+
+def reference(folder: Path, batch: int, steps: int) -> Command:
+    """The command of the reference schedule on our own grid."""
+    times = Prior.from_pretrained(folder).denoiser.times(steps, 0.05, 2.0)
+    return sys.executable, HERE / "reference.py", folder, batch, ",".join(map(str, times))
+
+
+def peer(folder: Path, trainer: str, batch: int, steps: int) -> Command:
+    """The command of a trainer of trl in its own environment, which is made if there is none."""
+    python = PEER / "bin" / "python"
+    if not (PEER / "ready").exists():
+        venv.create(PEER, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PEER_PACKAGES], check=True)
+        (PEER / "ready").touch()
+    return python, HERE / "peer.py", folder, trainer, batch, steps
+
+
+def ratio(mine: Contender, other: Contender) -> float:
+    """Of the time of an update: the median over rounds."""
+    return statistics.median(a / b for a, b in zip(mine.seconds, other.seconds, strict=True))
+
+
+def against_reference(folder: Path) -> dict[str, Any]:
+    """The same loss by the reference schedule: ours at once, and on more paths in parts."""
+    found: dict[str, Any] = {}
+    for batch, micro in ((BATCH, 0), (4 * BATCH, BATCH)):
+        commands = {"ours": ours(folder, "backprop", batch, STEPS, micro), "reference": reference(folder, batch, STEPS)}
+        with raced(commands, ROUNDS if not micro else 5) as run:
+            mine, other = run["ours"], run["reference"]
+            figures = {"time_ratio": ratio(mine, other), "memory_ratio": mine.megabytes / other.megabytes}
+            figures["megabytes"] = [mine.megabytes, other.megabytes]
+        found |= {f"{batch} paths in parts of {micro}": figures} if micro else figures
+    return found
+
+
+def against_trl(folder: Path) -> dict[str, Any]:
+    """AlignProp through all steps against `backprop`, DDPO on all steps against `ppo` on as many."""
+    commands = {
+        "backprop": ours(folder, "backprop", BATCH, STEPS), "alignprop": peer(folder, "alignprop", BATCH, STEPS),
+        "ppo": ours(folder, "ppo", BATCH, STEPS), "ddpo": peer(folder, "ddpo", BATCH, STEPS),
+    }  # fmt: skip
+    with raced(commands, ROUNDS) as run:
+        pairs = {"backprop": "alignprop", "ppo": "ddpo"}
+        updates = {mine: ratio(run[mine], run[other]) for mine, other in pairs.items()}
+        memory = {mine: run[mine].megabytes / run[other].megabytes for mine, other in pairs.items()}
+    # ours: the policy and the prior, there and back; theirs the policy, without a KL
+    evaluations_ratio = 2.0
+    return {
+        "time_ratio": updates["backprop"] / evaluations_ratio, "memory_ratio": memory["backprop"],
+        "update_ratio": updates["backprop"], "ddpo": {"update_ratio": updates["ppo"], "memory_ratio": memory["ppo"]},
+    }  # fmt: skip
+
+
+def growth(folder: Path) -> dict[str, Any]:
+    """Time and memory of an update of `adjoint`, each over those of the first: what grows with what."""
+    wide = folder / "wide"
+    write_tiny(wide, side=16)
+    series = {
+        "steps": {n: ours(folder, "adjoint", BATCH, n) for n in (10, 30, 100)},
+        "paths": {n: ours(folder, "adjoint", n, STEPS) for n in (8, 16, 32)},
+        "paths in parts of 8": {n: ours(folder, "adjoint", n, STEPS, 8) for n in (8, 16, 32)},
+        "side of the latents": {8: ours(folder, "adjoint", BATCH, STEPS), 16: ours(wide, "adjoint", BATCH, STEPS)},
+        "controls": {n: ours(folder, "adjoint", BATCH, STEPS, 0, n) for n in (1, 2, 3)},
+    }
+    found: dict[str, Any] = {}
+    for name, commands in series.items():
+        with raced({str(n): command for n, command in commands.items()}, 3) as run:
+            first = run[str(next(iter(commands)))]
+            found[name] = {
+                n: {"time": ratio(each, first), "memory": each.megabytes / first.megabytes, "megabytes": each.megabytes}
+                for n, each in run.items()
+            }
+        print(name, json.dumps(rounded(found[name])), flush=True)
+    # x and z of a rollout, the adjoints and the prior's means: four numbers for each of a path's
+    found["trajectory_megabytes"] = {n: 4 * n * BATCH * 4 * 8 * 8 * 4 / 2**20 for n in (10, 30, 100)}
+    return found
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "share_of_limit": share,
+    "vs_reference": against_reference,
+    "vs_trl": against_trl,
+    "growth": growth,
+}
 
 
 def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] == ["contender"]:
         torch.manual_seed(0)
-        folder, learner = Path(arguments[1]), arguments[2]
         batch, steps, micro, controls = map(int, arguments[3:])
-        serve(Setting.of(folder, steps, controls=controls).updates(learner, batch, micro or None))
+        serve(Setting.of(Path(arguments[1]), steps, controls=controls).updates(arguments[2], batch, micro or None))
         return
-    with TemporaryDirectory() as name:
-        write_tiny(Path(name))
-        print(json.dumps(rounded(share(Path(name)))))
+    torch.set_num_threads(1)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for name in arguments or PARTS:
+        with TemporaryDirectory() as folder:
+            write_tiny(Path(folder))
+            load = os.getloadavg()[0]
+            results[name] = {**PARTS[name](Path(folder)), "load": load}
+        print(name, json.dumps(rounded(results[name])), flush=True)
+        write_json(RESULTS, results)
 
 
 if __name__ == "__main__":
