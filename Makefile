@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/python bench/text.py
 	$(BIN)/python bench/classifiers.py
 	$(BIN)/python bench/exact.py
+	$(BIN)/python bench/speed.py
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md

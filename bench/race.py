@@ -43,7 +43,7 @@ def resident(peak: bool = False) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
-def serve(update: Callable[[], None]) -> None:
+def serve(update: Callable[[], object]) -> None:
     """Be a contender."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer

@@ -1,7 +1,7 @@
 """Where the time of an update goes, and what others take for one: docs/performance.md, bench/results.json.
 
 python bench/speed.py                    (half an hour on one quiet thread; makes the peer's environment the first time)
-python bench/speed.py share_of_limit|vs_reference|vs_trl|growth …        (parts of it)
+python bench/speed.py share_of_limit|vs_reference|vs_trl|vs_before|growth|time_to_gap|traces|options …   (parts of it)
 python bench/speed.py contender FOLDER LEARNER BATCH STEPS MICRO CONTROLS        (one of them, see bench/race.py)
 
 A Stable Diffusion of 100,000 parameters under guidance, its weights random, saved and loaded by diffusers. Seconds are
@@ -26,8 +26,10 @@ import torch
 from models import pipeline
 from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, Command, Contender, raced, serve
 
+from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.conditions import Conditions
-from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.control import LoRAControl, Policy, SideControl
+from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.files import rounded, write_json
 from ctrl_diffusion.learn import Learner
 from ctrl_diffusion.learn.adjoint import Adjoint
@@ -35,18 +37,22 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward import Reward, prior_table
 from ctrl_diffusion.rollout import Times
 from ctrl_diffusion.sample import paths
-from ctrl_diffusion.train import fit
+from ctrl_diffusion.schedule import Cosine
+from ctrl_diffusion.train import Update, fit
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PEER = HERE.parent / "runs" / "peer"
+BEFORE = "d456200"  # the commit before its steps were measured
 PEER_PACKAGES = ("torch==2.13.0", "trl==0.22.2", "diffusers==0.35.2", "transformers<5", "peft")
-BATCH, STEPS, ROUNDS = 8, 10, 7
+BATCH, STEPS, ROUNDS = 8, 10, 9
 LR = {"embedding": 1e-5, "adapter": 1e-5}
+GAP_UPDATES, GAP_EVERY = 400, 10
 K = 5  # steps of each path that adjoint and ppo look at in an update
+DRAWN = ("sampling", "prior's sampling")
 LEARNERS = ("weighted", "adjoint", "lean", "backprop", "ppo")
 
 
@@ -94,8 +100,17 @@ class Setting:
             "ppo": lambda: PPO(self.times, batch, micro=micro, surrogates=K, reuse=1),
         }[name]()
 
-    def updates(self, name: str, batch: int, micro: int | None = None) -> Callable[[], None]:
-        """What runs one update."""
+    def run(self, name: str, batch: int, micro: int | None = None) -> Callable[[], object]:
+        """What runs one update of a learner, or draws one batch of samples."""
+        if "sampling" not in name:
+            return self.updates(name, batch, micro)
+        labels = {y: torch.arange(batch) % CLASSES for y in self.policy.controls} if name == "sampling" else None
+        denoiser = self.policy if labels else self.policy.prior
+        cond, generator = {"c": torch.zeros(batch, dtype=torch.long)}, torch.Generator().manual_seed(0)
+        return lambda: paths(denoiser, batch, self.times, generator, cond, labels)
+
+    def updates(self, name: str, batch: int, micro: int | None = None) -> Callable[[], Update]:
+        """What runs one update of a learner."""
         learner = self.learner(name, batch, micro)
         stream = learner(self.policy, self.reward, self.conditions, torch.Generator().manual_seed(0))
         return fit(self.policy, stream, 10**6, LR).__next__
@@ -163,38 +178,32 @@ def share(folder: Path) -> dict[str, float]:
     with torch.no_grad():
         for p in setting.policy.trained():  # zeros are quicker than what is trained
             p.add_(0.01 * torch.randn(p.shape))
-    labels = {"y0": torch.arange(BATCH) % CLASSES}
-    cond = {"c": torch.zeros(BATCH, dtype=torch.long)}
-    draw = {"times": setting.times, "generator": torch.Generator().manual_seed(0), "cond": cond}
-    batches = {name: 64 if name == "weighted" else BATCH for name in LEARNERS}
-    runs: dict[str, Callable[[], object]] = {
-        "sampling": lambda: paths(setting.policy, BATCH, labels=labels, **draw),
-        "prior's sampling": lambda: paths(setting.policy.prior, BATCH, **draw),
-        **{name: setting.updates(name, batches[name]) for name in LEARNERS},
-    }
-    counts = {name: evaluations(name, STEPS) for name in runs}
-    sizes = {(kind, times * batches.get(name, BATCH)) for name in runs for kind, times in counts[name]}
-    ratios: dict[str, list[float]] = {name: [] for name in [*runs, "policy / prior"]}
+    ratios: dict[str, list[float]] = {name: [] for name in [*DRAWN, *LEARNERS, "policy / prior"]}
+    runs = {name: setting.run(name, batch_of(name)) for name in [*DRAWN, *LEARNERS]}
+
+    def alone(name: str) -> float:
+        """What the evaluations of one update take, each kind timed anew."""
+        total = 0.0
+        for (kind, times), n in evaluations(name, STEPS).items():
+            with bare(setting, kind, times * batch_of(name)) as evaluate:
+                total += n * seconds(evaluate, 2)
+        return total
+
     for i in range(ROUNDS + 1):
-        alone = {}
-        for kind, batch in sorted(sizes):
-            with bare(setting, kind, batch) as run:
-                alone[kind, batch] = seconds(run, 3)
-        took = {name: seconds(run) for name, run in runs.items()}
-        again = {}
-        for kind, batch in sorted(sizes):
-            with bare(setting, kind, batch) as run:
-                again[kind, batch] = seconds(run, 3)
-        if i == 0:
-            continue
-        for name, made in counts.items():
-            limit = sum(
-                n * (alone[kind, times * batches.get(name, BATCH)] + again[kind, times * batches.get(name, BATCH)]) / 2
-                for (kind, times), n in made.items()
-            )
-            ratios[name].append(limit / took[name])
-        ratios["policy / prior"].append(took["sampling"] / took["prior's sampling"])
+        took = {}
+        for name, run in runs.items():
+            before = alone(name)
+            took[name] = seconds(run)
+            if i:  # the first round is not counted
+                ratios[name].append((before + alone(name)) / 2 / took[name])
+        if i:
+            ratios["policy / prior"].append(took["sampling"] / took["prior's sampling"])
     return {name: statistics.median(found) for name, found in ratios.items()}
+
+
+def batch_of(name: str) -> int:
+    """Paths, or samples of the cache, in an update."""
+    return 8 * BATCH if name == "weighted" else BATCH
 
 
 def ours(folder: Path, learner: str, batch: int, steps: int, micro: int = 0, controls: int = 1) -> Command:
@@ -226,13 +235,16 @@ def ratio(mine: Contender, other: Contender) -> float:
 def against_reference(folder: Path) -> dict[str, Any]:
     """The same loss by the reference schedule: ours at once, and on more paths in parts."""
     found: dict[str, Any] = {}
-    for batch, micro in ((BATCH, 0), (4 * BATCH, BATCH)):
+    for batch, micro in ((BATCH, 0), (4 * BATCH, 0), (4 * BATCH, 2 * BATCH)):
         commands = {"ours": ours(folder, "backprop", batch, STEPS, micro), "reference": reference(folder, batch, STEPS)}
-        with raced(commands, ROUNDS if not micro else 5) as run:
+        with raced(commands, ROUNDS if batch == BATCH else 5) as run:
             mine, other = run["ours"], run["reference"]
             figures = {"time_ratio": ratio(mine, other), "memory_ratio": mine.megabytes / other.megabytes}
             figures["megabytes"] = [mine.megabytes, other.megabytes]
-        found |= {f"{batch} paths in parts of {micro}": figures} if micro else figures
+        if batch == BATCH:
+            found = figures
+        else:
+            found[f"{batch} paths" + (f" in parts of {micro}" if micro else "")] = figures
     return found
 
 
@@ -252,6 +264,25 @@ def against_trl(folder: Path) -> dict[str, Any]:
         "time_ratio": updates["backprop"] / evaluations_ratio, "memory_ratio": memory["backprop"],
         "update_ratio": updates["backprop"], "ddpo": {"update_ratio": updates["ppo"], "memory_ratio": memory["ppo"]},
     }  # fmt: skip
+
+
+def against_before(folder: Path) -> dict[str, Any]:
+    """This library against itself as it was at a commit, for its history: it says what was gained."""
+    with TemporaryDirectory() as before:
+        archive = subprocess.run(["git", "archive", BEFORE, "src"], cwd=HERE.parent, check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", before], input=archive.stdout, check=True)
+        commands: dict[str, Command] = {}
+        for name in (DRAWN[0], *LEARNERS):
+            own = ours(folder, name, batch_of(name), STEPS)
+            commands |= {name: own, f"{name} before": ("env", f"PYTHONPATH={before}/src", *own)}
+        with raced(commands, ROUNDS) as run:
+            return {
+                name: {
+                    "time": ratio(run[name], run[f"{name} before"]),
+                    "memory": run[name].megabytes / run[f"{name} before"].megabytes,
+                }
+                for name in (DRAWN[0], *LEARNERS)
+            }
 
 
 def growth(folder: Path) -> dict[str, Any]:
@@ -279,11 +310,99 @@ def growth(folder: Path) -> dict[str, Any]:
     return found
 
 
+def time_to_gap(folder: Path) -> dict[str, Any]:
+    """CPU seconds of training until the certificate's gap is below some nats, over those of `adjoint`.
+
+    On a mixture of two Gaussians in the plane, y its component: the network is small, so these are the learners' own
+    needs for updates and not the cost of an evaluation. What the certificate takes is not counted.
+    """
+    levels, found = (1.0, 0.5, 0.3), {}
+    for name in ("weighted", "adjoint", "backprop", "ppo"):
+        torch.manual_seed(0)
+        prior = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, Cosine(), torch.tensor([0.3, 0.7]))
+        policy, times = Policy(prior, SideControl("y", ("a", "b"), prior)), prior.schedule.times(25, 0.1)
+        setting = {"reward": Reward({"y": ComponentLabel(prior)}), "conditions": Conditions({}, {"y": 2})}
+        x_prior, _, _ = paths(prior, 8000, times, torch.Generator().manual_seed(1))
+        table = prior_table(*setting.values(), x_prior)
+        learner = {
+            "weighted": lambda t=times, x=x_prior: Weighted(x, t, 256), "adjoint": lambda t=times: Adjoint(t, 128),
+            "backprop": lambda t=times: Backprop(t, 64), "ppo": lambda t=times: PPO(t, 128),
+        }[name]()  # fmt: skip
+        updates = fit(
+            policy, learner(policy, *setting.values(), torch.Generator().manual_seed(0)), GAP_UPDATES,
+            {"embedding": 1e-2, "adapter": 3e-3},
+        )  # fmt: skip
+        taken, reached = 0.0, dict.fromkeys(map(str, levels))
+        for block in range(GAP_UPDATES // GAP_EVERY):
+            taken += seconds(lambda u=updates: [next(u) for _ in range(GAP_EVERY)])
+            labels, _ = setting["conditions"].of(setting["conditions"].all(1000))
+            drawn = torch.Generator().manual_seed(2)
+            x_0, kl, log_ratio = paths(policy, 2000, times, drawn, labels=labels, compare=True)
+            with torch.no_grad():
+                found_now = certify(setting["conditions"], table, setting["reward"](x_0, labels), kl, log_ratio)
+            for level in levels:
+                if found_now.gap < level and reached[str(level)] is None:
+                    reached[str(level)] = {"seconds": taken, "updates": (block + 1) * GAP_EVERY}
+            if all(reached.values()):
+                break
+        found[name] = reached
+    at = {level: found["adjoint"][level]["seconds"] for level in found["adjoint"] if found["adjoint"][level]}
+    return {
+        name: {
+            level: None if mark is None else {"updates": mark["updates"], "time": mark["seconds"] / at[level]}
+            for level, mark in reached.items() if level in at
+        }
+        for name, reached in found.items()
+    }  # fmt: skip
+
+
+def traces(folder: Path) -> dict[str, Any]:
+    """What torch.profiler sees in an update: the share of its operations' own time by operation, the largest first."""
+    setting, found = Setting.of(folder, STEPS, latent=True), {}
+    for name in LEARNERS:
+        run = setting.updates(name, BATCH)
+        run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+            run()
+        own = {event.key: event.self_cpu_time_total for event in trace.key_averages()}
+        largest = sorted(own, key=own.get, reverse=True)[:8]
+        found[name] = {key: own[key] / sum(own.values()) for key in largest}
+    return found
+
+
+def options(folder: Path) -> dict[str, Any]:
+    """Other ways to run the network: their forward pass over the plain one, and whether the bits are the same."""
+    plain, last, other = (Setting.of(folder, STEPS).prior.denoiser.network for _ in range(3))
+    compiled = torch.compile(other)
+    last.to(memory_format=torch.channels_last)
+    x_t = torch.randn(2 * BATCH, 4, 8, 8)
+    timestep, rows = torch.full((2 * BATCH,), 500.0), torch.randn(2 * BATCH, 16, plain.config.cross_attention_dim)
+    runs = {
+        "plain": lambda: plain(x_t, timestep, rows, return_dict=False)[0],
+        "channels last": lambda: last(x_t.to(memory_format=torch.channels_last), timestep, rows, return_dict=False)[0],
+        "torch.compile": lambda: compiled(x_t, timestep, rows, return_dict=False)[0],
+    }
+    with torch.no_grad():
+        made = {name: run() for name, run in runs.items()}
+        took = [{name: seconds(run, 5) for name, run in runs.items()} for _ in range(ROUNDS)]
+    return {
+        name: {
+            "time": statistics.median(each[name] / each["plain"] for each in took),
+            "same_bits": torch.equal(made[name], made["plain"]),
+        }
+        for name in runs
+    }
+
+
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "share_of_limit": share,
     "vs_reference": against_reference,
     "vs_trl": against_trl,
+    "vs_before": against_before,
     "growth": growth,
+    "time_to_gap": time_to_gap,
+    "traces": traces,
+    "options": options,
 }
 
 
@@ -292,7 +411,7 @@ def main() -> None:
     if arguments[:1] == ["contender"]:
         torch.manual_seed(0)
         batch, steps, micro, controls = map(int, arguments[3:])
-        serve(Setting.of(Path(arguments[1]), steps, controls=controls).updates(arguments[2], batch, micro or None))
+        serve(Setting.of(Path(arguments[1]), steps, controls=controls).run(arguments[2], batch, micro or None))
         return
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}

@@ -8,7 +8,6 @@ from reference import Reference
 from speed import CLASSES, K, Setting, evaluations, write_tiny
 
 from ctrl_diffusion.learn.backprop import Backprop
-from ctrl_diffusion.sample import paths
 
 BATCH, STEPS = 3, 4
 
@@ -40,13 +39,7 @@ def test_an_update_calls_the_network_as_often_as_the_table_says(tiny, name):
         kind = f"{kind} {asked}" if torch.is_grad_enabled() and asked else kind
         calls[kind, len(args[0]) // (2 * BATCH)] += 1  # twice a sample, for guidance
 
-    if "sampling" in name:
-        labels = {"y0": torch.arange(BATCH)} if name == "sampling" else None
-        denoiser, generator = policy if labels else policy.prior, torch.Generator().manual_seed(0)
-        cond = {"c": torch.zeros(BATCH, dtype=torch.long)}
-        run = lambda: paths(denoiser, BATCH, setting.times, generator, cond, labels)  # noqa: E731
-    else:
-        run = setting.updates(name, BATCH)
+    run = setting.run(name, BATCH)
     setting.prior.denoiser.network.register_forward_pre_hook(count)
     for _ in range(2):
         calls.clear()
