@@ -32,6 +32,7 @@ bench: setup
 	$(BIN)/python bench/exact.py
 	$(BIN)/python bench/bias.py
 	$(BIN)/python bench/results.py
+	$(BIN)/python bench/speed.py
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md

@@ -79,3 +79,26 @@ def test_under_a_gradient_the_same_path_and_the_gradient_of_the_chain():
         x_t = here.rsample(torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype))
     (expected,) = torch.autograd.grad(policy.prior(x_t, times[-1]).sum() + kl, table)
     torch.testing.assert_close(found, expected)
+
+
+def test_numbers_kept_from_inference_mode_serve_a_gradient():
+    """Those of a chain's times are computed once, by whoever comes first."""
+    policy, times = toy()
+    x_1, labels = torch.randn(2, 2, dtype=torch.float64), {"y": torch.tensor([0, 1])}
+    with torch.inference_mode():
+        before = rollout(policy, x_1, times, generator=torch.Generator().manual_seed(0), compare=True, labels=labels)
+    path = rollout(policy, x_1, times, generator=torch.Generator().manual_seed(0), compare=True, labels=labels)
+    path.kl.sum().backward()
+    assert torch.equal(path.x.detach(), before.x)
+    assert policy.controls["y"].table.weight.grad.any()
+
+
+def test_a_path_that_is_not_read_out_is_the_same_path():
+    policy, times = toy()
+    x_1 = torch.randn(2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        read, unread = (
+            rollout(policy, x_1, times, generator=torch.Generator().manual_seed(0), read=read) for read in (True, False)
+        )
+    assert unread.x_0 is None
+    assert torch.equal(read.x, unread.x)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow, VariancePreserving
+from ctrl_diffusion.denoise import clock
+from ctrl_diffusion.schedule import Cosine, RectifiedFlow, VariancePreserving, coefficients
 
 SCHEDULERS = [
     {"beta_schedule": "squaredcos_cap_v2"},
@@ -45,3 +46,14 @@ def test_impossible_grids_are_refused(steps, sigma_end):
 def test_broken_tables_are_refused():
     with pytest.raises(ValueError, match="decreasing"):
         VariancePreserving(torch.tensor([0.9, 0.95]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_coefficients_are_those_of_every_row(schedule):
+    """Of a time that is a number, kept from before, or of one time a row: the same to the bit."""
+    like, t = torch.zeros(2, 3, 4), 0.43
+    of_rows = coefficients(clock, like, schedule, torch.full((2,), t, dtype=torch.float64))
+    for _ in range(2):
+        for one, each in zip(coefficients(clock, like, schedule, t), of_rows, strict=True):
+            assert each.shape == (2, 1, 1)
+            assert torch.equal(one.expand(2, 1, 1), each)

@@ -137,6 +137,11 @@ class Comparison:
             raise ValueError("no data say the prior's condition c: there is nothing real to compare with. --condition.")
         return Look.joined(looks), torch.cat(groups)
 
+    @property
+    def labelled(self) -> int:
+        """How many labels the run has, of the control that has the most."""
+        return max(len(data) for data in self.data.values())
+
     @cached_property
     def variance(self) -> float:
         """Of a dimension of the prior's x_0, its mean."""
@@ -147,8 +152,7 @@ class Comparison:
         parts = {
             name: tuple(data.split(name, WITH_RULER, self.run.config.seed)[:2]) for name, data in self.data.items()
         }
-        most = max(len(data) for data in self.data.values())
-        return Cell(self.run, self.data, parts, self.variance, most, phase=self.phase)
+        return Cell(self.run, self.data, parts, self.variance, self.labelled, phase=self.phase)
 
     def images(self, n: int, seed: int) -> dict[str, list[LabelledImages]]:
         """n labels of each control in three parts: to fit, to calibrate, and held out, the rest of the run's if any.
@@ -419,14 +423,14 @@ def compare_job(
         if found["about"] != about:
             raise ValueError(f"{out} compares another run, or with another -n. Choose another --out, or --overwrite.")
     comparison = Comparison(run, out, methods, tuple(strengths), n, phase, found["rows"], found["cells"], trust)
-    own = comparison.own_cell()
-    cells = [(n, seed) for seed in seeds or (own.seed,) for n in labels or (own.labels,)]
+    cells = [(n, seed) for seed in seeds or (run.config.seed,) for n in labels or (comparison.labelled,)]
     for cell in cells:
-        comparison.images(*cell)  # refused before anything is done
+        if cell != (comparison.labelled, run.config.seed):  # the run itself, whose controls may have unlike numbers
+            comparison.images(*cell)  # refused before anything is done
     if not resume:
         clear(out, COMPARE_FILES)
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    prior = comparison.prior()
+    own, prior = comparison.own_cell(), comparison.prior()
 
     def whole() -> dict[str, Any]:
         return {

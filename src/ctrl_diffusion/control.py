@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -100,6 +101,14 @@ class Control(nn.Module, ABC):
         return torch.where((y == NULL)[:, None], 0.0, between)
 
 
+@dataclass
+class Kept:
+    """What a control computes once while its parameters stay as they are: W + BA of the prior's W, BA for any other."""
+
+    sums: list[Tensor] | None = None
+    differences: list[Tensor] | None = None
+
+
 class LoRAControl(Control):
     """One LoRA adapter and one zero-initialised embedding table on a pre-trained network.
 
@@ -161,7 +170,7 @@ class LoRAControl(Control):
         for p in self.parameter_groups()["adapter"] if self._half else ():
             p.data = p.data.float()  # peft makes them as the layers are
         self._shift: Tensor | None = None
-        self._kept: list[Tensor] | None = None
+        self._kept: Kept | None = None
         for site in denoiser.site.embeddings:
             denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
         self._silence()
@@ -179,7 +188,7 @@ class LoRAControl(Control):
 
     def settle(self) -> "LoRAControl":
         super().settle()
-        self._kept = None if self._half else self._differences()
+        self._kept = Kept()
         return self
 
     @property
@@ -189,15 +198,25 @@ class LoRAControl(Control):
 
     def _differences(self) -> list[Tensor]:
         """BA of every layer."""
-        if self._kept is not None:
-            return self._kept
         return [layer.get_delta_weight(self.adapter) for layer in self._layers]
+
+    def _changed(self, own: list[Tensor]) -> list[Tensor]:
+        """W + BA of every layer whose weight is W: the prior's, or what other controls made of it."""
+        kept = self._kept
+        if kept is None:
+            return added(own, self._differences())
+        with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+            if all(isinstance(weight, nn.Parameter) for weight in own):
+                kept.sums = kept.sums or added(own, self._differences())
+                return kept.sums
+            kept.differences = kept.differences or self._differences()
+        return added(own, kept.differences)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         with super().frozen():
             outer = self._kept
-            self._kept = None if self._half else self._differences()
+            self._kept = outer or Kept()
             try:
                 yield
             finally:
@@ -232,9 +251,8 @@ class LoRAControl(Control):
         """(W + BA)x: the same as Wx + B(Ax), but with many rows to a layer far fewer products (docs/lab-notes.md)."""
         homes = [layer.get_base_layer()._parameters for layer in self._layers]
         own = [home["weight"] for home in homes]
-        changed = [weight + difference for weight, difference in zip(own, self._differences(), strict=True)]
         try:
-            for home, weight in zip(homes, changed, strict=True):
+            for home, weight in zip(homes, self._changed(own), strict=True):
                 home["weight"] = weight
             yield
         finally:
@@ -273,6 +291,11 @@ class LoRAControl(Control):
         set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.adapter)
         control._silence()
         return control
+
+
+def added(weights: list[Tensor], differences: list[Tensor]) -> list[Tensor]:
+    """W + BA, layer by layer."""
+    return [weight + difference for weight, difference in zip(weights, differences, strict=True)]
 
 
 class SideControl(Control):

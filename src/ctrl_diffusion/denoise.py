@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .schedule import Schedule, per_sample
+from .schedule import Schedule, coefficients
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 Network = Callable[..., Tensor]
@@ -35,6 +35,11 @@ def x_hat_from(prediction: Tensor, kind: Prediction, x_t: Tensor, alpha: Tensor,
         case "flow":
             return x_t - sigma * prediction
     raise ValueError(f"prediction must be epsilon, sample, v_prediction or flow, got {kind!r}.")
+
+
+def clock(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """The network's timestep, α_t and σ_t, float64, in the shape of t."""
+    return schedule.timestep(t), *schedule(t)
 
 
 class Denoiser(nn.Module):
@@ -168,12 +173,14 @@ class NetworkDenoiser(Denoiser):
         return first if first in (torch.float16, torch.bfloat16) else None
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
-        timestep = self.schedule.timestep(t).to(x_t).expand(len(x_t))
+        timestep, alpha, sigma = coefficients(clock, x_t, self.schedule, t)
+        stored = self.stored
         given = {name: row.to(x_t.device) for name, row in cond.items()}
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
-            prediction = self.call(x_t if self.stored is None else x_t.to(self.stored), timestep, **given)
+            prediction = self.call(
+                x_t if stored is None else x_t.to(stored), timestep.reshape(-1).expand(len(x_t)), **given
+            )
         prediction = prediction[:, : x_t.shape[1]].to(x_t.dtype)
-        alpha, sigma = (per_sample(a, x_t) for a in self.schedule(t))
         x_hat = x_hat_from(prediction, self.prediction, x_t, alpha, sigma)
         return x_hat if self.clip is None else x_hat.clamp(-self.clip, self.clip)
 

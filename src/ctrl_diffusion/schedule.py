@@ -6,7 +6,8 @@ path; nothing downstream asks which one it has. Coefficients are float64, so tha
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -138,3 +139,25 @@ class RectifiedFlow(Schedule):
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """`value`, of shape () or (B,), shaped to multiply `like` (B, *), in its dtype and on its device."""
     return value.to(like).reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value.to(like)
+
+
+def coefficients(function: Callable[..., tuple[Tensor, ...]], like: Tensor, *arguments: Hashable) -> list[Tensor]:
+    """function(*arguments), values of shape () or (B,), each shaped to multiply `like` (B, *).
+
+    Those of times that are numbers are computed once: a chain meets its times again in every rollout.
+    """
+    if any(isinstance(argument, Tensor) for argument in arguments):
+        return [per_sample(value, like) for value in function(*arguments)]
+    return _known(function, arguments, like.dtype, like.device)
+
+
+@lru_cache(maxsize=2**12)
+def _known(
+    function: Callable[..., tuple[Tensor, ...]],
+    arguments: tuple[Hashable, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:
+    """Numbers of times, where and in the precision they are needed: a step neither computes nor moves them."""
+    with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+        return [value.to(device, dtype) for value in function(*arguments)]

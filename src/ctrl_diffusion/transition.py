@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .denoise import Denoiser
-from .schedule import Schedule, per_sample
+from .schedule import Schedule, coefficients
 
 
 class Gaussian(NamedTuple):
@@ -60,14 +60,19 @@ def step_std(schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: floa
     return eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
 
 
+def step_of(schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b, std of the step t → s, whose mean is a x̂ + b x_t; float64, in the shape of t."""
+    std = step_std(schedule, t, s, eta)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+    rest = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t  # the weight of σ_t ε̂ = x_t − α_t x̂
+    return alpha_s - rest * alpha_t, rest, std
+
+
 def step(schedule: Schedule, x_hat: Tensor, x_t: Tensor, t: Tensor | float, s: Tensor | float, eta: float) -> Gaussian:
     """The step t → s from x_t (B, *) when the denoiser said x̂ (B, *)."""
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}. Use 1.0 for ancestral sampling.")
-    std = step_std(schedule, t, s, eta)
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
-    rest = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t  # the weight of σ_t ε̂ = x_t − α_t x̂
-    of_x_hat, of_x_t, std = (per_sample(a, x_t) for a in (alpha_s - rest * alpha_t, rest, std))
+    of_x_hat, of_x_t, std = coefficients(step_of, x_t, schedule, t, s, eta)
     return Gaussian(of_x_hat * x_hat + of_x_t * x_t, std)
 
 

@@ -69,7 +69,7 @@ def adjoints_of(
     Returns:
         a_1 … a_N (N, B, *); the prior's means of each step (N, B, *); the share of adjoints that were clipped.
     """
-    a, adjoints, means, count = reward_gradient, [], [], 0.0
+    a, adjoints, means, longer = reward_gradient, [], [], []
     steps = len(path.times) - 1
     for i in reversed(range(steps)):
         t, s = path.times[i], path.times[i + 1]
@@ -79,7 +79,7 @@ def adjoints_of(
             means.append(pre.mean.detach())
             a, clipped = clip_rows(a, clip / pre.std)
             adjoints.append(a)
-            count = count + float(clipped.float().mean())
+            longer.append(clipped.float().mean())  # read at the end: an accelerator need not be waited for
             if i == 0:
                 break
             if lean:
@@ -89,7 +89,7 @@ def adjoints_of(
                 u = here.control(pre)
                 value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i]).sum()
             a = pulled_back(policy, value, x_t)
-    return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), count / steps
+    return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), sum(torch.stack(longer).cpu().tolist()) / steps
 
 
 @dataclass
@@ -121,14 +121,14 @@ class Adjoint(OnPolicy):
         """Losses without end."""
         seen = self.regressed * self.batch  # transitions an update, by all ranks
         while True:
-            with torch.no_grad(), policy.frozen():
-                drawn = list(self.fresh_paths(policy, conditions, generator))
-            found = []
-            for path, _, labels, cond in drawn:
-                earned, gradient = reward_gradient(policy, path, reward, labels, cond)
-                with policy.frozen():
+            with policy.frozen():
+                with torch.no_grad():
+                    drawn = list(self.fresh_paths(policy, conditions, generator, read=False))  # that comes next
+                found = []
+                for path, _, labels, cond in drawn:
+                    earned, gradient = reward_gradient(policy, path, reward, labels, cond)
                     carried = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
-                found.append((earned, *carried))
+                    found.append((earned, *carried))
             path, labels, cond = joined(drawn)
             rewards, adjoints, means, shares = zip(*found, strict=True)
             clipped = sum(share * len(part) for share, part in zip(shares, rewards, strict=True)) / self.batch

@@ -1,0 +1,66 @@
+"""The public peer: AlignProp and DDPO of trl 0.22.2, the last release that has them. Runs in an environment of its own.
+
+python bench/peer.py FOLDER alignprop|ddpo BATCH STEPS        (a contender of bench/speed.py)
+
+AlignProp differentiates the reward through every step of the chain, each call of the network checkpointed; it has no
+KL, no second network and no control. DDPO rolls out and takes a step of its surrogate at every step of the chain.
+"""
+
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+
+import torch
+from accelerate import PartialState
+from race import CLASSES, GUIDANCE, PROMPTS, Brightness, serve
+from trl import AlignPropConfig, AlignPropTrainer, DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+
+def prompt() -> tuple[str, dict]:
+    return random.choice(PROMPTS), {}
+
+
+def reward(images: torch.Tensor, *_: object) -> tuple[torch.Tensor, dict]:
+    """Of a class drawn for every image; trl's are in [0, 1]."""
+    y = torch.randint(CLASSES, (len(images), 1))
+    return Brightness().log_prob(2 * images - 1).gather(1, y).squeeze(1), {}
+
+
+def alignprop(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, folder: str) -> Callable[[], None]:
+    """An update through all steps of the chain."""
+    config = AlignPropConfig(
+        sample_num_steps=steps, sample_guidance_scale=GUIDANCE, sample_eta=1.0, train_batch_size=batch,
+        train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=0,
+        train_learning_rate=1e-5, mixed_precision="no", log_with=None, save_freq=10**6,
+        project_kwargs={"logging_dir": folder},
+    )  # fmt: skip
+    trainer = AlignPropTrainer(config, reward, prompt, pipeline)
+    return lambda: trainer.step(0, 0)
+
+
+def ddpo(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, folder: str) -> Callable[[], None]:
+    """A rollout and one epoch of training on it."""
+    config = DDPOConfig(
+        sample_num_steps=steps, sample_guidance_scale=GUIDANCE, sample_eta=1.0, sample_batch_size=batch,
+        sample_num_batches_per_epoch=1, train_batch_size=batch, train_gradient_accumulation_steps=1, train_cfg=True,
+        train_learning_rate=1e-5, mixed_precision="no", log_with=None, save_freq=10**6,
+        project_kwargs={"logging_dir": folder},
+    )  # fmt: skip
+    trainer = DDPOTrainer(config, reward, prompt, pipeline)
+    return lambda: trainer.step(0, 0)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    folder, trainer, batch, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    torch.manual_seed(0)
+    PartialState()  # trl logs before it has one
+    pipeline = DefaultDDPOStableDiffusionPipeline(folder, use_lora=True)
+    with TemporaryDirectory() as logs:
+        serve({"alignprop": alignprop, "ddpo": ddpo}[trainer](pipeline, batch, steps, logs))
+
+
+if __name__ == "__main__":
+    main()
