@@ -23,7 +23,7 @@ from matplotlib.ticker import NullFormatter
 
 from ctrl_diffusion.compare import averaged
 from ctrl_diffusion.files import write_json, write_text
-from ctrl_diffusion.report import STYLE, headline, save_figure, with_error
+from ctrl_diffusion.report import STYLE, headline, plain_ticks, save_figure, with_error
 
 ROOT = Path(__file__).parent.parent
 DOCS, RUNS = ROOT / "docs", ROOT / "runs" / "results"
@@ -124,6 +124,8 @@ def overview() -> Figure:
                     found["prior"][name], color="#999", linewidth=0.8, linestyle=":", label="the prior, not asked"
                 )
                 axes.set(xscale="log", yscale="log" if name == "frechet" else "linear", ylabel=what)
+                if name == "frechet":
+                    plain_ticks(axes.yaxis)
                 ticks = sorted({row["labels"] for row in found["rows"]})
                 axes.set_xticks(ticks, [str(n) for n in ticks])
                 axes.xaxis.set_minor_formatter(NullFormatter())

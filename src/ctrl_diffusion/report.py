@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -434,6 +435,14 @@ def density_figure(pictures: Sequence[Picture]) -> Figure:
     return figure
 
 
+def plain_ticks(*axes: Axis) -> None:
+    """Numbers as they are on logarithmic axes, a few to each power of ten."""
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+
+
 def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """The certificate's gap against the true KL where that is known: no point may lie right of the line."""
     known = [row for row in rows if row["true_kl_nats"] is not None and row["true_kl_nats"] > 0]
@@ -455,10 +464,7 @@ def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axes.plot([low, high], [low, high], color=QUIET, linewidth=1, zorder=0)
         axes.annotate("gap = true KL", (high / 4, high / 4), xytext=(4, -10), textcoords="offset points", fontsize=7)
         axes.set(xscale="log", yscale="log", xlabel="true KL of the samples (nats)", ylabel="certified gap (nats)")
-        for ticks in (axes.xaxis, axes.yaxis):
-            ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            ticks.set_major_formatter("{x:g}")
-            ticks.set_minor_formatter(NullFormatter())
+        plain_ticks(axes.xaxis, axes.yaxis)
         axes.legend(frameon=False, fontsize=8)
         headline(axes, "Certified gap against true KL")
     return figure
@@ -554,6 +560,7 @@ def pareto_figure(rows: Averaged, prior: dict[str, Any], target: float, labels: 
             )
             axes.axhline(target, color=CTRL, linewidth=0.8, linestyle="--", zorder=0, label="exact sampler, same p̂")
         panels[1].set_xscale("log")
+        plain_ticks(panels[1].xaxis)
         panels[0].set(xlabel="diversity (1: the prior’s, among what has y)", ylabel="y as asked")
         panels[1].set(xlabel="Fréchet distance to real x with that y (left is better)")
         headline(panels[0], f"Accuracy and diversity, {labels} labels (ring: chosen)")
