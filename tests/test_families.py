@@ -529,9 +529,12 @@ def test_a_broken_text_pipeline_is_one_line(folders, tmp_path, change, message):
 
 
 def test_the_hub_is_asked_for_names_alone(monkeypatch, folders):
-    """What it gives is a folder; what it does not is one line."""
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name: str(folders["SD 1"][0]))
+    """What it gives is a folder, without pickles; what it does not is one line."""
+    asked = {}
+    given_back = str(folders["SD 1"][0])
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name, **how: asked.update(how) or given_back)
     assert Prior.from_pretrained("someone/something").pipeline == "StableDiffusionPipeline"
+    assert asked["use_safetensors"] is True
     monkeypatch.undo()
     with pytest.raises(ValueError, match="someone/something is no folder here, and the hub does not give it") as caught:
         Prior.from_pretrained("someone/something")
