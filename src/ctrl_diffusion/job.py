@@ -63,7 +63,7 @@ from .run import Run, as_set, home, open_prior
 from .sample import stream
 from .scale import number_at
 from .sources import open_table
-from .testbed import races
+from .testbed import Picture, races
 from .train import fit
 
 CHECKPOINT, BEGUN = "checkpoint", "run.json"
@@ -1230,6 +1230,17 @@ def sample_job(
     ranks.from_first(write)
 
 
+def row_by_row(out: Path, files: tuple[str, ...], found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write rows into the first of a job's files as they come, the others being cleared away; returns all of them."""
+    clear(out, files[1:])
+    rows: list[dict[str, Any]] = []
+    write_json(out / files[0], {"rows": rows})
+    for row in found:
+        rows.append(row)
+        write_json(out / files[0], {"rows": rows})
+    return rows
+
+
 def exact_job(
     out: Path,
     quick: bool = False,
@@ -1247,14 +1258,14 @@ def exact_job(
         ValueError: a folder that cannot be written, or holds something.
     """
     check_room(out, EXACT_FILES[0], overwrite)
-    clear(out, EXACT_FILES[1:])
-    rows: list[dict[str, Any]] = []
-    pictures = []
-    write_json(out / EXACT_FILES[0], {"rows": rows})
-    for row, picture in races(quick, seed, phase):
-        rows.append(row)
-        pictures += [picture] if picture else []
-        write_json(out / EXACT_FILES[0], {"rows": rows})
+    pictures: list[Picture] = []
+
+    def raced() -> Iterator[dict[str, Any]]:
+        for row, picture in races(quick, seed, phase):
+            pictures.extend([picture] if picture else [])
+            yield row
+
+    rows = row_by_row(out, EXACT_FILES, raced())
     write_exact_report(out, rows, pictures, command or "ctrl exact", version("ctrl-diffusion"))
     return rows
 
@@ -1276,11 +1287,6 @@ def bias_job(
         ValueError: a folder that cannot be written, or holds something.
     """
     check_room(out, BIAS_FILES[0], overwrite)
-    clear(out, BIAS_FILES[1:])
-    rows: list[dict[str, Any]] = []
-    write_json(out / BIAS_FILES[0], {"rows": rows})
-    for row in biases(quick, seed, phase):
-        rows.append(row)
-        write_json(out / BIAS_FILES[0], {"rows": rows})
+    rows = row_by_row(out, BIAS_FILES, biases(quick, seed, phase))
     write_bias_report(out, rows, command or "ctrl compare exact", version("ctrl-diffusion"))
     return rows
