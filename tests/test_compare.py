@@ -113,13 +113,23 @@ def test_cells_of_other_labels_and_seeds_are_fitted_once_and_kept(run, tmp_path)
     cut = json.loads((out / "compare.json").read_text())
     missing = next(row for row in cut["rows"] if (row["method"], row["labels"], row["trial"]) == ("mpgd", 80, False))
     cut["rows"].remove(missing)
-    (out / "compare.json").write_text(json.dumps(cut))
+    cells = cut.pop("cells")  # as if it had been cut off before what is known of a cell was written
+    (out / "compare.json").write_text(json.dumps({**cut, "cells": []}))
     before = (out / "cells" / "80-labels-seed-1").stat().st_mtime_ns
     again = asked(run, out, methods=methods, labels=[60, 80], seeds=[1, 2], strengths=(1.0,), resume=True)
     row = next(r for r in again["rows"] if all(r[k] == missing[k] for k in ("method", "labels", "seed", "trial")))
     # six digits are written
     assert [row[name] for name in FIGURES[:-1]] == pytest.approx([missing[name] for name in FIGURES[:-1]], rel=1e-5)
     assert (out / "cells" / "80-labels-seed-1").stat().st_mtime_ns == before
+    for cell, known in zip(again["cells"], cells, strict=True):
+        assert all(cell[name] == pytest.approx(known[name], rel=1e-5) for name in known if name != "seconds")
+
+
+def test_a_comparison_gone_on_with_fewer_methods_keeps_the_rows_of_the_others(run, tmp_path):
+    found = asked(run, tmp_path / "out", methods=["ctrl", "mpgd"], strengths=(1.0,))
+    again = asked(run, tmp_path / "out", methods=["ctrl"], strengths=(1.0,), resume=True)
+    assert len(again["rows"]) == len(found["rows"]) == 4
+    assert again["chosen"].keys() == {"ctrl", "mpgd"}
 
 
 def test_subsets_are_even_over_classes_and_disjoint_from_the_rest(run):

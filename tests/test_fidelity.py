@@ -89,3 +89,12 @@ def test_what_no_sample_of_the_prior_has_is_left_out_of_the_diversity():
     assert math.isnan(yardstick.diversity[0])
     ratio = yardstick.fidelity(torch.cat([-x, x]).flatten(1)).diversity_ratio
     assert ratio == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_label_that_no_real_x_has_is_left_out_of_the_distances():
+    conditions = Conditions({}, {"y": 2})
+    x, none = 1 + 0.1 * torch.rand(60, 1, 1, 2), torch.zeros(60).long()
+    yardstick = Yardstick.of(conditions, looked(x, none), none, looked(torch.cat([x, -x]), torch.zeros(120).long()))
+    found = yardstick.fidelity(torch.cat([-x, x]).flatten(1))
+    assert found.frechet == pytest.approx(0.0, abs=1e-4)  # of y = 1 alone, whose samples are the real x themselves
+    assert found.precision == found.recall == found.coverage == 1.0

@@ -28,21 +28,21 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .certificate import certify
-from .config import check_code
+from .config import ControlSettings, check_code
 from .control import Labels
 from .data import LabelledImages
 from .denoise import Denoiser
 from .entrants import ENTRANTS, Cell
-from .evaluate import Judge, Look, Score, score_samples, score_target
+from .evaluate import Judge, Look, score_samples, score_target
 from .fidelity import Yardstick
 from .files import check_room, clear, write_json
 from .guide import Method
 from .guide.steered import Guidance
-from .job import encoder_of, only, read_data, train
+from .job import encoder_of, only, read_data, timed, train
 from .judges import WITH_RULER, fit_posterior, rounds_of
 from .progress import Phase, silent
 from .report import write_compare_report
-from .reward import FEW, prior_table
+from .reward import FEW
 from .run import Run, as_set, open_prior
 from .sample import paths, stream
 
@@ -98,7 +98,7 @@ class Comparison:
                 f"{', '.join(settled)}: trained in another run, whose labels are not here. Compare a run whose "
                 "controls were trained together."
             )
-        self.data = {c.name: labelled_of(run, c.name) for c in run.config.controls}
+        self.data = {c.name: read_again(run, c, c.data) for c in run.config.controls}
         self.judge: Judge = replace(run.judge, outside=None)
         self.repeats = run.repeats(self.n, run.conditions)
 
@@ -126,8 +126,7 @@ class Comparison:
                 continue
             known = [self.data[settings.name]]
             if settings.judge_data:
-                other = read_data(settings.judge_data, settings, run.prior, run.judges[settings.name].values)
-                known.append(only(other, settings.condition, run.config.classes) if settings.condition else other)
+                known.append(read_again(run, settings, settings.judge_data))
             for data in known:
                 group = data.labels[settings.condition] if settings.condition else torch.zeros(len(data)).long()
                 few = torch.arange(len(data)).split(FEW if run.prior.codec else 1024)
@@ -142,17 +141,12 @@ class Comparison:
         """How many labels the run has, of the control that has the most."""
         return max(len(data) for data in self.data.values())
 
-    @cached_property
-    def variance(self) -> float:
-        """Of a dimension of the prior's x_0, its mean."""
-        return float(self.x_prior.flatten(1).var(0).mean())
-
     def own_cell(self) -> Cell:
         """The run itself."""
         parts = {
             name: tuple(data.split(name, WITH_RULER, self.run.config.seed)[:2]) for name, data in self.data.items()
         }
-        return Cell(self.run, self.data, parts, self.variance, self.labelled, phase=self.phase)
+        return Cell(self.run, self.data, parts, self.x_prior, self.labelled, phase=self.phase)
 
     def images(self, n: int, seed: int) -> dict[str, list[LabelledImages]]:
         """n labels of each control in three parts: to fit, to calibrate, and held out, the rest of the run's if any.
@@ -168,25 +162,26 @@ class Comparison:
 
     def cell(self, n: int, seed: int) -> Cell:
         """p̂ and a control fitted on n labels of each control, or read where that was done before."""
-        folder, begin = self.out / "cells" / f"{n}-labels-seed-{seed}", time.perf_counter()
-        images = self.images(n, seed)
+        folder, images = self.out / "cells" / f"{n}-labels-seed-{seed}", self.images(n, seed)
         parts = {name: tuple(three[:2]) for name, three in images.items()}
         data = {name: subset(data, name, n, seed)[0] for name, data in self.data.items()}
         if folder.is_dir():
             there = Run.load(folder, self.run.config.device, self.trust)
-            return Cell(there, data, parts, self.variance, n, phase=self.phase)
+            return Cell(there, data, parts, self.x_prior, n, phase=self.phase)
         config = self.run.config.model_copy(deep=True, update={"seed": seed})
-        prior, judges = as_set(open_prior(config.prior, config.size), config), {}
-        for settings in config.controls:
-            name, condition = settings.name, settings.condition if settings.classifier.conditional else None
-            advance = self.phase(f"classifier of {name}", rounds_of(settings.classifier, images[name][0], name))
-            judges[name], _, _ = fit_posterior(
-                images[name], name, condition, settings.classifier, seed, advance, encode=encoder_of(prior),
-                device=prior.denoiser.device,
-            )  # fmt: skip
-        seconds = {"classifier": round(time.perf_counter() - begin, 1)}
-        cell = Cell(Run.start(config, prior, judges), data, parts, self.variance, n, seconds, self.phase)
-        cell.timed("ctrl", lambda: list(train(cell.run, self.phase)))
+        prior, judges, seconds = as_set(open_prior(config.prior, config.size), config), {}, {}
+        with timed(seconds, "classifier"):
+            for settings in config.controls:
+                name, condition = settings.name, settings.condition if settings.classifier.conditional else None
+                advance = self.phase(f"classifier of {name}", rounds_of(settings.classifier, images[name][0], name))
+                judges[name], _, _ = fit_posterior(
+                    images[name], name, condition, settings.classifier, seed, advance, encode=encoder_of(prior),
+                    device=prior.denoiser.device,
+                )  # fmt: skip
+        cell = Cell(Run.start(config, prior, judges), data, parts, self.x_prior, n, seconds, self.phase)
+        with timed(seconds, "ctrl"):
+            for _ in train(cell.run, self.phase):
+                pass
         cell.save(folder)
         return cell
 
@@ -246,16 +241,12 @@ class Comparison:
         x_0, kl, log_ratio = paths(steered, n, run.times, generator, cond, labels, strength, compare=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that its paths' own log Z is off is what the gap says
-            found = certify(conditions, self.table(cell), run.reward(x_0, labels, cond), kl, log_ratio)
+            found = certify(conditions, cell.table, run.reward(x_0, labels, cond), kl, log_ratio)
         return found.gap, found.stderr
 
-    def table(self, cell: Cell) -> Tensor:
-        """The rewards of this cell's p̂ on the prior's samples."""
-        return prior_table(cell.run.reward, self.run.conditions, self.x_prior)
-
     def about(self, cell: Cell) -> dict[str, Any]:
-        """What an exact sampler would score with this cell's p̂, and how good that is."""
-        target: Score = score_target(self.of_prior, self.table(cell), self.run.conditions)
+        """What an exact sampler would score with this cell's p̂, how good that is, and what the fits took."""
+        target = score_target(self.of_prior, cell.table, self.run.conditions)
         return {
             "labels": cell.labels,
             "seed": cell.seed,
@@ -263,6 +254,7 @@ class Comparison:
             "target_class_accuracy": target.class_accuracy,
             "classifier_accuracy": {name: judges.quality.accuracy for name, judges in cell.run.judges.items()},
             "classifier_nll": {name: judges.quality.nll for name, judges in cell.run.judges.items()},
+            "seconds": cell.seconds,
         }
 
     def prior(self) -> dict[str, Any]:
@@ -299,21 +291,19 @@ class Comparison:
                     self.rows.append(row)
                     yield row
                 advance(1)
-        if cell and not trial:
-            self.cells = [c for c in self.cells if (c["labels"], c["seed"]) != (labels, seed)]
-            self.cells.append({**self.about(cell), "seconds": cell.seconds})
+        if chosen and (labels, seed) not in [(about["labels"], about["seed"]) for about in self.cells]:
+            self.cells.append(self.about(cell or make()))
 
     def chosen(self) -> dict[str, dict[str, Any]]:
         """Of each method the best trial by the harmonic mean of accuracy and coverage: whether samples have the y asked
         for, and how many of the real x with that y they come near. Wrong labels lower one, what no real x looks like
         and too few kinds of it the other."""
         out = {}
-        for name in self.methods:
+        for name in dict.fromkeys(row["method"] for row in self.rows):
             trials = [row for row in self.rows if row["trial"] and row["method"] == name]
-            if trials:
-                best = max(trials, key=lambda row: hmean([row["accuracy"], row["coverage"]]))
-                out[name] = {key: best[key] for key in ("settings", "strength", "accuracy", "coverage")}
-                out[name]["trials"] = len(trials)
+            best = max(trials, key=lambda row: hmean([row["accuracy"], row["coverage"]]))
+            out[name] = {key: best[key] for key in ("settings", "strength", "accuracy", "coverage")}
+            out[name]["trials"] = len(trials)
         return out
 
     def rounds(self, own: Cell, cells: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -325,11 +315,10 @@ class Comparison:
             yield from self.rows_of(make, *cell, False, chosen)
 
 
-def labelled_of(run: Run, name: str) -> LabelledImages:
-    """The labelled images a run's control was made from."""
-    settings = next(control for control in run.config.controls if control.name == name)
-    data = read_data(settings.data, settings, run.prior, run.judges[name].values)
-    return only(data, settings.condition, run.config.classes) if settings.condition and run.config.classes else data
+def read_again(run: Run, settings: ControlSettings, source: str) -> LabelledImages:
+    """Labelled images of a run's control, as its training read them."""
+    data = read_data(source, settings, run.prior, run.judges[settings.name].values)
+    return only(data, settings.condition, run.config.classes) if settings.condition else data
 
 
 def fingerprint(folder: Path) -> str:

@@ -271,6 +271,10 @@ class Config(Strict):
         """Of the controls, in order."""
         return [control.name for control in self.controls]
 
+    def settings_of(self, name: str) -> ControlSettings:
+        """Of the control of that name."""
+        return next(control for control in self.controls if control.name == name)
+
     @classmethod
     def read(cls, path: Path) -> "Config":
         """Read a whole config.yaml; raises ValueError as `of` does."""

@@ -1,7 +1,6 @@
 """Who takes part in a comparison: each method as it is made from what is fitted on some labels with one seed."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,10 +22,11 @@ from .guide.noisy import NoisyClassifier, fit_noisy
 from .guide.particles import TDS, FeynmanKac
 from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
-from .job import encoder_of
+from .job import encoder_of, timed
 from .judges import BATCH, DEEP, epochs_of
 from .learn.labelled import Labelled
 from .progress import Phase, silent
+from .reward import prior_table
 from .run import Run, as_set, open_prior
 from .sample import stream
 from .train import fit
@@ -93,14 +93,16 @@ class Cell:
         run: with p̂ and the control of these labels.
         data: the labelled images of each control.
         parts: those p̂ was fitted and calibrated on.
-        variance: of a dimension of the prior's x_0.
+        x_prior: (G · M, *), samples of the prior, M for each condition in turn.
         labels: how many, of each control.
+        seconds: what a fit took.
+        phase: told of progress.
     """
 
     run: Run
     data: dict[str, LabelledImages]
     parts: dict[str, tuple[LabelledImages, LabelledImages]]
-    variance: float
+    x_prior: Tensor
     labels: int
     seconds: dict[str, float] = field(default_factory=dict)
     phase: Phase = silent
@@ -110,12 +112,21 @@ class Cell:
         """Of everything random in it."""
         return self.run.config.seed
 
-    def timed(self, what: str, make: Callable[[], Any]) -> Any:
-        """What comes of a fit, whose time is kept."""
-        begin = time.perf_counter()
-        made = make()
-        self.seconds[what] = round(time.perf_counter() - begin, 1)
-        return made
+    @cached_property
+    def variance(self) -> float:
+        """Of a dimension of the prior's x_0, its mean."""
+        return float(self.x_prior.flatten(1).var(0).mean())
+
+    @cached_property
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """The rewards (G, M, K) of this p̂ on the prior's samples."""
+        return prior_table(self.run.reward, self.run.conditions, self.x_prior)
+
+    def seen(self, data: LabelledImages) -> Tensor:
+        """Labelled images as the prior's network has them (n, *): latents, if it is of these."""
+        encode = encoder_of(self.run.prior)
+        return (data.through(encode) if encode else data).x[torch.arange(len(data))]
 
     def save(self, folder: Path) -> None:
         """Write p̂ and the control as a run folder that appears whole."""
@@ -134,51 +145,51 @@ class Cell:
         Raises:
             ValueError: p̂ depends on c.
         """
-        return self.timed("noisy classifier", lambda: {name: self.noise_aware(name) for name in self.data})
+        with timed(self.seconds, "noisy classifier"):
+            return {name: self.noise_aware(name) for name in self.data}
 
     def noise_aware(self, name: str) -> NoisyClassifier:
         """The network of p̂ but as deep as shapes need, since it has to see through noise; else as p̂ is fitted."""
         run, p_hat = self.run, self.run.judges[name].classifier
         if p_hat.conditional:
             raise ValueError(f"the classifier of {name!r} is p̂(y | x, c), of which there is no noise-aware kind here.")
-        settings = next(c for c in run.config.controls if c.name == name).classifier
-        encode = encoder_of(run.prior)
-        fitting, calibration = (part.through(encode) if encode else part for part in self.parts[name])
+        settings = run.config.settings_of(name).classifier
+        fitting, held_out = ((self.seen(part), part.labels[name]) for part in self.parts[name])
         updates = min(settings.updates, MOST_UPDATES)
-        epochs = epochs_of(settings.model_copy(update={"updates": updates}), fitting)
-        x, y = (fitting.x[torch.arange(len(fitting))], fitting.labels[name])
-        held_out = (calibration.x[torch.arange(len(calibration))], calibration.labels[name])
+        epochs = epochs_of(settings.model_copy(update={"updates": updates}), fitting[0])
         advance = self.phase(f"noise-aware p̂ of {name}", epochs)
         return fit_noisy(
-            x, y, p_hat.classes, run.prior.denoiser.schedule, run.times, held_out, AUGMENTATIONS[settings.augment],
+            *fitting, p_hat.classes, run.prior.denoiser.schedule, run.times, held_out, AUGMENTATIONS[settings.augment],
             self.seed, head=p_hat.head, grid=p_hat.shape["grid"] if isinstance(p_hat, Classifier) else 4, depth=DEEP,
             epochs=epochs, batch=BATCH, balanced=p_hat.balanced, progress=advance,
         )  # fmt: skip
 
     @cached_property
     def regressed(self) -> Policy:
-        """A control of the same size on the same prior, regressed on the labelled data: classifier-free guidance."""
-        return self.timed("free guidance", self.regress)
+        """A control of the same size on the same prior, regressed on the labelled data: classifier-free guidance.
 
-    def regress(self) -> Policy:
-        """Fit it with as many updates as CTRL's learners take in all, at the rates of its own regression."""
-        config, prior = self.run.config, self.run.prior
-        run = fresh(self.run)
-        encode = encoder_of(prior)
-        data = {name: part.through(encode) if encode else part for name, part in self.data.items()}
+        With as many updates as CTRL's learners take in all, at the rates of its own regression.
+        """
+        config, run = self.run.config, fresh(self.run)
         labels = {
-            name: torch.cat([part.labels[name] if owner == name else nulls(part) for owner, part in data.items()])
-            for name in data
+            name: torch.cat(
+                [
+                    part.labels[name] if owner == name else torch.full((len(part),), NULL)
+                    for owner, part in self.data.items()
+                ]
+            )
+            for name in self.data
         }
-        x_0 = torch.cat([part.x[torch.arange(len(part))] for part in data.values()])
-        cond = {} if config.classes is None else {"c": torch.cat([self.classes_of(name) for name in data])}
+        x_0 = torch.cat([self.seen(part) for part in self.data.values()])
+        cond = {} if config.classes is None else {"c": torch.cat([self.classes_of(name) for name in self.data])}
         updates = sum(getattr(config, learner).updates for learner in config.learners)
         learner = Labelled(x_0, labels, cond, run.times, config.weighted.batch, micro=config.micro_batch)
         losses = learner(run.policy, run.reward, run.trained, stream(self.seed, "labelled"))
         rates = {"embedding": config.weighted.lr_embedding, "adapter": config.weighted.lr_adapter}
         advance = self.phase("classifier-free guidance", updates)
-        for _ in fit(run.policy, losses, updates, rates, config.ema_decay):
-            advance()
+        with timed(self.seconds, "free guidance"):
+            for _ in fit(run.policy, losses, updates, rates, config.ema_decay):
+                advance()
         return run.policy
 
     def classes_of(self, name: str) -> Tensor:
@@ -188,17 +199,11 @@ class Cell:
             ValueError: it has no such class.
         """
         config, prior = self.run.config, self.run.prior
-        condition = next(c for c in config.controls if c.name == name).condition
-        if condition:
+        if condition := config.settings_of(name).condition:
             return torch.tensor(config.classes)[self.data[name].labels[condition]]
         if prior.null is None:
             raise ValueError(f"the data of {name!r} do not say c, and the prior has no class for none to train on.")
         return torch.full((len(self.data[name]),), prior.null)
-
-
-def nulls(data: LabelledImages) -> Tensor:
-    """No label for each row."""
-    return torch.full((len(data),), NULL)
 
 
 def fresh(run: Run) -> Run:

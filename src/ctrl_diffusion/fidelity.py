@@ -105,7 +105,7 @@ class Yardstick:
 
     Args:
         conditions: the pairs (c, y).
-        real: features (n, F) of real x of each pair; few or none of a rare one.
+        real: features (n, F) of real x of each pair; few or none of a rare one, which is left out.
         scale: (F,), what features are divided by.
         diversity: (P,), mean distance of two samples of the prior that have y; NaN where fewer than two were seen.
     """
@@ -137,12 +137,15 @@ class Yardstick:
     def fidelity(self, features: Tensor) -> Fidelity:
         """Of features (P · n, F) of samples, n for each pair in turn.
 
-        Distances are taken within each y, since a pair has few real x; every c that occurs with y weighs the same.
+        Distances are taken within each y that real x have, since a pair has few; every c that occurs with y weighs the
+        same.
         """
         of_pair = (features / self.scale).view(self.conditions.pairs, -1, features.shape[1])
         within = []
         for label in range(self.conditions.classes):
             known = [p for p in range(label, self.conditions.pairs, self.conditions.classes) if len(self.real[p]) > 1]
+            if not known:
+                continue
             real, samples = [self.real[p] for p in known], [of_pair[p] for p in known]
             most = max(len(x) for x in real)
             even = torch.cat([x[torch.arange(most) % len(x)] for x in real])  # torchmetrics knows no weights
