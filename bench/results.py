@@ -3,13 +3,13 @@
 python bench/results.py [ink] [ink,slant]       (both, side by side, if none is named)
 
 Trains a run for each, on more labels than are compared (they are drawn from these anew for every seed), compares it
-with `ctrl compare`, and writes docs/results-*.json, the pictures, and the tables into docs/results.md. What was begun
-goes on: runs/results/ keeps every row and every fit.
+with `ctrl compare`, and writes docs/results-*.json, the pictures and docs/results.md from both. What was begun goes on:
+runs/results/ keeps every row and every fit.
 """
 
 import json
 import os
-import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,10 +31,12 @@ LABELS, SEEDS = "50,100,200,500", "1,2,3"
 # fewer updates than the demos have: 24 of these are trained
 TASKS: dict[str, dict[str, Any]] = {
     "ink": {
+        "title": "Ink, for each of ten digits",
         "labels": 1000, "n": 400,
         "settings": {"weighted": {"updates": 300, "renoising": 75}, "adjoint": {"updates": 300}},
     },
     "ink,slant": {
+        "title": "Ink and slant at once, eight digits",
         "labels": 600, "n": 384,
         "settings": {
             "weighted": {"updates": 400, "renoising": 100, "cache": 1500},
@@ -55,13 +57,15 @@ def compared(task: str) -> subprocess.Popen:
     run = folder / "run"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "settings.yaml", yaml.safe_dump(about["settings"]))
-    ctrl = f"{sys.executable} -m ctrl_diffusion.cli"
-    more = f"--labels {about['labels']} --config {folder}/settings.yaml"
-    train = f"{ctrl} demo --controls {task} {more} --out {run} --overwrite"
-    compare = f"{ctrl} compare {run} --labels {LABELS} --seeds {SEEDS} -n {about['n']} --out {folder}/compared --resume"
-    steps = compare if (run / "report.html").is_file() else f"{train} && {compare}"
+    ctrl = [sys.executable, "-m", "ctrl_diffusion.cli"]
+    train = ["demo", "--controls", task, "--labels", about["labels"], "--config", folder / "settings.yaml"]
+    compare = ["compare", run, "--labels", LABELS, "--seeds", SEEDS, "-n", about["n"], "--out", folder / "compared"]
+    steps = [[*ctrl, *compare, "--resume"]]
+    if not (run / "report.html").is_file():
+        steps.insert(0, [*ctrl, *train, "--out", run, "--overwrite"])
+    command = " && ".join(shlex.join(map(str, step)) for step in steps)
     # small networks gain nothing from a second thread, two tasks do
-    return subprocess.Popen(["bash", "-c", steps], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(["bash", "-c", command], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def cell(row: dict[str, Any], name: str, digits: int) -> str:
@@ -73,7 +77,7 @@ def cell(row: dict[str, Any], name: str, digits: int) -> str:
 
 
 def table(rows: list[dict[str, Any]], found: dict[str, Any], labels: int) -> str:
-    """The rows of one number of labels, the chosen settings first in each method, as Markdown."""
+    """The rows of one number of labels, the chosen settings in bold, as Markdown."""
     head = ["method", "w", *(title for title, _ in COLUMNS.values()), "network", "gradients"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     unit = found["about"]["prior_evaluations"]
@@ -86,34 +90,63 @@ def table(rows: list[dict[str, Any]], found: dict[str, Any], labels: int) -> str
     return "\n".join(lines)
 
 
+def slug(task: str) -> str:
+    """A task in the name of a file."""
+    return f"results-{task.replace(',', '-')}"
+
+
 def written(task: str) -> None:
     """Copy what came of a task into docs/."""
-    folder, name = RUNS / task / "compared", task.replace(",", "-")
+    folder = RUNS / task / "compared"
     found = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     rows = averaged(found["rows"], found["chosen"])
     write_json(
-        DOCS / f"results-{name}.json", {**{k: found[k] for k in ("about", "prior", "chosen", "cells")}, "rows": rows}
+        DOCS / f"{slug(task)}.json", {**{k: found[k] for k in ("about", "prior", "chosen", "cells")}, "rows": rows}
     )
     for picture in ("pareto", "labels"):
-        shutil.copy(folder / f"{picture}.png", DOCS / f"results-{name}-{picture}.png")
-    page = DOCS / "results.md"
-    text = page.read_text(encoding="utf-8")
-    for labels in sorted({row["labels"] for row in rows}):
-        mark = f"<!-- {task}, {labels} labels -->"
-        text = re.sub(rf"{mark}\n.*?\n(?=\n)", f"{mark}\n{table(rows, found, labels)}\n", text, flags=re.S)
-    write_text(page, text)
+        shutil.copy(folder / f"{picture}.png", DOCS / f"{slug(task)}-{picture}.png")
+
+
+def of_task(task: str) -> dict[str, Any]:
+    """What was written of a task."""
+    return json.loads((DOCS / f"{slug(task)}.json").read_text(encoding="utf-8"))
+
+
+def page() -> str:
+    """docs/results.md: the picture that says it all, then every table."""
+    parts = [
+        "# Results: CTRL and the baselines on digits",
+        "What else could be done with the same labels, on one footing ([how it is compared](baselines.md#comparing)). "
+        "Made by `python bench/results.py`; means over three seeds ± half of the 95 % interval, the chosen setting of "
+        "each method in bold. Network and gradients are evaluations of the network, and gradients through it, for each "
+        "sample, in units of a sample of the prior.",
+        "![Accuracy and Fréchet distance against the number of labels](results.png)",
+    ]
+    for task, about in TASKS.items():
+        found = of_task(task)
+        prior = found["prior"]
+        parts.append(f"## {about['title']}")
+        parts.append(f"![Accuracy against diversity and fidelity]({slug(task)}-pareto.png)")
+        parts.append(
+            f"Nobody asked, the prior has y in {prior['accuracy']:.3f}, Fréchet distance {prior['frechet']:.2f}."
+        )
+        for n in sorted({row["labels"] for row in found["rows"]}):
+            exact = [cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n]
+            parts.append(
+                f"**{n} labels** of each control; an exact sampler with the same p̂: {sum(exact) / len(exact):.3f}."
+            )
+            parts.append(table(found["rows"], found, n))
+    return "\n\n".join(parts) + "\n"
 
 
 def overview() -> Figure:
     """What docs/results.md begins with: control and fidelity against the number of labels, one column for each task."""
-    titles = {"ink": "ink, for each digit", "ink,slant": "ink and slant at once"}
     shown = {"accuracy": "y as asked", "frechet": "Fréchet distance to real x with that y"}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 6), layout="constrained")
-        panels = figure.subplots(len(shown), len(titles), sharex=True)
-        for column, (task, title) in enumerate(titles.items()):
-            path = DOCS / f"results-{task.replace(',', '-')}.json"
-            found = json.loads(path.read_text(encoding="utf-8"))
+        panels = figure.subplots(len(shown), len(TASKS), sharex=True)
+        for column, task in enumerate(TASKS):
+            found = of_task(task)
             for axes, (name, what) in zip(panels[:, column], shown.items(), strict=True):
                 for method in ("ctrl", "classifier-guidance", "free-guidance", "dps", "mpgd"):
                     mine = [row for row in found["rows"] if row["method"] == method and row["chosen"]]
@@ -131,7 +164,7 @@ def overview() -> Figure:
                 axes.xaxis.set_minor_formatter(NullFormatter())
             panels[-1, column].set(xlabel="labels, of each control")
             panels[0, column].set(ylim=(0, 1))
-            headline(panels[0, column], title)
+            headline(panels[0, column], TASKS[task]["title"])
         handles = panels[0, 0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
@@ -145,6 +178,7 @@ def main() -> None:
     for task in tasks:
         written(task)
     save_figure(DOCS / "results.png", overview())
+    write_text(DOCS / "results.md", page())
 
 
 if __name__ == "__main__":
