@@ -1,4 +1,4 @@
-"""What a control achieves: accuracy, adherence to the prior's condition, diversity, distance to the real data.
+"""What a control achieves: accuracy, adherence to the prior's condition, diversity.
 
 Samples of a policy are judged as they are; the *target* (what a perfect learner would score with this p̂ and γ) is read
 off prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
