@@ -7,6 +7,7 @@ quiet machine. Its memory is the peak of what it holds above what it held before
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -56,37 +57,69 @@ def serve(update: Callable[[], object]) -> None:
         answers.write(json.dumps([time.process_time() - begin, resident(peak=True) - before]) + "\n")
 
 
+def ranked(processes: int) -> Iterator[dict[str, str]]:
+    """What accelerate reads of itself in each of several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(processes):
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+        size = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        yield {name: str(value) for name, value in (where | size).items()} if processes > 1 else {}
+
+
 class Contender:
     """One that was started.
 
     Args:
         command: of its process.
+        processes: that share its updates.
     """
 
-    def __init__(self, *command: str | int | Path) -> None:
+    def __init__(self, *command: str | int | Path, processes: int = 1) -> None:
         # allocations of a megabyte go back when they are freed: the peak is what is held, not what was ever asked for
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([str(part) for part in command], text=True, bufsize=1, env=environment, **pipes)
+        parts = [str(part) for part in command]
+        self.processes = [
+            subprocess.Popen(parts, text=True, bufsize=1, env=environment | own, **pipes) for own in ranked(processes)
+        ]
         self.seconds: list[float] = []
         self.megabytes = 0.0
-        if self.process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"{' '.join(map(str, command))} did not start.")
+        if any(process.stdout.readline() != "ready\n" for process in self.processes):
+            raise RuntimeError(f"{' '.join(parts)} did not start.")
 
     def update(self) -> None:
-        """Have it run one, and keep what it took."""
-        self.process.stdin.write("\n")
-        seconds, self.megabytes = json.loads(self.process.stdout.readline())
+        """Have it run one, and keep what it took; of several processes the one that took the most."""
+        for process in self.processes:
+            process.stdin.write("\n")
+        answers = [json.loads(process.stdout.readline()) for process in self.processes]
+        seconds, self.megabytes = map(max, zip(*answers, strict=True))
         self.seconds.append(seconds)
+
+    def stop(self) -> None:
+        """It is not needed any more."""
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait()
 
 
 @contextmanager
-def raced(contenders: dict[str, Command], rounds: int) -> Iterator[dict[str, Contender]]:
-    """Contenders after a round that is not counted and `rounds` in which each ran one update after the other."""
+def raced(
+    contenders: dict[str, Command], rounds: int, processes: dict[str, int] | None = None
+) -> Iterator[dict[str, Contender]]:
+    """Contenders after a round that is not counted and `rounds` in which each ran one update after the other.
+
+    Args:
+        contenders: how each is started.
+        rounds: how many.
+        processes: of those that have more than one.
+    """
     started: dict[str, Contender] = {}
     try:
         for name, command in contenders.items():
-            started[name] = Contender(*command)
+            started[name] = Contender(*command, processes=(processes or {}).get(name, 1))
         for _ in range(rounds + 1):
             for contender in started.values():
                 contender.update()
@@ -95,5 +128,4 @@ def raced(contenders: dict[str, Command], rounds: int) -> Iterator[dict[str, Con
         yield started
     finally:
         for contender in started.values():
-            contender.process.stdin.close()
-            contender.process.wait()
+            contender.stop()

@@ -295,10 +295,12 @@ def growth(folder: Path) -> dict[str, Any]:
         "paths in parts of 8": {n: ours(folder, "adjoint", n, STEPS, 8) for n in (8, 16, 32)},
         "side of the latents": {8: ours(folder, "adjoint", BATCH, STEPS), 16: ours(wide, "adjoint", BATCH, STEPS)},
         "controls": {n: ours(folder, "adjoint", BATCH, STEPS, 0, n) for n in (1, 2, 3)},
+        "processes": {n: ours(folder, "adjoint", 32, STEPS) for n in (1, 2, 4)},  # of all of them 32 paths
     }
     found: dict[str, Any] = {}
     for name, commands in series.items():
-        with raced({str(n): command for n, command in commands.items()}, 3) as run:
+        shared = {str(n): n for n in commands} if name == "processes" else None
+        with raced({str(n): command for n, command in commands.items()}, 3, shared) as run:
             first = run[str(next(iter(commands)))]
             found[name] = {
                 n: {"time": ratio(each, first), "memory": each.megabytes / first.megabytes, "megabytes": each.megabytes}

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ctrl_diffusion import demo, job
+from ctrl_diffusion import course, demo, prepare
 from ctrl_diffusion.job import demo_job
 from ctrl_diffusion.reading import read_images
 from ctrl_diffusion.run import Run
@@ -241,7 +241,7 @@ def test_a_kl_budget_lowers_gamma_and_a_run_can_be_made_again_from_it(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(1e9, marks=pytest.mark.slow)])
 def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
     """After three good updates the parameters are not finite any more, or so large that the control is lost."""
-    learner_of = job.learner_of
+    learner_of = course.learner_of
 
     def poisoned(run, stage, phase):
         learner = learner_of(run, stage, phase)
@@ -257,7 +257,7 @@ def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
 
         return steps
 
-    monkeypatch.setattr(job, "learner_of", poisoned)
+    monkeypatch.setattr(course, "learner_of", poisoned)
     settings = {
         **TINY,
         "adjoint": {"updates": 8, "batch": 8},
@@ -677,7 +677,7 @@ def test_copies_under_other_names_are_told(ctrl_here, quick_run, tmp_path):
         pytest.warns(UserWarning, match=r"1 of 500 images are copies of another \(the first: rows 2 and 5 of those"),
         pytest.warns(UserWarning, match="1 of its images are in judge_data too"),
     ):
-        job.prepare(given | {"judge_data": str(tmp_path / "judge_data")})
+        prepare.prepare(given | {"judge_data": str(tmp_path / "judge_data")})
 
 
 TRAIN = "train --prior digits --control ink --out {tmp}/o --data "

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from ctrl_diffusion import checkpoint, job
+from ctrl_diffusion import checkpoint, course, job
 from ctrl_diffusion.config import Config, check_code
 from ctrl_diffusion.files import LOCK, locked
 from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
@@ -57,7 +57,7 @@ def run(begun, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """Go on with a run until it is trained; its records."""
-    monkeypatch.setattr(job, "finished", lambda run, folder, phase: job.train_in(folder, run, phase)[0])
+    monkeypatch.setattr(job, "finished", lambda run, folder, phase: course.train_in(folder, run, phase)[0])
     return resume_job
 
 
@@ -66,7 +66,7 @@ def undisturbed(begun, tmp_path_factory):
     """The log of a training that nothing happens to."""
     folder = shutil.copytree(begun, tmp_path_factory.mktemp("undisturbed") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "finished", lambda run, folder, phase: job.train_in(folder, run, phase)[0])
+        patch.setattr(job, "finished", lambda run, folder, phase: course.train_in(folder, run, phase)[0])
         resume_job(folder)
     return (folder / "progress.jsonl").read_bytes()
 
@@ -77,7 +77,7 @@ def log(folder):
 
 def disturbed(monkeypatch, change):
     """Let `change`, of a number and a step, see every step of the adjoint learner."""
-    learner_of, number = job.learner_of, count(1)
+    learner_of, number = course.learner_of, count(1)
 
     def changed(run, stage, phase):
         learner = learner_of(run, stage, phase)
@@ -85,7 +85,7 @@ def disturbed(monkeypatch, change):
             return learner
         return lambda *given: (change(next(number), step, learner) for step in learner(*given))
 
-    monkeypatch.setattr(job, "learner_of", changed)
+    monkeypatch.setattr(course, "learner_of", changed)
 
 
 def interrupted_at(at):

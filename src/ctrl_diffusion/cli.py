@@ -112,6 +112,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, a
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code that files name: module:function.")]
+Track = Annotated[str | None, typer.Option(help="tensorboard, wandb, …: who is told the figures.")]
 Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo, in turn.")]
 
 
@@ -203,7 +204,6 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run to go on with; give nothing else.")] = None,
     prior: Annotated[str | None, typer.Option(help="Pipeline of diffusers (folder, hub), or digits.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Of a text model: a file, one prompt a line.")] = None,
     data: Datasets = [],  # noqa: B006
     control: Controls = [],  # noqa: B006
     condition: Conditions = [],  # noqa: B006
@@ -214,22 +214,27 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Steps of the chain that is trained and certified.")] = None,
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
+    track: Track = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")] = False,
     # what an error names when it is needed is hidden: --help stays a screen
+    prompts: Annotated[str | None, typer.Option(hidden=True)] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", hidden=True)] = False,
     quiet: Quiet = OTHER,
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
+    from .estimate import estimate_job, in_words
     from .job import is_finished, resume_job, train_job
 
     given = {
         "prior": prior, "prompts": prompts, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
-        "learners": learner and learner.split(","), **asked(data, control, condition, classifier, skip_bad),
+        "learners": learner and learner.split(","), "track": track and track.split(","),
+        **asked(data, control, condition, classifier, skip_bad),
     }  # fmt: skip
     if resume:
-        if out or config or overwrite or quick or any(value is not None for value in given.values()):
+        if out or config or overwrite or quick or dry_run or any(value is not None for value in given.values()):
             raise ValueError(f"--resume takes everything from {resume}. Leave the other options out.")
         done = is_finished(resume)
         with phases(quiet) as phase:
@@ -238,6 +243,12 @@ def train(
             typer.echo(f"{resume} is finished: there is nothing to go on with.")
         elif not quiet:
             typer.echo(summary(metrics, ", ".join(metrics["labels"]), resume))
+        return
+    if dry_run:
+        settings = whole(given, config, trust)
+        with phases(quiet) as phase:
+            found = estimate_job(settings, quick, phase, trust)
+        typer.echo(in_words(found))
         return
     if out is None:
         raise ValueError("--out is missing. Name the run folder, or a run to go on with by --resume.")
@@ -266,15 +277,21 @@ def asked(
     return rows[0] if n < 2 else {"controls": rows}
 
 
-def learn(
-    job: Callable[..., dict], given: dict, config: Path | None, out: Path, trust: bool, quiet: bool, **options: Any
-) -> None:
-    """Run a training on the settings of a file and those given over them, and say what came of it."""
+def whole(given: dict, config: Path | None, trust: bool) -> dict[str, Any]:
+    """The settings of a file and those given over them."""
     from .config import check_code, read_settings
 
     given = {k: v for k, v in given.items() if v is not None}
     settings = {**(read_settings(config) if config else {}), **given}
     check_code(settings, given, trust, config)
+    return settings
+
+
+def learn(
+    job: Callable[..., dict], given: dict, config: Path | None, out: Path, trust: bool, quiet: bool, **options: Any
+) -> None:
+    """Run a training on the settings of a file and those given over them, and say what came of it."""
+    settings = whole(given, config, trust)
     with phases(quiet) as phase:
         metrics = job(settings, out, command=typed(), phase=phase, trust=trust, **options)
     if not quiet:
@@ -292,7 +309,8 @@ def add(
     learner: Learner = None,
     config: Settings = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
-    skip_bad: SkipBad = False,
+    track: Track = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: Quick = False,
     overwrite: Overwrite = False,
@@ -302,7 +320,8 @@ def add(
     from .job import add_job
 
     controls = asked(data, control, condition, classifier, skip_bad)
-    given = {"seed": seed, "learners": learner and learner.split(","), **controls}
+    told = {"learners": learner and learner.split(","), "track": track and track.split(",")}
+    given = {"seed": seed, **told, **controls}
     learn(partial(add_job, run), given, config, out, trust, quiet, overwrite=overwrite, quick=quick)
 
 

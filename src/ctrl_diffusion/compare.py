@@ -30,6 +30,7 @@ from torch import Tensor
 from .certificate import certify
 from .config import ControlSettings, check_code
 from .control import Labels
+from .course import train
 from .data import LabelledImages
 from .denoise import Denoiser
 from .entrants import ENTRANTS, Cell
@@ -38,9 +39,9 @@ from .fidelity import Yardstick
 from .files import check_room, clear, write_json
 from .guide import Method
 from .guide.steered import Guidance
-from .job import encoder_of, only, read_data, timed, train
 from .judges import WITH_RULER, fit_posterior, rounds_of
-from .progress import Phase, silent
+from .prepare import encoder_of, only, read_data
+from .progress import Phase, silent, timed
 from .report import write_compare_report
 from .reward import FEW
 from .run import Run, as_set, open_prior
@@ -174,10 +175,11 @@ class Comparison:
             for settings in config.controls:
                 name, condition = settings.name, settings.condition if settings.classifier.conditional else None
                 advance = self.phase(f"classifier of {name}", rounds_of(settings.classifier, images[name][0], name))
-                judges[name], _, _ = fit_posterior(
+                found, _, _ = fit_posterior(
                     images[name], name, condition, settings.classifier, seed, advance, encode=encoder_of(prior),
                     device=prior.denoiser.device,
                 )  # fmt: skip
+                judges[name] = found.worth_it()
         cell = Cell(Run.start(config, prior, judges), data, parts, self.x_prior, n, seconds, self.phase)
         with timed(seconds, "ctrl"):
             for _ in train(cell.run, self.phase):

@@ -210,6 +210,7 @@ class Config(Strict):
             then it stops, and the best control so far is kept.
         checkpoint: updates after which a training is saved, so that it can be resumed; each probe brings it as well. A
             signal saves what was not, but for a tenth as many updates.
+        track: whom the figures of the training are told: tensorboard, wandb and whatever else accelerate knows.
         device: of prior, p̂ and paths; "auto" takes an accelerator of CUDA if there is one.
         mixed_precision: of the prior's network in training and sampling, by autocast. Probes and the certificate are in
             float32: what two predictions differ by is mostly rounding in bfloat16.
@@ -246,6 +247,7 @@ class Config(Strict):
     patience: int | None = Field(None, ge=1)
     max_skipped: int = Field(5, ge=0)
     checkpoint: int = Field(50, ge=1)
+    track: list[str] = []
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()
     backprop: BackpropSettings = BackpropSettings()

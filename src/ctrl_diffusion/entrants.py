@@ -22,10 +22,10 @@ from .guide.noisy import NoisyClassifier, fit_noisy
 from .guide.particles import TDS, FeynmanKac
 from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
-from .job import encoder_of, timed
 from .judges import BATCH, DEEP, epochs_of
 from .learn.labelled import Labelled
-from .progress import Phase, silent
+from .prepare import encoder_of
+from .progress import Phase, silent, timed
 from .reward import prior_table
 from .run import Run, as_set, open_prior
 from .sample import stream

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import Config, suggested
 from .control import LoRAControl, Policy
+from .learn.weighted import RENOISING
 from .pretrained import Prior
 from .transition import half_square, transition
 
@@ -34,11 +35,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
     trained = sum(p.numel() for group in control.parameter_groups().values() for p in group)
     policy = Policy(denoiser, control)
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
-    rows = config.adjoint.batch * config.adjoint.regressed
-    micro = config.micro_batch or rows
-    # regressed steps of the policy; or a step of prior and policy, as the adjoint is carried back
-    at_once = max(min(rows, micro), 2 * min(config.adjoint.batch, micro))
-    twice = 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
+    per_sample = {name: [calls(prior) * n for n in each] for name, each in evaluations(config).items()}
     return {
         "family": prior.pipeline,
         "prediction_type": denoiser.prediction,
@@ -53,22 +50,44 @@ def inspected(prior: Prior) -> dict[str, Any]:
             "batch": config.adjoint.batch,
             "micro_batch": config.micro_batch,
             "chain": config.steps,
-            "evaluations": {name: [twice * n for n in each] for name, each in evaluations(config).items()},
+            "evaluations": per_sample,
             "memory_mb": {
                 "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
                 "control": round(4 * 5 * trained / MEGABYTE, 1),  # itself, its gradient, two moments, the average
-                "activations": round(at_once * (two - one) / MEGABYTE, 1),
+                "activations": round(rows_kept(config)["adjoint"] * (two - one) / MEGABYTE, 1),
             },
         },
     }
 
 
+def calls(prior: Prior) -> int:
+    """How often the network is called for one evaluation of a sample: twice under guidance."""
+    return 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
+
+
+def rows_kept(config: Config) -> dict[str, int]:
+    """Of how many samples a gradient keeps a step at once, by learner."""
+
+    def most(samples: int) -> int:
+        return min(samples, config.micro_batch or samples)
+
+    return {
+        "weighted": most(config.weighted.batch),
+        # regressed steps of the policy; or a step of prior and policy, as the adjoint is carried back
+        "adjoint": max(most(config.adjoint.batch * config.adjoint.regressed), 2 * most(config.adjoint.batch)),
+        "backprop": most(config.backprop.batch),
+        "ppo": most(config.ppo.batch * config.ppo.surrogates),
+    }
+
+
 def evaluations(config: Config) -> dict[str, tuple[int, int]]:
-    """Of the network for each sample of an update, forward alone and with backward, by learner."""
+    """Of the network for each sample of an update, forward alone and with backward, by stage."""
     n, a = config.steps, config.adjoint
     adjoints = n if a.lean else 2 * n  # through the prior, and unless lean through the policy
     return {
-        "weighted": (0, 1),
+        RENOISING: (0, 1),
+        # what re-noising alone does is looked up in its control and the prior
+        "weighted": (2 if config.weighted.renoising else 0, 1),
         # rollout and adjoints are made once for several updates
         "adjoint": (math.ceil(n / a.reuse), math.ceil(adjoints / a.reuse) + a.regressed),
         "backprop": (2 * n, 2 * n),  # policy and prior, each once more on the way back
@@ -92,7 +111,7 @@ def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
     x_t = torch.zeros(rows, *policy.shape, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         t, s = policy.start, policy.start / 2
-        step = transition(policy, x_t, t, s, labels={"probe": first}, **cond)
+        step = transition(policy, x_t, t, s, labels=dict.fromkeys(policy.controls, first), **cond)
         half_square(step.mean).sum()
     return sum(held.values())
 

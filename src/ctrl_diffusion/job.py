@@ -1,17 +1,12 @@
 """The jobs behind the commands: from labelled images to p̂, and from a prior and p̂ to a certified control."""
 
 import json
-import math
 import shlex
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from platform import python_version
 from tempfile import TemporaryDirectory
@@ -23,33 +18,22 @@ from torch import Tensor
 
 from . import demo, ranks
 from .bias import biases
-from .checkpoint import Checkpoints, in_turn, numbered, part_of
-from .conditions import Conditions
 from .config import (
     ClassifierSettings,
     Config,
     ControlSettings,
-    LearnerSettings,
     check_code,
     listed,
     merged,
-    suggested,
-    with_paths,
 )
-from .control import NULL, Policy
+from .control import NULL
+from .course import CHECKPOINT, LOG, train_in, updates_in
 from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
-from .files import check_room, check_writable, clear, clear_unfinished, locked, rounded, write_json, write_text, writing
-from .independence import dependence
+from .files import check_room, check_writable, clear, clear_unfinished, locked, write_json, write_text, writing
 from .judges import Judges, fit_judges
-from .learn import Learner
-from .learn.adjoint import Adjoint
-from .learn.backprop import Backprop
-from .learn.ppo import PPO
-from .learn.weighted import RENOISING, Weighted
-from .pretrained import Prior
-from .progress import Interrupted, Phase, silent
-from .reading import in_order, read_images
+from .prepare import PAGES, Job, Material, dependences, encoder_of, fits, only, prepare, read_data, warn_of_copies
+from .progress import Interrupted, Phase, silent, timed
 from .report import (
     save_figure,
     sheet_figure,
@@ -58,106 +42,31 @@ from .report import (
     write_exact_report,
     write_report,
 )
-from .reward import prior_table
 from .run import Run, as_set, home, open_prior
-from .sample import stream
 from .scale import number_at
-from .sources import open_table
 from .testbed import Picture, races
-from .train import fit
+from .tracking import TRACKED, Tracking
 
-CHECKPOINT, BEGUN = "checkpoint", "run.json"
+BEGUN = "run.json"  # beside the states, until the run is finished
 # what each job writes; the last tells its folder from anybody else's
-PAGES = ("reliability.png", "confusion.png", "report.html")
 CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
 RESULTS = (
     "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png", "confusion.png",
     "reliability*.png", "sweep.png", "plane.png",
 )  # fmt: skip
 # the settings go first: with them in its folder a run can be gone on with
-RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, "progress.jsonl")
+RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, LOG)
 DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
 BIAS_FILES = ("bias.json", "report.html", "bias.png")
-MOST_CONDITIONS = 20
-MOST_PROMPTS = 64
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
-COLLAPSE = 10.0  # nats
 # what a run with one control more has of the old one
 KEPT = {
     "prior", "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps",
     "sigma_end", "time_power", "mixed_precision", "vae_tiling",
 }  # fmt: skip
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
-
-
-def read_data(
-    source: str,
-    settings: ControlSettings,
-    prior: Prior | None,
-    values: tuple[str, ...] | None = None,
-    condition: bool = True,
-    phase: Phase = silent,
-) -> LabelledImages:
-    """A dataset as a job needs it: at the prior's size, classes of c numbered as the prior numbers them.
-
-    Args:
-        source: of the data.
-        settings: of the control.
-        prior: None takes the images as they are.
-        values: the classes or levels p̂ knows, None for those that occur.
-        condition: whether c is read, if it has a column.
-        phase: told of progress.
-
-    Raises:
-        ValueError: the data are not as they should be, or the prior has no condition.
-    """
-    name, c = settings.name, settings.condition if condition else None
-    if c and prior and prior.classes is None and not prior.text:
-        raise ValueError(f"--condition {c}: this prior is unconditional. Leave --condition out.")
-    if c == name:
-        raise ValueError(f"--condition and --control both name the column {name!r}.")
-    columns = {name: values and {value: i for i, value in enumerate(values)}}
-    if c:
-        columns[c] = (prior and prior.names) or None
-    mapping = {key: column for key, column in ((name, settings.column), (c, settings.condition_column)) if column}
-    scales = {} if settings.kind == "auto" else {name: settings.kind == "scale"}
-    return read_images(
-        source, columns, prior and prior.image_shape, mapping, scales | ({c: False} if c else {}),
-        {name: settings.tag} if settings.tag else None, settings.skip_bad, phase,
-    )  # fmt: skip
-
-
-def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
-    """Say if pictures stand in two rows, or in what the judge is fitted on too, whatever their files are called.
-
-    Warns:
-        UserWarning: they do.
-    """
-    digests = data.digests()
-    first: dict[bytes, int] = {}
-    copies = [(first[d], row) for row, d in enumerate(digests, start=1) if first.setdefault(d, row) != row]
-    if copies:
-        warnings.warn(
-            f"{source}: {len(copies)} of {len(data)} images are copies of another (the first: rows {copies[0][0]} and "
-            f"{copies[0][1]} of those read). In two parts of a split they make p̂ look better than it is: keep one.",
-            stacklevel=2,
-        )
-    if judge_data and (shared := len(set(judge_data.digests()) & set(digests))):
-        warnings.warn(
-            f"{source}: {shared} of its images are in judge_data too. A judge that learned from the same images as p̂ "
-            "is no second opinion: leave them out of one.",
-            stacklevel=2,
-        )
-
-
-def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
-    """The rows whose condition is one of `classes`, its labels counted within them, as a reader needs them."""
-    rows, numbers = (data.labels[condition][:, None] == torch.tensor(classes)).nonzero(as_tuple=True)
-    data = data[rows]
-    values = tuple(data.values[condition][c] for c in classes)
-    return LabelledImages(data.x, {**data.labels, condition: numbers}, {**data.values, condition: values})
 
 
 def classifier_job(
@@ -210,244 +119,6 @@ def classifier_job(
     judges.save(out)
     write_classifier_report(out, judges, held_out)
     return judges
-
-
-def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
-    """What makes latents of images, if the prior has it."""
-    return prior.encode if prior and prior.codec else None
-
-
-@dataclass
-class Material:
-    """What one control is made from.
-
-    Args:
-        settings: of the control.
-        data, judge_data: as read; no data where the control is settled.
-        judges: as read, None if they are to be fitted.
-        pages: of the classifier that was handed over, by name.
-    """
-
-    settings: ControlSettings
-    data: LabelledImages | None
-    judges: Judges | None
-    pages: dict[str, bytes]
-    judge_data: LabelledImages | None = None
-
-
-@dataclass
-class Job:
-    """A training that is ready to start: everything that can be refused has been looked at.
-
-    Args:
-        config: whole.
-        prior: as read.
-        materials: of every control.
-    """
-
-    config: Config
-    prior: Prior
-    materials: list[Material]
-
-
-def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -> Job:
-    """Read prior, data and classifiers; fill in the settings that depend on them.
-
-    Args:
-        given: settings by the names of `Config`, of which prior, data and control must be there.
-        phase: told of progress.
-        trust: run code that a classifier's folder names.
-
-    Raises:
-        ValueError: whatever is wrong with them.
-    """
-    for name in ("prior", *(() if given.get("controls") else ("data", "control"))):
-        if not given.get(name):
-            raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
-    given = with_paths(listed(given), lambda name: str(Path(name).resolve()))
-    if isinstance(given.get("prompts"), str):
-        given["prompts"] = read_prompts(Path(given["prompts"]))
-    wanted = Config.of(given)  # mistakes in the settings come before mistakes in the files
-    prior = open_prior(wanted.prior, wanted.size)
-    if prior.text and wanted.prompts is None:
-        wanted.prompts = prompts_of(wanted.controls)
-    prior = as_set(prior, wanted)
-    materials = [material(settings, prior, phase, trust) for settings in wanted.controls]
-    known = next((m for m in materials if m.data and m.settings.condition), None)
-    classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
-    check_classes(prior, classes)
-    for one in materials:
-        keep_classes(one, classes)
-    sizes = {m.settings.name: len(m.judges.values if m.judges else m.data.values[m.settings.name]) for m in materials}
-    settled = [m.settings.name for m in materials if m.settings.settled_from]
-    trained = Conditions.trained({}, sizes, settled)
-    site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
-    groups = len(classes or [0])
-    defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
-    guidance = prior.text.guidance if prior.text and wanted.guidance is None else wanted.guidance
-    whole = {"classes": classes, "prompts": wanted.prompts, "guidance": guidance}
-    config = Config.of({**merged(defaults, given), **whole})
-    for name in config.learners:
-        ranks.share_of_batch(getattr(config, name).batch)
-    while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
-        config.steps -= 1  # a prior of few timesteps
-    prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
-    if config.evaluation.prior_samples < math.prod(sizes.values()):
-        raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
-    return Job(config, prior, materials)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; blank lines are left out.
-
-    Raises:
-        ValueError: it cannot be read, has none, or more than can be trained one by one.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
-    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not found:
-        raise ValueError(f"{path} has no prompts. Write one a line.")
-    if len(found) > MOST_PROMPTS:
-        raise ValueError(f"{path} has {len(found)} prompts; {MOST_PROMPTS} at most are trained one by one.")
-    return found
-
-
-def prompts_of(controls: list[ControlSettings]) -> list[str]:
-    """The prompts that stand in the data's columns of c.
-
-    Raises:
-        ValueError: no data have such a column, or more prompts than can be trained one by one.
-    """
-    known = next((control for control in controls if control.condition), None)
-    if known is None:
-        raise ValueError(
-            "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition."
-        )
-    table = open_table(known.data)
-    column = known.condition_column or known.condition
-    table.check_columns([column])
-    found = in_order(text for text in table.texts(column) if text)
-    if len(found) > MOST_PROMPTS:
-        raise ValueError(
-            f"{table.name}: {column} has {len(found)} different prompts, more than {MOST_PROMPTS}. If y does not "
-            "depend on the prompt, leave --condition out and name some with --prompts FILE."
-        )
-    return list(found)
-
-
-def material(settings: ControlSettings, prior: Prior, phase: Phase, trust: bool) -> Material:
-    """Read what a control is made from.
-
-    Raises:
-        ValueError: whatever is wrong with it.
-    """
-    if settings.settled_from:
-        folder = home(Path(settings.settled_from), "classifier", settings.name)
-        return Material(settings, None, Judges.load(folder, trust), pages_of(folder))
-    judges, pages, handed = None, {}, settings.classifier_from
-    if handed:
-        judges, pages = Judges.load(Path(handed), trust), pages_of(Path(handed))
-        check_classifier(judges, handed, settings.name, prior)
-    values = judges and judges.values
-    data = read_data(settings.data, settings, prior, values, phase=phase)
-    on_scale = data.on_scale(settings.name)
-    if settings.ruler and not on_scale and data.values[settings.name] != demo.VALUES[settings.ruler]:
-        raise ValueError(
-            f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
-        )
-    judge_data = None
-    if settings.judge_data and not judges:
-        known = settings.model_copy(update={"kind": "scale" if on_scale else "classes"})
-        judge_data = read_data(
-            settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional, phase
-        )
-    warn_of_copies(settings.data, data, judge_data)
-    return Material(settings, data, judges, pages, judge_data)
-
-
-def pages_of(folder: Path) -> dict[str, bytes]:
-    """The pages about a classifier, by name."""
-    return {name: (folder / name).read_bytes() for name in PAGES}
-
-
-def keep_classes(one: Material, classes: list[int] | None) -> None:
-    """Keep the rows of the classes that are trained, and refuse data or judges that do not do for them."""
-    settings, name = one.settings, one.settings.name
-    if one.data and classes and settings.condition:
-        one.data = only(one.data, settings.condition, classes)
-    if one.judge_data:
-        if classes and settings.classifier.conditional:
-            one.judge_data = only(one.judge_data, settings.condition, classes)
-        one.judge_data.check_classes(name)
-    if one.data and one.judges:
-        check_judges(one.judges, settings.classifier_from, one.data, settings.condition, bool(settings.ruler))
-    elif one.data:
-        one.data.check_classes(name)
-
-
-def fits(prior: Prior, config: Config, steps: int) -> bool:
-    """Whether the prior's schedule has a chain of so many steps."""
-    try:
-        prior.denoiser.times(steps, config.sigma_end, config.time_power)
-    except ValueError:
-        return False
-    return True
-
-
-def check_classes(prior: Prior, classes: list[int] | None) -> None:
-    """Refuse `classes` that are not the prior's."""
-    known = range(prior.classes or 0)
-    if classes and (len(set(classes)) < len(classes) or not set(classes) <= set(known)):
-        what = f"different numbers in 0 … {known[-1]}" if known else "null: this prior is unconditional"
-        raise ValueError(f"classes must be {what}; got {classes}.")
-
-
-def check_classifier(judges: Judges, folder: str, control: str, prior: Prior) -> None:
-    """Refuse a classifier of another control, of images of another size, or of latents the prior does not have."""
-    shape = prior.image_shape
-    if judges.latent and not prior.codec:
-        raise ValueError(f"the classifier in {folder} looks at latents, and this prior has none. Fit it with --prior.")
-    if judges.control != control or judges.shape != shape:
-        raise ValueError(
-            f"the classifier in {folder} is of {judges.control!r} on images of {judges.shape}; needed: {control!r} on "
-            f"{shape}. Fit it with ctrl classifier --prior."
-        )
-
-
-def check_judges(judges: Judges, folder: str, data: LabelledImages, condition: str | None, ruler: bool) -> None:
-    """Refuse a classifier that lacks its judge, or reads other classes; a reader nobody asked for is left aside."""
-    if judges.judge is None and not ruler:
-        raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
-    if condition is None and judges.classifier.conditional:
-        raise ValueError(f"the classifier in {folder} is p̂(y | x, c). Name the column of c with --condition.")
-    if condition is None:
-        judges.reader = judges.reader_accuracy = None
-    elif (judges.condition, judges.condition_values) != (condition, data.values[condition]):
-        raise ValueError(
-            f"the classifier in {folder} has no reader of {condition!r} for the classes "
-            f"{', '.join(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
-        )
-
-
-def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | None) -> list[int] | None:
-    """The prior's classes to train and certify: those in the data, else all, else some evenly spaced."""
-    if prior.classes is None:
-        return None
-    if condition:
-        return data.labels[condition].unique().tolist()
-    if prior.text:
-        return list(range(prior.classes))
-    if prior.classes > MOST_CONDITIONS:
-        warnings.warn(
-            f"the prior has {prior.classes} classes and the data no --condition: {MOST_CONDITIONS} of them, evenly "
-            "spaced, are trained and certified. Name others as classes: in a --config.",
-            stacklevel=2,
-        )
-    chosen = torch.linspace(0, prior.classes - 1, min(prior.classes, MOST_CONDITIONS))
-    return chosen.round().long().tolist()
 
 
 @contextmanager
@@ -571,14 +242,6 @@ def add_job(
     return train_job(whole, out, overwrite, quick, command, phase, trust)
 
 
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note how long what is done inside took."""
-    begin = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - begin, 1)
-
-
 def execute(
     job: Job, folder: Path, quick: bool, command: str | None, phase: Phase, own_data: Path | None = None
 ) -> dict[str, Any]:
@@ -659,14 +322,13 @@ def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
     config = run.config
     begun = ranks.from_first(lambda: json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8")))
     seconds, shared = begun["seconds"], begun["dependence"]
-    records, seconds["train"] = train_in(folder, run, phase)
+    tracking = Tracking(config.track, folder, config.model_dump())
+    records, seconds["train"] = train_in(folder, run, phase, tracking)
     ranks.from_first(lambda: run.save_controls(folder))
     with timed(seconds, "sample"):
         evaluation = run.evaluate(config.evaluation.paths, phase)
-        others = [config.steps // 2, config.steps, 2 * config.steps]
-        other_steps = [k for k in others if k > 0 and fits(run.prior, config, k)]
         followed = run.follow(config.evaluation.paths // 2, phase)
-        sweep = run.sweep(STRENGTHS, other_steps, config.evaluation.sweep_paths, phase)
+        sweep = run.sweep(STRENGTHS, step_counts(run), config.evaluation.sweep_paths, phase)
         pair = run.conditions.all(1)
         labels, cond = run.conditions.of(pair)
         samples = labelled(run, run.sample(labels, **cond), labels, cond)
@@ -688,11 +350,21 @@ def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
 
     def close() -> dict[str, Any]:
         write_json(folder / "metrics.json", metrics)
+        for group in ("ctrl", "certificate"):
+            figures = {f"{group}/{key}": v for key, v in metrics[group].items() if isinstance(v, float)}
+            tracking.show(figures, updates_in(records))
+        tracking.close()
         write_report(folder, run, metrics, evaluation, sweep, followed, records, begun["command"])
         clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
         return metrics
 
     return ranks.from_first(close)
+
+
+def step_counts(run: Run) -> list[int]:
+    """At which a finished control is looked at: half its own, its own and twice as many, if the prior has them."""
+    steps = run.config.steps
+    return [k for k in (steps // 2, steps, 2 * steps) if k > 0 and fits(run.prior, run.config, k)]
 
 
 def is_finished(folder: str | Path) -> bool:
@@ -746,37 +418,6 @@ def resume_job(
         return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)
 
 
-@torch.no_grad()
-def dependences(materials: list[Material], judges: dict[str, Judges], prior: Prior) -> dict[str, dict[str, float]]:
-    """Where two controls were read from one dataset, what their labels say about each other once x is known.
-
-    Warns:
-        RuntimeWarning: they do, and adding their rewards is doubtful.
-    """
-    found = {}
-    for one, other in combinations([m for m in materials if m.data and not m.settings.skip_bad], 2):
-        names = one.settings.name, other.settings.name
-        if one.settings.data != other.settings.data or len(one.data) != len(other.data):
-            continue
-        if any(m.data.on_scale(m.settings.name) for m in (one, other)):
-            continue
-        looked = (
-            (judges[name], m.data.through(prior.encode) if judges[name].latent else m.data)
-            for name, m in zip(names, (one, other), strict=True)
-        )
-        log_p = tuple(judge.log_prob(data) for judge, data in looked)
-        shared = dependence(log_p, (one.data.labels[names[0]], other.data.labels[names[1]]))
-        found[" and ".join(names)] = vars(shared)
-        if shared.doubtful:
-            warnings.warn(
-                f"{' and '.join(names)} still depend on each other once x is known (at least {shared.nats:.3f} nats, "
-                f"p = {shared.p_value:.1g}): rewards add only if they do not. Make their combinations one control.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return found
-
-
 def classifier_metrics(judges: dict[str, Judges]) -> dict[str, Any]:
     """What is known of p̂ by the names metrics.json uses; of several controls by their names."""
     found = {name: one.metrics() for name, one in judges.items()}
@@ -809,330 +450,6 @@ def follows(asked: Tensor, came: Tensor) -> dict[str, float]:
         "mean_error_levels": float(miss.mean()),
         "root_mean_square_error_levels": float(miss.square().mean().sqrt()),
     }
-
-
-def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without the figures that are no numbers: JSON has no word for them."""
-    return {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
-
-
-def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
-    """The learner of a stage with the run's settings."""
-    config, times, micro = run.config, run.times, run.config.micro_batch
-    if stage == "weighted":
-        cache = run.prior_samples(config.weighted.cache, "prior samples to learn from", phase)
-        return Weighted(cache, times, config.weighted.batch, micro=micro)
-    if stage == "adjoint":
-        a = config.adjoint
-        return Adjoint(times, a.batch, micro=micro, regressed=a.regressed, reuse=a.reuse, clip=a.clip, lean=a.lean)
-    if stage == "ppo":
-        p = config.ppo
-        return PPO(times, p.batch, micro=micro, surrogates=p.surrogates, reuse=p.reuse, clip=p.clip)
-    b = config.backprop
-    return Backprop(times, b.batch, micro=micro, clip=b.clip, through=b.through)
-
-
-def stages_of(config: Config) -> Iterator[tuple[str, str]]:
-    """The stages of a training by name, with the learner of each."""
-    for learner in config.learners:
-        if learner == "weighted" and config.weighted.renoising:
-            yield RENOISING, learner
-        yield learner, learner
-
-
-def train(run: Run, phase: Phase = silent, course: "Course | None" = None) -> Iterator[dict[str, Any]]:
-    """Run the learners one after the other; yields a record of every update and probe.
-
-    The best control of all probes is kept; the last record is that probe's, marked as kept. A `course` that is not at
-    its beginning is gone on with.
-    """
-    few = -(-64 // run.trained.groups)
-    prior_table(run.reward, run.trained, run.prior_samples(few, "rewards"))  # refused if one is not finite
-    course = course or Course(Best(run.policy))
-    best, untrained, learner = course.best, run.policy.snapshot(), None
-    run.policy.restore(best.snapshot or untrained)
-    for number, (stage, name) in enumerate(stages_of(run.config)):
-        if number < course.done:
-            continue
-        settings, learner = getattr(run.config, name), learner or learner_of(run, name, phase)
-        if stage == RENOISING:
-            run.policy.restore(untrained)
-            even = replace(learner, even=True)
-            yield from train_stage(run, stage, even, settings, settings.renoising, phase, course)
-            course.renoising = run.policy.snapshot()
-            run.policy.restore(best.snapshot or untrained)
-        else:
-            if isinstance(learner, Weighted) and settings.renoising:
-                learner.renoising = course.renoising
-            yield from train_stage(run, stage, learner, settings, settings.updates, phase, course, best)
-            learner = None
-            best.restore()
-            phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
-        course.pass_on()
-    yield {**best.record, "kept": True}
-
-
-@dataclass
-class Best:
-    """The best control so far, by J on the probes' paths, which share their noise.
-
-    What lies within the noise of a probe should cost neither accuracy nor the averaging of weights, so one standard
-    error of the paired difference decides, in the spirit of Breiman et al. 1984: averaged weights may have a J lower by
-    less than that, and a control that earns less reward by more must have a J higher by more than that, and by no less
-    than the reward it gave up, within its error: J alone would sell most of a control's reward for as much KL.
-    """
-
-    policy: Policy
-    first: float | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-    log_w: Tensor | None = None
-    earned: Tensor | None = None
-    snapshot: list[Tensor] = field(default_factory=list)
-
-    def see(self, record: dict[str, Any], log_w: Tensor, earned: Tensor) -> bool:
-        """Whether a probe is the best one so far; log w and reward (n,) are of its paths."""
-        if self.first is None:
-            self.first = record["J"]
-        else:
-            gain, error = paired(log_w - self.log_w)
-            reward, reward_error = paired(earned - self.earned)
-            loses = reward < -reward_error
-            needed = max(error, -reward - reward_error) if loses else -error if "averaged" in record else 0.0
-            if not gain > needed:  # a J that is no number is not better
-                return False
-        self.record, self.log_w, self.earned, self.snapshot = record, log_w, earned, self.policy.snapshot()
-        return True
-
-    @property
-    def improved(self) -> bool:
-        """Whether any control is better than the first one seen."""
-        return self.first is not None and self.record["J"] > self.first
-
-    def reason_to_stop(self, record: dict[str, Any], idle: int, patience: int | None) -> str | None:
-        """Why a learner should stop after a probe, `idle` probes in turn not having been the best; None to go on.
-
-        The warm start may pay many nats before the next learner wins them back: it is never said to diverge.
-        """
-        if record["stage"] != "weighted" and not record["J"] >= self.first - abs(self.first) - COLLAPSE:
-            return f"diverged: J fell to {record['J']:.1f} from the {self.first:.1f} training began with"
-        return f"no better control in {idle} probes" if patience and idle >= patience else None
-
-    def restore(self) -> None:
-        """Give the policy the best control back."""
-        self.policy.restore(self.snapshot)
-
-
-def paired(difference: Tensor) -> tuple[float, float]:
-    """Mean of differences (n,) and its standard error."""
-    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
-
-
-@dataclass
-class Course:
-    """Where a training stands, and what it takes to go on from there as if nothing had happened.
-
-    A learner's paths are not kept. A state is taken only where none of them is left to be used: what comes next is
-    drawn from the stage's generator, which is kept with what the learner takes along, with the state of `fit` (weights,
-    their averages, AdamW's moments, the place in the learning rate's course) and with the best control. All else comes
-    out the same again: p̂ is in the run folder, and an untrained control, the prior's samples, probes and certificates
-    draw from streams of the seed and their purpose alone.
-
-    Args:
-        best: the best control so far.
-        checkpoints: where states are saved; None saves none.
-        done: stages that are over.
-        records: of the log.
-        idle: probes in turn that were not the best.
-        seconds: training took before this process.
-        renoising: the control that learned what re-noising alone does.
-        within: of the stage under way, its last state; empty at its start.
-        latest: what is to be saved next.
-        begin: of this process's training, by its clock.
-    """
-
-    best: Best
-    checkpoints: Checkpoints | None = None
-    done: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list)
-    idle: int = 0
-    seconds: float = 0.0
-    renoising: list[Tensor] = field(default_factory=list)
-    within: dict[str, Tensor] = field(default_factory=dict)
-    latest: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    begin: float = field(default_factory=time.perf_counter)
-
-    @classmethod
-    def of(cls, run: Run, checkpoints: Checkpoints) -> "Course":
-        """As the newest state has it, or at the beginning; every rank is where rank 0 is."""
-        course = cls(Best(run.policy), checkpoints)
-        if found := ranks.from_first(checkpoints.newest):
-            tensors, about = found
-            best, device = course.best, run.policy.device
-            best.first, best.record = about["first"], about["record"]
-            best.log_w, best.earned = tensors.get("log_w"), tensors.get("earned")
-            best.snapshot, course.renoising = (
-                [value.to(device) for value in in_turn(name, tensors)] for name in ("best", "renoising")
-            )
-            course.within = part_of("within", tensors)
-            course.done, course.records, course.idle = about["done"], about["records"], about["idle"]
-            course.seconds, run.policy.base.gradient_scale = about["seconds"], about["gradient_scale"]
-        return course
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training so far."""
-        return self.seconds + time.perf_counter() - self.begin
-
-    def reach(self, within: dict[str, Tensor], due: bool = True) -> None:
-        """Take in the state of the stage under way; it is saved if that is due."""
-        best, self.within = self.best, within
-        tensors = {f"within.{name}": value for name, value in within.items()}
-        tensors |= numbered("best", best.snapshot) | numbered("renoising", self.renoising)
-        tensors |= {"log_w": best.log_w, "earned": best.earned} if best.snapshot else {}
-        about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
-        about |= {"first": best.first, "record": best.record, "gradient_scale": best.policy.gradient_scale}
-        self.latest = tensors, about
-        if due:
-            self.save()
-
-    def pass_on(self) -> None:
-        """A stage is over."""
-        self.done, self.idle, self.within = self.done + 1, 0, {}
-        if self.checkpoints:
-            self.reach({})
-
-    def save(self) -> None:
-        """Write the last state, if it is not written yet; of several ranks rank 0 does."""
-        if self.latest and ranks.is_first():
-            self.checkpoints.write(*self.latest)
-            self.latest = None
-
-
-def train_in(folder: Path, run: Run, phase: Phase) -> tuple[list[dict[str, Any]], float]:
-    """Train a run from where the checkpoints in its folder stand; the records of its log, and the seconds it took.
-
-    The log is made what it was then. Out of memory, once the micro-batch is halved and training goes on from the last
-    state; what is trained does not depend on it, but for rounding. Several ranks are not halved.
-
-    Raises:
-        MemoryError: out of memory for all that.
-
-    Warns:
-        RuntimeWarning: the micro-batch was halved.
-    """
-    untrained, log, may_halve = run.policy.snapshot(), folder / RUN_FILES[-1], True
-    while True:
-        run.policy.restore(untrained)
-        course = Course.of(run, Checkpoints(folder / CHECKPOINT))
-        past = "".join(map(line_of, course.records))
-        ranks.from_first(lambda past=past: write_text(log, past))
-        try:
-            with log.open("a", encoding="utf-8") if ranks.is_first() else nullcontext() as file:
-                for record in map(finite, train(run, phase, course)):
-                    course.records.append(record)
-                    if file:
-                        print(line_of(record), end="", file=file, flush=True)
-            return course.records, round(course.elapsed, 1)
-        except KeyboardInterrupt:
-            course.save()
-            raise
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        course.save()
-        stage = getattr(run.config, list(stages_of(run.config))[course.done][1])
-        at_once = run.config.micro_batch or stage.batch
-        if not may_halve or at_once == 1 or ranks.count() > 1:  # other ranks wait where they had memory enough
-            raise MemoryError(
-                f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}), batch, rank or size, "
-                f"or set mixed_precision: bf16. Then go on with: ctrl train --resume {folder}"
-            )
-        may_halve, run.config.micro_batch = False, at_once // 2
-        run.config.write(folder / "config.yaml")
-        torch.cuda.empty_cache()
-        warnings.warn(
-            f"out of memory: training goes on with micro_batch {at_once // 2} instead of {at_once}; updates see as "
-            "many samples as before.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def line_of(record: dict[str, Any]) -> str:
-    """A record as the log has it."""
-    return json.dumps(rounded(record)) + "\n"
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is an allocator's, of an accelerator or the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def train_stage(
-    run: Run,
-    stage: str,
-    learner: Learner,
-    settings: LearnerSettings,
-    updates: int,
-    phase: Phase,
-    course: Course,
-    best: Best | None = None,
-) -> Iterator[dict[str, Any]]:
-    """One learner from the policy as it is to averaged weights; a record of every update and probe.
-
-    It stops early when the patience is at an end, when too many updates in turn are not finite, and when J falls far
-    below what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
-    Without `best` nobody compares the probes, only the last is taken, and not to be finite is an error.
-    """
-    config, few, begin = run.config, -(-160 // run.trained.pairs), part_of("fit", course.within)
-    generator = stream(config.seed, stage)
-    if begin:
-        generator.set_state(course.within["generator"])
-    carried = [value.to(run.policy.device) for value in in_turn("carried", course.within)]
-    steps = learner(run.policy, run.reward, run.trained, generator, carried)
-    lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
-    every = max(1, updates // config.evaluation.probes) if best else updates
-    advance, note, skipped, due = phase(f"learner: {stage}", updates), "", {}, False
-
-    def probed(record: dict[str, Any]) -> dict[str, Any]:
-        figures, log_w, earned = run.probe(few)
-        record = {**record, **figures}
-        if best:
-            course.idle = 0 if best.see(record, log_w, earned) else course.idle + 1
-        return record
-
-    record = {"stage": stage, "update": int(begin["counts"][0]) if begin else 0}
-    advance(record["update"])
-    taken = saved = record["update"]
-    if best and not begin:
-        yield probed(record)
-    try:
-        for update in fit(
-            run.policy, steps, updates, lr, config.ema_decay, max_skipped=config.max_skipped, begin=begin
-        ):
-            record = {"stage": stage, "update": update.number, "loss": update.loss, "grad_norm": update.gradient_norm}
-            skipped = {"skipped": update.skipped} if update.skipped else {}
-            record |= {**update.metrics, **skipped}
-            if update.number % every == 0 and update.number < updates:
-                record = probed(record)
-                note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
-                if best and (reason := best.reason_to_stop(record, course.idle, config.patience)):
-                    yield {**record, "stopped": reason}
-                    return
-            advance(1, note)
-            yield record
-            due = due or "J" in record or update.number - saved >= config.checkpoint
-            if update.state and course.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
-                here = {f"fit.{name}": value for name, value in update.state().items()}
-                here |= {"generator": generator.get_state(), **numbered("carried", ranks.joined(carried))}
-                course.reach(here, due)
-                taken, saved, due = update.number, update.number if due else saved, False
-    except FloatingPointError as error:
-        if best is None or not best.improved:
-            raise
-        yield {"stage": stage, "update": record["update"], "stopped": f"diverged: {error}", **skipped}
-        return
-    yield probed({"stage": stage, "update": updates, "averaged": True, **skipped})
 
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:

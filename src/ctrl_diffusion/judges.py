@@ -88,6 +88,21 @@ class Judges:
                 network.to(device)
         return self
 
+    def worth_it(self) -> "Judges":
+        """These, if p̂ says something.
+
+        Raises:
+            ValueError: on held-out data it is not better than chance by two standard errors.
+        """
+        q = self.quality
+        if q.nll + 2 * q.nll_stderr >= q.chance_nll:
+            raise ValueError(
+                f"the classifier of {self.control!r} is not clearly better than chance (held-out NLL {q.nll:.2f} ± "
+                f"{q.nll_stderr:.2f} nats, chance {q.chance_nll:.2f}): its gradients would mislead. Check the labels "
+                "or bring more of them."
+            )
+        return self
+
     @torch.no_grad()
     def outside(self, x: Tensor) -> Tensor:
         """Whether each x (n, C, H, W), as p̂ looks at it, lies outside the region it was fitted on: (n,)."""
@@ -308,21 +323,12 @@ def fit_posterior(
 
     Returns:
         Judges that have p̂ alone, the options it was fitted with, and the held-out part as p̂ looks at it.
-
-    Raises:
-        ValueError: on held-out data it is not better than chance by two standard errors.
     """
     fitting, calibration, held_out = (part.through(encode) if settings.latents else part for part in images)
     classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk, device)
     classifier.trunk, classifier.latent = trunk or classifier.trunk, settings.latents
     classifier.to(device)
     quality = report_classifier(classifier, *examples(held_out, control, of_c))
-    if quality.nll + 2 * quality.nll_stderr >= quality.chance_nll:
-        raise ValueError(
-            f"the classifier of {control!r} is not clearly better than chance (held-out NLL {quality.nll:.2f} ± "
-            f"{quality.nll_stderr:.2f} nats, chance {quality.chance_nll:.2f}): its gradients would mislead. Check the "
-            "labels or bring more of them."
-        )
     judges = Judges(control, held_out.values[control], tuple(images[0].x.shape[1:]), classifier, quality)
     with torch.no_grad():
         met, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
@@ -341,6 +347,7 @@ def fit_judges(
     judge_data: LabelledImages | None = None,
     encode: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
+    check: bool = True,
 ) -> tuple[Judges, LabelledImages]:
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
@@ -355,6 +362,7 @@ def fit_judges(
         judge_data: what the judge is fitted on, also beside a ruler, so that p̂ keeps the more of the data.
         encode: images → latents, for a p̂ that looks at these.
         device: on which they are fitted, and stay.
+        check: refuse a p̂ that says nothing.
 
     Returns:
         The judges, and the held-out part that none of them met, as p̂ looks at it.
@@ -384,6 +392,8 @@ def fit_judges(
     judges, choice, held_out = fit_posterior(
         images[:3], control, of_c, settings, seed, advance, trunk, encode, device
     )  # fmt: skip
+    if check:
+        judges.worth_it()
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
         judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)

@@ -1,7 +1,8 @@
 """How a long job tells what it is doing: it opens a phase and advances it; who watches is the caller's business."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Advance = Callable[..., None]  # (n=1, note="")
 Phase = Callable[[str, int], Advance]  # (what, total)
@@ -29,3 +30,11 @@ def patient(phase: Phase, what: str, total: int, seconds: float = 2.0) -> Advanc
 
 class Interrupted(Exception):
     """A job was asked to stop, and what it needs to go on is saved; the message says how to."""
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note how long what is done inside took."""
+    begin = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - begin, 1)

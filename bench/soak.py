@@ -1,0 +1,68 @@
+"""2,000 updates of the digits demo in one process: memory and open files, whose growth goes into bench/results.json.
+
+python bench/soak.py      (about a quarter of an hour on one quiet thread)
+
+Small batches, else as a user's job: log, checkpoints, probes, TensorBoard's files.
+"""
+
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ctrl_diffusion.cli import phases
+from ctrl_diffusion.files import write_json
+from ctrl_diffusion.job import demo_job
+
+RESULTS = Path(__file__).parent / "results.json"
+UPDATES, EVERY, WINDOW = 2000, 10, 20  # readings are medians over WINDOW, of every tenth update
+BATCH = {"batch": 16}
+SETTINGS = {
+    "learners": ["weighted", "adjoint"],
+    "weighted": {"updates": UPDATES // 4, "cache": 100, **BATCH},
+    "adjoint": {"updates": UPDATES - UPDATES // 4, **BATCH},
+    "evaluation": {"prior_samples": 100, "paths": 80, "probes": 20, "sweep_paths": 40},
+    "track": ["tensorboard"],
+}
+
+
+def resident() -> float:
+    """Megabytes this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def main() -> None:
+    readings: dict[str, list[tuple[float, int]]] = {}
+    with TemporaryDirectory() as folder, phases("--quiet" in sys.argv) as shown:
+
+        def phase(what: str, total: int):  # noqa: ANN202
+            advance, done, mine = shown(what, total), 0, readings.setdefault(what, [])
+
+            def step(n: int = 1, note: str = "") -> None:
+                nonlocal done
+                done += n
+                if done % EVERY == 0 and what.startswith("learner"):
+                    mine.append((resident(), len(os.listdir("/proc/self/fd"))))
+                advance(n, note)
+
+            return step
+
+        demo_job(SETTINGS, Path(folder) / "run", phase=phase)
+    found = {"updates": UPDATES}
+    for stage in ("weighted", "adjoint"):
+        megabytes, files = zip(*readings[f"learner: {stage}"], strict=True)
+        first, last = (statistics.median(part) for part in (megabytes[:WINDOW], megabytes[-WINDOW:]))
+        found[stage] = {
+            "megabytes": [round(first, 1), round(last, 1)],
+            "growth": round(last / first - 1, 4),
+            "open_files": [max(files[:WINDOW]), max(files[-WINDOW:])],
+        }
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    write_json(RESULTS, {**known, "soak": found})
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""What a training will take, before it starts: its code with a few updates, and what that does not show, counted."""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from . import ranks
+from .checkpoint import Checkpoints
+from .config import Config
+from .course import PROBE_PATHS, Best, Course, stages_of, train
+from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
+from .job import STRENGTHS, step_counts
+from .judges import BATCH, Judges, fit_judges
+from .learn.weighted import RENOISING
+from .prepare import Job, Material, encoder_of, prepare
+from .progress import Phase, silent, timed
+from .run import Run
+from .sample import at_once, paths, stream
+
+MANY = 2000  # labelled images of a control that are looked at
+# of what is trained: itself, gradient, average, two moments; three controls that are kept; the four of a saved state
+COPIES = 12
+
+
+def estimate_job(
+    given: dict[str, Any], quick: bool = False, phase: Phase = silent, trust: bool = False
+) -> dict[str, Any]:
+    """What `train_job` would take with the same settings; nothing is written.
+
+    Args:
+        given: settings by the names of `Config`, of which prior, data and control must be there.
+        quick: of a twentieth of the training.
+        phase: told of progress.
+        trust: run code that a classifier's folder names.
+
+    Raises:
+        ValueError: what `train_job` would refuse before it fits anything, or several processes.
+    """
+    if ranks.count() > 1:
+        raise ValueError("--dry-run: one process measures what one takes. Start it without accelerate launch.")
+    job = prepare(given, phase, trust)
+    return estimated(replace(job, config=job.config.quick()) if quick else job, phase)
+
+
+def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
+    """Evaluations, time and memory of a training, by part.
+
+    Classifiers are fitted twice, for a few updates and for more; every learner takes the updates of two batches of
+    paths, of which the second is timed; the policy draws paths once. Samples that a training holds, and this did not
+    draw, are added to the most memory that was needed.
+
+    Args:
+        job: as `prepare` leaves it.
+        phase: told of progress.
+
+    Returns:
+        Seconds and megabytes by part. Evaluations are of the network, for each sample of an update, as (forward,
+        forward and backward); a guided call counts as two.
+    """
+    config, prior = job.config, job.prior
+    judges, fits = {}, 0.0
+    for one in job.materials:
+        name = one.settings.name
+        judges[name], seconds = (one.judges, 0.0) if one.judges else fitted(one, job, phase)
+        fits += seconds
+    run = Run.start(in_miniature(config), prior, judges)
+    stages, samples = trained(run, config, phase), evaluations_of_samples(run, config)
+    seconds = {
+        "classifiers": fits,
+        "learners": sum(stage["seconds"] for stage in stages.values()),
+        "samples": sum(samples.values()) * seconds_of_evaluation(run, phase),
+    }
+    return {
+        "device": str(prior.denoiser.device),
+        "stages": stages,
+        "samples": samples,
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "memory_mb": {name: size / MEGABYTE for name, size in memory(run, config, job).items()},
+    }
+
+
+def fitted(one: Material, job: Job, phase: Phase) -> tuple[Judges, float]:
+    """Classifiers of a control after a few updates, and the seconds that all of their updates will take."""
+    control, seconds, data = one.settings, {}, one.data
+    if len(data) > MANY:
+        data, _ = data.split(control.name, (MANY / len(data), 1 - MANY / len(data)), job.config.seed)
+    few = -(-max(len(data), len(one.judge_data or ())) // BATCH)  # a round
+    advance = phase(f"classifiers of {control.name}", 2)
+    for updates in (few, 3 * few):
+        settings = control.classifier.model_copy(update={"updates": updates})
+        with timed(seconds, updates):
+            judges, _ = fit_judges(
+                data, control.name, control.condition, bool(control.ruler), settings, job.config.seed, silent,
+                one.judge_data, encoder_of(job.prior), job.prior.denoiser.device, check=False,
+            )  # fmt: skip
+        advance()
+    each = max(0.0, seconds[3 * few] - seconds[few]) / (2 * few)
+    return judges, seconds[few] + each * (control.classifier.updates - few)
+
+
+def in_miniature(config: Config) -> Config:
+    """The same training with the updates of two batches of paths, and a smaller cache."""
+    small = config.model_copy(deep=True)
+    small.weighted.cache = min(64, config.weighted.cache)
+    small.weighted.renoising = min(2, config.weighted.renoising)
+    small.evaluation.probes = 1
+    for name in config.learners:
+        settings = getattr(small, name)
+        settings.updates = 2 * getattr(settings, "reuse", 1)
+    return small
+
+
+def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]:
+    """What an update of each stage takes, from the run's few; its controls have learned next to nothing."""
+    seconds: dict[str, list[float]] = {}
+    with TemporaryDirectory() as scratch:
+        begin = time.perf_counter()
+        for record in train(run, phase, Course(Best(run.policy), Checkpoints(Path(scratch)))):
+            if "loss" in record:
+                seconds.setdefault(record["stage"], []).append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+    found, per_sample = {}, evaluations(config)
+    for stage, learner in stages_of(config):
+        settings, taken = getattr(config, learner), seconds[stage]
+        updates = settings.renoising if stage == RENOISING else settings.updates
+        each = mean(taken[len(taken) // 2 :])
+        found[stage] = {
+            "updates": updates,
+            "batch": settings.batch,
+            "evaluations": [calls(run.prior) * n for n in per_sample[stage]],
+            "seconds_per_update": each,
+            "seconds": updates * each,
+        }
+    return found
+
+
+def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
+    """Of the network, for all samples and paths that are drawn outside the learners, by purpose."""
+    conditions, trained, e, steps = run.conditions, run.trained, config.evaluation, config.steps
+    chain, compared = steps + 1, 2 * steps + 1  # a read-out ends every path
+    probes = sum(1 if stage == RENOISING else e.probes + 1 for stage, _ in stages_of(config))
+    certified = [run.repeats(e.paths, conditions) * conditions.pairs]
+    for part in map(run.conditions_on, run.parts):
+        certified.append(run.repeats(e.paths // 2, part) * part.pairs)
+    swept = sum(1 + (1 if w in (0.0, 1.0) else 2) * steps for w in STRENGTHS) + sum(k + 1 for k in step_counts(run))
+    scales = sum(control.scale for control in run.policy.controls.values())
+    found = {
+        "cache": ("weighted" in config.learners) * config.weighted.cache * conditions.groups * chain,
+        "probes": probes * -(-PROBE_PATHS // trained.pairs) * trained.pairs * compared,
+        "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
+        "certificate": sum(certified) * compared + scales * (e.paths // 2) * chain,
+        "strengths and step counts": run.repeats(e.sweep_paths, conditions) * conditions.pairs * swept,
+    }
+    return {name: calls(run.prior) * n for name, n in found.items()}
+
+
+def seconds_of_evaluation(run: Run, phase: Phase) -> float:
+    """Of the network for one sample, while paths of the policy are drawn; a guided call counts as two."""
+    seconds, n = {}, at_once(run.policy)
+    labels, cond = run.conditions.of(run.conditions.draw(n, stream(run.config.seed, "estimate")))
+    advance = phase("paths", 2)
+    for round_ in ("first", "second"):
+        with timed(seconds, round_), run.policy.in_full():
+            generator = stream(run.config.seed, "estimate")
+            paths(run.policy, n, run.times, generator, cond, labels, compare=True)
+        advance()
+    return seconds["second"] / (n * calls(run.prior) * (2 * run.config.steps + 1))
+
+
+def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
+    """Bytes by part, and all of them: those the process has needed so far, or its accelerator, and samples to come."""
+    prior, policy, one_x = run.prior, run.policy, 4 * math.prod(run.policy.shape)
+    learned = sum(p.nbytes for p in policy.trained())
+    networks = [prior.denoiser.network, *(judges.classifier for judges in run.judges.values())]
+    weights = sum(p.nbytes for network in networks for p in network.parameters()) - learned
+    one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
+    held, drawn = (
+        run.conditions.groups * one_x * (c.evaluation.prior_samples + c.weighted.cache * ("weighted" in c.learners))
+        for c in (config, run.config)
+    )
+    found = {
+        "weights": weights + max(0, 2 * one - two),  # those that a control changes are there twice
+        "control": COPIES * learned,
+        "paths": max(getattr(config, name).batch for name in config.learners) * 3 * config.steps * one_x,
+        "activations": max(rows_kept(config)[name] for name in config.learners) * (two - one),
+    }
+    device = prior.denoiser.device
+    if device.type == "cuda":
+        return {**found, "all": torch.cuda.max_memory_allocated(device)}
+    images = (data for one in job.materials for data in (one.data, one.judge_data) if data)
+    found |= {"images": sum(data.x.nbytes for data in images if isinstance(data.x, torch.Tensor)), "samples": held}
+    whole = most_needed() + held - drawn + run.config.evaluation.prior_samples * run.conditions.groups * one_x
+    return {**found, "the rest": max(0, whole - sum(found.values())), "all": whole}
+
+
+def most_needed() -> int:
+    """Bytes this process has had in memory at its largest."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # the figure of getrusage may be that of the process which started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """What was `estimated`, for a terminal."""
+    lines = [f"{'':<14}{'updates':>9}{'batch':>7}{'evaluations a sample':>22}{'an update':>12}{'in all':>12}"]
+    for name, stage in found["stages"].items():
+        forward, both = stage["evaluations"]
+        lines.append(
+            f"{name:<14}{stage['updates']:>9}{stage['batch']:>7}{f'{forward} + {both}':>22}"
+            f"{duration(stage['seconds_per_update']):>12}{duration(stage['seconds']):>12}"
+        )
+    lines += ["", "evaluations: forward + forward and backward, of the network", ""]
+    lines += [f"{name:<28}{n:>14,} evaluations" for name, n in found["samples"].items()]
+    lines += ["", *(f"{name:<28}{duration(seconds):>14}" for name, seconds in found["seconds"].items()), ""]
+    lines += [f"{name:<28}{size:>11,.0f} MB" for name, size in found["memory_mb"].items()]
+    return "\n".join([*lines, "", f"on {found['device']}; nothing was written"])
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

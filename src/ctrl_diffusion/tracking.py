@@ -1,0 +1,80 @@
+"""Figures of a training for whoever follows it: TensorBoard's files or a service, through accelerate's trackers.
+
+Nothing is sent anywhere unless it is asked for by name.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
+
+from . import ranks
+
+TRACKED, PROJECT = "tracking", "ctrl"  # in a run's folder; what services file a run under
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that accelerate does not know, or whose package is not there.
+
+    Raises:
+        ValueError: which, and what to do.
+    """
+    known = sorted(str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--track {name}: unknown. There are: {', '.join(known)}.")
+        if name not in map(str, get_available_trackers()):
+            raise ValueError(f"--track {name}: its package is not installed. Try: pip install {name}")
+
+
+class Tracking:
+    """The trackers of one run, on rank 0; without any, nothing happens.
+
+    Args:
+        names: of the trackers.
+        folder: the run's, in which they may keep files.
+        settings: told to services.
+    """
+
+    def __init__(self, names: list[str], folder: Path, settings: dict[str, Any]) -> None:
+        self.names, self.folder, self.settings = names, folder, settings
+        self.trackers: list[GeneralTracker] = []
+
+    def begin(self, updates: int) -> None:
+        """Open the trackers after so many updates; TensorBoard forgets what it was told of later ones."""
+        self.close()
+        if not self.names or not ranks.is_first():
+            return
+        place = self.folder / TRACKED
+        place.mkdir(exist_ok=True)
+        # neither the device nor the precision is its business
+        accelerator = Accelerator(
+            device_placement=False, mixed_precision="no", log_with=self.names, project_dir=str(place)
+        )
+        options = {
+            "tensorboard": {"purge_step": updates + 1} if updates else {},
+            "wandb": {"name": self.folder.name, "dir": str(place)},
+        }
+        accelerator.init_trackers(PROJECT, init_kwargs=options)
+        self.trackers = accelerator.trackers
+        for tracker in self.trackers:
+            if tracker.name != "tensorboard":  # it would make a folder named by the time for them
+                tracker.store_init_configuration(self.settings)
+
+    def tell(self, record: dict[str, Any], updates: int) -> None:
+        """Figures of a record of the log, after so many updates of all stages."""
+        figures = {key: v for key, v in record.items() if type(v) in (int, float) and key != "update"}
+        self.show({f"{record['stage']}/{key}": v for key, v in figures.items()}, updates)
+
+    def show(self, figures: dict[str, float], updates: int) -> None:
+        """Figures by name."""
+        for tracker in self.trackers if figures else ():
+            tracker.log(figures, step=updates)
+
+    def close(self) -> None:
+        """No more figures come."""
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers = []

@@ -1,0 +1,153 @@
+"""What is said of a training before it starts is what then happens."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from ctrl_diffusion import demo
+from ctrl_diffusion.config import Config
+from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples
+from ctrl_diffusion.inspection import evaluations
+from ctrl_diffusion.job import STRENGTHS, step_counts
+from ctrl_diffusion.judges import Judges
+from ctrl_diffusion.run import Run
+
+FAST = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 150}
+TINY = {
+    "prior": "digits", "control": "ink", "classifier": FAST, "steps": 4, "rank": 4,
+    "weighted": {"updates": 6, "batch": 16, "cache": 8, "renoising": 3},
+    "adjoint": {"updates": 8, "batch": 8, "reuse": 2},
+    "evaluation": {"prior_samples": 8, "paths": 80, "probes": 2, "sweep_paths": 80},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    write_imagefolder(folder, demo.labelled_digits("ink", 0)[0][0])
+    return folder
+
+
+def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(data, tmp_path, ctrl_here, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**TINY, "data": str(data)}))
+    done = ctrl_here("train", "--config", "mine.yaml", "--dry-run", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("re-noising", "weighted", "adjoint", "evaluations", "activations", "total", "nothing was written"):
+        assert words in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    refused = ctrl_here("train", "--config", "mine.yaml", "--dry-run", "--classifier", "nowhere")
+    assert refused.returncode == 2
+    assert "nowhere" in refused.stderr
+
+
+def test_its_parts_are_the_whole(data):
+    found = estimate_job({**TINY, "data": str(data)})
+    assert list(found["stages"]) == ["re-noising", "weighted", "adjoint"]
+    assert [stage["updates"] for stage in found["stages"].values()] == [3, 6, 8]
+    for stage in found["stages"].values():
+        assert stage["seconds"] == pytest.approx(stage["updates"] * stage["seconds_per_update"])
+    said = evaluations(Config.of({**TINY, "data": "-"}))
+    assert found["stages"]["weighted"]["evaluations"] == list(said["weighted"]) == [2, 1]
+    seconds, memory = found["seconds"], found["memory_mb"]
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+    assert memory.pop("all") == pytest.approx(sum(memory.values()))
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_the_evaluations_of_samples_are_those_made(digits):
+    """Rows that go through the network while samples, probes and certificate are drawn."""
+
+    class Even:
+        """p̂ that knows nothing."""
+
+        head, conditional, latent = "categorical", False, False
+
+        def __init__(self, classes):
+            self.classes = classes
+
+        def log_prob(self, x):
+            return torch.zeros(len(x), self.classes).log_softmax(1)
+
+        def to(self, device):
+            return self
+
+    config = Config.of({**TINY, "data": "-", "classes": [3, 7], "learners": ["weighted", "adjoint"]})
+    names = ("ink", "slant")
+    config.controls = [config.controls[0].model_copy(update={"name": name, "ruler": name}) for name in names]
+    values = {name: demo.VALUES[name] for name in names}
+    judges = {name: Judges(name, values[name], (1, 8, 8), Even(len(values[name])), None) for name in names}
+    run = Run.start(config, digits, judges)
+    with torch.no_grad():  # a control that does nothing is not evaluated
+        for p in run.policy.trained():
+            p.add_(0.01)
+    rows = 0
+
+    def count(module, args, kwargs):
+        nonlocal rows
+        rows += len(args[0])
+
+    def made(what):
+        nonlocal rows
+        rows = 0
+        what()
+        return rows
+
+    handle = digits.denoiser.network.register_forward_pre_hook(count, with_kwargs=True)
+    said = evaluations_of_samples(run, config)
+    assert made(lambda: run.prior_samples(config.weighted.cache, "cache")) == said["cache"]
+    # three probes of each of two learners, and the one of re-noising
+    assert 7 * made(lambda: run.probe(-(-160 // run.trained.pairs))) == said["probes"]
+    assert made(lambda: run.evaluate(config.evaluation.paths)) == said["log Z"] + said["certificate"]
+    swept = made(lambda: run.sweep(STRENGTHS, step_counts(run), config.evaluation.sweep_paths))
+    assert swept == said["strengths and step counts"]
+    handle.remove()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A pipeline whose activations are more than the rest of the process."""
+    folder = tmp_path_factory.mktemp("wide")
+    unet = UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(32, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(clip_sample=False)).save_pretrained(folder / "prior")
+    x, y = torch.rand(80, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(80) % 2
+    x[y == 1] = x[y == 1] / 2
+    write_imagefolder(folder / "data", LabelledImages(2 * x - 1, {"dark": y}, {"dark": ("no", "yes")}))
+    return folder
+
+
+def program(body):
+    """Run lines in a process of its own; the JSON they print."""
+    lines = ["import json", "from ctrl_diffusion.estimate import estimate_job, most_needed", body]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", ["adjoint", "backprop", "ppo", "weighted"])
+def test_the_memory_said_is_within_a_fifth_of_what_is_needed(wide, learner, tmp_path):
+    settings = {
+        "prior": str(wide / "prior"), "data": str(wide / "data"), "control": "dark", "steps": 4, "rank": 8,
+        "classifier": {"head": "categorical", "grid": 1, "updates": 200}, "learners": [learner],
+        "weighted": {"updates": 6, "batch": 72, "cache": 60, "renoising": 2},
+        "adjoint": {"updates": 6, "batch": 24, "reuse": 2, "regressed": 3}, "backprop": {"updates": 6, "batch": 64},
+        "ppo": {"updates": 6, "batch": 24, "reuse": 2, "surrogates": 3},
+        "evaluation": {"prior_samples": 60, "paths": 20, "probes": 1, "sweep_paths": 4},
+    }  # fmt: skip
+    said = program(f"print(json.dumps(estimate_job({settings!r})['memory_mb']))")
+    needed = program(
+        f"from ctrl_diffusion.job import train_job\ntrain_job({settings!r}, {str(tmp_path / 'run')!r})\n"
+        "print(most_needed() / 1e6)"
+    )
+    assert said["all"] == pytest.approx(needed, rel=0.2)
+    assert said["activations"] > 0.3 * needed, "else this would say little"

@@ -1,0 +1,198 @@
+"""What a training decides and refuses before it starts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ctrl_diffusion import assets, demo
+from ctrl_diffusion.classifier import Classifier
+from ctrl_diffusion.config import ClassifierSettings, ControlSettings, suggested
+from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.judges import Judges, fit_judges
+from ctrl_diffusion.prepare import PAGES, Material, conditions_of, dependences, prepare
+from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.run import Run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    write_imagefolder(folder, demo.labelled_digits("ink", 0)[0][0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Folders as `ctrl classifier` writes them: with judge and reader, and without either."""
+    fast = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
+    folders = {}
+    for name, condition, ruler in (("whole", "digit", False), ("bare", None, True)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        judges, _ = fit_judges(demo.labelled_digits("ink", 0)[0][0], "ink", condition, ruler, fast)
+        judges.save(folders[name])
+        for page in PAGES:
+            (folders[name] / page).write_bytes(b"page")
+    return folders
+
+
+def given(data, **more):
+    return {"prior": "digits", "data": str(data), "control": "ink", **more}
+
+
+def test_settings_are_filled_in_and_what_was_given_stays(data):
+    job = prepare(given(data, condition="digit", adjoint={"updates": 7}))
+    assert job.config.classes == list(range(10))
+    assert (job.config.adjoint.updates, job.config.adjoint.batch, job.config.rank) == (7, 160, 64)
+    assert job.config.evaluation.paths == 2000
+    assert job.materials[0].data.values == {"ink": ("1", "2", "3", "4"), "digit": tuple("0123456789")}
+    assert prepare(given(data)).config.classes == list(range(10)), "without a column, all classes"
+
+
+def test_some_of_the_priors_classes(data):
+    job = prepare(given(data, condition="digit", classes=[7, 3]))
+    assert job.config.classes == [7, 3]
+    assert job.materials[0].data.values["digit"] == ("7", "3")
+    assert 60 < len(job.materials[0].data) < 140, "about a fifth of 500"
+    # the labels count within the classes that are asked for
+    whole = prepare(given(data, condition="digit")).materials[0].data
+    sevens = whole.x[whole.labels["digit"] == 7]
+    torch.testing.assert_close(job.materials[0].data.x[job.materials[0].data.labels["digit"] == 0], sevens)
+
+
+def test_a_prior_of_many_classes_is_certified_on_some(data):
+    prior = Prior.from_pretrained(assets.DIGITS)
+    prior.classes = 1000
+    with pytest.warns(UserWarning, match="20 of them, evenly spaced"):
+        chosen = conditions_of(prior, prepare(given(data)).materials[0].data, None)
+    assert (len(set(chosen)), chosen[0], chosen[-1]) == (20, 0, 999)
+
+
+def test_a_prior_of_few_timesteps_gets_fewer_steps(data, tmp_path):
+    folder = tmp_path / "few"
+    shutil.copytree(assets.DIGITS, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 30}))
+    config = prepare({**given(data), "prior": str(folder)}).config
+    assert 5 < config.steps < 20
+    with pytest.raises(ValueError, match="fewer than 20 distinct times"):
+        prepare({**given(data), "prior": str(folder), "steps": 20})
+
+
+def test_defaults_shrink_with_the_model_and_grow_with_the_task():
+    small, large = suggested((1, 8, 8), 800_000, 64, 10, 4), suggested((3, 64, 64), 100_000_000, 16, 1, 3)
+    assert small["adjoint"]["batch"] > large["adjoint"]["batch"] >= 16
+    assert small["adjoint"]["updates"] > large["adjoint"]["updates"]
+    assert large["steps"] > small["steps"]
+    assert large["adjoint"]["lr_adapter"] < 1e-3
+    # the demo's batch of 160 has the rates of the settings; a fifth of it √5 times less
+    assert (small["adjoint"]["lr_embedding"], small["adjoint"]["lr_adapter"]) == (1e-2, 1.5e-3)
+    middle = suggested((3, 16, 12), 800_000, 16, 1, 3)
+    assert middle["adjoint"]["batch"] == 32
+    assert middle["adjoint"]["lr_adapter"] == pytest.approx(1.5e-3 / 5**0.5, rel=0.01)  # two digits are kept
+    assert (small["steps"], middle["steps"]) == (20, 40)
+    many = suggested((1, 8, 8), 800_000, 64, 1, 10)  # ten classes share the samples of one condition
+    assert [s["weighted"]["cache"] for s in (small, middle, many)] == [1000, 1000, 3000]
+
+
+def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
+    job = prepare(given(data, judge_data=str(data)))
+    assert job.materials[0].judge_data.values == {"ink": ("1", "2", "3", "4")}
+    assert job.config.controls[0].judge_data == str(data.resolve())
+    lines = (data / "metadata.csv").read_text().splitlines()
+    for name, labels, message in (
+        ("unknown", lambda i: 9, "ink must be one of 1, 2, 3, 4, got '9'"),
+        ("missing", lambda i: 1 + i % 3, r"ink = '4' has 0 example\(s\)"),
+    ):
+        shutil.copytree(data, tmp_path / name)
+        table = [lines[0], *(f"{line.rpartition(',')[0]},{labels(i)}" for i, line in enumerate(lines[1:]))]
+        (tmp_path / name / "metadata.csv").write_text("\n".join(table))
+        with pytest.raises(ValueError, match=message):
+            prepare(given(data, judge_data=str(tmp_path / name)))
+
+
+def test_a_classifier_that_is_handed_over(data, fitted):
+    job = prepare(given(data, condition="digit", classifier_from=str(fitted["whole"])))
+    assert job.materials[0].judges.reader is not None
+    assert job.materials[0].pages == dict.fromkeys(PAGES, b"page")
+    # a reader nobody asked for judges nothing
+    assert prepare(given(data, classifier_from=str(fitted["whole"]))).materials[0].judges.reader is None
+
+
+def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_path):
+    fast = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 300, "conditional": True}
+    job = prepare(given(data, condition="digit", classes=[7, 3], judge_data=str(data), classifier=fast))
+    one = job.materials[0]
+    assert one.judge_data.values["digit"] == ("7", "3")
+    judges, _ = fit_judges(
+        one.data, "ink", "digit", settings=job.config.controls[0].classifier, judge_data=one.judge_data
+    )
+    run = Run.start(job.config, job.prior, {"ink": judges})
+    labels, cond = run.conditions.of(run.conditions.all(1))
+    x = one.data.x[:8]
+    rows = torch.arange(2).repeat_interleave(4)
+    torch.testing.assert_close(run.reward.table("ink", x, cond), run.config.gamma * judges.classifier.log_prob(x, rows))
+    assert run.judge.measure(x, rows)[0]["ink"].shape == labels["ink"].shape
+    assert 0 <= run.probe(2)[0]["probe_outside"] < 0.5, "an untrained policy is the prior"
+    judges.save(tmp_path)
+    for page in PAGES:
+        (tmp_path / page).write_bytes(b"page")
+    with pytest.raises(ValueError, match=r"is p̂\(y \| x, c\). Name the column"):
+        prepare(given(data, classifier_from=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": [3, 3]}, "classes must be different numbers in 0 … 9; got"),
+        ({"classes": [10]}, "classes must be different numbers in 0 … 9"),
+        ({"classes": []}, "classes: List should have at least 1 item"),
+        ({"classifier_from": "{bare}"}, "has no judge"),
+        (
+            {"classifier_from": "{whole}", "condition": "digit", "classes": [1, 2]},
+            "no reader of 'digit' for the classes 1, 2",
+        ),
+        ({"classifier_from": "{bare}", "ruler": "ink", "condition": "digit"}, "no reader of 'digit'"),
+        ({"classifier_from": "{whole}", "control": "digit"}, "is of 'ink' on images of"),
+        ({"control": "digit", "ruler": "ink"}, "measures ink, not 'digit'"),
+        ({"evaluation": {"prior_samples": 8}, "control": "digit"}, "at least the number of the controls' classes"),
+        ({"data": 2024}, "data: Input should be a valid string"),
+        ({"prior": None}, "--prior is missing"),
+    ],
+)
+def test_refused_before_anything_starts(data, fitted, settings, message):
+    settings = {k: v.format(**fitted) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(ValueError, match=message):
+        prepare({**given(data), **settings})
+
+
+def test_augmentation_that_does_not_suit_the_images(data):
+    tall = demo.labelled_digits("ink", 0)[0][0]
+    tall.x = tall.x[:, :, :, :6]
+    with pytest.raises(ValueError, match="needs square images"):
+        fit_judges(tall, "ink", settings=ClassifierSettings(augment="any_side_up"))
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_labels_that_depend_on_each_other_are_warned_of(follows):
+    """Noise that x does not show, in one label alone or shared by both."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 1, 4, 4, generator=generator)
+    hidden = torch.rand(2, 600, generator=generator)
+    first, second = (hidden[0] < 0.5).long(), (hidden[0 if follows else 1] < 0.5).long()
+    even = Classifier(1, 2).eval().requires_grad_(False)
+    materials, judges = [], {}
+    for name, y in (("a", first), ("b", second)):
+        data = LabelledImages(x, {name: y}, {name: ("0", "1")})
+        materials.append(Material(ControlSettings(name=name, data="one/table"), data, None, {}))
+        judges[name] = Judges(name, ("0", "1"), (1, 4, 4), even, None)
+    if not follows:
+        found = dependences(materials, judges, None)
+        assert found["a and b"]["p_value"] > 1e-3
+    else:
+        with pytest.warns(RuntimeWarning, match="a and b still depend on each other once x is known"):
+            found = dependences(materials, judges, None)
+        assert found["a and b"]["nats"] > 0.5, "log 2 less what 600 examples leave open"
+    materials[1].settings.data = "another/table"
+    assert dependences(materials, judges, None) == {}
