@@ -165,6 +165,7 @@ def test_rows_are_averaged_over_seeds_and_trials_left_out():
         (["--labels", "50,many"], "--labels 50,many: give numbers with commas between them"),
         (["--labels", "5000"], "--labels 5000: ink has"),
         (["--labels", "20"], "example(s). Bring at least 10"),
+        (["--quick"], "--quick is of ctrl compare exact"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(run, ctrl_here, tmp_path, option, said):

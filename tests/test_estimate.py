@@ -150,4 +150,4 @@ def test_the_memory_said_is_within_a_fifth_of_what_is_needed(wide, learner, tmp_
         "print(most_needed() / 1e6)"
     )
     assert said["all"] == pytest.approx(needed, rel=0.2)
-    assert said["activations"] > 0.3 * needed, "else this would say little"
+    assert said["activations"] > 0.25 * needed, "else this would say little"

@@ -270,3 +270,10 @@ def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, t
     _, warned = process.communicate(timeout=600)
     assert process.returncode == 0, warned
     assert contents(folder) == contents(whole)
+
+
+def test_what_one_process_does_is_refused_by_several(ctrl_here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = ctrl_here("compare", "runs/demo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "ctrl: ctrl compare is the work of one process: start it without accelerate launch.\n"

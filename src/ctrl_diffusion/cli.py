@@ -30,6 +30,7 @@ app = typer.Typer(
 SHOWN = 12  # progress bars
 RANK = os.environ.get("RANK", "0")  # among several processes
 OTHER = RANK != "0"  # not the one that talks, unless something is wrong
+SHARED = ("demo", "train", "add", "sample", "evaluate")  # what several processes do together
 CTRL = f"ctrl (process {RANK})" if OTHER else "ctrl"
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closing words.")]
@@ -94,11 +95,15 @@ def show_version(value: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Add new conditional controls to pre-trained diffusion and flow models."""
+    name = context.invoked_subcommand
+    if os.environ.get("WORLD_SIZE", "1") != "1" and name not in SHARED:
+        raise ValueError(f"ctrl {name} is the work of one process: start it without accelerate launch.")
 
 
 Control = Annotated[str, typer.Option(help="The new control y: NAME, NAME:COLUMN[=TAG] or NAME:MODULE:FUNCTION.")]
@@ -386,9 +391,9 @@ def evaluate(
     with phases(quiet) as phase:
         opened = Run.load(run, trust=trust)
         metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, phase).metrics()}
-    if out is None:
+    if out is None and not OTHER:
         typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
-    else:
+    elif not OTHER:
         write_json(out, metrics)
 
 
@@ -420,6 +425,8 @@ def compare(
         if not quiet:
             typer.echo(f"{len(rows)} rows\nreport: {out / 'report.html'}")
         return
+    if quick:
+        raise ValueError("--quick is of ctrl compare exact. Here ask for less: --methods, --labels, --strengths, -n.")
     asked = {
         "labels": numbers("labels", labels, int), "strengths": numbers("strengths", strengths, float),
         "seeds": numbers("seeds", seeds, int), "methods": methods.split(",") if methods else [],
