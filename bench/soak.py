@@ -50,15 +50,15 @@ def main() -> None:
             return step
 
         demo_job(SETTINGS, Path(folder) / "run", phase=phase)
-    found = {"updates": UPDATES}
-    for stage in ("weighted", "adjoint"):
-        megabytes, files = zip(*readings[f"learner: {stage}"], strict=True)
-        first, last = (statistics.median(part) for part in (megabytes[:WINDOW], megabytes[-WINDOW:]))
-        found[stage] = {
-            "megabytes": [round(first, 1), round(last, 1)],
-            "growth": round(last / first - 1, 4),
-            "open_files": [max(files[:WINDOW]), max(files[-WINDOW:])],
-        }
+    rows = [row for stage in ("weighted", "adjoint") for row in readings[f"learner: {stage}"]]
+    megabytes, files = zip(*rows, strict=True)
+    first, last = (statistics.median(part) for part in (megabytes[:WINDOW], megabytes[-WINDOW:]))
+    found = {
+        "updates": UPDATES,
+        "megabytes": {"first": first, "last": last, "most": max(megabytes)},
+        "growth": last / first - 1,
+        "open_files": [max(files[:WINDOW]), max(files[-WINDOW:])],
+    }
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     write_json(RESULTS, {**known, "soak": found})
     print(json.dumps(found, indent=2))

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ctrl_diffusion import demo
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.data import LabelledImages, write_imagefolder
-from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples
+from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples, some
 from ctrl_diffusion.inspection import evaluations
 from ctrl_diffusion.job import STRENGTHS, step_counts
 from ctrl_diffusion.judges import Judges
@@ -58,6 +58,17 @@ def test_its_parts_are_the_whole(data):
     seconds, memory = found["seconds"], found["memory_mb"]
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
     assert memory.pop("all") == pytest.approx(sum(memory.values()))
+
+
+def test_classifiers_are_tried_on_some_images_of_every_class():
+    y, c = torch.zeros(6000).long(), torch.arange(6000) % 10
+    y[:12] = 1  # a rare class is there whole
+    data = LabelledImages(torch.zeros(6000, 1, 1, 1), {"y": y, "c": c}, {"y": ("a", "b"), "c": tuple("0123456789")})
+    few = some(data, ["y", "c"])
+    assert few.labels["y"].bincount()[1] == 12
+    assert (few.labels["c"].bincount() >= 200).all()
+    assert len(few) < 4000
+    assert some(data[torch.arange(3000)], ["y", "c"]).x.shape[0] == 3000
 
 
 @pytest.mark.filterwarnings("ignore:log Z")

@@ -16,6 +16,7 @@ from . import ranks
 from .checkpoint import Checkpoints
 from .config import Config
 from .course import PROBE_PATHS, Best, Course, stages_of, train
+from .data import LabelledImages
 from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
 from .job import STRENGTHS, step_counts
 from .judges import BATCH, Judges, fit_judges
@@ -25,7 +26,7 @@ from .progress import Phase, silent, timed
 from .run import Run
 from .sample import at_once, paths, stream
 
-MANY = 2000  # labelled images of a control that are looked at
+MANY = 2000  # labelled images
 # of what is trained: itself, gradient, average, two moments; three controls that are kept; the four of a saved state
 COPIES = 12
 
@@ -71,6 +72,8 @@ def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
         name = one.settings.name
         judges[name], seconds = (one.judges, 0.0) if one.judges else fitted(one, job, phase)
         fits += seconds
+    if prior.codec:
+        prior.codec.vae.cpu()  # as a training begins
     run = Run.start(in_miniature(config), prior, judges)
     stages, samples = trained(run, config, phase), evaluations_of_samples(run, config)
     seconds = {
@@ -89,9 +92,8 @@ def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
 
 def fitted(one: Material, job: Job, phase: Phase) -> tuple[Judges, float]:
     """Classifiers of a control after a few updates, and the seconds that all of their updates will take."""
-    control, seconds, data = one.settings, {}, one.data
-    if len(data) > MANY:
-        data, _ = data.split(control.name, (MANY / len(data), 1 - MANY / len(data)), job.config.seed)
+    control, seconds = one.settings, {}
+    data = some(one.data, [name for name in (control.name, control.condition) if name])
     few = -(-max(len(data), len(one.judge_data or ())) // BATCH)  # a round
     advance = phase(f"classifiers of {control.name}", 2)
     for updates in (few, 3 * few):
@@ -104,6 +106,17 @@ def fitted(one: Material, job: Job, phase: Phase) -> tuple[Judges, float]:
         advance()
     each = max(0.0, seconds[3 * few] - seconds[few]) / (2 * few)
     return judges, seconds[few] + each * (control.classifier.updates - few)
+
+
+def some(data: LabelledImages, columns: list[str]) -> LabelledImages:
+    """As many images as are needed to know what they cost: MANY of each column, evenly over its classes."""
+    if len(data) <= MANY * len(columns):
+        return data
+    rows = []
+    for strata in map(data.strata, columns):
+        classes = strata.unique()
+        rows += [(strata == k).nonzero().squeeze(1)[: -(-MANY // len(classes))] for k in classes]
+    return data[torch.cat(rows).unique()]
 
 
 def in_miniature(config: Config) -> Config:
