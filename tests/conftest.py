@@ -18,6 +18,12 @@ from ctrl_diffusion.pretrained import Prior
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that need the quick run come first and so to one worker: the other need not wait until it is there."""
+    waiting = {item.path for item in items if "quick_run" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in waiting)
+
+
 @pytest.fixture
 def digits() -> Prior:
     """A fresh copy of the embedded prior: controls attach to it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ctrl_diffusion
+from ctrl_diffusion.config import ClassifierSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,10 +22,17 @@ def test_the_example_runs(quick_run, tmp_path, monkeypatch):
     (tmp_path / "runs" / "demo").symlink_to(quick_run)
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    for long, short in (("updates=800", "updates=2"), ("1000", "20"), ("10_000", "200"), ("50", "2"), ("2000", "80")):
+    for long, short in (
+        ("updates=800", "updates=2"),
+        ("1000", "20"),
+        ("10_000", "200"),
+        ("50", "2"),
+        ("2000", "80"),
+        ('(data, "ink")', '(data, "ink", settings=FAST)'),
+    ):
         assert long in code
         code = code.replace(long, short)
-    names = {}
+    names = {"FAST": ClassifierSettings(updates=200)}
     exec(code, names)
     assert names["sevens"].shape == (16, 1, 8, 8)
     assert names["found"].gap > 0

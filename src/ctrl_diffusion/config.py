@@ -283,8 +283,10 @@ class Config(Strict):
         return cls.of(read_settings(path), str(path))
 
     def quick(self) -> "Config":
-        """A smoke test of the same job: a twentieth of the training, fewer samples."""
+        """A smoke test of the same job: a twentieth of the training, a quarter of the classifiers', fewer samples."""
         values = self.model_dump()
+        for control in values["controls"]:
+            control["classifier"]["updates"] = max(1, control["classifier"]["updates"] // 4)
         for learner in get_args(LearnerName):
             values[learner]["updates"] = max(1, values[learner]["updates"] // 20)
         values["weighted"]["renoising"] //= 20

@@ -92,7 +92,7 @@ def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
 
 def fitted(one: Material, job: Job, phase: Phase) -> tuple[Judges, float]:
     """Classifiers of a control after a few updates, and the seconds that all of their updates will take."""
-    control, seconds = one.settings, {}
+    control, seconds = job.config.settings_of(one.settings.name), {}
     data = some(one.data, [name for name in (control.name, control.condition) if name])
     few = -(-max(len(data), len(one.judge_data or ())) // BATCH)  # a round
     advance = phase(f"classifiers of {control.name}", 2)

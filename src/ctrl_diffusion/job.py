@@ -256,9 +256,10 @@ def execute(
     held_out: dict[str, LabelledImages] = {}
     with timed(seconds, "classifier"):
         for one in job.materials:
-            name, s = one.settings.name, one.settings
+            name = one.settings.name
 
-            def fitted(one: Material = one, name: str = name, s: ControlSettings = s) -> Judges:
+            def fitted(one: Material = one, name: str = name) -> Judges:
+                s = config.settings_of(name)
                 found, held_out[name] = fit_judges(
                     one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data,
                     encoder_of(job.prior), device,
