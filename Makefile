@@ -33,6 +33,8 @@ bench: setup
 	$(BIN)/python bench/bias.py
 	$(BIN)/python bench/results.py
 	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/soak.py
+	$(BIN)/python bench/estimate.py
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md

@@ -21,13 +21,14 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ctrl_diffusion.compare import averaged
+from ctrl_diffusion.compare import averaged, interval
 from ctrl_diffusion.files import write_json, write_text
 from ctrl_diffusion.report import STYLE, headline, plain_ticks, save_figure, with_error
 
 ROOT = Path(__file__).parent.parent
 DOCS, RUNS = ROOT / "docs", ROOT / "runs" / "results"
 LABELS, SEEDS = "50,100,200,500", "1,2,3"
+DIFFERENCES = ("accuracy", "diversity_ratio", "frechet", "coverage")
 # fewer updates than the demos have: 24 of these are trained
 TASKS: dict[str, dict[str, Any]] = {
     "ink": {
@@ -44,6 +45,10 @@ TASKS: dict[str, dict[str, Any]] = {
             "evaluation": {"prior_samples": 2000, "paths": 1000},
         },
     },
+}  # fmt: skip
+RIVALS = {
+    "classifier-guidance": "classifier guidance", "free-guidance": "classifier-free guidance", "dps": "DPS",
+    "mpgd": "MPGD",
 }  # fmt: skip
 COLUMNS = {
     "accuracy": ("y as asked", 3), "class_accuracy": ("digit read", 3), "diversity_ratio": ("diversity", 2),
@@ -90,6 +95,45 @@ def table(rows: list[dict[str, Any]], found: dict[str, Any], labels: int) -> str
     return "\n".join(lines)
 
 
+def against(rows: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """CTRL at w = 1, and at the strength its trials chose, less each rival's chosen setting: (mean, half its interval)
+    of the differences on the same labels and noise."""
+    shown = [row for row in rows if not row["trial"]]
+    at = {(row["method"], row["strength"], row["labels"], row["seed"]): row for row in shown}
+    counts, found = sorted({row["labels"] for row in shown}), []
+    for w in dict.fromkeys((1.0, chosen["ctrl"]["strength"])):
+        for rival in RIVALS:
+            theirs = chosen[rival]["strength"]
+            for n in counts:
+                seeds = [seed for (name, s, m, seed) in at if (name, s, m) == ("ctrl", w, n)]
+                pairs = [(at["ctrl", w, n, seed], at[rival, theirs, n, seed]) for seed in seeds]
+                less = {name: [mine[name] - other[name] for mine, other in pairs] for name in DIFFERENCES}
+                found.append({"w": w, "rival": rival, "labels": n} | {k: interval(v) for k, v in less.items()})
+    return found
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """`against` as two tables in Markdown: what CTRL has more of than each rival."""
+    rows, parts = found["against"], []
+    for w in dict.fromkeys(row["w"] for row in rows):
+        cost = "one evaluation a step, the prior's own cost" if w == 1 else "two evaluations a step"
+        counts = sorted({row["labels"] for row in rows})
+        parts.append(f"CTRL at w = {w:g} ({cost}) less the chosen setting of each, share of y as asked (diversity):")
+        lines = [f"| | {' | '.join(f'{n} labels' for n in counts)} |", "|---" * (1 + len(counts)) + "|"]
+        for rival, title in RIVALS.items():
+            mine = sorted((r for r in rows if (r["w"], r["rival"]) == (w, rival)), key=lambda r: r["labels"])
+            cells = [f"{signed(row, 'accuracy', 3)} ({signed(row, 'diversity_ratio', 2)})" for row in mine]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def signed(row: dict[str, Any], name: str, digits: int) -> str:
+    """A difference with its sign and half its interval."""
+    mean, half = row[name]
+    return f"{mean:+.{digits}f}".replace("-", "−") + ("" if half is None else f" ± {half:.{digits}f}")
+
+
 def slug(task: str) -> str:
     """A task in the name of a file."""
     return f"results-{task.replace(',', '-')}"
@@ -100,9 +144,9 @@ def written(task: str) -> None:
     folder = RUNS / task / "compared"
     found = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     rows = averaged(found["rows"], found["chosen"])
-    write_json(
-        DOCS / f"{slug(task)}.json", {**{k: found[k] for k in ("about", "prior", "chosen", "cells")}, "rows": rows}
-    )
+    about = {k: found[k] for k in ("about", "prior", "chosen", "cells")}
+    about["against"] = against(found["rows"], found["chosen"])
+    write_json(DOCS / f"{slug(task)}.json", {**about, "rows": rows})
     for picture in ("pareto", "labels"):
         shutil.copy(folder / f"{picture}.png", DOCS / f"{slug(task)}-{picture}.png")
 
@@ -130,6 +174,7 @@ def page() -> str:
         parts.append(
             f"Nobody asked, the prior has y in {prior['accuracy']:.3f}, Fréchet distance {prior['frechet']:.2f}."
         )
+        parts.append(verdict(found))
         for n in sorted({row["labels"] for row in found["rows"]}):
             exact = [cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n]
             parts.append(
