@@ -9,6 +9,7 @@ from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
 from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.estimate import estimate_job
 from ctrl_diffusion.evaluate import Judge
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
@@ -147,26 +148,43 @@ def test_a_device_that_is_not_here_is_one_line(folders):
     assert "\n" not in str(caught.value)
 
 
+def shades(folder):
+    """Sixty labelled images, dark or not."""
+    dark = torch.arange(60) % 2
+    x = torch.where(dark[:, None, None, None] == 1, -0.5, 0.5) + 0.1 * torch.randn(60, 3, 32, 32)
+    labels = {"prompt": torch.arange(60) // 30, "dark": dark}
+    values = {"prompt": ("a seven", "two"), "dark": ("no", "yes")}
+    write_imagefolder(folder, LabelledImages(x, labels, values))
+    return str(folder)
+
+
+def settings(folders, data, device, latents=False):
+    """Of a small whole job on a Stable Diffusion."""
+    return {
+        "prior": str(folders / "SD 1"), "data": data, "control": "dark", "condition": "prompt",
+        "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical", "latents": latents},
+        "weighted": {"updates": 1, "batch": 4, "cache": 8, "renoising": 1}, "adjoint": {"updates": 1, "batch": 4},
+        "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8}, "steps": 3, "rank": 2,
+        "device": device,
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dry_run_works_elsewhere(folders, elsewhere, tmp_path):
+    given = settings(folders, shades(tmp_path / "data"), str(DEVICE))
+    found = estimate_job({**given, "prior": str(folders / "DDPM"), "condition": None})
+    assert found["device"] == str(DEVICE)
+    assert found["memory_mb"]["activations"] >= 0
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("latents", [False, True])
 def test_the_whole_job_works_elsewhere_as_on_the_cpu(folders, elsewhere, tmp_path, latents):
     """Data, classifiers, training, certificate, report, loading and sampling; but for the seconds, the same figures."""
-    dark = torch.arange(60) % 2
-    x = torch.where(dark[:, None, None, None] == 1, -0.5, 0.5) + 0.1 * torch.randn(60, 3, 32, 32)
-    labels = {"prompt": torch.arange(60) // 30, "dark": dark}
-    values = {"prompt": ("a seven", "two"), "dark": ("no", "yes")}
-    write_imagefolder(tmp_path / "data", LabelledImages(x, labels, values))
-    found = []
+    data, found = shades(tmp_path / "data"), []
     for device in (str(DEVICE), "cpu"):
-        given = {
-            "prior": str(folders / "SD 1"), "data": str(tmp_path / "data"), "control": "dark", "condition": "prompt",
-            "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical", "latents": latents},
-            "weighted": {"updates": 1, "batch": 4, "cache": 8, "renoising": 1}, "adjoint": {"updates": 1, "batch": 4},
-            "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8}, "steps": 3, "rank": 2,
-            "device": device,
-        }  # fmt: skip
-        metrics = train_job(given, tmp_path / device)
+        metrics = train_job(settings(folders, data, device, latents), tmp_path / device)
         run = Run.load(tmp_path / device, device)
         y, c = torch.tensor([0, 1, -1]), torch.tensor([0, 1, 1])
         drawn = run.sample(y, c)

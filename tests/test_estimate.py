@@ -3,19 +3,22 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ctrl_diffusion import demo
+from ctrl_diffusion import demo, estimate
 from ctrl_diffusion.config import Config
+from ctrl_diffusion.course import train
 from ctrl_diffusion.data import LabelledImages, write_imagefolder
-from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples, some
+from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples, probes_of, some
 from ctrl_diffusion.inspection import evaluations
 from ctrl_diffusion.job import STRENGTHS, step_counts
-from ctrl_diffusion.judges import Judges
+from ctrl_diffusion.judges import Judges, fit_judges
+from ctrl_diffusion.prepare import prepare
 from ctrl_diffusion.run import Run
 
 FAST = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 150}
@@ -48,11 +51,9 @@ def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(data, tmp_path,
 
 
 def test_its_parts_are_the_whole(data):
-    found = estimate_job({**TINY, "data": str(data)})
+    found = estimate_job({**TINY, "data": str(data), "learners": ["weighted", "adjoint", "adjoint"]})
     assert list(found["stages"]) == ["re-noising", "weighted", "adjoint"]
-    assert [stage["updates"] for stage in found["stages"].values()] == [3, 6, 8]
-    for stage in found["stages"].values():
-        assert stage["seconds"] == pytest.approx(stage["updates"] * stage["seconds_per_update"])
+    assert [stage["updates"] for stage in found["stages"].values()] == [3, 6, 16]
     said = evaluations(Config.of({**TINY, "data": "-"}))
     assert found["stages"]["weighted"]["evaluations"] == list(said["weighted"]) == [2, 1]
     seconds, memory = found["seconds"], found["memory_mb"]
@@ -69,6 +70,47 @@ def test_classifiers_are_tried_on_some_images_of_every_class():
     assert (few.labels["c"].bincount() >= 200).all()
     assert len(few) < 4000
     assert some(data[torch.arange(3000)], ["y", "c"]).x.shape[0] == 3000
+    many = LabelledImages(torch.zeros(6000, 1), {"y": torch.arange(6000) % 300}, {"y": tuple(map(str, range(300)))})
+    assert (some(many, ["y"]).labels["y"].bincount() == 10).all(), "as few as a class may have"
+
+
+def test_what_takes_its_time_is_extrapolated(data, monkeypatch):
+    """On a clock that fits advance: 7 seconds and 0.5 an update, and every learner's first batch is a slow one."""
+    now = 0.0
+    fit_judges, train = estimate.fit_judges, estimate.train
+
+    def advance(seconds):
+        nonlocal now
+        now += seconds
+
+    def fitted(*given, **options):
+        advance(7 + 0.5 * given[4].updates)
+        return fit_judges(*given, **options)
+
+    def trained(*given):
+        for record in train(*given):
+            if "loss" in record:
+                slow = record["update"] <= (2 if record["stage"] == "adjoint" else 1)
+                advance({"re-noising": 1, "weighted": 2, "adjoint": 3}[record["stage"]] * (10 if slow else 1))
+            yield record
+
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(estimate, "fit_judges", fitted)
+    monkeypatch.setattr(estimate, "train", trained)
+    found = estimate_job({**TINY, "data": str(data)})
+    assert found["seconds"]["classifiers"] == pytest.approx(7 + 0.5 * FAST["updates"])
+    assert found["seconds"]["learners"] == pytest.approx(3 * 1 + 6 * 2 + 8 * 3)
+
+
+@pytest.mark.parametrize(("updates", "probes"), [(1, 3), (5, 1), (9, 4), (10, 4), (7, 20)])
+def test_the_probes_said_are_those_made(data, updates, probes):
+    evaluation = {**TINY["evaluation"], "probes": probes}
+    weighted = {**TINY["weighted"], "updates": updates, "batch": 4}
+    job = prepare({**TINY, "data": str(data), "weighted": weighted, "learners": ["weighted"], "evaluation": evaluation})
+    judges, _ = fit_judges(job.materials[0].data, "ink", ruler=True, settings=job.config.controls[0].classifier)
+    run = Run.start(job.config, job.prior, {"ink": judges})
+    made = sum("J" in record and "kept" not in record for record in train(run))
+    assert probes_of(job.config) == made
 
 
 @pytest.mark.filterwarnings("ignore:log Z")
@@ -113,8 +155,7 @@ def test_the_evaluations_of_samples_are_those_made(digits):
     handle = digits.denoiser.network.register_forward_pre_hook(count, with_kwargs=True)
     said = evaluations_of_samples(run, config)
     assert made(lambda: run.prior_samples(config.weighted.cache, "cache")) == said["cache"]
-    # three probes of each of two learners, and the one of re-noising
-    assert 7 * made(lambda: run.probe(-(-160 // run.trained.pairs))) == said["probes"]
+    assert probes_of(config) * made(lambda: run.probe(-(-160 // run.trained.pairs))) == said["probes"]
     assert made(lambda: run.evaluate(config.evaluation.paths)) == said["log Z"] + said["certificate"]
     swept = made(lambda: run.sweep(STRENGTHS, step_counts(run), config.evaluation.sweep_paths))
     assert swept == said["strengths and step counts"]

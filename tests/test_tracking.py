@@ -1,9 +1,9 @@
 """Whoever follows a training from outside is told what its log says."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctrl_diffusion import tracking
@@ -43,7 +43,7 @@ def test_tensorboard_has_the_figures_of_every_update(tmp_path):
 
 def test_what_is_done_again_is_shown_once(tmp_path):
     told = Tracking(["tensorboard"], tmp_path, {})
-    for begin, losses in ((0, {1: 5.0, 2: 4.0, 3: 9.0, 4: 9.0}), (2, {3: 3.0, 4: 2.0})):
+    for begin, losses in ((0, {1: 8.0, 2: 8.0}), (0, {1: 5.0, 2: 4.0, 3: 9.0, 4: 9.0}), (2, {3: 3.0, 4: 2.0})):
         told.begin(begin)
         for update, loss in losses.items():
             told.tell({"stage": "adjoint", "update": update, "loss": loss}, update)
@@ -59,13 +59,29 @@ def test_nobody_is_told_unasked(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tracker_that_is_not_there(ctrl_here, tmp_path):
+def test_a_tracker_that_fails_is_told_no_more(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    told = Tracking(["tensorboard"], tmp_path, {})
+    told.begin(0)
+    monkeypatch.setattr(TensorBoardTracker, "log", full)
+    with pytest.warns(RuntimeWarning, match="tensorboard is told no more: no space left"):
+        told.tell(RECORDS[1], 1)
+    told.tell(RECORDS[1], 1)
+    monkeypatch.setattr(TensorBoardTracker, "start", full)
+    with pytest.warns(RuntimeWarning, match="tensorboard is told no more"):
+        told.begin(1)
+    told.close()
+
+
+def test_a_tracker_that_is_not_there(ctrl_here, tmp_path, monkeypatch):
     given = ("--prior", "digits", "--data", "nowhere", "--control", "y", "--out", tmp_path / "run")
     done = ctrl_here("train", *given, "--track", "abacus")
     assert done.returncode == 2
     assert done.stderr.startswith("ctrl: --track abacus: unknown. There are: ")
     assert "tensorboard" in done.stderr
-    assert find_spec("wandb") is None
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(ValueError, match="--track wandb: its package is not installed. Try: pip install wandb"):
         check_trackers(["wandb"])
 
@@ -76,15 +92,18 @@ def test_a_run_tells_what_its_log_says(tmp_path, ctrl_here):
     config.write_text(
         "{classifier: {updates: 150, head: ordinal, grid: 1, depth: 1}, track: [tensorboard], steps: 2, rank: 4, "
         "weighted: {updates: 2, batch: 16, cache: 8, renoising: 1}, adjoint: {updates: 4, batch: 8, reuse: 2}, "
-        "evaluation: {prior_samples: 8, paths: 80, probes: 1, sweep_paths: 80}}"
+        "evaluation: {prior_samples: 8, paths: 80, probes: 4, sweep_paths: 80}}"
     )
     done = ctrl_here("demo", "--config", config, "--out", tmp_path / "run", "--quiet")
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
     figures = shown(tmp_path / "run")
     assert [update for update, _ in figures["adjoint/loss"]] == [4, 5, 6, 7]
+    log, kept = log[:-1], log[-1]
+    assert kept["kept"], "told when it was made"
     for stage in ("weighted", "adjoint"):
         losses = [record["loss"] for record in log if record["stage"] == stage and "loss" in record]
+        assert len(figures[f"{stage}/J"]) == sum("J" in record for record in log if record["stage"] == stage)
         assert [value for _, value in figures[f"{stage}/loss"]] == pytest.approx(
             losses, rel=1e-5
         )  # six digits, float32

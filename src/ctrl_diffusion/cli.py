@@ -230,7 +230,6 @@ def train(
     quiet: Quiet = OTHER,
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
-    from .estimate import estimate_job, in_words
     from .job import is_finished, resume_job, train_job
 
     given = {
@@ -250,6 +249,8 @@ def train(
             typer.echo(summary(metrics, ", ".join(metrics["labels"]), resume))
         return
     if dry_run:
+        from .estimate import estimate_job, in_words
+
         settings = whole(given, config, trust)
         with phases(quiet) as phase:
             found = estimate_job(settings, quick, phase, trust)

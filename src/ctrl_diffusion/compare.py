@@ -256,7 +256,7 @@ class Comparison:
             "target_class_accuracy": target.class_accuracy,
             "classifier_accuracy": {name: judges.quality.accuracy for name, judges in cell.run.judges.items()},
             "classifier_nll": {name: judges.quality.nll for name, judges in cell.run.judges.items()},
-            "seconds": cell.seconds,
+            "seconds": {name: round(seconds, 1) for name, seconds in cell.seconds.items()},
         }
 
     def prior(self) -> dict[str, Any]:

@@ -286,7 +286,8 @@ class Config(Strict):
         """A smoke test of the same job: a twentieth of the training, a quarter of the classifiers', fewer samples."""
         values = self.model_dump()
         for control in values["controls"]:
-            control["classifier"]["updates"] = max(1, control["classifier"]["updates"] // 4)
+            if not (control["classifier_from"] or control["settled_from"]):
+                control["classifier"]["updates"] = max(1, control["classifier"]["updates"] // 4)
         for learner in get_args(LearnerName):
             values[learner]["updates"] = max(1, values[learner]["updates"] // 20)
         values["weighted"]["renoising"] //= 20

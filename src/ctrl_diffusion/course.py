@@ -320,7 +320,7 @@ def train_in(
             with log.open("a", encoding="utf-8") if ranks.is_first() else nullcontext() as file:
                 for record in map(finite, train(run, phase, course)):
                     course.records.append(record)
-                    if tracking:
+                    if tracking and "kept" not in record:  # that one was told when it was made
                         tracking.tell(record, updates_in(course.records))
                     if file:
                         print(line_of(record), end="", file=file, flush=True)
@@ -357,7 +357,7 @@ def finite(record: dict[str, Any]) -> dict[str, Any]:
 
 def updates_in(records: list[dict[str, Any]]) -> int:
     """How many updates the records of a log tell of, of all stages."""
-    return sum("loss" in record for record in records)
+    return sum("loss" in record and "kept" not in record for record in records)
 
 
 def line_of(record: dict[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """What a training will take, before it starts: its code with a few updates, and what that does not show, counted."""
 
 import math
-import resource
 import sys
 import time
 from dataclasses import replace
@@ -16,13 +15,13 @@ from . import ranks
 from .checkpoint import Checkpoints
 from .config import Config
 from .course import PROBE_PATHS, Best, Course, stages_of, train
-from .data import LabelledImages
+from .data import RAREST, LabelledImages
 from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
 from .job import STRENGTHS, step_counts
 from .judges import BATCH, Judges, fit_judges
 from .learn.weighted import RENOISING
 from .prepare import Job, Material, encoder_of, prepare
-from .progress import Phase, silent, timed
+from .progress import Phase, silent
 from .run import Run
 from .sample import at_once, paths, stream
 
@@ -91,21 +90,27 @@ def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
 
 
 def fitted(one: Material, job: Job, phase: Phase) -> tuple[Judges, float]:
-    """Classifiers of a control after a few updates, and the seconds that all of their updates will take."""
-    control, seconds = job.config.settings_of(one.settings.name), {}
-    data = some(one.data, [name for name in (control.name, control.condition) if name])
-    few = -(-max(len(data), len(one.judge_data or ())) // BATCH)  # a round
-    advance = phase(f"classifiers of {control.name}", 2)
-    for updates in (few, 3 * few):
-        settings = control.classifier.model_copy(update={"updates": updates})
-        with timed(seconds, updates):
-            judges, _ = fit_judges(
-                data, control.name, control.condition, bool(control.ruler), settings, job.config.seed, silent,
-                one.judge_data, encoder_of(job.prior), job.prior.denoiser.device, check=False,
-            )  # fmt: skip
+    """Classifiers of a control after a few updates, and the seconds that all of their updates will take.
+
+    What does not grow with the updates, a backbone's look at every image and the reader of c, grows with the images.
+    """
+    control, seconds = job.config.settings_of(one.settings.name), []
+    columns = [name for name in (control.name, control.condition) if name]
+    data = some(one.data, columns)
+    judge_data = one.judge_data and some(one.judge_data, [c for c in columns if c in one.judge_data.labels])
+    updates, advance = control.classifier.updates, phase(f"classifiers of {control.name}", 2)
+    few = max(1, min(-(-max(len(data), len(judge_data or ())) // BATCH), updates // 4))  # a round, where that is little
+    for taken in (few, 3 * few):
+        settings = control.classifier.model_copy(update={"updates": taken})
+        begin = time.perf_counter()
+        judges, _ = fit_judges(
+            data, control.name, control.condition, bool(control.ruler), settings, job.config.seed, silent, judge_data,
+            encoder_of(job.prior), job.prior.denoiser.device, check=False,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - begin)
         advance()
-    each = max(0.0, seconds[3 * few] - seconds[few]) / (2 * few)
-    return judges, seconds[few] + each * (control.classifier.updates - few)
+    each = max(0.0, seconds[1] - seconds[0]) / (2 * few)
+    return judges, (seconds[0] - few * each) * len(one.data) / len(data) + updates * each
 
 
 def some(data: LabelledImages, columns: list[str]) -> LabelledImages:
@@ -115,7 +120,8 @@ def some(data: LabelledImages, columns: list[str]) -> LabelledImages:
     rows = []
     for strata in map(data.strata, columns):
         classes = strata.unique()
-        rows += [(strata == k).nonzero().squeeze(1)[: -(-MANY // len(classes))] for k in classes]
+        most = max(RAREST, -(-MANY // len(classes)))
+        rows += [(strata == k).nonzero().squeeze(1)[:most] for k in classes]
     return data[torch.cat(rows).unique()]
 
 
@@ -143,7 +149,7 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
     found, per_sample = {}, evaluations(config)
     for stage, learner in stages_of(config):
         settings, taken = getattr(config, learner), seconds[stage]
-        updates = settings.renoising if stage == RENOISING else settings.updates
+        updates = updates_of(config, stage, learner) + found.get(stage, {"updates": 0})["updates"]
         each = mean(taken[len(taken) // 2 :])
         found[stage] = {
             "updates": updates,
@@ -155,11 +161,26 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
     return found
 
 
+def updates_of(config: Config, stage: str, learner: str) -> int:
+    """Of a stage."""
+    settings = getattr(config, learner)
+    return settings.renoising if stage == RENOISING else settings.updates
+
+
+def probes_of(config: Config) -> int:
+    """Of all stages: at the beginning, on the way, and of the averaged weights; re-noising has the last alone."""
+    found = 0
+    for stage, learner in stages_of(config):
+        updates = updates_of(config, stage, learner)
+        on_the_way = (updates - 1) // max(1, updates // config.evaluation.probes)
+        found += 1 if stage == RENOISING else 2 + on_the_way
+    return found
+
+
 def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     """Of the network, for all samples and paths that are drawn outside the learners, by purpose."""
     conditions, trained, e, steps = run.conditions, run.trained, config.evaluation, config.steps
     chain, compared = steps + 1, 2 * steps + 1  # a read-out ends every path
-    probes = sum(1 if stage == RENOISING else e.probes + 1 for stage, _ in stages_of(config))
     certified = [run.repeats(e.paths, conditions) * conditions.pairs]
     for part in map(run.conditions_on, run.parts):
         certified.append(run.repeats(e.paths // 2, part) * part.pairs)
@@ -167,7 +188,7 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     scales = sum(control.scale for control in run.policy.controls.values())
     found = {
         "cache": ("weighted" in config.learners) * config.weighted.cache * conditions.groups * chain,
-        "probes": probes * -(-PROBE_PATHS // trained.pairs) * trained.pairs * compared,
+        "probes": probes_of(config) * -(-PROBE_PATHS // trained.pairs) * trained.pairs * compared,
         "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
         "certificate": sum(certified) * compared + scales * (e.paths // 2) * chain,
         "strengths and step counts": run.repeats(e.sweep_paths, conditions) * conditions.pairs * swept,
@@ -177,15 +198,17 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
 
 def seconds_of_evaluation(run: Run, phase: Phase) -> float:
     """Of the network for one sample, while paths of the policy are drawn; a guided call counts as two."""
-    seconds, n = {}, at_once(run.policy)
+    n = at_once(run.policy)
     labels, cond = run.conditions.of(run.conditions.draw(n, stream(run.config.seed, "estimate")))
     advance = phase("paths", 2)
-    for round_ in ("first", "second"):
-        with timed(seconds, round_), run.policy.in_full():
+    for _ in range(2):
+        begin = time.perf_counter()
+        with run.policy.in_full():
             generator = stream(run.config.seed, "estimate")
             paths(run.policy, n, run.times, generator, cond, labels, compare=True)
+        seconds = time.perf_counter() - begin
         advance()
-    return seconds["second"] / (n * calls(run.prior) * (2 * run.config.steps + 1))
+    return seconds / (n * calls(run.prior) * (2 * run.config.steps + 1))
 
 
 def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
@@ -215,11 +238,16 @@ def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
 
 
 def most_needed() -> int:
-    """Bytes this process has had in memory at its largest."""
+    """Bytes this process has had in memory at its largest; 0 where the system does not say."""
     status = Path("/proc/self/status")
-    if status.is_file():  # the figure of getrusage may be that of the process which started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
+    lines = status.read_text().splitlines() if status.is_file() else []
+    for line in lines:  # the figure of getrusage may be that of the process which started this one
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .config import Config, suggested
 from .control import LoRAControl, Policy
@@ -99,16 +100,16 @@ def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
     """What one step of the policy keeps for the gradient of so many rows, bytes."""
     first = torch.zeros(rows, dtype=torch.long)
     cond = {} if prior.classes is None else {"c": first}
-    held: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    held: dict[StorageWeakRef, int] = {}
+    own = {StorageWeakRef(p.untyped_storage()) for p in policy.parameters()}
 
     def hold(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
+        if (known := StorageWeakRef(storage)) not in own:
+            held[known] = storage.nbytes()
         return tensor
 
-    x_t = torch.zeros(rows, *policy.shape, requires_grad=True)
+    x_t = torch.zeros(rows, *policy.shape, device=policy.device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         t, s = policy.start, policy.start / 2
         step = transition(policy, x_t, t, s, labels=dict.fromkeys(policy.controls, first), **cond)

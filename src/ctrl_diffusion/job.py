@@ -4,7 +4,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +45,7 @@ from .report import (
 from .run import Run, as_set, home, open_prior
 from .scale import number_at
 from .testbed import Picture, races
-from .tracking import TRACKED, Tracking
+from .tracking import TRACKED, Tracking, check_trackers
 
 BEGUN = "run.json"  # beside the states, until the run is finished
 # what each job writes; the last tells its folder from anybody else's
@@ -311,19 +311,19 @@ def finish(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
     """
     again = f"go on with: ctrl train --resume {folder}"
     try:
-        return finished(run, folder, phase)
+        with closing(Tracking(run.config.track, folder, run.config.model_dump())) as tracking:
+            return finished(run, folder, phase, tracking)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted. Everything is saved; {again}") from None
     except OSError as error:
         raise OSError(f"{error}. What is saved is whole; {again}") from error
 
 
-def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
+def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[str, Any]:
     """The contents of metrics.json, when all is done that `finish` has to do."""
     config = run.config
     begun = ranks.from_first(lambda: json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8")))
     seconds, shared = begun["seconds"], begun["dependence"]
-    tracking = Tracking(config.track, folder, config.model_dump())
     records, seconds["train"] = train_in(folder, run, phase, tracking)
     ranks.from_first(lambda: run.save_controls(folder))
     with timed(seconds, "sample"):
@@ -345,7 +345,7 @@ def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
         "sweep": sweep_metrics(sweep, evaluation),
         "classifier": classifier_metrics(run.judges),
         "labels": begun["labels"],
-        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
@@ -354,7 +354,6 @@ def finished(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
         for group in ("ctrl", "certificate"):
             figures = {f"{group}/{key}": v for key, v in metrics[group].items() if isinstance(v, float)}
             tracking.show(figures, updates_in(records))
-        tracking.close()
         write_report(folder, run, metrics, evaluation, sweep, followed, records, begun["command"])
         clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
         return metrics
@@ -411,6 +410,7 @@ def resume_job(
         if metrics:
             return metrics
         config = Config.read(folder / "config.yaml")
+        check_trackers(config.track)
         if not has_begun:
             check_code(config.model_dump(), {}, trust, folder / "config.yaml")
             return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)

@@ -37,4 +37,4 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Note how long what is done inside took."""
     begin = time.perf_counter()
     yield
-    seconds[name] = round(time.perf_counter() - begin, 1)
+    seconds[name] = time.perf_counter() - begin

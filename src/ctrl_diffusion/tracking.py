@@ -3,6 +3,8 @@
 Nothing is sent anywhere unless it is asked for by name.
 """
 
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ def check_trackers(names: list[str]) -> None:
 class Tracking:
     """The trackers of one run, on rank 0; without any, nothing happens.
 
+    One that fails is told no more, with a warning: no service is worth a training.
+
     Args:
         names: of the trackers.
         folder: the run's, in which they may keep files.
@@ -40,28 +44,46 @@ class Tracking:
 
     def __init__(self, names: list[str], folder: Path, settings: dict[str, Any]) -> None:
         self.names, self.folder, self.settings = names, folder, settings
-        self.trackers: list[GeneralTracker] = []
+        self.trackers: dict[str, GeneralTracker] = {}
 
     def begin(self, updates: int) -> None:
-        """Open the trackers after so many updates; TensorBoard forgets what it was told of later ones."""
+        """Open the trackers after so many updates; TensorBoard forgets what it was told of later ones.
+
+        Warns:
+            RuntimeWarning: one cannot be opened.
+        """
         self.close()
         if not self.names or not ranks.is_first():
             return
         place = self.folder / TRACKED
+        again = place.is_dir()
         place.mkdir(exist_ok=True)
-        # neither the device nor the precision is its business
-        accelerator = Accelerator(
-            device_placement=False, mixed_precision="no", log_with=self.names, project_dir=str(place)
-        )
         options = {
-            "tensorboard": {"purge_step": updates + 1} if updates else {},
+            "tensorboard": {"purge_step": updates + 1 if updates else 0} if again else {},
             "wandb": {"name": self.folder.name, "dir": str(place)},
         }
-        accelerator.init_trackers(PROJECT, init_kwargs=options)
-        self.trackers = accelerator.trackers
-        for tracker in self.trackers:
-            if tracker.name != "tensorboard":  # it would make a folder named by the time for them
-                tracker.store_init_configuration(self.settings)
+
+        def opened(name: str) -> None:
+            # neither the device nor the precision is its business
+            accelerator = Accelerator(
+                device_placement=False, mixed_precision="no", log_with=[name], project_dir=str(place)
+            )
+            accelerator.init_trackers(PROJECT, init_kwargs=options)
+            (self.trackers[name],) = accelerator.trackers
+            if name != "tensorboard":  # it would make a folder named by the time for them
+                self.trackers[name].store_init_configuration(self.settings)
+
+        self.each(opened, self.names)
+
+    def each(self, what: Callable[[str], None], names: Iterable[str]) -> None:
+        """Do something with every tracker; what a service may fail by nobody can list."""
+        for name in list(names):
+            try:
+                what(name)
+            except Exception as error:
+                self.trackers.pop(name, None)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                warnings.warn(f"{name} is told no more: {reason}", RuntimeWarning, stacklevel=2)
 
     def tell(self, record: dict[str, Any], updates: int) -> None:
         """Figures of a record of the log, after so many updates of all stages."""
@@ -70,11 +92,9 @@ class Tracking:
 
     def show(self, figures: dict[str, float], updates: int) -> None:
         """Figures by name."""
-        for tracker in self.trackers if figures else ():
-            tracker.log(figures, step=updates)
+        self.each(lambda name: self.trackers[name].log(figures, step=updates), self.trackers if figures else ())
 
     def close(self) -> None:
         """No more figures come."""
-        for tracker in self.trackers:
-            tracker.finish()
-        self.trackers = []
+        self.each(lambda name: self.trackers[name].finish(), self.trackers)
+        self.trackers = {}
