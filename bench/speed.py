@@ -1,7 +1,7 @@
 """Where the time of an update goes, and what others take for one: docs/performance.md, bench/results.json.
 
 python bench/speed.py                    (half an hour on one quiet thread; makes the peer's environment the first time)
-python bench/speed.py share_of_limit|vs_reference|vs_trl|vs_before|growth|time_to_gap|traces|options …   (parts of it)
+python bench/speed.py share_of_limit|vs_reference|vs_trl|vs_before|growth|processes|time_to_gap|traces|options …
 python bench/speed.py contender FOLDER LEARNER BATCH STEPS MICRO CONTROLS        (one of them, see bench/race.py)
 
 A Stable Diffusion of 100,000 parameters under guidance, its weights random, saved and loaded by diffusers. Seconds are
@@ -295,21 +295,31 @@ def growth(folder: Path) -> dict[str, Any]:
         "paths in parts of 8": {n: ours(folder, "adjoint", n, STEPS, 8) for n in (8, 16, 32)},
         "side of the latents": {8: ours(folder, "adjoint", BATCH, STEPS), 16: ours(wide, "adjoint", BATCH, STEPS)},
         "controls": {n: ours(folder, "adjoint", BATCH, STEPS, 0, n) for n in (1, 2, 3)},
-        "processes": {n: ours(folder, "adjoint", 32, STEPS) for n in (1, 2, 4)},  # of all of them 32 paths
     }
     found: dict[str, Any] = {}
     for name, commands in series.items():
-        shared = {str(n): n for n in commands} if name == "processes" else None
-        with raced({str(n): command for n, command in commands.items()}, 3, shared) as run:
-            first = run[str(next(iter(commands)))]
-            found[name] = {
-                n: {"time": ratio(each, first), "memory": each.megabytes / first.megabytes, "megabytes": each.megabytes}
-                for n, each in run.items()
-            }
+        with raced({str(n): command for n, command in commands.items()}, 3) as run:
+            found[name] = over_first(run)
         print(name, json.dumps(rounded(found[name])), flush=True)
     # x and z of a rollout, the adjoints and the prior's means: four numbers for each of a path's
     found["trajectory_megabytes"] = {n: 4 * n * BATCH * 4 * 8 * 8 * 4 / 2**20 for n in (10, 30, 100)}
     return found
+
+
+def over_first(run: dict[str, Contender]) -> dict[str, dict[str, float]]:
+    """Time and memory of an update, over those of the first contender."""
+    first = next(iter(run.values()))
+    return {
+        name: {"time": ratio(each, first), "memory": each.megabytes / first.megabytes, "megabytes": each.megabytes}
+        for name, each in run.items()
+    }
+
+
+def shared(folder: Path) -> dict[str, Any]:
+    """An update of `adjoint` on 32 paths by several processes: CPU seconds and memory of the one that takes most."""
+    counts = {str(n): n for n in (1, 2, 4)}
+    with raced({name: ours(folder, "adjoint", 32, STEPS) for name in counts}, ROUNDS, counts) as run:
+        return over_first(run)
 
 
 def time_to_gap(folder: Path) -> dict[str, Any]:
@@ -402,6 +412,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "vs_trl": against_trl,
     "vs_before": against_before,
     "growth": growth,
+    "processes": shared,
     "time_to_gap": time_to_gap,
     "traces": traces,
     "options": options,

@@ -272,6 +272,25 @@ def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, t
     assert contents(folder) == contents(whole)
 
 
+def test_a_training_loop_that_comes_first_is_shared_all_the_same():
+    """Where nothing has asked for the ranks before `fit` makes accelerate's own object."""
+    code = (
+        "from ctrl_diffusion import ranks\nfrom ctrl_diffusion.testbed import Task, new_policy\n"
+        "from ctrl_diffusion.train import fit\n"
+        "list(fit(new_policy(Task('vp', 'logistic', steps=4)), iter([]), 1, {'embedding': 1.0, 'adapter': 1.0}))\n"
+        "print(ranks.count())"
+    )
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    assert [process.communicate(timeout=120)[0] for process in both] == ["2\n", "2\n"]
+
+
 def test_what_one_process_does_is_refused_by_several(ctrl_here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = ctrl_here("compare", "runs/demo")

@@ -71,6 +71,7 @@ def fit(
     Raises:
         FloatingPointError: too many in turn were not finite; the weights keep their last good values.
     """
+    ranks.state()  # before accelerate decides by itself: without CUDA it would take this for the only process
     # everything is where the policy is, and in the policy's own precision, whatever accelerate is set up for
     accelerator = Accelerator(device_placement=False, mixed_precision="no")
     groups, parameters = policy.parameter_groups(), policy.trained()
