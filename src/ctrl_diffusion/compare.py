@@ -175,11 +175,11 @@ class Comparison:
             for settings in config.controls:
                 name, condition = settings.name, settings.condition if settings.classifier.conditional else None
                 advance = self.phase(f"classifier of {name}", rounds_of(settings.classifier, images[name][0], name))
-                found, _, _ = fit_posterior(
+                judges[name], _, _ = fit_posterior(
                     images[name], name, condition, settings.classifier, seed, advance, encode=encoder_of(prior),
                     device=prior.denoiser.device,
                 )  # fmt: skip
-                judges[name] = found.worth_it()
+                judges[name].check()
         cell = Cell(Run.start(config, prior, judges), data, parts, self.x_prior, n, seconds, self.phase)
         with timed(seconds, "ctrl"):
             for _ in train(cell.run, self.phase):

@@ -88,8 +88,8 @@ class Judges:
                 network.to(device)
         return self
 
-    def worth_it(self) -> "Judges":
-        """These, if p̂ says something.
+    def check(self) -> None:
+        """Refuse a p̂ that says nothing.
 
         Raises:
             ValueError: on held-out data it is not better than chance by two standard errors.
@@ -101,7 +101,6 @@ class Judges:
                 f"{q.nll_stderr:.2f} nats, chance {q.chance_nll:.2f}): its gradients would mislead. Check the labels "
                 "or bring more of them."
             )
-        return self
 
     @torch.no_grad()
     def outside(self, x: Tensor) -> Tensor:
@@ -389,11 +388,10 @@ def fit_judges(
     rounds = rounds_of(settings, images[0], control)
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
     trunk = Frozen(settings.backbone).to(device) if settings.backbone else None
-    judges, choice, held_out = fit_posterior(
-        images[:3], control, of_c, settings, seed, advance, trunk, encode, device
-    )  # fmt: skip
+    found = fit_posterior(images[:3], control, of_c, settings, seed, advance, trunk, encode, device)
+    judges, choice, held_out = found
     if check:
-        judges.worth_it()
+        judges.check()
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
         judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)
