@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from race import resident
+
 from ctrl_diffusion.cli import phases
 from ctrl_diffusion.files import write_json
 from ctrl_diffusion.job import demo_job
@@ -26,11 +28,6 @@ SETTINGS = {
     "evaluation": {"prior_samples": 100, "paths": 80, "probes": 20, "sweep_paths": 40},
     "track": ["tensorboard"],
 }
-
-
-def resident() -> float:
-    """Megabytes this process has in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> None:

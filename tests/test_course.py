@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.course import Best, updates_in
+from ctrl_diffusion.course import Best
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.schedule import Cosine
 
@@ -50,8 +50,3 @@ def test_the_best_control_is_kept(rewards, averaged, kept):
     best.restore()
     assert best.record["update"] == kept
     assert (policy.trained()[0] == kept).all()
-
-
-def test_the_record_that_is_kept_is_no_further_update():
-    records = [{"update": 0, "J": -3.0}, {"update": 1, "loss": 2.0, "J": -1.0}, {"update": 2, "loss": 1.0, "J": -2.0}]
-    assert updates_in(records) == updates_in([*records, {**records[1], "kept": True}]) == 2

@@ -192,7 +192,7 @@ def test_the_memory_said_is_within_a_fifth_of_what_is_needed(wide, learner, tmp_
         "prior": str(wide / "prior"), "data": str(wide / "data"), "control": "dark", "steps": 4, "rank": 8,
         "classifier": {"head": "categorical", "grid": 1, "updates": 200}, "learners": [learner],
         "weighted": {"updates": 6, "batch": 72, "cache": 60, "renoising": 2},
-        "adjoint": {"updates": 6, "batch": 24, "reuse": 2, "regressed": 3}, "backprop": {"updates": 6, "batch": 64},
+        "adjoint": {"updates": 6, "batch": 24, "reuse": 2, "regressed": 3}, "backprop": {"updates": 6, "batch": 96},
         "ppo": {"updates": 6, "batch": 24, "reuse": 2, "surrogates": 3},
         "evaluation": {"prior_samples": 60, "paths": 20, "probes": 1, "sweep_paths": 4},
     }  # fmt: skip
@@ -202,4 +202,4 @@ def test_the_memory_said_is_within_a_fifth_of_what_is_needed(wide, learner, tmp_
         "print(most_needed() / 1e6)"
     )
     assert said["all"] == pytest.approx(needed, rel=0.2)
-    assert said["activations"] > 0.25 * needed, "else this would say little"
+    assert said["activations"] > 0.3 * needed, "else this would say little"

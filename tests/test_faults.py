@@ -57,7 +57,7 @@ def run(begun, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """Go on with a run until it is trained; its records."""
-    monkeypatch.setattr(job, "finished", lambda run, folder, phase, _: course.train_in(folder, run, phase)[0])
+    monkeypatch.setattr(job, "finished", lambda run, folder, *rest: course.train_in(folder, run, *rest)[0])
     return resume_job
 
 
@@ -66,7 +66,7 @@ def undisturbed(begun, tmp_path_factory):
     """The log of a training that nothing happens to."""
     folder = shutil.copytree(begun, tmp_path_factory.mktemp("undisturbed") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "finished", lambda run, folder, phase, _: course.train_in(folder, run, phase)[0])
+        patch.setattr(job, "finished", lambda run, folder, *rest: course.train_in(folder, run, *rest)[0])
         resume_job(folder)
     return (folder / "progress.jsonl").read_bytes()
 

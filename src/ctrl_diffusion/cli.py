@@ -392,9 +392,11 @@ def evaluate(
     with phases(quiet) as phase:
         opened = Run.load(run, trust=trust)
         metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, phase).metrics()}
-    if out is None and not OTHER:
+    if OTHER:
+        return
+    if out is None:
         typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
-    elif not OTHER:
+    else:
         write_json(out, metrics)
 
 

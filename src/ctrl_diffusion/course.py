@@ -171,12 +171,17 @@ class Course:
             self.latest = None
 
 
-def stages_of(config: Config) -> Iterator[tuple[str, str]]:
-    """The stages of a training by name, with the learner of each."""
+def stages_of(config: Config) -> Iterator[tuple[str, str, int]]:
+    """The stages of a training: name, learner, updates."""
     for learner in config.learners:
         if learner == "weighted" and config.weighted.renoising:
-            yield RENOISING, learner
-        yield learner, learner
+            yield RENOISING, learner, config.weighted.renoising
+        yield learner, learner, getattr(config, learner).updates
+
+
+def between_probes(config: Config, updates: int) -> int:
+    """How many of a stage's updates lie between two probes."""
+    return max(1, updates // config.evaluation.probes)
 
 
 def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
@@ -206,20 +211,20 @@ def train(run: Run, phase: Phase = silent, course: Course | None = None) -> Iter
     course = course or Course(Best(run.policy))
     best, untrained, learner = course.best, run.policy.snapshot(), None
     run.policy.restore(best.snapshot or untrained)
-    for number, (stage, name) in enumerate(stages_of(run.config)):
+    for number, (stage, name, updates) in enumerate(stages_of(run.config)):
         if number < course.done:
             continue
         settings, learner = getattr(run.config, name), learner or learner_of(run, name, phase)
         if stage == RENOISING:
             run.policy.restore(untrained)
             even = replace(learner, even=True)
-            yield from train_stage(run, stage, even, settings, settings.renoising, phase, course)
+            yield from train_stage(run, stage, even, settings, updates, phase, course)
             course.renoising = run.policy.snapshot()
             run.policy.restore(best.snapshot or untrained)
         else:
             if isinstance(learner, Weighted) and settings.renoising:
                 learner.renoising = course.renoising
-            yield from train_stage(run, stage, learner, settings, settings.updates, phase, course, best)
+            yield from train_stage(run, stage, learner, settings, updates, phase, course, best)
             learner = None
             best.restore()
             phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
@@ -250,7 +255,7 @@ def train_stage(
     carried = [value.to(run.policy.device) for value in in_turn("carried", course.within)]
     steps = learner(run.policy, run.reward, run.trained, generator, carried)
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
-    every = max(1, updates // config.evaluation.probes) if best else updates
+    every = between_probes(config, updates) if best else updates
     advance, note, skipped, due = phase(f"learner: {stage}", updates), "", {}, False
 
     def probed(record: dict[str, Any]) -> dict[str, Any]:
@@ -294,9 +299,7 @@ def train_stage(
     yield probed({"stage": stage, "update": updates, "averaged": True, **skipped})
 
 
-def train_in(
-    folder: Path, run: Run, phase: Phase, tracking: Tracking | None = None
-) -> tuple[list[dict[str, Any]], float]:
+def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[list[dict[str, Any]], float]:
     """Train a run from where the checkpoints in its folder stand; the records of its log, and the seconds it took.
 
     The log is made what it was then. Out of memory, once the micro-batch is halved and training goes on from the last
@@ -314,14 +317,12 @@ def train_in(
         course = Course.of(run, Checkpoints(folder / CHECKPOINT))
         past = "".join(map(line_of, course.records))
         ranks.from_first(lambda past=past: write_text(log, past))
-        if tracking:
-            tracking.begin(updates_in(course.records))
+        tracking.begin(course.records)
         try:
             with log.open("a", encoding="utf-8") if ranks.is_first() else nullcontext() as file:
                 for record in map(finite, train(run, phase, course)):
                     course.records.append(record)
-                    if tracking and "kept" not in record:  # that one was told when it was made
-                        tracking.tell(record, updates_in(course.records))
+                    tracking.tell(record)
                     if file:
                         print(line_of(record), end="", file=file, flush=True)
             return course.records, round(course.elapsed, 1)
@@ -353,11 +354,6 @@ def train_in(
 def finite(record: dict[str, Any]) -> dict[str, Any]:
     """A record without the figures that are no numbers: JSON has no word for them."""
     return {key: value for key, value in record.items() if not isinstance(value, float) or math.isfinite(value)}
-
-
-def updates_in(records: list[dict[str, Any]]) -> int:
-    """How many updates the records of a log tell of, of all stages."""
-    return sum("loss" in record and "kept" not in record for record in records)
 
 
 def line_of(record: dict[str, Any]) -> str:

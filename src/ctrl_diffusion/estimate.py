@@ -14,7 +14,7 @@ import torch
 from . import ranks
 from .checkpoint import Checkpoints
 from .config import Config
-from .course import PROBE_PATHS, Best, Course, stages_of, train
+from .course import PROBE_PATHS, Best, Course, between_probes, stages_of, train
 from .data import RAREST, LabelledImages
 from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
 from .job import STRENGTHS, step_counts
@@ -147,13 +147,13 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
                 seconds.setdefault(record["stage"], []).append(time.perf_counter() - begin)
             begin = time.perf_counter()
     found, per_sample = {}, evaluations(config)
-    for stage, learner in stages_of(config):
-        settings, taken = getattr(config, learner), seconds[stage]
-        updates = updates_of(config, stage, learner) + found.get(stage, {"updates": 0})["updates"]
+    for stage, learner, updates in stages_of(config):
+        taken = seconds[stage]
+        updates += found.get(stage, {"updates": 0})["updates"]  # a learner may come twice
         each = mean(taken[len(taken) // 2 :])
         found[stage] = {
             "updates": updates,
-            "batch": settings.batch,
+            "batch": getattr(config, learner).batch,
             "evaluations": [calls(run.prior) * n for n in per_sample[stage]],
             "seconds_per_update": each,
             "seconds": updates * each,
@@ -161,20 +161,12 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
     return found
 
 
-def updates_of(config: Config, stage: str, learner: str) -> int:
-    """Of a stage."""
-    settings = getattr(config, learner)
-    return settings.renoising if stage == RENOISING else settings.updates
-
-
 def probes_of(config: Config) -> int:
     """Of all stages: at the beginning, on the way, and of the averaged weights; re-noising has the last alone."""
-    found = 0
-    for stage, learner in stages_of(config):
-        updates = updates_of(config, stage, learner)
-        on_the_way = (updates - 1) // max(1, updates // config.evaluation.probes)
-        found += 1 if stage == RENOISING else 2 + on_the_way
-    return found
+    return sum(
+        1 if stage == RENOISING else 2 + (updates - 1) // between_probes(config, updates)
+        for stage, _, updates in stages_of(config)
+    )
 
 
 def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:

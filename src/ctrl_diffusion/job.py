@@ -27,7 +27,7 @@ from .config import (
     merged,
 )
 from .control import NULL
-from .course import CHECKPOINT, LOG, train_in, updates_in
+from .course import CHECKPOINT, LOG, train_in
 from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
 from .files import check_room, check_writable, clear, clear_unfinished, locked, write_json, write_text, writing
@@ -353,7 +353,7 @@ def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[s
         write_json(folder / "metrics.json", metrics)
         for group in ("ctrl", "certificate"):
             figures = {f"{group}/{key}": v for key, v in metrics[group].items() if isinstance(v, float)}
-            tracking.show(figures, updates_in(records))
+            tracking.show(figures)
         write_report(folder, run, metrics, evaluation, sweep, followed, records, begun["command"])
         clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
         return metrics

@@ -45,21 +45,23 @@ class Tracking:
     def __init__(self, names: list[str], folder: Path, settings: dict[str, Any]) -> None:
         self.names, self.folder, self.settings = names, folder, settings
         self.trackers: dict[str, GeneralTracker] = {}
+        self.updates = 0  # of all stages
 
-    def begin(self, updates: int) -> None:
-        """Open the trackers after so many updates; TensorBoard forgets what it was told of later ones.
+    def begin(self, records: list[dict[str, Any]]) -> None:
+        """Open the trackers after the records of a log; TensorBoard forgets what it was told of later updates.
 
         Warns:
             RuntimeWarning: one cannot be opened.
         """
         self.close()
+        self.updates = sum("loss" in record for record in records)
         if not self.names or not ranks.is_first():
             return
         place = self.folder / TRACKED
         again = place.is_dir()
         place.mkdir(exist_ok=True)
         options = {
-            "tensorboard": {"purge_step": updates + 1 if updates else 0} if again else {},
+            "tensorboard": {"purge_step": self.updates + 1 if self.updates else 0} if again else {},
             "wandb": {"name": self.folder.name, "dir": str(place)},
         }
 
@@ -85,14 +87,17 @@ class Tracking:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 warnings.warn(f"{name} is told no more: {reason}", RuntimeWarning, stacklevel=2)
 
-    def tell(self, record: dict[str, Any], updates: int) -> None:
-        """Figures of a record of the log, after so many updates of all stages."""
+    def tell(self, record: dict[str, Any]) -> None:
+        """Figures of the log's next record; the one that says which was kept was told when it was made."""
+        if "kept" in record:
+            return
+        self.updates += "loss" in record
         figures = {key: v for key, v in record.items() if type(v) in (int, float) and key != "update"}
-        self.show({f"{record['stage']}/{key}": v for key, v in figures.items()}, updates)
+        self.show({f"{record['stage']}/{key}": v for key, v in figures.items()})
 
-    def show(self, figures: dict[str, float], updates: int) -> None:
-        """Figures by name."""
-        self.each(lambda name: self.trackers[name].log(figures, step=updates), self.trackers if figures else ())
+    def show(self, figures: dict[str, float]) -> None:
+        """Figures by name, after the updates so far."""
+        self.each(lambda name: self.trackers[name].log(figures, step=self.updates), self.trackers if figures else ())
 
     def close(self) -> None:
         """No more figures come."""
