@@ -9,6 +9,7 @@ import torch
 from ctrl_diffusion.compare import STRENGTHS, Comparison, averaged, compare_job, interval, subset
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.entrants import ENTRANTS
+from ctrl_diffusion.judges import Judges
 from ctrl_diffusion.run import Run
 
 FIGURES = (
@@ -130,6 +131,15 @@ def test_a_comparison_gone_on_with_fewer_methods_keeps_the_rows_of_the_others(ru
     again = asked(run, tmp_path / "out", methods=["ctrl"], strengths=(1.0,), resume=True)
     assert len(again["rows"]) == len(found["rows"]) == 4
     assert again["chosen"].keys() == {"ctrl", "mpgd"}
+
+
+def test_a_classifier_that_training_would_refuse_is_compared_and_named(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judges, "informed", property(lambda self: False))
+    with pytest.warns(UserWarning, match="60 labels, seed 1: p̂ of 'ink' is not clearly better than chance"):
+        found = asked(run, tmp_path / "out", methods=["mpgd"], labels=[60], seeds=[1], strengths=(1.0,))
+    assert [cell["uninformed"] for cell in found["cells"]] == [["ink"]]
+    assert [row["trial"] for row in found["rows"]] == [True, False]
+    assert "would refuse it" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_subsets_are_even_over_classes_and_disjoint_from_the_rest(run):

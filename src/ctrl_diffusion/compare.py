@@ -179,7 +179,12 @@ class Comparison:
                     images[name], name, condition, settings.classifier, seed, advance, encode=encoder_of(prior),
                     device=prior.denoiser.device,
                 )  # fmt: skip
-                judges[name].check()
+                if not judges[name].informed:
+                    warnings.warn(
+                        f"{n} labels, seed {seed}: p̂ of {name!r} is not clearly better than chance. Training would "
+                        "refuse it; what follows it is compared all the same.",
+                        stacklevel=2,
+                    )
         cell = Cell(Run.start(config, prior, judges), data, parts, self.x_prior, n, seconds, self.phase)
         with timed(seconds, "ctrl"):
             for _ in train(cell.run, self.phase):
@@ -256,6 +261,7 @@ class Comparison:
             "target_class_accuracy": target.class_accuracy,
             "classifier_accuracy": {name: judges.quality.accuracy for name, judges in cell.run.judges.items()},
             "classifier_nll": {name: judges.quality.nll for name, judges in cell.run.judges.items()},
+            "uninformed": [name for name, judges in cell.run.judges.items() if not judges.informed],
             "seconds": {name: round(seconds, 1) for name, seconds in cell.seconds.items()},
         }
 

@@ -88,14 +88,19 @@ class Judges:
                 network.to(device)
         return self
 
+    @property
+    def informed(self) -> bool:
+        """Whether p̂ is better than chance on held-out data, by two standard errors."""
+        return self.quality.nll + 2 * self.quality.nll_stderr < self.quality.chance_nll
+
     def check(self) -> None:
         """Refuse a p̂ that says nothing.
 
         Raises:
-            ValueError: on held-out data it is not better than chance by two standard errors.
+            ValueError: it is not clearly better than chance.
         """
         q = self.quality
-        if q.nll + 2 * q.nll_stderr >= q.chance_nll:
+        if not self.informed:
             raise ValueError(
                 f"the classifier of {self.control!r} is not clearly better than chance (held-out NLL {q.nll:.2f} ± "
                 f"{q.nll_stderr:.2f} nats, chance {q.chance_nll:.2f}): its gradients would mislead. Check the labels "
