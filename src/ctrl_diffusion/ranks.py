@@ -6,13 +6,18 @@ is a sum over rows divided by their whole number; the sum of the ranks' gradient
 is what DistributedDataParallel computes. Its wrapper is not used: it wants one forward pass before each backward pass,
 where a chain makes many, and what is trained is small enough for one sum.
 
+The prior's own weights may be sharded (`shard`): as accelerate asks for it by FSDP. A block's weights are then gathered
+from all ranks whenever it is called, forward and back, and every rank must call the network as often as the others.
+
 What only one may do (fit, decide, write) rank 0 does, and the others are given what came of it, an error included.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,19 +25,28 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
 from torch import Tensor, nn
 
+from .denoise import NetworkDenoiser
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # while rank 0 fits or writes; a process that dies is noticed at once
-_alone = False
+FSDP = "ACCELERATE_USE_FSDP"
+_alone = _sharded = False
 
 
 def state() -> PartialState:
     """What accelerate knows of this process; without CUDA ranks talk as CPUs do.
 
     Raises:
-        ValueError: it was launched to shard the model.
+        ValueError: it was launched to shard the model in another way than by FSDP2.
     """
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("a model is not sharded over processes: launch without FSDP and DeepSpeed, with --multi_gpu.")
+    global _sharded
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("a model is not sharded by DeepSpeed here. Launch with --use_fsdp --fsdp_version 2.")
+    if parse_flag_from_env(FSDP):
+        if os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("a model is sharded by FSDP2 here. Launch with --use_fsdp --fsdp_version 2.")
+        # or accelerate would prepare what is trained as if it were the model, and transformers load no weights
+        _sharded, os.environ[FSDP] = True, "false"
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
@@ -40,6 +54,11 @@ def state() -> PartialState:
 def count() -> int:
     """How many ranks share the work."""
     return 1 if _alone else state().num_processes
+
+
+def sharded() -> bool:
+    """Whether the ranks each have a part of the prior's weights, and so call its network in step."""
+    return count() > 1 and _sharded
 
 
 def is_first() -> bool:
@@ -77,10 +96,12 @@ def share_of_batch(n: int) -> slice:
     """This rank's rows of a batch of n.
 
     Raises:
-        ValueError: some rank would have none.
+        ValueError: some rank would have none; or not as many as the others, where these must go in step.
     """
     if n < count():
         raise ValueError(f"a batch of {n} cannot be shared by {count()} processes. Raise batch, or launch fewer.")
+    if sharded() and n % count():
+        raise ValueError(f"sharded weights: batch must be a multiple of the {count()} processes, got {n}.")
     return share(n)
 
 
@@ -114,6 +135,11 @@ def from_first(make: Callable[[], T]) -> T:
     return answer[0]
 
 
+def any_of(mine: bool) -> bool:
+    """Whether it is so on any of the ranks that go in step; on this one if they do not."""
+    return bool(summed(torch.tensor(float(mine)))) if sharded() else mine
+
+
 def summed(mine: Tensor) -> Tensor:
     """The sum over ranks of a tensor, where it is."""
     return mine if count() == 1 else reduce(mine.to(state().device), "sum").to(mine.device)
@@ -137,3 +163,26 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     *sums, there = summed(torch.cat(flat)).split([len(part) for part in flat])
     for p, whole, ranks in zip(parameters, sums, there.tolist(), strict=True):
         p.grad = whole.view_as(p) if ranks else None
+
+
+def shard(denoiser: NetworkDenoiser) -> None:
+    """Leave every rank a part of a prior's weights, by FSDP2, on this rank's device; all call it together from now on.
+
+    What is gathered and dropped at a time are the members of the network's lists (transformer blocks, a UNet's stages),
+    children that have such lists (a UNet's middle), and all the rest. A control's own weights come later, and stay
+    whole.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # a second of import
+
+    mesh, network = init_device_mesh(state().device.type, (count(),)), denoiser.network
+    for name in denoiser.site.embeddings:  # some networks call one from outside of the block it is in
+        fully_shard(network.get_submodule(name), mesh=mesh)
+    for child in network.children():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                fully_shard(block, mesh=mesh)
+        elif any(isinstance(module, nn.ModuleList) for module in child.modules()):
+            fully_shard(child, mesh=mesh)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    denoiser.together = partial(gathered, dim=1)

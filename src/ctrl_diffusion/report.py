@@ -3,6 +3,7 @@
 import base64
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,30 @@ def sheet_figure(x: Tensor, columns: int = 8) -> Figure:
     return figure
 
 
+@dataclass
+class Shown:
+    """The samples that the pictures of a run show. Ranks sample them together, whoever draws.
+
+    Args:
+        prior, ctrl: see `same_noise`.
+        plane: see `plane`; None of one control.
+    """
+
+    prior: Tensor
+    ctrl: Tensor
+    plane: Tensor | None
+
+    @classmethod
+    def of(cls, run: Run) -> "Shown":
+        prior, ctrl = (same_noise(run, strength, columns_of(run)) for strength in (0.0, 1.0))
+        return cls(prior, ctrl, plane(run) if len(run.names) > 1 else None)
+
+
+def columns_of(run: Run) -> int:
+    """Of the grid of samples: the prior's classes, ten at most, or ten draws of an unconditional prior."""
+    return 10 if run.config.classes is None else min(10, len(run.config.classes))
+
+
 def same_noise(run: Run, strength: float, columns: int) -> Tensor:
     """Samples for every y and column, columns running fastest; a column's noise is the same for every y.
 
@@ -292,17 +317,27 @@ def same_noise(run: Run, strength: float, columns: int) -> Tensor:
     return torch.cat(rows)
 
 
-def plane_figure(run: Run, across: int = 4) -> Figure:
-    """The first two controls against each other, each also left out: a cell shows `across` samples, the same noise in
-    every cell, of the middle one of the prior's classes if it has classes."""
-    (first, rows), (second, columns) = [(n, run.policy.controls[n].values) for n in run.names[:2]]
+def plane(run: Run, across: int = 4) -> Tensor:
+    """The first two controls against each other, each also left out: `across` samples for each pair of values, the same
+    noise for all, of the middle one of the prior's classes if it has classes.
+
+    Returns:
+        (1 + classes of the first, 1 + of the second, across, C, H, W), where they are left out first.
+    """
+    (first, rows), (second, columns) = [(n, len(run.policy.controls[n].values)) for n in run.names[:2]]
     classes, samples = run.config.classes, []
     cond = {} if classes is None else {"c": torch.full((across,), classes[len(classes) // 2])}
-    for i in range(NULL, len(rows)):
-        for j in range(NULL, len(columns)):
+    for i in range(NULL, rows):
+        for j in range(NULL, columns):
             y = {first: torch.full((across,), i), second: torch.full((across,), j)}
             samples.append(run.sample(y, generator=stream(run.config.seed, "plane"), **cond))
-    x = torch.cat(samples).unflatten(0, (-1, len(columns) + 1, across))
+    return torch.cat(samples).unflatten(0, (-1, columns + 1, across))
+
+
+def plane_figure(run: Run, x: Tensor) -> Figure:
+    """`plane`."""
+    (first, rows), (second, columns) = [(n, run.policy.controls[n].values) for n in run.names[:2]]
+    across = x.shape[2]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.42 * across * x.shape[1] + 1, 0.46 * len(x) + 0.9), layout="constrained")
         for j, axes in enumerate(figure.subplots(1, x.shape[1])):
@@ -321,6 +356,7 @@ def write_report(
     evaluation: Evaluation,
     sweep: dict[str, dict[float, Score]],
     followed: dict[str, tuple[Tensor, Tensor]],
+    shown: Shown,
     records: list[dict[str, Any]],
     command: str,
 ) -> None:
@@ -329,20 +365,16 @@ def write_report(
     Args:
         folder: the run's; its classifier/ has been reported already.
         run: the finished run.
-        metrics, evaluation, sweep, followed: what was found.
+        metrics, evaluation, sweep, followed, shown: what was found.
         records: the training log.
         command: what was typed.
     """
     control, values, classes = run.name, run.values, run.config.classes
     condition = next((one.condition for one in run.config.controls if one.condition), None)
-    columns = 10 if classes is None else min(10, len(classes))
-    column_names = [""] * columns
+    column_names = [""] * columns_of(run)
     if classes is not None:
         column_names = [shortened(name, 8) for name in told_apart([run.prior.class_names[c] for c in classes[:10]])]
-    pictures = {
-        title: same_noise(run, strength, columns)
-        for title, strength in ((f"Prior, which ignores {control}", 0.0), ("CTRL, same noise", 1.0))
-    }
+    pictures = {f"Prior, which ignores {control}": shown.prior, "CTRL, same noise": shown.ctrl}
     measured = "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
     figures = {
         "grid": grid_figure(pictures, [shortened(value) for value in values], column_names, control),
@@ -355,8 +387,8 @@ def write_report(
     }
     for name, (asked, came) in followed.items():
         figures[f"scale-{name}"] = scale_figure(asked, came, run.policy.controls[name].values, name)
-    if len(run.names) > 1:
-        figures["plane"] = plane_figure(run)
+    if shown.plane is not None:
+        figures["plane"] = plane_figure(run, shown.plane)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
     for i, name in enumerate(run.names):
         picture = "reliability" if i == 0 else f"reliability-{name}"

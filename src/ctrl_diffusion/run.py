@@ -66,6 +66,8 @@ def as_set(prior: Prior, config: Config) -> Prior:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     prior = prior.unconditional() if config.unconditional else prior
     ranks.state()  # of several processes each is given an accelerator of its own, which "auto" then means
+    if ranks.sharded():
+        ranks.shard(prior.denoiser)
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
 

@@ -14,7 +14,7 @@ from .control import Labels
 from .denoise import Denoiser
 from .progress import Phase, silent
 from .reward import Reward
-from .rollout import Times, normal, rollout
+from .rollout import EVERY, Times, normal, rollout
 
 Progress = Callable[[int], None]
 POOL, SMALLEST_POOL = 16, 1000
@@ -72,23 +72,27 @@ def paths(
         two are zero unless compared.
     """
     batches, found = parts(n, batch or at_once(denoiser)), []
+
+    def simulated(rows: slice, noise: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        here = rows_of(cond or {}, rows)
+        control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
+        with denoiser.frozen():
+            path = rollout(denoiser, noise[0], times, eta, compare=compare, cond=here, noise=noise[1:], **control)
+        zeros = torch.zeros(len(path.x_0))
+        kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
+        return path.x_0.cpu(), kl.cpu(), log_ratio.cpu()
+
     mine = batches[ranks.share(len(batches))]
     for rows in batches:
         shape = (rows.stop - rows.start, *denoiser.shape)
+        # what is drawn for other ranks is drawn here as well
+        noise = [normal(shape, denoiser, generator, EVERY if rows in mine else slice(0)) for _ in times]
         if rows in mine:
-            x_1, *noise = (normal(shape, denoiser, generator) for _ in times)
-            here = rows_of(cond or {}, rows)
-            control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
-            with denoiser.frozen():
-                path = rollout(denoiser, x_1, times, eta, compare=compare, cond=here, noise=noise, **control)
-            zeros = torch.zeros(len(x_1))
-            kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
-            found.append((path.x_0.cpu(), kl.cpu(), log_ratio.cpu()))
-        else:
-            for _ in times:  # what is drawn for other ranks is drawn here as well
-                normal(shape, denoiser, generator, slice(0))
+            found.append(simulated(rows, noise))
         if progress:
             progress(shape[0])
+    if ranks.sharded() and len(mine) * ranks.count() < len(batches):  # others have one more
+        simulated(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in times])
     x_0, kl, log_ratio = map(torch.cat, zip(*found, strict=True)) if found else [torch.empty(0)] * 3
     return ranks.gathered(x_0), ranks.gathered(kl), ranks.gathered(log_ratio)
 

@@ -104,7 +104,7 @@ def fit(
         loss, metrics = 0.0, Counter()
         for step in steps:
             loss += float(step.loss.detach())
-            if math.isfinite(loss):
+            if math.isfinite(loss) or ranks.sharded():  # others may wait for it
                 accelerator.backward(policy.gradient_scale * step.loss)
             metrics.update(step.metrics)  # a Counter adds up
             if step.last:

@@ -103,7 +103,7 @@ def pulled_back(policy: Policy, value: Tensor, x_t: Tensor) -> Tensor:
     """∇value at x_t (B, *), scaled on its way as far as half precision needs and bears."""
     scale = policy.gradient_scale
     (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
-    while scale > 1 and not gradient.isfinite().all():
+    while scale > 1 and ranks.any_of(not gradient.isfinite().all()):
         scale /= 16
         (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
     return gradient / scale
