@@ -25,6 +25,7 @@ from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward, prior_table
+from ctrl_diffusion.rollout import Trajectory
 from ctrl_diffusion.run import Run
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
@@ -35,6 +36,8 @@ LEARNERS = {
     "backprop": lambda times, x_0: Backprop(times, 4),
     "labelled": lambda times, x_0: Labelled(x_0, {"dark": torch.arange(len(x_0)) % 2}, {}, times, batch=6),
     "ppo": lambda times, x_0: PPO(times, 4, surrogates=2),
+    "adjoint, offloaded": lambda times, x_0: Adjoint(times, 4, regressed=2, micro=3, offload=True),
+    "ppo, offloaded": lambda times, x_0: PPO(times, 4, surrogates=2, micro=3, offload=True),
 }
 
 
@@ -87,6 +90,20 @@ def test_every_learner_works_elsewhere_as_on_the_cpu(folders, elsewhere, learner
     found, expected = (job(folders / "DDPM", device, learner) for device in (DEVICE, "cpu"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("learner", ["adjoint", "ppo"])
+def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folders, elsewhere, monkeypatch, learner):
+    kept, joined = {}, Trajectory.joined
+
+    def watched(parts):
+        kept.setdefault(name, set()).update(type(rows) for part in parts for rows in (part.x, part.z))
+        return joined(parts)
+
+    monkeypatch.setattr(Trajectory, "joined", watched)
+    for name in (learner, f"{learner}, offloaded"):
+        job(folders / "DDPM", DEVICE, name)
+    assert kept == {learner: {There}, f"{learner}, offloaded": {torch.Tensor}}
 
 
 BASELINES = {

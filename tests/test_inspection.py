@@ -28,6 +28,15 @@ class Tiny:
         return torch.zeros(members, *self.shape)
 
 
+@pytest.mark.parametrize("name", ["offload", "micro_batch"])
+def test_what_is_said_of_memory_reaches_the_learners(digits, name):
+    given = {"offload": True, "micro_batch": 3}
+    config = Config.of({"prior": "-", "control": "-", "data": "-", **given})
+    for learner in ("adjoint", "ppo"):
+        made = learner_of(Tiny(config, digits), learner, None)
+        assert getattr(made, {"micro_batch": "micro"}.get(name, name)) == given[name]
+
+
 def test_what_two_rows_tell_of_the_memory_holds_for_many(digits):
     """What is kept is a part that all rows share and as much again for every row."""
     policy = Policy(digits.denoiser, LoRAControl("probe", ("no", "yes"), digits.denoiser, rank=4))

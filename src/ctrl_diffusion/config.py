@@ -216,6 +216,7 @@ class Config(Strict):
             float32: what two predictions differ by is mostly rounding in bfloat16.
         micro_batch: samples that go through the network at once while a gradient is kept; null for all of an update's.
             What is trained does not depend on it, memory does.
+        offload: keep the paths that `adjoint` and `ppo` learn from in CPU memory, all but those of a micro-batch.
         vae_tiling: decode large images in tiles, which are not the whole's to the last digit.
         rank, lora_alpha, lora_targets: of a control's adapter; its scale is alpha/rank, 1 if null. Names or endings of
             names of the layers it changes; null for those of the network's family.
@@ -238,6 +239,7 @@ class Config(Strict):
     device: str = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     micro_batch: int | None = Field(None, ge=1)
+    offload: bool = False
     vae_tiling: bool = False
     rank: int = Field(64, ge=1)
     lora_alpha: float | None = Field(None, gt=0)

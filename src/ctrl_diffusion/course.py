@@ -192,10 +192,12 @@ def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
         return Weighted(cache, times, config.weighted.batch, micro=micro)
     if stage == "adjoint":
         a = config.adjoint
-        return Adjoint(times, a.batch, micro=micro, regressed=a.regressed, reuse=a.reuse, clip=a.clip, lean=a.lean)
+        more = {"regressed": a.regressed, "reuse": a.reuse, "clip": a.clip, "lean": a.lean}
+        return Adjoint(times, a.batch, micro=micro, offload=config.offload, **more)
     if stage == "ppo":
         p = config.ppo
-        return PPO(times, p.batch, micro=micro, surrogates=p.surrogates, reuse=p.reuse, clip=p.clip)
+        more = {"surrogates": p.surrogates, "reuse": p.reuse, "clip": p.clip}
+        return PPO(times, p.batch, micro=micro, offload=config.offload, **more)
     b = config.backprop
     return Backprop(times, b.batch, micro=micro, clip=b.clip, through=b.through)
 

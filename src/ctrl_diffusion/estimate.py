@@ -210,6 +210,9 @@ def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
     networks = [prior.denoiser.network, *(judges.classifier for judges in run.judges.values())]
     weights = sum(p.nbytes for network in networks for p in network.parameters()) - learned
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
+    device = prior.denoiser.device
+    micro = config.micro_batch if config.offload and device.type == "cuda" else None
+    paths_kept = max(min(getattr(config, name).batch, micro or math.inf) for name in config.learners)
     held, drawn = (
         run.conditions.groups * one_x * (c.evaluation.prior_samples + c.weighted.cache * ("weighted" in c.learners))
         for c in (config, run.config)
@@ -217,10 +220,9 @@ def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
     found = {
         "weights": weights + max(0, 2 * one - two),  # those that a control changes are there twice
         "control": COPIES * learned,
-        "paths": max(getattr(config, name).batch for name in config.learners) * 3 * config.steps * one_x,
+        "paths": paths_kept * 4 * config.steps * one_x,  # states, noise, adjoints and means
         "activations": max(rows_kept(config)[name] for name in config.learners) * (two - one),
     }
-    device = prior.denoiser.device
     if device.type == "cuda":
         return {**found, "all": torch.cuda.max_memory_allocated(device)}
     images = (data for one in job.materials for data in (one.data, one.judge_data) if data)

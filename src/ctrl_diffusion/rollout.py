@@ -1,7 +1,7 @@
 """Simulate the reverse process and keep what the learners and the certificate read off it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,10 @@ class Trajectory:
     x_0: Tensor | None
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
+
+    def kept(self, device: torch.device) -> "Trajectory":
+        """The same with states and noise, which are nearly all of it, on another device."""
+        return replace(self, x=self.x.to(device), z=self.z.to(device))
 
     @classmethod
     def joined(cls, parts: "list[Trajectory]") -> "Trajectory":

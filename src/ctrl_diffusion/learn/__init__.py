@@ -45,6 +45,7 @@ class OnPolicy:
         batch: paths a rollout.
         eta: churn of the chain; must be positive.
         micro: samples that go through the network at once while a gradient is asked for; None for all.
+        offload: keep the paths of a rollout in CPU memory, all but those of a micro-batch.
 
     Raises:
         ValueError: steps without noise: u = (mean_g − mean_pre)/std would divide by nothing.
@@ -54,6 +55,7 @@ class OnPolicy:
     batch: int
     eta: float = 1.0
     micro: int | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.eta <= 1.0:
@@ -76,6 +78,10 @@ class OnPolicy:
         """Of a mean over this rank's rows in that over the batch."""
         return (self.mine.stop - self.mine.start) / self.batch
 
+    def home(self, policy: Policy) -> torch.device:
+        """Where paths are kept."""
+        return torch.device("cpu") if self.offload else policy.device
+
     def fresh_paths(
         self, policy: Policy, conditions: Conditions, generator: torch.Generator, **options: Any
     ) -> Iterator[tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]]:
@@ -85,12 +91,13 @@ class OnPolicy:
         `micro` at a time; what is drawn does not depend on it.
         """
         pair, shape = conditions.draw(self.batch, generator)[self.mine], (self.batch, *policy.shape)
-        x_1, *noise = (normal(shape, policy, generator, self.mine) for _ in self.times)
+        home = torch.empty(0, device=self.home(policy))
+        drawn = [normal(shape, home, generator, self.mine) for _ in self.times]
         for rows in parts(len(pair), self.micro):
             labels, cond = conditions.of(pair[rows])
-            own = [z[rows] for z in noise]
-            path = rollout(policy, x_1[rows], self.times, self.eta, cond=cond, noise=own, labels=labels, **options)
-            yield path, pair[rows], labels, cond
+            x_1, *noise = (z[rows].to(policy.device) for z in drawn)
+            path = rollout(policy, x_1, self.times, self.eta, cond=cond, noise=noise, labels=labels, **options)
+            yield path.kept(home.device), pair[rows], labels, cond
 
 
 def check_gradient(earned: Tensor) -> None:
@@ -170,4 +177,4 @@ def revisit(
     """The steps i of paths `row` (n,) as the policy would take them now."""
     t_grid = torch.tensor(path.times, dtype=torch.float64)
     own = {"labels": rows_of(labels, row), **rows_of(cond, row)}
-    return transition(policy, path.x[i, row], t_grid[i], t_grid[i + 1], eta, **own)
+    return transition(policy, path.x[i, row].to(policy.device), t_grid[i], t_grid[i + 1], eta, **own)

@@ -38,7 +38,7 @@ def reward_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Reward (B,) of a path's ends and its gradient at the last state (B, *), through the read-out."""
     with torch.enable_grad():
-        x_end = path.x[-1].detach().requires_grad_()
+        x_end = path.x[-1].detach().to(policy.device).requires_grad_()
         earned = reward(read_out(policy, x_end, path.times[-1], **cond), labels, cond)
         check_gradient(earned)
         gradient = pulled_back(policy, earned.sum(), x_end)
@@ -74,7 +74,7 @@ def adjoints_of(
     for i in reversed(range(steps)):
         t, s = path.times[i], path.times[i + 1]
         with torch.set_grad_enabled(i > 0):  # nobody asks for a_0
-            x_t = path.x[i].detach().requires_grad_(i > 0)
+            x_t = path.x[i].detach().to(policy.device).requires_grad_(i > 0)
             pre = transition(policy.prior, x_t, t, s, eta, **cond)
             means.append(pre.mean.detach())
             a, clipped = clip_rows(a, clip / pre.std)
@@ -87,7 +87,7 @@ def adjoints_of(
             else:
                 here = transition(policy, x_t, t, s, eta, labels=labels, **cond)
                 u = here.control(pre)
-                value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i]).sum()
+                value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i].to(u.device)).sum()
             a = pulled_back(policy, value, x_t)
     return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), sum(torch.stack(longer).cpu().tolist()) / steps
 
@@ -97,7 +97,7 @@ class Adjoint(OnPolicy):
     """The learner.
 
     Args:
-        times, batch, eta, micro: see `OnPolicy`.
+        times, batch, eta, micro, offload: see `OnPolicy`; adjoints and means are kept with the paths.
         regressed: steps of each path that one update regresses; every path goes through its steps in its own order.
         reuse: updates from one rollout.
         clip: largest norm of std_i a_{i+1}, what one sample may ask of a step's control.
@@ -127,8 +127,8 @@ class Adjoint(OnPolicy):
                 found = []
                 for path, _, labels, cond in drawn:
                     earned, gradient = reward_gradient(policy, path, reward, labels, cond)
-                    carried = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
-                    found.append((earned, *carried))
+                    *carried, share = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
+                    found.append((earned, *(part.to(self.home(policy)) for part in carried), share))
             path, labels, cond = joined(drawn)
             rewards, adjoints, means, shares = zip(*found, strict=True)
             clipped = sum(share * len(part) for share, part in zip(shares, rewards, strict=True)) / self.batch
@@ -138,8 +138,8 @@ class Adjoint(OnPolicy):
                 for rows in parts(len(i), self.micro):
                     steps, mine = i[rows], row[rows]
                     here = revisit(policy, path, steps, mine, labels, cond, self.eta)
-                    u = (here.mean - means[steps, mine]) / here.std
-                    miss = half_square(u - here.std * adjoints[steps, mine])
+                    u = (here.mean - means[steps, mine].to(policy.device)) / here.std
+                    miss = half_square(u - here.std * adjoints[steps, mine].to(policy.device))
                     figures = {"kl": float(self.steps * (half_square(u.detach()).sum() / seen))}
                     if last := rows.stop == len(i):
                         figures |= {"reward": self.weight * float(earned.mean()), "clipped": clipped}

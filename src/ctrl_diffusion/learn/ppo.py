@@ -74,7 +74,7 @@ class PPO(OnPolicy):
     """The learner.
 
     Args:
-        times, batch, eta, micro: see `OnPolicy`.
+        times, batch, eta, micro, offload: see `OnPolicy`.
         surrogates: steps of each path that one update looks at.
         reuse: updates from one rollout.
         clip: ε; ratios beyond 1 ± ε earn no more.
@@ -111,8 +111,8 @@ class PPO(OnPolicy):
                 for rows in parts(len(i), self.micro):
                     steps, mine = i[rows], row[rows]
                     here = revisit(policy, path, steps, mine, labels, cond, self.eta)
-                    miss = (path.x[steps + 1, mine] - here.mean) / here.std
-                    log_rho = half_square(path.z[steps, mine]) - half_square(miss)
+                    miss = (path.x[steps + 1, mine].to(policy.device) - here.mean) / here.std
+                    log_rho = half_square(path.z[steps, mine].to(policy.device)) - half_square(miss)
                     gain = surrogate(log_rho, advantage[steps, mine], self.clip)
                     beyond = (log_rho.detach().exp() - 1).abs() > self.clip
                     figures = {"clipped": float(beyond.float().sum() / seen)}
