@@ -14,10 +14,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
 import yaml
+from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -134,6 +136,44 @@ def signed(row: dict[str, Any], name: str, digits: int) -> str:
     return f"{mean:+.{digits}f}".replace("-", "−") + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def between(values: list[float], digits: int) -> str:
+    """The smallest and the largest."""
+    low, high = (f"{value:.{digits}f}".replace("-", "−") for value in (min(values), max(values)))
+    return low if low == high else f"{low} … {high}"
+
+
+def figures(found: dict[str, Any], method: str, name: str, strength: float | None = None) -> list[float]:
+    """A figure's means for each number of labels; of the chosen setting, or of a strength."""
+    rows = [row for row in found["rows"] if row["method"] == method and name in row]
+    return [row[name][0] for row in rows if (row["chosen"] if strength is None else row["strength"] == strength)]
+
+
+def in_short() -> str:
+    """bench/results.in-short.md, written for the figures of one run, with those of this."""
+    tasks = [of_task(task) for task in TASKS]
+    w, one = tasks[0]["chosen"]["ctrl"]["strength"], 1.0
+    said: dict[str, Any] = {"w": f"{w:g}"}
+    for name, digits in (("gap_nats", 1), ("diversity_ratio", 2)):
+        for method in RIVALS:
+            said[f"{name} {method}"] = between([v for found in tasks for v in figures(found, method, name)], digits)
+    said["gap_nats ctrl"] = between([v for found in tasks for v in figures(found, "ctrl", "gap_nats", one)], 1)
+    for task, found in zip(TASKS, tasks, strict=True):
+        said[f"accuracy {task}"] = between(figures(found, "ctrl", "accuracy", w), 3)
+    for strength, what in ((one, "trained"), (w, "turned up")):
+        for rival in RIVALS:
+            rows = [r for found in tasks for r in found["against"] if (r["w"], r["rival"]) == (strength, rival)]
+            for name in ("accuracy", "diversity_ratio"):
+                said[f"{name} {what} less {rival}"] = between([row[name][0] for row in rows], 2)
+    exact = [
+        value - mean(cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n)
+        for found in tasks
+        for n, value in zip(map(int, LABELS.split(",")), figures(found, "ctrl", "accuracy", one), strict=True)
+    ]
+    said["accuracy less exact"] = between(exact, 2)
+    text = Path(__file__).with_suffix(".in-short.md").read_text(encoding="utf-8")
+    return Template(text, undefined=StrictUndefined).render(said=said).strip()
+
+
 def slug(task: str) -> str:
     """A task in the name of a file."""
     return f"results-{task.replace(',', '-')}"
@@ -165,6 +205,7 @@ def page() -> str:
         "each method in bold. Network and gradients are evaluations of the network, and gradients through it, for each "
         "sample, in units of a sample of the prior.",
         "![Accuracy and Fréchet distance against the number of labels](results.png)",
+        in_short(),
     ]
     for task, about in TASKS.items():
         found = of_task(task)

@@ -1,5 +1,7 @@
 """Prior, p̂ and paths on another device than the CPU: the same numbers to the bit, and nothing left behind."""
 
+import sys
+
 import pytest
 import torch
 from elsewhere import DEVICE, There, open_device
@@ -25,7 +27,6 @@ from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward, prior_table
-from ctrl_diffusion.rollout import Trajectory
 from ctrl_diffusion.run import Run
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
@@ -94,13 +95,16 @@ def test_every_learner_works_elsewhere_as_on_the_cpu(folders, elsewhere, learner
 
 @pytest.mark.parametrize("learner", ["adjoint", "ppo"])
 def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folders, elsewhere, monkeypatch, learner):
-    kept, joined = {}, Trajectory.joined
+    kept, module = {}, sys.modules[f"ctrl_diffusion.learn.{learner}"]
+    revisit = module.revisit
 
-    def watched(parts):
-        kept.setdefault(name, set()).update(type(rows) for part in parts for rows in (part.x, part.z))
-        return joined(parts)
+    def watched(policy, path, *given):
+        held = sys._getframe(1).f_locals  # by the learner, while it learns from the paths
+        rows = [path.x, path.z, *(held[name] for name in ("adjoints", "means") if name in held)]
+        kept.setdefault(name, set()).update(map(type, rows))
+        return revisit(policy, path, *given)
 
-    monkeypatch.setattr(Trajectory, "joined", watched)
+    monkeypatch.setattr(module, "revisit", watched)
     for name in (learner, f"{learner}, offloaded"):
         job(folders / "DDPM", DEVICE, name)
     assert kept == {learner: {There}, f"{learner}, offloaded": {torch.Tensor}}

@@ -32,7 +32,19 @@ from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
 from .files import check_room, check_writable, clear, clear_unfinished, locked, write_json, write_text, writing
 from .judges import Judges, fit_judges
-from .prepare import PAGES, Job, Material, dependences, encoder_of, fits, only, prepare, read_data, warn_of_copies
+from .prepare import (
+    PAGES,
+    Job,
+    Material,
+    check_batches,
+    dependences,
+    encoder_of,
+    fits,
+    only,
+    prepare,
+    read_data,
+    warn_of_copies,
+)
 from .progress import Interrupted, Phase, silent, timed
 from .report import (
     Shown,
@@ -416,6 +428,7 @@ def resume_job(
         if not has_begun:
             check_code(config.model_dump(), {}, trust, folder / "config.yaml")
             return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)
+        check_batches(config)
         judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
         ranks.from_first(lambda: clear(folder, RESULTS))
         return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)

@@ -173,8 +173,7 @@ def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -
     guidance = prior.text.guidance if prior.text and wanted.guidance is None else wanted.guidance
     whole = {"classes": classes, "prompts": wanted.prompts, "guidance": guidance}
     config = Config.of({**merged(defaults, given), **whole})
-    for name in config.learners:
-        ranks.share_of_batch(getattr(config, name).batch)
+    check_batches(config)
     while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
         config.steps -= 1  # a prior of few timesteps
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
@@ -281,6 +280,19 @@ def fits(prior: Prior, config: Config, steps: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def check_batches(config: Config) -> None:
+    """Refuse batches that the processes cannot share, or not evenly where they must.
+
+    Raises:
+        ValueError: whose.
+    """
+    for name in config.learners:
+        try:
+            ranks.share_of_batch(getattr(config, name).batch)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def check_classes(prior: Prior, classes: list[int] | None) -> None:

@@ -186,3 +186,10 @@ def shard(denoiser: NetworkDenoiser) -> None:
             fully_shard(child, mesh=mesh)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
     denoiser.together = partial(gathered, dim=1)
+
+
+def reshard(network: nn.Module) -> None:
+    """Drop what is gathered of a sharded network; FSDP does not where a step is computed again on the way back."""
+    for module in network.modules() if sharded() else ():
+        if hasattr(module, "reshard"):
+            module.reshard()

@@ -139,7 +139,8 @@ def exact_samples(
     for asked, pool in zip(pairs, pools, strict=True):
         mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
         x, _, log_ratio = paths(denoiser, pool, times, generator, given, mine, strength, compare=True, progress=advance)
-        log_w = reward(x, mine, given) - log_ratio
+        earned = reward(x, mine, given)
+        log_w = ranks.from_first(lambda earned=earned: earned) - log_ratio
         if not log_w.isfinite().all():
             raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
         w = log_w.softmax(0)

@@ -114,6 +114,7 @@ def fit(
         figures = ranks.sum_figures({"": loss, **metrics})  # a learner has no figure without a name
         loss, metrics = figures.pop(""), figures
         ranks.sum_gradients(parameters)
+        ranks.reshard(policy)
         for p in parameters if policy.gradient_scale != 1.0 else ():
             if p.grad is not None:
                 p.grad /= policy.gradient_scale

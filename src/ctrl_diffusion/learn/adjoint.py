@@ -127,12 +127,13 @@ class Adjoint(OnPolicy):
                 found = []
                 for path, _, labels, cond in drawn:
                     earned, gradient = reward_gradient(policy, path, reward, labels, cond)
-                    *carried, share = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
-                    found.append((earned, *(part.to(self.home(policy)) for part in carried), share))
+                    *two, share = adjoints_of(policy, path, gradient, labels, cond, self.eta, self.clip, self.lean)
+                    found.append((earned, *(part.to(self.home(policy)) for part in two), share))
             path, labels, cond = joined(drawn)
             rewards, adjoints, means, shares = zip(*found, strict=True)
             clipped = sum(share * len(part) for share, part in zip(shares, rewards, strict=True)) / self.batch
             earned, adjoints, means = torch.cat(rewards), torch.cat(adjoints, dim=1), torch.cat(means, dim=1)
+            del drawn, found, two  # or what is joined would be held twice
             visited = islice(visits(self.steps, self.batch, self.regressed, generator, self.mine), self.reuse)
             for used, (i, row) in enumerate(visited, start=1):
                 for rows in parts(len(i), self.micro):

@@ -103,6 +103,7 @@ class PPO(OnPolicy):
                 earned = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in drawn])
             path, labels, cond = joined(drawn)
             pair = torch.cat([pair for _, pair, _, _ in drawn])
+            del drawn  # or what is joined would be held twice
             g = ranks.gathered(rewards_to_go(path, earned), dim=1)
             advantage = baseline.advantages(g, ranks.gathered(pair), conditions.pairs)[:, self.mine]
             carried[:] = [baseline.mean]
