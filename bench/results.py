@@ -153,10 +153,19 @@ def in_short() -> str:
     tasks = [of_task(task) for task in TASKS]
     w, one = tasks[0]["chosen"]["ctrl"]["strength"], 1.0
     said: dict[str, Any] = {"w": f"{w:g}"}
-    for name, digits in (("gap_nats", 1), ("diversity_ratio", 2)):
-        for method in RIVALS:
-            said[f"{name} {method}"] = between([v for found in tasks for v in figures(found, method, name)], digits)
+    said["diversity_ratio free-guidance"] = between(
+        [v for found in tasks for v in figures(found, "free-guidance", "diversity_ratio")], 2
+    )
     said["gap_nats ctrl"] = between([v for found in tasks for v in figures(found, "ctrl", "gap_nats", one)], 1)
+    for rival in RIVALS:
+        smaller = [
+            min(v)
+            for found in tasks
+            for v in zip(
+                *(figures(found, rival, "gap_nats", w) for w in {one, found["chosen"][rival]["strength"]}), strict=True
+            )
+        ]
+        said[f"gap_nats {rival}"] = between(smaller, 0)
     for task, found in zip(TASKS, tasks, strict=True):
         said[f"accuracy {task}"] = between(figures(found, "ctrl", "accuracy", w), 3)
     for strength, what in ((one, "trained"), (w, "turned up")):
@@ -164,12 +173,12 @@ def in_short() -> str:
             rows = [r for found in tasks for r in found["against"] if (r["w"], r["rival"]) == (strength, rival)]
             for name in ("accuracy", "diversity_ratio"):
                 said[f"{name} {what} less {rival}"] = between([row[name][0] for row in rows], 2)
-    exact = [
-        value - mean(cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n)
+    below_exact = [
+        mean(cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n) - value
         for found in tasks
         for n, value in zip(map(int, LABELS.split(",")), figures(found, "ctrl", "accuracy", one), strict=True)
     ]
-    said["accuracy less exact"] = between(exact, 2)
+    said["below exact"] = between(below_exact, 2)
     text = Path(__file__).with_suffix(".in-short.md").read_text(encoding="utf-8")
     return Template(text, undefined=StrictUndefined).render(said=said).strip()
 
@@ -204,7 +213,7 @@ def page() -> str:
         "Made by `python bench/results.py`; means over three seeds ± half of the 95 % interval, the chosen setting of "
         "each method in bold. Network and gradients are evaluations of the network, and gradients through it, for each "
         "sample, in units of a sample of the prior.",
-        "![Accuracy and Fréchet distance against the number of labels](results.png)",
+        "![y as asked, diversity and distance from the conditional against the number of labels](results.png)",
         in_short(),
     ]
     for task, about in TASKS.items():
@@ -226,30 +235,40 @@ def page() -> str:
 
 
 def overview() -> Figure:
-    """What docs/results.md begins with: control and fidelity against the number of labels, one column for each task."""
-    shown = {"accuracy": "y as asked", "frechet": "Fréchet distance to real x with that y"}
+    """What docs/results.md begins with: y, diversity and distance from the conditional against the number of labels, a
+    column for each task; CTRL as it was trained, and at the strength that was chosen."""
+    shown = {"accuracy": "y as asked", "diversity_ratio": "diversity", "gap_nats": "nats from the conditional, at most"}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 6), layout="constrained")
-        panels = figure.subplots(len(shown), len(TASKS), sharex=True)
+        figure = Figure(figsize=(8.4, 8), layout="constrained")
+        panels = figure.subplots(len(shown), len(TASKS), sharex=True, sharey="row")
         for column, task in enumerate(TASKS):
             found = of_task(task)
+            w = found["chosen"]["ctrl"]["strength"]
+            drawn = {
+                "CTRL as trained, w = 1": ("ctrl", 1.0, {"zorder": 3}),
+                f"CTRL at w = {w:g}": ("ctrl", w, {"zorder": 3, "linestyle": "--"}),
+            }
+            drawn |= {title: (rival, found["chosen"][rival]["strength"], {}) for rival, title in RIVALS.items()}
             for axes, (name, what) in zip(panels[:, column], shown.items(), strict=True):
-                for method in ("ctrl", "classifier-guidance", "free-guidance", "dps", "mpgd"):
-                    mine = [row for row in found["rows"] if row["method"] == method and row["chosen"]]
+                for label, (method, strength, how) in drawn.items():
+                    mine = [r for r in found["rows"] if (r["method"], r["strength"]) == (method, strength)]
                     mine.sort(key=lambda row: row["labels"])
                     x, y = [(row["labels"], 0.0) for row in mine], [row[name] for row in mine]
-                    with_error(axes, x, y, method, label=mine[0]["title"], zorder=3 if method == "ctrl" else 2)
-                axes.axhline(
-                    found["prior"][name], color="#999", linewidth=0.8, linestyle=":", label="the prior, not asked"
-                )
-                axes.set(xscale="log", yscale="log" if name == "frechet" else "linear", ylabel=what)
-                if name == "frechet":
-                    plain_ticks(axes.yaxis)
+                    with_error(axes, x, y, method, label=label, **how)
+                if name in found["prior"]:
+                    axes.axhline(
+                        found["prior"][name], color="#999", linewidth=0.8, linestyle=":", label="the prior, not asked"
+                    )
+                axes.set(xscale="log")
                 ticks = sorted({row["labels"] for row in found["rows"]})
                 axes.set_xticks(ticks, [str(n) for n in ticks])
                 axes.xaxis.set_minor_formatter(NullFormatter())
-            panels[-1, column].set(xlabel="labels, of each control")
-            panels[0, column].set(ylim=(0, 1))
+                if column == 0:
+                    axes.set_ylabel(what)
+            panels[0, column].set(ylim=(0, 1.03))
+            panels[1, column].set(ylim=(0, 1.2))
+            panels[2, column].set(yscale="log", ylim=(0.3, 2000), xlabel="labels, of each control")
+            plain_ticks(panels[2, column].yaxis)
             headline(panels[0, column], TASKS[task]["title"])
         handles = panels[0, 0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)

@@ -68,9 +68,7 @@ def as_set(prior: Prior, config: Config) -> Prior:
     ranks.state()  # of several processes each is given an accelerator of its own, which "auto" then means
     if ranks.sharded():
         if config.device != "auto":
-            raise ValueError(
-                f"device: sharded weights are where accelerate puts them. Use auto, not {config.device}."
-            )
+            raise ValueError(f"device: sharded weights are where accelerate puts them. Use auto, not {config.device}.")
         ranks.shard(prior.denoiser)
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
