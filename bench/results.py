@@ -91,6 +91,7 @@ def table(rows: list[dict[str, Any]], found: dict[str, Any], labels: int) -> str
     for row in (row for row in rows if row["labels"] == labels):
         settings = " ".join(f"{key} {value}" for key, value in row["settings"].items())
         name = f"**{row['title']}**" if row["chosen"] else row["title"]
+        settings += f" ({row['seeds']} seeds)" if row["seeds"] < len(SEEDS.split(",")) else ""
         figures = [cell(row, *column) for column in ((key, digits) for key, (_, digits) in COLUMNS.items())]
         costs = [f"{row[key][0] / unit:.1f}×" for key in ("network_evaluations", "gradient_evaluations")]
         lines.append(f"| {f'{name} {settings}'.strip()} | {row['strength']:g} | {' | '.join([*figures, *costs])} |")
@@ -212,7 +213,7 @@ def page() -> str:
         "What else could be done with the same labels, on one footing ([how it is compared](baselines.md#comparing)). "
         "Made by `python bench/results.py`; means over three seeds ± half of the 95 % interval, the chosen setting of "
         "each method in bold. Network and gradients are evaluations of the network, and gradients through it, for each "
-        "sample, in units of a sample of the prior.",
+        "sample, in units of a sample of the prior. Rejection gives up after 1,000 tries, and has fewer seeds then.",
         "![y as asked, diversity and distance from the conditional against the number of labels](results.png)",
         in_short(),
     ]
@@ -231,6 +232,13 @@ def page() -> str:
                 f"**{n} labels** of each control; an exact sampler with the same p̂: {sum(exact) / len(exact):.3f}."
             )
             parts.append(table(found["rows"], found, n))
+            for one in found["cells"]:
+                if one["labels"] == n and one["uninformed"]:
+                    parts.append(
+                        f"With seed {one['seed']} p̂ of {' and '.join(one['uninformed'])} is not clearly better "
+                        "than chance on held-out data, and `ctrl train` would refuse it; what follows it is compared "
+                        "all the same."
+                    )
     return "\n\n".join(parts) + "\n"
 
 
