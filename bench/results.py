@@ -139,7 +139,7 @@ def signed(row: dict[str, Any], name: str, digits: int) -> str:
 
 def between(values: list[float], digits: int) -> str:
     """The smallest and the largest."""
-    low, high = (f"{value:.{digits}f}".replace("-", "−") for value in (min(values), max(values)))
+    low, high = (f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−") for value in (min(values), max(values)))
     return low if low == high else f"{low} … {high}"
 
 

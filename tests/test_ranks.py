@@ -34,23 +34,26 @@ from ctrl_diffusion.train import fit
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["ctrl_diffusion.testbed", "ctrl_diffusion.pretrained"])
-# odd batches, so that shares are unequal; in micro-batches and without
-LEARNERS = {
-    "weighted": lambda times, x_0, y, cond: Weighted(x_0, times, batch=7, micro=2),
-    "adjoint": lambda times, x_0, y, cond: Adjoint(times, 5, regressed=2, reuse=2, micro=2),
-    "backprop": lambda times, x_0, y, cond: Backprop(times, 5, micro=2),
-    "labelled": lambda times, x_0, y, cond: Labelled(x_0, {y: torch.arange(len(x_0)) % 2}, cond, times, batch=7),
-    "ppo": lambda times, x_0, y, cond: PPO(times, 5, surrogates=2, reuse=2),
-}
+
+
+def learners_of(samples, drawn):
+    """Each with batches of samples or of paths that it draws, in micro-batches and without."""
+    return {
+        "weighted": lambda times, x_0, y, cond: Weighted(x_0, times, batch=samples, micro=2),
+        "adjoint": lambda times, x_0, y, cond: Adjoint(times, drawn, regressed=2, reuse=2, micro=2),
+        "backprop": lambda times, x_0, y, cond: Backprop(times, drawn, micro=2),
+        "labelled": lambda times, x_0, y, cond: Labelled(
+            x_0, {y: torch.arange(len(x_0)) % 2}, cond, times, batch=samples
+        ),
+        "ppo": lambda times, x_0, y, cond: PPO(times, drawn, surrogates=2, reuse=2),
+    }
+
+
+LEARNERS, EVEN = (
+    learners_of(7, 5),
+    learners_of(6, 6),
+)  # shares that are unequal; they must be equal where weights are sharded
 TRAININGS = [*((name, learner) for name in ("ring", "DDPM") for learner in LEARNERS), ("SD 1", "adjoint")]
-# shares must be equal where weights are sharded
-EVEN = {
-    "weighted": lambda times, x_0, y, cond: Weighted(x_0, times, batch=6, micro=2),
-    "adjoint": lambda times, x_0, y, cond: Adjoint(times, 6, regressed=2, reuse=2, micro=2),
-    "backprop": lambda times, x_0, y, cond: Backprop(times, 6, micro=2),
-    "labelled": lambda times, x_0, y, cond: Labelled(x_0, {y: torch.arange(len(x_0)) % 2}, cond, times, batch=6),
-    "ppo": lambda times, x_0, y, cond: PPO(times, 6, surrogates=2, reuse=2),
-}
 SHARDED = [*(("DDPM", learner) for learner in EVEN if learner != "labelled"), ("DiT", "adjoint"), ("two", "backprop")]
 SHARDED_TOO = [("DDPM", "labelled"), ("SD 1", "adjoint"), ("SD 3", "adjoint"), ("Flux", "adjoint"), ("two", "adjoint")]
 LR, UPDATES = 1e-2, 3
