@@ -19,8 +19,7 @@ from ctrl_diffusion.classifier import Classifier, fit_classifier
 from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.data import to_pixels
-from ctrl_diffusion.evaluate import nearest_distance
-from ctrl_diffusion.fidelity import frechet_distance
+from ctrl_diffusion.fidelity import frechet_distance, nearest_distance
 from ctrl_diffusion.files import write_json
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.report import save_figure, sheet_figure

@@ -143,7 +143,7 @@ def between(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} … {high}"
 
 
-def figures(found: dict[str, Any], method: str, name: str, strength: float | None = None) -> list[float]:
+def means_of(found: dict[str, Any], method: str, name: str, strength: float | None = None) -> list[float]:
     """A figure's means for each number of labels; of the chosen setting, or of a strength."""
     rows = [row for row in found["rows"] if row["method"] == method and name in row]
     return [row[name][0] for row in rows if (row["chosen"] if strength is None else row["strength"] == strength)]
@@ -155,20 +155,17 @@ def in_short() -> str:
     w, one = tasks[0]["chosen"]["ctrl"]["strength"], 1.0
     said: dict[str, Any] = {"w": f"{w:g}"}
     said["diversity_ratio free-guidance"] = between(
-        [v for found in tasks for v in figures(found, "free-guidance", "diversity_ratio")], 2
+        [v for found in tasks for v in means_of(found, "free-guidance", "diversity_ratio")], 2
     )
-    said["gap_nats ctrl"] = between([v for found in tasks for v in figures(found, "ctrl", "gap_nats", one)], 1)
+    said["gap_nats ctrl"] = between([v for found in tasks for v in means_of(found, "ctrl", "gap_nats", one)], 1)
     for rival in RIVALS:
-        smaller = [
-            min(v)
-            for found in tasks
-            for v in zip(
-                *(figures(found, rival, "gap_nats", w) for w in {one, found["chosen"][rival]["strength"]}), strict=True
-            )
-        ]
-        said[f"gap_nats {rival}"] = between(smaller, 0)
+        nearer = []
+        for found in tasks:
+            strengths = {one, found["chosen"][rival]["strength"]}
+            nearer += map(min, zip(*(means_of(found, rival, "gap_nats", at) for at in strengths), strict=True))
+        said[f"gap_nats {rival}"] = between(nearer, 0)
     for task, found in zip(TASKS, tasks, strict=True):
-        said[f"accuracy {task}"] = between(figures(found, "ctrl", "accuracy", w), 3)
+        said[f"accuracy {task}"] = between(means_of(found, "ctrl", "accuracy", w), 3)
     for strength, what in ((one, "trained"), (w, "turned up")):
         for rival in RIVALS:
             rows = [r for found in tasks for r in found["against"] if (r["w"], r["rival"]) == (strength, rival)]
@@ -177,9 +174,18 @@ def in_short() -> str:
     below_exact = [
         mean(cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n) - value
         for found in tasks
-        for n, value in zip(map(int, LABELS.split(",")), figures(found, "ctrl", "accuracy", one), strict=True)
+        for n, value in zip(map(int, LABELS.split(",")), means_of(found, "ctrl", "accuracy", one), strict=True)
     ]
     said["below exact"] = between(below_exact, 2)
+    costs = [
+        row["network_evaluations"][0] / found["about"]["prior_evaluations"]
+        for found in tasks
+        for row in found["rows"]
+        if row["method"] in ("tds", "feynman-kac", "importance", "rejection", "best-of")
+    ]
+    said["cost of particles"] = between(costs, 0)
+    for task, found in zip(TASKS, tasks, strict=True):
+        said[f"diversity {task}"] = between(means_of(found, "ctrl", "diversity_ratio", one), 2)
     text = Path(__file__).with_suffix(".in-short.md").read_text(encoding="utf-8")
     return Template(text, undefined=StrictUndefined).render(said=said).strip()
 
@@ -228,9 +234,7 @@ def page() -> str:
         parts.append(verdict(found))
         for n in sorted({row["labels"] for row in found["rows"]}):
             exact = [cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n]
-            parts.append(
-                f"**{n} labels** of each control; an exact sampler with the same p̂: {sum(exact) / len(exact):.3f}."
-            )
+            parts.append(f"**{n} labels** of each control; an exact sampler with the same p̂: {mean(exact):.3f}.")
             parts.append(table(found["rows"], found, n))
             for one in found["cells"]:
                 if one["labels"] == n and one["uninformed"]:

@@ -8,8 +8,6 @@ from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.evaluate import (
     Judge,
     Nulled,
-    energy_test,
-    nearest_distance,
     score_samples,
     score_target,
     weighted_diversity,
@@ -83,30 +81,6 @@ def test_confusion_has_what_was_asked_in_its_rows():
     score = score_samples(Judge({"y": lambda x: came}).look(torch.zeros(6, 1, 2, 2), conditions), conditions)
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
     assert score.accuracy == pytest.approx(4 / 6)
-
-
-def test_nearest_distance():
-    reference = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    torch.testing.assert_close(
-        nearest_distance(torch.tensor([[3.0, 0.0], [3.0, 4.0]]), reference), torch.tensor([3.0, 0.0])
-    )
-
-
-def test_the_energy_distance_is_its_definition():
-    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
-    distance, _ = energy_test(x, y, permutations=1)
-    assert distance == pytest.approx(2 * (3 + 2) / 2 - 2 * 1 / 4 - 0)
-
-
-def test_the_energy_test_keeps_its_level_and_sees_a_shift():
-    generator, p = torch.Generator().manual_seed(0), []
-    for _ in range(100):
-        x, y = torch.randn(2, 60, 2, generator=generator)
-        p.append(energy_test(x, y, 99, generator)[1])
-    # a level of 0.1 in 100 trials: binomial, 99.9 % of it between 2 and 21
-    assert 2 <= sum(value <= 0.1 for value in p) <= 21
-    x, y = torch.randn(2, 500, 2, generator=generator)
-    assert energy_test(x, y + 0.3, 99, generator)[1] == 0.01
 
 
 def test_what_a_nulled_control_comes_out_as():

@@ -6,7 +6,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.evaluate import Judge
-from ctrl_diffusion.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds
+from ctrl_diffusion.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds, nearest_distance
 
 
 def test_frechet_distance_of_two_clouds_is_that_of_their_moments():
@@ -16,6 +16,13 @@ def test_frechet_distance_of_two_clouds_is_that_of_their_moments():
     y = 2.0 * x + torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
     assert frechet_distance(x, y) == pytest.approx(5.0 + 3 * 1.0, rel=1e-4)
     assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_nearest_distance():
+    reference = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    torch.testing.assert_close(
+        nearest_distance(torch.tensor([[3.0, 0.0], [3.0, 4.0]]), reference), torch.tensor([3.0, 0.0])
+    )
 
 
 def test_kernel_distance_of_one_part_is_torchmetrics():

@@ -77,4 +77,4 @@ def test_the_core_stays_small():
     jobs = ("inspection", "checkpoint", "ranks", "prepare", "course", "job", "cli", "estimate", "tracking")
     outside = (*borders, *races, *jobs, "assets", "demo", "report")
     core = [p for p in MODULES if room(p) not in outside]
-    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in core) < 5250
+    assert sum(len(p.read_text(encoding="utf-8").splitlines()) for p in core) < 5200

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-from ctrl_diffusion import assets, demo
+from ctrl_diffusion import assets, demo, ranks
 from ctrl_diffusion.classifier import Classifier
-from ctrl_diffusion.config import ClassifierSettings, ControlSettings, suggested
+from ctrl_diffusion.config import ClassifierSettings, Config, ControlSettings, suggested
 from ctrl_diffusion.data import LabelledImages, write_imagefolder
 from ctrl_diffusion.judges import Judges, fit_judges
-from ctrl_diffusion.prepare import PAGES, Material, conditions_of, dependences, prepare
+from ctrl_diffusion.prepare import PAGES, Material, check_batches, conditions_of, dependences, prepare
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.run import Run
 
@@ -196,3 +196,24 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
         assert found["a and b"]["nats"] > 0.5, "log 2 less what 600 examples leave open"
     materials[1].settings.data = "another/table"
     assert dependences(materials, judges, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("batch", "parted", "said"),
+    [
+        (1, False, "adjoint: a batch of 1 cannot be shared by 2 processes. Raise batch, or launch fewer."),
+        (3, True, "adjoint: sharded weights: batch must be a multiple of the 2 processes, got 3."),
+        (3, False, None),
+        (4, True, None),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_refused_by_its_learner(monkeypatch, batch, parted, said):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "sharded", lambda: parted)
+    config = Config.of({"prior": "-", "control": "-", "data": "-", "adjoint": {"batch": batch}})
+    if said is None:
+        check_batches(config)
+        return
+    with pytest.raises(ValueError, match="^adjoint: ") as refused:
+        check_batches(config)
+    assert str(refused.value) == said

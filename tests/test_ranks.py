@@ -93,10 +93,9 @@ def training(name, learner, root, learners=LEARNERS):
     updates = list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
     assert all(p.grad is None for p in policy.trained())
     figures = [[u.loss, u.gradient_norm, *(u.metrics[key] for key in sorted(u.metrics))] for u in updates]
-    prior = [(name, p) for name, p in policy.prior.named_parameters() if "lora_" not in name]
-    held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for _, p in prior) / max(
-        1, sum(p.numel() for _, p in prior)
-    )
+    prior = [p for name, p in policy.prior.named_parameters() if "lora_" not in name]
+    here = [getattr(p, "to_local", lambda p=p: p)() for p in prior]
+    held = sum(p.numel() for p in here) / max(1, sum(p.numel() for p in prior))  # the ring has no weights
     return {"weights": policy.snapshot(), "figures": torch.tensor(figures), "held": held}
 
 
@@ -290,6 +289,11 @@ def test_what_cannot_go_in_step_is_refused(sharded, monkeypatch):
     assert refusal(ranks.state) == "a model is sharded by FSDP2 here. Launch with --use_fsdp --fsdp_version 2."
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert refusal(ranks.state) == "a model is not sharded by DeepSpeed here. Launch with --use_fsdp --fsdp_version 2."
+
+
+def test_sharded_weights_are_where_accelerate_puts_them():
+    said = refusal(lambda: ranks.shard(None, "cuda:1"))
+    assert said == "device: sharded weights are where accelerate puts them. Use auto, not cuda:1."
 
 
 def test_paths_of_two_processes_are_those_of_one_to_the_bit(found):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.evaluate import energy_test
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.sample import POOL, exact_samples, paths
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.testbed import energy_test
 
 
 def tilted(schedule, slope):

@@ -7,12 +7,21 @@ import torch
 
 from ctrl_diffusion.certificate import log_mean_exp
 from ctrl_diffusion.control import NULL
-from ctrl_diffusion.evaluate import energy_test
 from ctrl_diffusion.lattice import Tabulated
 from ctrl_diffusion.reward import prior_table
 from ctrl_diffusion.rollout import rollout
 from ctrl_diffusion.sample import exact_samples
-from ctrl_diffusion.testbed import LEARNERS, SCHEDULES, Answers, Task, end_states, learn, programme, race
+from ctrl_diffusion.testbed import (
+    LEARNERS,
+    SCHEDULES,
+    Answers,
+    Task,
+    end_states,
+    energy_test,
+    learn,
+    programme,
+    race,
+)
 from ctrl_diffusion.transition import transition
 
 # the same law on both, of which one is learned on by default: training takes the time
@@ -177,3 +186,20 @@ def test_every_row_of_the_whole_programme_reaches_its_bar(ctrl, tmp_path):
         if row["likelihood"] == "component" and row["spread"] == 0.4:
             best.setdefault(row["schedule"], []).append(over)
     assert all(min(found) <= 0.20 for found in best.values())
+
+
+def test_the_energy_distance_is_its_definition():
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]])
+    distance, _ = energy_test(x, y, permutations=1)
+    assert distance == pytest.approx(2 * (3 + 2) / 2 - 2 * 1 / 4 - 0)
+
+
+def test_the_energy_test_keeps_its_level_and_sees_a_shift():
+    generator, p = torch.Generator().manual_seed(0), []
+    for _ in range(100):
+        x, y = torch.randn(2, 60, 2, generator=generator)
+        p.append(energy_test(x, y, 99, generator)[1])
+    # a level of 0.1 in 100 trials: binomial, 99.9 % of it between 2 and 21
+    assert 2 <= sum(value <= 0.1 for value in p) <= 21
+    x, y = torch.randn(2, 500, 2, generator=generator)
+    assert energy_test(x, y + 0.3, 99, generator)[1] == 0.01

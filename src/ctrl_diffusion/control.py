@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -392,10 +392,6 @@ class Policy(Denoiser):
     def gradient_scale(self) -> float:
         return self.base.gradient_scale
 
-    @property
-    def together(self) -> Callable[[Tensor], Tensor] | None:
-        return self.base.together
-
     def lower_scale(self) -> None:
         self.base.lower_scale()
 
@@ -420,13 +416,13 @@ class Policy(Denoiser):
         Raises:
             ValueError: an unknown control, or a class out of range.
         """
-        labels = {n: y for n, y in self.checked(labels or {}).items() if self.together or (y != NULL).any()}
+        labels = {n: y for n, y in self.checked(labels or {}).items() if self.base.together or (y != NULL).any()}
         if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
         # rows that are controlled alike go together: a control whose label is null must leave no trace
         here = everywhere = torch.stack([y != NULL for y in labels.values()])
-        if self.together:
-            everywhere = torch.cat([here, self.together(here)], dim=1)
+        if self.base.together:
+            everywhere = torch.cat([here, self.base.together(here)], dim=1)
         patterns, pattern = everywhere.unique(dim=1, return_inverse=True)
         if strength == 1.0 and patterns.all():
             return self.steered(x_t, t, labels, cond)

@@ -28,6 +28,8 @@ from .sample import at_once, paths, stream
 MANY = 2000  # labelled images
 # of what is trained: itself, gradient, average, two moments; three controls that are kept; the four of a saved state
 COPIES = 12
+# of each step of a path, wherever it is kept: states and noise; adjoints and the prior's means
+KEPT = {"weighted": 0, "adjoint": 4, "backprop": 2, "ppo": 2}
 
 
 def estimate_job(
@@ -210,9 +212,6 @@ def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
     networks = [prior.denoiser.network, *(judges.classifier for judges in run.judges.values())]
     weights = sum(p.nbytes for network in networks for p in network.parameters()) - learned
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
-    device = prior.denoiser.device
-    micro = config.micro_batch if config.offload and device.type == "cuda" else None
-    paths_kept = max(min(getattr(config, name).batch, micro or math.inf) for name in config.learners)
     held, drawn = (
         run.conditions.groups * one_x * (c.evaluation.prior_samples + c.weighted.cache * ("weighted" in c.learners))
         for c in (config, run.config)
@@ -220,9 +219,10 @@ def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
     found = {
         "weights": weights + max(0, 2 * one - two),  # those that a control changes are there twice
         "control": COPIES * learned,
-        "paths": paths_kept * 4 * config.steps * one_x,  # states, noise, adjoints and means
+        "paths": max(KEPT[name] * getattr(config, name).batch for name in config.learners) * config.steps * one_x,
         "activations": max(rows_kept(config)[name] for name in config.learners) * (two - one),
     }
+    device = prior.denoiser.device
     if device.type == "cuda":
         return {**found, "all": torch.cuda.max_memory_allocated(device)}
     images = (data for one in job.materials for data in (one.data, one.judge_data) if data)

@@ -41,6 +41,11 @@ def frechet_distance(real: Tensor, samples: Tensor) -> float:
     return float(metric.compute())
 
 
+def nearest_distance(x: Tensor, reference: Tensor) -> Tensor:
+    """Euclidean distance in pixels of each x (n, *) to its nearest neighbour in the reference (m, *): (n,)."""
+    return torch.cdist(x.flatten(1), reference.flatten(1)).min(1).values
+
+
 def kernel_distance(real: list[Tensor], samples: list[Tensor]) -> float:
     """Kernel distance (Bińkowski et al. 2018) between two mixtures: the unbiased MMD² of a cubic kernel.
 

@@ -93,20 +93,6 @@ class Judges:
         """Whether p̂ is better than chance on held-out data, by two standard errors."""
         return self.quality.nll + 2 * self.quality.nll_stderr < self.quality.chance_nll
 
-    def check(self) -> None:
-        """Refuse a p̂ that says nothing.
-
-        Raises:
-            ValueError: it is not clearly better than chance.
-        """
-        q = self.quality
-        if not self.informed:
-            raise ValueError(
-                f"the classifier of {self.control!r} is not clearly better than chance (held-out NLL {q.nll:.2f} ± "
-                f"{q.nll_stderr:.2f} nats, chance {q.chance_nll:.2f}): its gradients would mislead. Check the labels "
-                "or bring more of them."
-            )
-
     @torch.no_grad()
     def outside(self, x: Tensor) -> Tensor:
         """Whether each x (n, C, H, W), as p̂ looks at it, lies outside the region it was fitted on: (n,)."""
@@ -395,8 +381,13 @@ def fit_judges(
     trunk = Frozen(settings.backbone).to(device) if settings.backbone else None
     found = fit_posterior(images[:3], control, of_c, settings, seed, advance, trunk, encode, device)
     judges, choice, held_out = found
-    if check:
-        judges.check()
+    if check and not judges.informed:
+        q = judges.quality
+        raise ValueError(
+            f"the classifier of {control!r} is not clearly better than chance (held-out NLL {q.nll:.2f} ± "
+            f"{q.nll_stderr:.2f} nats, chance {q.chance_nll:.2f}): its gradients would mislead. Check the labels or "
+            "bring more of them."
+        )
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
         judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)

@@ -165,13 +165,18 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         p.grad = whole.view_as(p) if ranks else None
 
 
-def shard(denoiser: NetworkDenoiser) -> None:
+def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
     """Leave every rank a part of a prior's weights, by FSDP2, on this rank's device; all call it together from now on.
 
     What is gathered and dropped at a time are the members of the network's lists (transformer blocks, a UNet's stages),
     children that have such lists (a UNet's middle), and all the rest. A control's own weights come later, and stay
     whole.
+
+    Raises:
+        ValueError: a device is asked for.
     """
+    if device != "auto":
+        raise ValueError(f"device: sharded weights are where accelerate puts them. Use auto, not {device}.")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # a second of import
 

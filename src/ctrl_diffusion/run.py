@@ -67,9 +67,7 @@ def as_set(prior: Prior, config: Config) -> Prior:
     prior = prior.unconditional() if config.unconditional else prior
     ranks.state()  # of several processes each is given an accelerator of its own, which "auto" then means
     if ranks.sharded():
-        if config.device != "auto":
-            raise ValueError(f"device: sharded weights are where accelerate puts them. Use auto, not {config.device}.")
-        ranks.shard(prior.denoiser)
+        ranks.shard(prior.denoiser, config.device)
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
 

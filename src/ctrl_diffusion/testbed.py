@@ -20,7 +20,6 @@ from .certificate import Certificate, certify
 from .conditions import Conditions
 from .control import Labels, Policy, SideControl
 from .denoise import Denoiser
-from .evaluate import energy_test
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
 from .lattice import SPACING, LatticeChain, Outcome
 from .learn import Learner
@@ -303,6 +302,26 @@ def race(
     lattice = chain.lattices[-1]
     density = chain.log_target(reward).exp().view(len(lattice.axis), -1) / lattice.spacing**2
     return row, Picture(name, task, ends, lattice.axis, density)
+
+
+def energy_test(
+    x: Tensor, y: Tensor, permutations: int = 200, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    """Whether two samples (n, *) and (m, *) come from one distribution (Székely & Rizzo 2004).
+
+    Returns:
+        The energy distance 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖ (V-statistic, so never negative), and the share of random
+        relabellings, the given one among them, that make it at least as large: small if the distributions differ.
+    """
+    both, n = torch.cat([x, y]).flatten(1).double(), len(x)
+    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist")
+    labels = torch.stack(
+        [torch.arange(len(both)), *(torch.randperm(len(both), generator=generator) for _ in range(permutations))]
+    )
+    # weights 1/n on one sample and −1/m on the other: the distance is −wᵀ D w
+    w = torch.where(labels < n, 1 / n, -1 / len(y)).double().mT
+    found = -(w * (distances @ w)).sum(0)
+    return float(found[0]), float((found >= found[0]).double().mean())
 
 
 def programme(quick: bool = False) -> list[tuple[Task, tuple[str, ...]]]:
