@@ -219,7 +219,7 @@ def page() -> str:
         "What else could be done with the same labels, on one footing ([how it is compared](baselines.md#comparing)). "
         "Made by `python bench/results.py`; means over three seeds ± half of the 95 % interval, the chosen setting of "
         "each method in bold. Network and gradients are evaluations of the network, and gradients through it, for each "
-        "sample, in units of a sample of the prior. Rejection gives up after 1,000 tries, and has fewer seeds then.",
+        "sample, in units of a sample of the prior.",
         "![y as asked, diversity and distance from the conditional against the number of labels](results.png)",
         in_short(),
     ]
