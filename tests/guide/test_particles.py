@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from ctrl_diffusion.evaluate import energy_test
 from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.selection import Importance, systematic
@@ -9,7 +8,7 @@ from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.reward import Reward
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.testbed import Answers, Task
+from ctrl_diffusion.testbed import Answers, Task, energy_test
 
 DOUBLE = torch.float64
 SAMPLERS = {
