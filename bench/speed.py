@@ -427,14 +427,14 @@ def main() -> None:
         serve(Setting.of(Path(arguments[1]), steps, controls=controls).run(arguments[2], batch, micro or None))
         return
     torch.set_num_threads(1)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in arguments or PARTS:
         with TemporaryDirectory() as folder:
             write_tiny(Path(folder))
             load = os.getloadavg()[0]
-            results[name] = {**PARTS[name](Path(folder)), "load": load}
-        print(name, json.dumps(rounded(results[name])), flush=True)
-        write_json(RESULTS, results)
+            found = {**PARTS[name](Path(folder)), "load": load}
+        print(name, json.dumps(rounded(found)), flush=True)
+        known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        write_json(RESULTS, {**known, name: found})  # what others wrote meanwhile stays
 
 
 if __name__ == "__main__":
