@@ -21,6 +21,7 @@ from ctrl_diffusion.bias import (
     sampled,
     target_samples,
 )
+from ctrl_diffusion.exact import posterior
 from ctrl_diffusion.guide.reconstruction import DPS
 from ctrl_diffusion.job import bias_job
 from ctrl_diffusion.testbed import SCHEDULES, Answers, Task
@@ -170,12 +171,21 @@ def test_rejection_knows_the_bound_of_a_density():
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_continuous_y_is_fitted_as_measured(schedule):
-    """Near the data p̂(y | x_t) is p(y | x) up to the noise: its level densities are those of the likelihood."""
+    """Its densities of the levels are p(y | x_t), which is known: the tilted mixture at t over the prior's.
+
+    A network of this size misses 0.08 of their mean with 20,000 labels and 0.06 with 100,000; p(y | E[x_0 | x_t]) 0.11.
+    """
     task = Task(schedule, "linear-Gaussian")
     fitted, (likelihood,) = noisy_classifier(task, 20_000, 20, 0), task.likelihoods().values()
-    x, c = task.prior().sample(2000, torch.Generator().manual_seed(1), torch.ones(2000).long()), torch.ones(2000).long()
+    prior = task.prior()
+    x, c = prior.sample(2000, torch.Generator().manual_seed(1), torch.ones(2000).long()), torch.ones(2000).long()
     t = task.times[-2]
-    alpha, sigma = (float(value) for value in task.prior().schedule(t))
+    alpha, sigma = (float(value) for value in prior.schedule(t))
     x_t = alpha * x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    miss = (fitted.log_prob(x_t, t, c=c).exp() - likelihood.log_prob(task.prior()(x_t, t, c=c)).exp()).abs().mean()
-    assert miss < 0.1 * likelihood.log_prob(x).exp().mean()
+    tilts = [posterior(prior, likelihood, k) for k in range(likelihood.classes)]
+    truth = torch.stack([tilted.log_density(x_t, t, c) + log_z[1] for tilted, log_z in tilts], dim=1)
+    truth = (truth - prior.log_density(x_t, t, c)[:, None]).exp()
+    plugged_in = likelihood.log_prob(prior(x_t, t, c=c)).exp()
+    miss, other = ((found - truth).abs().mean() for found in (fitted.log_prob(x_t, t, c=c).exp(), plugged_in))
+    assert miss < 0.09 * truth.mean()
+    assert miss < other

@@ -60,6 +60,7 @@ def test_demo_leaves_a_whole_run(quick_run):
     pictures = {"grid.png", "curves.png", "accuracy.png", "confusion.png", "reliability.png", "sweep.png"}
     assert pictures | {"report.html"} <= names
     assert not [name for name in names if name.startswith(".")], "temporary files left behind"
+    assert len({path.stat().st_mode for path in quick_run.rglob("*") if path.is_file()}) == 1, "all may be read alike"
     records = [json.loads(line) for line in (quick_run / "progress.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(record["stage"] for record in records)) == ["re-noising", "weighted", "adjoint"]
     kept = {key: value for key, value in records[-1].items() if key != "kept"}
@@ -146,6 +147,16 @@ def test_exact_samples_are_drawn_by_weight(ctrl_here, quick_run, tmp_path):
     assert (ink["exact"] == 1).sum() >= 6, "p̂ and the ruler disagree at the borders only"
     assert (ink["plain"] == 1).sum() < 6
     assert (tmp_path / "exact" / "00003.png").read_bytes() == (tmp_path / "again" / "00003.png").read_bytes()
+
+
+def test_exact_samples_are_weighed_in_full_precision(quick_run):
+    """The weight of a path in bfloat16 is of its rounding."""
+    run, y, c = Run.load(quick_run), torch.tensor([1, 3]), torch.tensor([7, 2])
+    full, half = (
+        run.sample(y, c, exact=True, generator=torch.Generator().manual_seed(0))
+        for run.policy.base.precision in (None, torch.bfloat16)
+    )
+    assert torch.equal(full, half)
 
 
 def test_samples_that_leave_the_labelled_region_are_told(quick_run, tmp_path, ctrl_here):

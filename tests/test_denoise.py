@@ -30,6 +30,22 @@ def test_a_denoiser_stays_in_eval_mode():
     assert not as_denoiser(torch.nn.Dropout(), Cosine(), (2,)).train().training
 
 
+def test_full_precision_is_that_of_convolutions_and_products_too():
+    """TF32, which PyTorch allows to convolutions, rounds as float16 does."""
+    units = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [unit.allow_tf32 for unit in units]
+    denoiser = as_denoiser(lambda x, timestep: x, Cosine(), (2,))
+    denoiser.precision = torch.bfloat16
+    for allowed in ([True, False], [True, True]):
+        for unit, may in zip(units, allowed, strict=True):
+            unit.allow_tf32 = may
+        with denoiser.in_full():
+            assert [denoiser.precision, *(unit.allow_tf32 for unit in units)] == [None, False, False]
+        assert [denoiser.precision, *(unit.allow_tf32 for unit in units)] == [torch.bfloat16, *allowed]
+    for unit, may in zip(units, before, strict=True):
+        unit.allow_tf32 = may
+
+
 def test_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="prediction must be"):
         as_denoiser(lambda x, timestep: x, Cosine(), (2,), "score")(torch.ones(1, 2), 0.5)

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import yaml
 
 from ctrl_diffusion import checkpoint, course, job
 from ctrl_diffusion.config import Config, check_code
-from ctrl_diffusion.files import LOCK, locked
+from ctrl_diffusion.folders import LOCK, locked
 from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.progress import Interrupted, silent
@@ -101,7 +102,7 @@ def test_a_batch_of_paths_that_is_not_finite_is_left_out_and_counted(run, traine
     nan = {3, 4}  # both updates of the second batch of paths
     disturbed(monkeypatch, lambda n, step, _: replace(step, loss=step.loss * (math.nan if n in nan else 1.0)))
     records = [record for record in trained(run) if record["stage"] == "adjoint"]
-    assert [record.get("skipped") for record in records if "grad_norm" in record and "kept" not in record] == [
+    assert [record.get("skipped") for record in records if "kl" in record and "kept" not in record] == [
         None, None, 1, 2, 2, 2, 2, 2
     ]  # fmt: skip
     assert {record["skipped"] for record in records if "averaged" in record} == {2}
@@ -142,21 +143,24 @@ def test_out_of_memory_for_all_that_says_what_to_turn_down(run, trained, monkeyp
     disturbed(monkeypatch, full)
     with (
         pytest.warns(RuntimeWarning, match="micro_batch 4"),
-        pytest.raises(MemoryError, match=r"turn down micro_batch \(now 4\), batch, rank or size.*--resume") as caught,
+        pytest.raises(MemoryError, match=r"turn down micro_batch \(now 4\) or batch, or set .*--resume") as caught,
     ):
         trained(run)
     assert "\n" not in str(caught.value)
 
 
 def no_room(at):
-    """`save_file` on a disk that is full when it is called for the `at`-th time."""
-    saves, save_file = count(1), checkpoint.save_file
+    """Writing of states where there is no room for all of the `at`-th: the system itself refuses."""
+    saves, write = count(1), checkpoint.write_tensors
 
-    def full(tensors, path, metadata):
+    def full(*arguments):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         if next(saves) == at:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path, metadata)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
     return full
 
@@ -164,8 +168,8 @@ def no_room(at):
 @pytest.mark.parametrize("at", [4, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 2, 7))])
 def test_a_full_disk_costs_nothing_but_a_second_start(run, trained, monkeypatch, undisturbed, at):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", no_room(at))
-        with pytest.raises(OSError, match=r"No space left on device\. What is saved is whole; .*--resume") as caught:
+        patch.setattr(checkpoint, "write_tensors", no_room(at))
+        with pytest.raises(OSError, match=r"File too large\. What is saved is whole; .*--resume") as caught:
             trained(run)
     assert "\n" not in str(caught.value)
     states = list((run / "checkpoint").iterdir())
@@ -200,6 +204,65 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(run, trained, monke
     with pytest.warns(UserWarning, match=r"is damaged \(.*\): training goes on from before it"):
         trained(run)
     assert log(run) == undisturbed
+
+
+def test_a_state_that_cannot_be_read_is_not_a_damaged_one(run, trained, monkeypatch, undisturbed):
+    with monkeypatch.context() as patch:
+        disturbed(patch, interrupted_at(6))
+        with pytest.raises(Interrupted):
+            trained(run)
+    states = set((run / "checkpoint").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sha256", refused)
+        with pytest.raises(OSError, match=r"Permission denied.*go on with: ctrl train --resume"):
+            trained(run)
+    assert set((run / "checkpoint").iterdir()) == states
+    trained(run)
+    assert log(run) == undisturbed
+
+
+def refused(path):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_what_was_learned_for_other_settings_is_not_gone_on_with(run, trained, monkeypatch):
+    with monkeypatch.context() as patch:
+        disturbed(patch, interrupted_at(6))
+        with pytest.raises(Interrupted):
+            trained(run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "rank": 2, "steps": 3, "micro_batch": 4}))
+    with pytest.raises(ValueError, match=r"config\.yaml: steps was 2 and is 3; rank was 4 and is 2\. Put it back"):
+        trained(run)
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "micro_batch": 4}))
+    assert trained(run)[-1]["kept"]
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory"])
+def test_memory_is_short_in_many_words(monkeypatch, ctrl_here, tmp_path, text):
+    def fails(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(job, "exact_job", fails)
+    done = ctrl_here("exact", "--out", tmp_path / "exact")
+    assert (done.returncode, done.stderr.split(".")[0]) == (2, "ctrl: out of memory")
+
+
+def test_an_interrupt_while_the_folder_is_laid_out_says_what_begins_again(monkeypatch, ctrl_here, tmp_path):
+    """What stands there by then is in the way of the same command."""
+    run = tmp_path / "run"
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS))
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "write_classifier_report", stopped)
+        done = ctrl_here("demo", "--config", tmp_path / "tiny.yaml", "--quiet", "--out", run)
+    assert (done.returncode, "the same command with --overwrite begins again" in done.stderr) == (130, True)
+    monkeypatch.setattr(job, "finish", lambda *_: {})
+    demo_job(SETTINGS, run, overwrite=True)
+    assert (run / "checkpoint" / "run.json").is_file()
 
 
 def test_what_comes_after_a_signal_is_what_would_have_come(run, trained, monkeypatch, undisturbed):

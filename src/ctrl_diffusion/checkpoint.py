@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import write_json, writing
+from .files import write_json, write_tensors
 
 KEPT = 2
 
@@ -45,11 +45,8 @@ class Checkpoints:
         """
         places = self.places()
         place = self.folder / f"{int(places[-1].stem) + 1 if places else 1:08d}.safetensors"
-        with writing(place) as temporary:
-            whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_file(whole, temporary, metadata={"about": json.dumps(about)})
-            checksum = sha256(temporary)
-        write_json(place.with_suffix(".json"), {"sha256": checksum})
+        write_tensors(place, tensors, {"about": json.dumps(about)})
+        write_json(place.with_suffix(".json"), {"sha256": sha256(place)})
         for old in [*places, place][:-KEPT]:
             forget(old)
 
@@ -58,6 +55,9 @@ class Checkpoints:
 
         Warns:
             UserWarning: one is damaged; it is removed.
+
+        Raises:
+            OSError: one cannot be read, which does not mean that it is damaged.
         """
         for place in reversed(self.places()):
             try:
@@ -66,7 +66,7 @@ class Checkpoints:
                 with safe_open(place, "pt") as file:
                     about = json.loads(file.metadata()["about"])
                 return load_file(place), about
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 reason = " ".join(str(error).split())
                 warnings.warn(f"{place} is damaged ({reason}): training goes on from before it.", stacklevel=2)
                 forget(place)

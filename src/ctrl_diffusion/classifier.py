@@ -16,14 +16,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
-from .files import write_json, writing
+from .files import write_json, write_tensors
 
 Head = Literal["categorical", "ordinal", "gaussian"]
 # in levels: a value asked for is meant no more exactly. Labels without noise would else make p̂ a needle
@@ -177,9 +177,8 @@ class Scorer(nn.Module):
 
     def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
         """Write `classifier.safetensors` and `classifier.json` (its shape, and what else is to be known about it)."""
-        mine = {name: value.cpu() for name, value in self.state_dict().items() if not name.startswith(self.borrowed)}
-        with writing(folder / "classifier.safetensors") as temporary:
-            save_file(mine, temporary)
+        mine = {name: value for name, value in self.state_dict().items() if not name.startswith(self.borrowed)}
+        write_tensors(folder / "classifier.safetensors", mine)
         write_json(folder / "classifier.json", {"kind": type(self).__name__, "shape": self.shape, **(about or {})})
 
     @classmethod

@@ -384,7 +384,8 @@ def evaluate(
     quiet: Quiet = OTHER,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
-    from .files import check_file, rounded, write_json
+    from .files import rounded, write_json
+    from .folders import check_file
     from .run import Run
 
     if out is not None:
@@ -511,7 +512,9 @@ def main() -> None:
         typer.echo(f"{CTRL}: {error}", err=True)
         raise SystemExit(130) from None
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which nobody waits for to see a --help
+        from .course import out_of_memory
+
+        if not out_of_memory(error):
             raise
         typer.echo(f"{CTRL}: out of memory. Turn down batch, micro_batch, rank or size in a --config.", err=True)
         raise SystemExit(2) from None

@@ -36,7 +36,8 @@ from .denoise import Denoiser
 from .entrants import ENTRANTS, Cell
 from .evaluate import Judge, Look, score_samples, score_target
 from .fidelity import Yardstick
-from .files import check_room, clear, write_json
+from .files import write_json
+from .folders import check_room, clear
 from .guide import Method
 from .guide.steered import Guidance
 from .judges import WITH_RULER, fit_posterior, rounds_of

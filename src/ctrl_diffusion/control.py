@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .denoise import Denoiser, NetworkDenoiser
-from .files import write_json, writing
+from .files import write_json, write_tensors
 from .scale import is_number, places
 
 NULL = -1
@@ -93,7 +93,7 @@ class Control(nn.Module, ABC):
 
     def embedded(self, table: nn.Embedding, y: Tensor) -> Tensor:
         """Rows (B, width) of a table for labels y: null is the last, which stays zero; between levels on a line."""
-        y = y.to(table.weight.device)
+        y = y.to(table.weight.device, non_blocking=True)
         if not y.is_floating_point():
             return table(torch.where(y == NULL, self.size, y))
         low = y.clamp(0, self.size - 2).long()
@@ -271,9 +271,8 @@ class LoRAControl(Control):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
-        tensors = {f"adapter.{key}": value.cpu().contiguous() for key, value in adapter.items()}
-        with writing(folder / "control.safetensors") as temporary:
-            save_file({**tensors, "table": self.table.weight.detach().cpu()}, temporary)
+        tensors = {f"adapter.{key}": value for key, value in adapter.items()}
+        write_tensors(folder / "control.safetensors", {**tensors, "table": self.table.weight})
         about = ("name", "values", "rank", "scale", "alpha", "targets")
         write_json(folder / "control.json", {key: getattr(self, key) for key in about})
 

@@ -103,6 +103,7 @@ class Course:
     Args:
         best: the best control so far.
         checkpoints: where states are saved; None saves none.
+        precision: that the gradient's scale is for.
         done: stages that are over.
         records: of the log.
         idle: probes in turn that were not the best.
@@ -115,6 +116,7 @@ class Course:
 
     best: Best
     checkpoints: Checkpoints | None = None
+    precision: str = "no"
     done: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     idle: int = 0
@@ -127,7 +129,7 @@ class Course:
     @classmethod
     def of(cls, run: Run, checkpoints: Checkpoints) -> "Course":
         """As the newest state has it, or at the beginning; every rank is where rank 0 is."""
-        course = cls(Best(run.policy), checkpoints)
+        course = cls(Best(run.policy), checkpoints, run.config.mixed_precision)
         if found := ranks.from_first(checkpoints.newest):
             tensors, about = found
             best, device = course.best, run.policy.device
@@ -138,7 +140,9 @@ class Course:
             )
             course.within = part_of("within", tensors)
             course.done, course.records, course.idle = about["done"], about["records"], about["idle"]
-            course.seconds, run.policy.base.gradient_scale = about["seconds"], about["gradient_scale"]
+            course.seconds = about["seconds"]
+            if about["precision"] == run.config.mixed_precision:
+                run.policy.base.gradient_scale = about["gradient_scale"]
         return course
 
     @property
@@ -153,7 +157,8 @@ class Course:
         tensors |= numbered("best", best.snapshot) | numbered("renoising", self.renoising)
         tensors |= {"log_w": best.log_w, "earned": best.earned} if best.snapshot else {}
         about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
-        about |= {"first": best.first, "record": best.record, "gradient_scale": best.policy.gradient_scale}
+        about |= {"first": best.first, "record": best.record}
+        about |= {"precision": self.precision, "gradient_scale": best.policy.gradient_scale}
         self.latest = tensors, about
         if due:
             self.save()
@@ -339,8 +344,8 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
         at_once = run.config.micro_batch or stage.batch
         if not may_halve or at_once == 1 or ranks.count() > 1:  # other ranks wait where they had memory enough
             raise MemoryError(
-                f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}), batch, rank or size, "
-                f"or set mixed_precision: bf16. Then go on with: ctrl train --resume {folder}"
+                f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}) or batch, or set "
+                f"mixed_precision. Then go on with: ctrl train --resume {folder}"
             )
         may_halve, run.config.micro_batch = False, at_once // 2
         run.config.write(folder / "config.yaml")
@@ -365,4 +370,5 @@ def line_of(record: dict[str, Any]) -> str:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether an error is an allocator's, of an accelerator or the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    words = "allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)

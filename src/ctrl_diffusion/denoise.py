@@ -164,10 +164,17 @@ class NetworkDenoiser(Denoiser):
     @contextmanager
     def in_full(self) -> Iterator[None]:
         self.precision, before = None, self.precision
+        # convolutions of float32 on TF32 cores have ten bits, as float16 has; that is how PyTorch ships
+        units = torch.backends.cudnn, torch.backends.cuda.matmul
+        allowed = [unit.allow_tf32 for unit in units]
         try:
+            for unit in units:
+                unit.allow_tf32 = False
             yield
         finally:
             self.precision = before
+            for unit, had in zip(units, allowed, strict=True):
+                unit.allow_tf32 = had
 
     @property
     def stored(self) -> torch.dtype | None:
@@ -178,7 +185,7 @@ class NetworkDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         timestep, alpha, sigma = coefficients(clock, x_t, self.schedule, t)
         stored = self.stored
-        given = {name: row.to(x_t.device) for name, row in cond.items()}
+        given = {name: row.to(x_t.device, non_blocking=True) for name, row in cond.items()}
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
             prediction = self.call(
                 x_t if stored is None else x_t.to(stored), timestep.reshape(-1).expand(len(x_t)), **given

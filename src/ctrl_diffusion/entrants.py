@@ -14,7 +14,7 @@ from .classifier import AUGMENTATIONS, Classifier
 from .control import NULL, Policy
 from .data import LabelledImages
 from .denoise import Denoiser
-from .files import clear
+from .folders import clear
 from .guide import Method
 from .guide.classifier_guidance import ClassifierGuidance
 from .guide.free_guidance import FreeGuidance

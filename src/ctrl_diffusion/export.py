@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from . import assets, controlled
 from .config import EMBEDDED
-from .files import check_room, clear, write_json, write_text, writing
+from .files import write_json, write_tensors, write_text
+from .folders import check_room, clear
 from .pretrained import located
 from .run import Run
 
@@ -67,8 +68,7 @@ def export(folder: Path, out: Path, overwrite: bool = False, trust: bool = False
             for key, value in adapter.items()
             if key != "table"
         }
-        with writing(place / LORA) as temporary:
-            save_file(alone, temporary)
+        write_tensors(place / LORA, alone)
     for name, text in sources().items():
         write_text(out / f"{name}.py", text)
     shutil.copy(folder / "grid.png", out / "grid.png")

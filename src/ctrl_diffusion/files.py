@@ -1,20 +1,14 @@
-"""Files appear whole or not at all: written under a temporary name, then renamed. A folder is one job's at a time."""
+"""Files appear whole or not at all: written under a temporary name, then renamed."""
 
 import json
 import os
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows: nobody watches there
-    fcntl = None
-
-LOCK = ".lock"
+from safetensors.torch import save
+from torch import Tensor
 
 
 @contextmanager
@@ -35,6 +29,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole; tensors may be anywhere, `about` stands in its header.
+
+    By Python's own write, not the library's: there a full disk is no OSError, nobody but the owner may read the file,
+    and a kill leaves another temporary name.
+    """
+    there = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with writing(path) as temporary:
+        temporary.write_bytes(save(there, about))
+
+
 def rounded(value: Any) -> Any:
     """Every number in a JSON value to six significant digits: more is rounding noise."""
     if isinstance(value, float):
@@ -47,89 +52,3 @@ def rounded(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with a fixed layout, so that equal values are equal bytes."""
     write_text(path, json.dumps(rounded(value), indent=2, allow_nan=False) + "\n")
-
-
-def check_room(folder: Path, marker: str, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written, or that holds something and is not ours to overwrite.
-
-    Args:
-        folder: to be written into.
-        marker: a file only we write, which tells a folder of ours from anybody else's.
-        overwrite: whether what is ours may go.
-
-    Raises:
-        ValueError: what is in the way, and what to do.
-    """
-    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{folder} exists and is not empty. Choose another --out, or pass --overwrite.")
-        if not (folder / marker).is_file():
-            raise ValueError(f"{folder} holds files but no {marker} of ours to overwrite. Choose another --out.")
-    check_writable(folder)
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that is not there and cannot be made, or cannot be written into."""
-    above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not above.is_dir():
-        raise ValueError(f"{above} is a file. Choose another --out.")
-    if not os.access(above, os.W_OK):
-        raise ValueError(f"{above} cannot be written to. Choose another --out.")
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that could not be written."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder. Name a file with --out.")
-    check_writable(path.absolute().parent)
-
-
-def clear(folder: Path, ours: Iterable[str]) -> None:
-    """Remove what is named (or matches), in this order, and leave anything else; the folder exists afterwards."""
-    for path in [path for pattern in ours for path in sorted(folder.glob(pattern))]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed process left under temporary names."""
-    for path in filter(Path.is_file, folder.rglob(".*.part*")):
-        path.unlink()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other jobs out of a folder, which is made if need be and goes again if nothing was written into it.
-
-    The lock is the system's and ends with the process, however that ends; the file says whose it is.
-
-    Raises:
-        ValueError: another job is in it.
-    """
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise FileNotFoundError  # the job before removed it after it was opened here
-        except (BlockingIOError, FileNotFoundError):
-            file.seek(0)
-            whose = f"another job (process {file.read().strip()})"
-            raise ValueError(f"{whose} is writing {folder}. Wait for it, or choose another --out.") from None
-        except OSError as error:
-            warnings.warn(f"{folder} cannot be locked ({error}): see that no other job writes it.", stacklevel=3)
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # they hold something
-                for path in made:
-                    path.rmdir()

@@ -30,7 +30,8 @@ from .control import NULL
 from .course import CHECKPOINT, LOG, train_in
 from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
-from .files import check_room, check_writable, clear, clear_unfinished, locked, write_json, write_text, writing
+from .files import write_json, write_text, writing
+from .folders import check_room, check_writable, clear, clear_unfinished, locked
 from .judges import Judges, fit_judges
 from .prepare import (
     PAGES,
@@ -68,6 +69,10 @@ RESULTS = (
     "reliability*.png", "sweep.png", "plane.png",
 )  # fmt: skip
 # the settings go first: with them in its folder a run can be gone on with
+FIXED = {  # what was learned depends on them
+    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "seed", "gamma", "steps", "sigma_end",
+    "time_power", "rank", "lora_alpha", "lora_targets", "learners",
+}  # fmt: skip
 RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, LOG)
 DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
@@ -156,7 +161,8 @@ def occupied(out: Path, overwrite: bool) -> Iterator[None]:
             ranks.from_first(enter)
             yield
     except KeyboardInterrupt:
-        raise Interrupted("interrupted before training began: the same command begins again.") from None
+        command = "the same command" + (" with --overwrite" if (out / RUN_FILES[-1]).is_file() else "")
+        raise Interrupted(f"interrupted before training began: {command} begins again.") from None
 
 
 def train_job(
@@ -308,6 +314,7 @@ def execute(
             "seconds": seconds,
             "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
             "dependence": shared,
+            "fixed": fixed(config),
         }
         write_text(folder / CHECKPOINT / BEGUN, json.dumps(begun))  # its figures to the bit
 
@@ -427,11 +434,27 @@ def resume_job(
         check_trackers(config.track)
         if not has_begun:
             check_code(config.model_dump(), {}, trust, folder / "config.yaml")
-            return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)
+            try:
+                return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)
+            except KeyboardInterrupt:
+                raise Interrupted("interrupted before training began: the same command goes on.") from None
         check_batches(config)
+        ranks.from_first(lambda: check_unchanged(config, folder))
         judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
         ranks.from_first(lambda: clear(folder, RESULTS))
         return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """What may not change once training has begun, as JSON has it; paths may, a run may be moved."""
+    return {"controls": config.names, **config.model_dump(mode="json", include=FIXED)}
+
+
+def check_unchanged(config: Config, folder: Path) -> None:
+    """Refuse to go on with settings that training did not begin with, where what was learned depends on them."""
+    begun, now = json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8"))["fixed"], fixed(config)
+    if changed := [f"{name} was {begun[name]} and is {now[name]}" for name in now if now[name] != begun[name]]:
+        raise ValueError(f"{folder}/config.yaml: {'; '.join(changed)}. Put it back to go on, or begin a new run.")
 
 
 def classifier_metrics(judges: dict[str, Judges]) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Judges:
                 ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
                 about["condition"], tuple(about["condition_values"]), support,
             )  # fmt: skip
-        except Elsewhere:
+        except (Elsewhere, PermissionError):
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Fit it again.") from error

@@ -49,6 +49,8 @@ def attached(folder: Path, prior: Prior) -> LoRAControl:
     """
     try:
         return LoRAControl.load(folder, prior.denoiser)
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Train it again.") from error
 
@@ -224,6 +226,8 @@ class Run:
         for i, control in enumerate(config.controls):
             if control.settled_from:
                 folder = home(Path(control.settled_from), "control", control.name)
+                if not folder.is_dir():
+                    raise ValueError(f"{control.name} is taken from {folder}, which is not there. Bring that run back.")
                 controls.append(attached(folder, prior).settle())
             else:
                 mine = judges[control.name]
@@ -341,7 +345,8 @@ class Run:
         times = self.times_of(steps) if steps else self.times
         cond, n = {} if c is None else {"c": c}, counts.pop()
         if exact:
-            x_0, _ = exact_samples(self.policy, self.reward, times, generator, labels, cond, strength, phase)
+            with self.policy.in_full():  # or weights would be of rounding
+                x_0, _ = exact_samples(self.policy, self.reward, times, generator, labels, cond, strength, phase)
         else:
             progress = phase("sampling", n)
             x_0, _, _ = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
-from .files import writing
+from .files import write_tensors
 
 BEYOND = 0.05  # the share of unseen labelled images that lie outside
 
@@ -66,8 +66,7 @@ class Support:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        with writing(path) as temporary:
-            save_file({name: value.contiguous() for name, value in vars(self).items()}, temporary)
+        write_tensors(path, vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Support":

@@ -101,17 +101,18 @@ def fit(
         policy.restore(ranks.from_first(lambda: [value.cpu() for value in policy.snapshot()]))
     while number < updates:
         number += 1
-        loss, metrics = 0.0, Counter()
+        told: list[dict[str, float | Tensor]] = []
         for step in steps:
-            loss += float(step.loss.detach())
-            if math.isfinite(loss) or ranks.sharded():  # others may wait for it
-                accelerator.backward(policy.gradient_scale * step.loss)
-            metrics.update(step.metrics)  # a Counter adds up
+            accelerator.backward(policy.gradient_scale * step.loss)  # finite or not: other ranks may wait for it
+            told.append({"": step.loss.detach(), **step.metrics})  # a learner has no figure without a name
             if step.last:
                 break
         else:
             break  # the stream has ended
-        figures = ranks.sum_figures({"": loss, **metrics})  # a learner has no figure without a name
+        metrics = Counter()
+        for part in told:
+            metrics.update({name: float(value) for name, value in part.items()})  # a Counter adds up
+        figures = ranks.sum_figures(metrics)
         loss, metrics = figures.pop(""), figures
         ranks.sum_gradients(parameters)
         ranks.reshard(policy)

@@ -1,10 +1,12 @@
+import weakref
+
 import pytest
 import torch
 
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.denoise import as_denoiser
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.learn import clip_rows
+from ctrl_diffusion.learn import adjoint, clip_rows
 from ctrl_diffusion.learn.adjoint import adjoints_of
 from ctrl_diffusion.rollout import rollout
 from ctrl_diffusion.schedule import Cosine, RectifiedFlow
@@ -92,3 +94,24 @@ def test_clipping_is_per_sample():
     rows, clipped = clip_rows(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]]), 1.0)
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
     assert clipped.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_step_of_the_adjoint_is_gone_before_the_next(monkeypatch, lean):
+    """float16 keeps its graph for a second try: two steps' at once would be twice the memory."""
+    prior, times = as_denoiser(PRIORS["nonlinear"], Cosine(), (3,)), Cosine().times(4, 0.1)
+    policy, labels = Policy(prior, SideControl("y", ("a", "b"), prior).double()), {"y": torch.tensor([0, 1])}
+    prior.gradient_scale = 16.0
+    with torch.no_grad():
+        path = rollout(policy, torch.randn(2, 3, dtype=torch.float64), times, labels=labels)
+    made = []
+
+    def watched(denoiser, x_t, t, *rest, **options):
+        assert all(mean() is None for at, mean in made if at != t)
+        step = transition(denoiser, x_t, t, *rest, **options)
+        made.append((t, weakref.ref(step.mean)))
+        return step
+
+    monkeypatch.setattr(adjoint, "transition", watched)
+    adjoints_of(policy, path, torch.ones(2, 3, dtype=torch.float64), labels, {}, lean=lean)
+    assert len(made) == (4 if lean else 7)

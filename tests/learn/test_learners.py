@@ -127,7 +127,7 @@ def test_micro_batches_add_up_to_the_whole(name, micro):
         while updates < 2:
             step = next(stream)
             step.loss.backward()
-            figures.update(step.metrics)
+            figures.update({name: float(value) for name, value in step.metrics.items()})
             count, updates = count + 1, updates + step.last
         return torch.cat([p.grad.flatten() for p in policy.trained()]), figures, count
 

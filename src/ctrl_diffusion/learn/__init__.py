@@ -17,7 +17,8 @@ from ..transition import Gaussian, transition
 
 @dataclass
 class Step:
-    """A gradient step's worth, or a part of it: a loss in nats to minimise and figures to log, both of which add up.
+    """A gradient step's worth, or a part of it: a loss in nats to minimise and figures to log, both of which add up and
+    are read once all of the step is on its way to the device.
 
     Of several ranks each gives the parts of its own rows. The step is taken after its last part. After a `whole` one no
     paths are left to be used: a stream begun anew, with the generator and what is `carried` (by all ranks) as they are
@@ -25,7 +26,7 @@ class Step:
     """
 
     loss: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
     last: bool = True
     whole: bool = True
 

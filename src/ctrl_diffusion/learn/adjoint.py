@@ -71,24 +71,29 @@ def adjoints_of(
     """
     a, adjoints, means, longer = reward_gradient, [], [], []
     steps = len(path.times) - 1
-    for i in reversed(range(steps)):
+
+    def back(i: int) -> Tensor | None:
+        """The adjoint one step earlier; the graph that float16 keeps for a second try goes with the call."""
         t, s = path.times[i], path.times[i + 1]
+        x_t = path.x[i].detach().to(policy.device).requires_grad_(i > 0)
+        pre = transition(policy.prior, x_t, t, s, eta, **cond)
+        means.append(pre.mean.detach())
+        clipped, long = clip_rows(a, clip / pre.std)
+        adjoints.append(clipped)
+        longer.append(long.float().mean())  # read at the end: an accelerator need not be waited for
+        if i == 0:
+            return None
+        if lean:
+            value = (pre.mean * clipped).sum()
+        else:
+            here = transition(policy, x_t, t, s, eta, labels=labels, **cond)
+            u = here.control(pre)
+            value = (here.mean * clipped).sum() - half_square(u).sum() - (u * path.z[i].to(u.device)).sum()
+        return pulled_back(policy, value, x_t)
+
+    for i in reversed(range(steps)):
         with torch.set_grad_enabled(i > 0):  # nobody asks for a_0
-            x_t = path.x[i].detach().to(policy.device).requires_grad_(i > 0)
-            pre = transition(policy.prior, x_t, t, s, eta, **cond)
-            means.append(pre.mean.detach())
-            a, clipped = clip_rows(a, clip / pre.std)
-            adjoints.append(a)
-            longer.append(clipped.float().mean())  # read at the end: an accelerator need not be waited for
-            if i == 0:
-                break
-            if lean:
-                value = (pre.mean * a).sum()
-            else:
-                here = transition(policy, x_t, t, s, eta, labels=labels, **cond)
-                u = here.control(pre)
-                value = (here.mean * a).sum() - half_square(u).sum() - (u * path.z[i].to(u.device)).sum()
-            a = pulled_back(policy, value, x_t)
+            a = back(i)
     return torch.stack(adjoints[::-1]), torch.stack(means[::-1]), sum(torch.stack(longer).cpu().tolist()) / steps
 
 
@@ -141,7 +146,7 @@ class Adjoint(OnPolicy):
                     here = revisit(policy, path, steps, mine, labels, cond, self.eta)
                     u = (here.mean - means[steps, mine].to(policy.device)) / here.std
                     miss = half_square(u - here.std * adjoints[steps, mine].to(policy.device))
-                    figures = {"kl": float(self.steps * (half_square(u.detach()).sum() / seen))}
+                    figures = {"kl": self.steps * (half_square(u.detach()).sum() / seen)}
                     if last := rows.stop == len(i):
-                        figures |= {"reward": self.weight * float(earned.mean()), "clipped": clipped}
+                        figures |= {"reward": self.weight * earned.mean(), "clipped": clipped}
                     yield Step(self.steps * (miss.sum() / seen), figures, last, used == self.reuse)

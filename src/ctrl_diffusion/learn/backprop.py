@@ -74,6 +74,6 @@ class Backprop(OnPolicy):
                 check_gradient(earned)
                 done += len(pair)
                 last = done == self.mine.stop - self.mine.start
-                figures = {"reward": float(earned.detach().sum()) / self.batch, "clipped": before if last else 0.0}
-                figures["kl"] = float(kl.detach().sum()) / self.batch
+                figures = {"reward": earned.detach().sum() / self.batch, "clipped": before if last else 0.0}
+                figures["kl"] = kl.detach().sum() / self.batch
                 yield Step((kl - earned).sum() / self.batch, figures, last)

@@ -116,8 +116,8 @@ class PPO(OnPolicy):
                     log_rho = half_square(path.z[steps, mine].to(policy.device)) - half_square(miss)
                     gain = surrogate(log_rho, advantage[steps, mine], self.clip)
                     beyond = (log_rho.detach().exp() - 1).abs() > self.clip
-                    figures = {"clipped": float(beyond.float().sum() / seen)}
+                    figures = {"clipped": beyond.float().sum() / seen}
                     if last := rows.stop == len(i):
-                        kl = self.weight * float(path.kl.sum(0).mean())
-                        figures |= {"reward": self.weight * float(earned.mean()), "kl": kl}
+                        kl = self.weight * path.kl.sum(0).mean()
+                        figures |= {"reward": self.weight * earned.mean(), "kl": kl}
                     yield Step(-self.steps * (gain.sum() / seen), figures, last, used == self.reuse)
