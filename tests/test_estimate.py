@@ -193,7 +193,7 @@ def test_the_memory_said_is_within_a_fifth_of_what_is_needed(wide, learner, tmp_
         "classifier": {"head": "categorical", "grid": 1, "updates": 200}, "learners": [learner],
         "weighted": {"updates": 6, "batch": 72, "cache": 60, "renoising": 2},
         "adjoint": {"updates": 6, "batch": 24, "reuse": 2, "regressed": 3}, "backprop": {"updates": 6, "batch": 96},
-        "ppo": {"updates": 6, "batch": 24, "reuse": 2, "surrogates": 3},
+        "ppo": {"updates": 6, "batch": 32, "reuse": 2, "surrogates": 3},
         "evaluation": {"prior_samples": 60, "paths": 20, "probes": 1, "sweep_paths": 4},
     }  # fmt: skip
     said = program(f"print(json.dumps(estimate_job({settings!r})['memory_mb']))")
