@@ -2,7 +2,8 @@
 
 import pytest
 
-from ctrl_diffusion import demo
+from ctrl_diffusion import demo, job
+from ctrl_diffusion.config import ControlSettings
 from ctrl_diffusion.data import write_imagefolder
 from ctrl_diffusion.job import classifier_job
 
@@ -10,10 +11,28 @@ from ctrl_diffusion.job import classifier_job
 def test_a_classifier_is_not_written_over_somebody_elses_files(tmp_path, tmp_path_factory):
     data = tmp_path_factory.mktemp("digits")
     write_imagefolder(data, demo.labelled_digits("ink", 0)[0][0])
+    settings = ControlSettings(name="ink", data=str(data))
     (tmp_path / "thesis.txt").write_text("mine")
     for overwrite, message in ((False, "--overwrite"), (True, r"no classifier\.json of ours")):
         with pytest.raises(ValueError, match=message):
-            classifier_job(data, "ink", None, tmp_path, overwrite=overwrite)
+            classifier_job(settings, tmp_path, overwrite=overwrite)
     with pytest.raises(ValueError, match="is a file"):
-        classifier_job(data, "ink", None, tmp_path / "thesis.txt" / "under")
+        classifier_job(settings, tmp_path / "thesis.txt" / "under")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_classifier_is_fitted_as_the_config_of_a_training_says(tmp_path, monkeypatch, ctrl_here):
+    """The same file serves `ctrl classifier` and `ctrl train`."""
+    for name, data in zip(("data", "others"), demo.labelled_digits("ink", 0)[0], strict=True):
+        write_imagefolder(tmp_path / name, data)
+    text = "kind: scale\njudge_data: others\ncondition: digit\nclassifier: {updates: 7}\nsteps: 5\n"
+    (tmp_path / "mine.yaml").write_text(text)
+
+    def fitted(data, name, condition, **rest):
+        found = data.on_scale(name), condition, len(rest["judge_data"]), rest["settings"].updates
+        raise ValueError(f"{found}")
+
+    monkeypatch.setattr(job, "fit_judges", fitted)
+    asked = ["classifier", tmp_path / "data", "--control", "ink", "--config", tmp_path / "mine.yaml"]
+    done = ctrl_here(*asked, "--out", tmp_path / "out", "--quiet")
+    assert done.stderr == "ctrl: (True, 'digit', 1297, 7)\n"

@@ -177,7 +177,7 @@ def classifier(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     condition: Condition = None,
     prior: Annotated[str | None, typer.Option(help="A pipeline folder: read the images at its size.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings, of which classifier: and size: are read.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings: those of the control, and size.")] = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     trust: Trust = False,
@@ -190,12 +190,11 @@ def classifier(
 
     whole, named = read_settings(config) if config else {}, {"control": control, "condition": condition}
     check_code({**whole, **named}, named, trust, config)
-    given = listed({**whole, "control": control})["controls"][0]
-    settings = ControlSettings.of({**given, "data": data}, str(config)).classifier
+    over = {name: value for name, value in {**named, "skip_bad": skip_bad or None}.items() if value is not None}
+    given = listed({**whole, **over})
+    settings = ControlSettings.of({**given["controls"][0], "data": data}, str(config))
     with phases(quiet) as phase:
-        judges = classifier_job(
-            data, control, condition, out, prior, seed, overwrite, skip_bad, phase, settings, whole.get("size")
-        )
+        judges = classifier_job(settings, out, prior, seed, overwrite, phase, whole.get("size"))
     found = judges.quality
     if not quiet:
         typer.echo(
@@ -206,9 +205,9 @@ def classifier(
 
 @app.command(epilog="Example: ctrl train --prior mine --data photos --control texture --out run")
 def train(
-    out: Annotated[Path | None, typer.Option(help="The run folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; --overwrite replaces a run.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run to go on with; give nothing else.")] = None,
-    prior: Annotated[str | None, typer.Option(help="Pipeline of diffusers (folder, hub), or digits.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Pipeline (folder, hub), digits; text: --prompts.")] = None,
     data: Datasets = [],  # noqa: B006
     control: Controls = [],  # noqa: B006
     condition: Conditions = [],  # noqa: B006
@@ -335,7 +334,8 @@ def add(
 def inspect(
     prior: Annotated[str, typer.Argument(help="A pipeline of diffusers, folder or hub id; or digits.")],
     size: Annotated[
-        tuple[int, int] | None, typer.Option(help="Height and width of the images, if it makes any.")
+        tuple[int, int] | None,
+        typer.Option(metavar="HEIGHT WIDTH", help="Of the images, if it makes any size."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -516,7 +516,9 @@ def main() -> None:
 
         if not out_of_memory(error):
             raise
-        typer.echo(f"{CTRL}: out of memory. Turn down batch, micro_batch, rank or size in a --config.", err=True)
+        typer.echo(
+            f"{CTRL}: out of memory. Turn down micro_batch, a learner's batch, rank or size in a --config.", err=True
+        )
         raise SystemExit(2) from None
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from . import demo, ranks
 from .bias import biases
 from .config import (
-    ClassifierSettings,
     Config,
     ControlSettings,
     check_code,
@@ -41,10 +40,9 @@ from .prepare import (
     dependences,
     encoder_of,
     fits,
-    only,
+    keep_classes,
+    material,
     prepare,
-    read_data,
-    warn_of_copies,
 )
 from .progress import Interrupted, Phase, silent, timed
 from .report import (
@@ -88,30 +86,23 @@ STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 def classifier_job(
-    source: str | Path,
-    control: str,
-    condition: str | None,
+    settings: ControlSettings,
     out: Path,
     prior: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
-    skip_bad: bool = False,
     phase: Phase = silent,
-    settings: ClassifierSettings | None = None,
     size: tuple[int, int] | None = None,
 ) -> Judges:
-    """Fit p̂, the judge, and the reader of a condition on an imagefolder, and report them.
+    """Fit p̂, the judge, and the reader of a condition on labelled images, and report them.
 
     Args:
-        source: of the data (`sources`).
-        control, condition: names of y and c, each NAME or NAME:COLUMN; y also NAME:MODULE:FUNCTION, a rule.
+        settings: of the control, as of a training; a ruler, or what was fitted before, is left aside.
         out: the folder to write.
         prior: a pipeline folder, at whose size the images are read; None takes them as they are.
         seed: of the parts and the fits.
         overwrite: whether an earlier classifier in `out` may go.
-        skip_bad: leave out rows that cannot be used, and say how many.
         phase: told of progress.
-        settings: of the classifiers.
         size: (height, width) of the prior's images, of one that makes any.
 
     Raises:
@@ -122,16 +113,14 @@ def classifier_job(
         raise ValueError(f"size must be [height, width], got {size!r}.")
     if size and not prior:
         raise ValueError("size is that of a prior's images. Give --prior, or leave size out.")
-    about = ControlSettings(name=control, data=str(source), condition=condition, skip_bad=skip_bad)
-    control, condition = about.name, about.condition
+    settings = settings.model_copy(update=dict.fromkeys(("ruler", "classifier_from", "settled_from")))
+    name, condition = settings.name, settings.condition
     model = open_prior(prior, size).placed() if prior else None
-    data = read_data(about.data, about, model, phase=phase)
-    warn_of_copies(about.data, data)
-    if condition:
-        data = only(data, condition, data.labels[condition].unique().tolist())
+    one = material(settings, model, phase)
+    keep_classes(one, one.data.labels[condition].unique().tolist() if condition else None)
     judges, held_out = fit_judges(
-        data, control, condition, settings=settings, seed=seed, phase=phase, encode=encoder_of(model),
-        device=model.denoiser.device if model else "cpu",
+        one.data, name, condition, settings=settings.classifier, seed=seed, phase=phase, judge_data=one.judge_data,
+        encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
     )  # fmt: skip
     clear(out, CLASSIFIER_FILES)
     judges.save(out)

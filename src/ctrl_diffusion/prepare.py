@@ -223,8 +223,8 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
     return list(found)
 
 
-def material(settings: ControlSettings, prior: Prior, phase: Phase, trust: bool) -> Material:
-    """Read what a control is made from.
+def material(settings: ControlSettings, prior: Prior | None, phase: Phase = silent, trust: bool = False) -> Material:
+    """Read what a control is made from; without a prior the images as they are.
 
     Raises:
         ValueError: whatever is wrong with it.
