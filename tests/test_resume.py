@@ -38,8 +38,8 @@ def go_on(folder, killed_in_save=0):
 
     def half(path, data):
         nonlocal saves
-        saves += path.parent.name == "checkpoint"
-        if saves == killed_in_save:
+        saves += (here := path.parent.name == "checkpoint")
+        if here and saves == killed_in_save:
             write_bytes(path, data[: len(data) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         return write_bytes(path, data)
