@@ -238,6 +238,23 @@ def test_what_was_learned_for_other_settings_is_not_gone_on_with(run, trained, m
     assert trained(run)[-1]["kept"]
 
 
+def test_another_precision_begins_with_its_own_scale(run, trained, monkeypatch):
+    """float32 has saved a scale of one, in which float16 would lose small gradients."""
+    with monkeypatch.context() as patch:
+        disturbed(patch, interrupted_at(6))
+        with pytest.raises(Interrupted):
+            trained(run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "mixed_precision": "fp16"}))
+
+    def scale(run, folder, *_):
+        assert course.Course.of(run, checkpoint.Checkpoints(folder / "checkpoint")).best.record
+        return run.policy.gradient_scale
+
+    monkeypatch.setattr(job, "finished", scale)
+    assert resume_job(run) == 2**10
+
+
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory"])
 def test_memory_is_short_in_many_words(monkeypatch, ctrl_here, tmp_path, text):
     def fails(*_):
