@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
     given = {
         "prior": str(folder / "prior"), "prompts": ["a seven", "two"], "data": str(folder / "data"), "control": "dark",
         "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical"}, "learners": ["weighted"],
-        "weighted": {"updates": 3, "batch": 4, "cache": 8}, "steps": 3, "rank": 2,
+        "weighted": {"updates": 3, "batch": 4, "cache": 8, "renoising": 2}, "steps": 3, "rank": 2,
         "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8},
     }  # fmt: skip
     with warnings.catch_warnings():

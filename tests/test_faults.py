@@ -22,7 +22,7 @@ import yaml
 
 from ctrl_diffusion import checkpoint, course, job
 from ctrl_diffusion.config import Config, check_code
-from ctrl_diffusion.folders import LOCK, locked
+from ctrl_diffusion.folders import LOCK, check_room, locked
 from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.progress import Interrupted, silent
@@ -273,13 +273,12 @@ def test_an_interrupt_while_the_folder_is_laid_out_says_what_begins_again(monkey
     def stopped(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "write_classifier_report", stopped)
-        done = ctrl_here("demo", "--config", tmp_path / "tiny.yaml", "--quiet", "--out", run)
+    monkeypatch.setattr(job, "write_classifier_report", stopped)
+    done = ctrl_here("demo", "--config", tmp_path / "tiny.yaml", "--quiet", "--out", run)
     assert (done.returncode, "the same command with --overwrite begins again" in done.stderr) == (130, True)
-    monkeypatch.setattr(job, "finish", lambda *_: {})
-    demo_job(SETTINGS, run, overwrite=True)
-    assert (run / "checkpoint" / "run.json").is_file()
+    with pytest.raises(ValueError, match="--overwrite"):
+        check_room(run, RUN_FILES[-1], overwrite=False)
+    check_room(run, RUN_FILES[-1], overwrite=True)
 
 
 def test_what_comes_after_a_signal_is_what_would_have_come(run, trained, monkeypatch, undisturbed):
