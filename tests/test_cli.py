@@ -137,7 +137,7 @@ def test_sample_seed_strength_and_null(ctrl_here, quick_run, tmp_path):
 
 def test_exact_samples_are_drawn_by_weight(ctrl_here, quick_run, tmp_path):
     """Strength 0 draws them from the prior alone, of which a third has this ink: no smoke test's control is needed."""
-    asked = ["sample", quick_run, "--set", "ink=2", "--class", 7, "-n", 8, "--strength", 0]
+    asked = ["sample", quick_run, "--set", "ink=2", "--class", 7, "-n", 8, "--strength", 0, "--steps", 8]
     for name, more in (("exact", ["--exact"]), ("again", ["--exact"]), ("plain", [])):
         done = ctrl_here(*asked, *more, "--quiet", "--out", tmp_path / name)
         assert (done.returncode, done.stderr) == (0, "")
