@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from ctrl_diffusion import checkpoint, course, job
+from ctrl_diffusion import checkpoint, classifier, control, course, job
 from ctrl_diffusion.config import Config, check_code
 from ctrl_diffusion.folders import LOCK, check_room, locked
 from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
@@ -223,6 +223,13 @@ def test_a_state_that_cannot_be_read_is_not_a_damaged_one(run, trained, monkeypa
 
 def refused(path):
     raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize("part", [classifier, control])
+def test_weights_that_may_not_be_read_are_not_damaged_ones(ctrl_here, quick_run, monkeypatch, tmp_path, part):
+    monkeypatch.setattr(part, "read_tensors", refused)
+    done = ctrl_here("sample", quick_run, "--out", tmp_path / "out", "--quiet")
+    assert (done.returncode, done.stderr.startswith("ctrl: [Errno 13] Permission denied")) == (2, True)
 
 
 def test_what_was_learned_for_other_settings_is_not_gone_on_with(run, trained, monkeypatch):

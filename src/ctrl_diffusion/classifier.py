@@ -16,14 +16,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
-from .files import write_json, write_tensors
+from .files import read_tensors, write_json, write_tensors
 
 Head = Literal["categorical", "ordinal", "gaussian"]
 # in levels: a value asked for is meant no more exactly. Labels without noise would else make p̂ a needle
@@ -185,7 +184,7 @@ class Scorer(nn.Module):
     def load(cls, folder: Path) -> "Scorer":
         """Read a saved classifier of this kind."""
         classifier = cls(**json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["shape"])
-        missing, unknown = classifier.load_state_dict(load_file(folder / "classifier.safetensors"), strict=False)
+        missing, unknown = classifier.load_state_dict(read_tensors(folder / "classifier.safetensors"), strict=False)
         if missing := [name for name in missing if not name.startswith(cls.borrowed)] + unknown:
             raise ValueError(f"weights that do not fit: {', '.join(missing)}")
         return classifier.requires_grad_(False).eval()

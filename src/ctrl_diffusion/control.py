@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .denoise import Denoiser, NetworkDenoiser
-from .files import write_json, write_tensors
+from .files import read_tensors, write_json, write_tensors
 from .scale import is_number, places
 
 NULL = -1
@@ -281,7 +280,7 @@ class LoRAControl(Control):
         """Attach a saved control to the prior it was trained on."""
         folder = Path(folder)
         control = cls(**json.loads((folder / "control.json").read_text()), denoiser=denoiser)
-        tensors = load_file(folder / "control.safetensors")
+        tensors = read_tensors(folder / "control.safetensors")
         with torch.no_grad():
             control.table.weight.copy_(tensors.pop("table"))
         adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from safetensors.torch import load_file
 
 from . import assets, controlled
 from .config import EMBEDDED
-from .files import write_json, write_tensors, write_text
+from .files import read_tensors, write_json, write_tensors, write_text
 from .folders import check_room, clear
 from .pretrained import located
 from .run import Run
@@ -61,7 +60,7 @@ def export(folder: Path, out: Path, overwrite: bool = False, trust: bool = False
     for name in run.names:
         place = out / controlled.CONTROLS / name
         run.policy.controls[name].save(place)
-        adapter, control = load_file(place / "control.safetensors"), run.policy.controls[name]
+        adapter, control = read_tensors(place / "control.safetensors"), run.policy.controls[name]
         scale = (control.alpha or control.rank) / control.rank  # which the format leaves at 1
         alone = {
             key.replace("adapter", component, 1): scale * value if "lora_B" in key else value

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
-from .files import write_tensors
+from .files import read_tensors, write_tensors
 
 BEYOND = 0.05  # the share of unseen labelled images that lie outside
 
@@ -71,4 +70,4 @@ class Support:
     @classmethod
     def load(cls, path: Path) -> "Support":
         """Read what `save` wrote."""
-        return cls(**load_file(path))
+        return cls(**read_tensors(path))
