@@ -13,13 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from race import keep
+
 from ctrl_diffusion import demo
 from ctrl_diffusion.data import write_imagefolder
 from ctrl_diffusion.estimate import estimate_job, most_needed
-from ctrl_diffusion.files import rounded, write_json
+from ctrl_diffusion.files import rounded
 from ctrl_diffusion.job import train_job
 
-RESULTS = Path(__file__).parent / "results.json"
 PARTS = {"classifiers": ("classifier",), "learners and samples": ("train", "sample"), "total": ("total",)}
 
 
@@ -56,8 +57,7 @@ def main() -> None:
         "said_over_taken": {name: told[name] / sum(taken["seconds"][p] for p in parts) for name, parts in PARTS.items()}
         | {"memory": said["megabytes"] / taken["megabytes"]},
     }
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    write_json(RESULTS, {**known, "estimate": found})
+    keep("estimate", found)
     print(json.dumps(rounded(found), indent=2))
 
 

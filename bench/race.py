@@ -1,4 +1,4 @@
-"""What every contender of bench/speed.py shares: the reward, and how one is started, timed and weighed.
+"""What every contender of bench/speed.py shares: the reward, and how one is started, timed, weighed and written down.
 
 A contender is a process of its own, in whatever environment it needs. It runs an update for each line it is given and
 answers with the CPU seconds that took: of one thread beside other jobs these are what the wall clock would say on a
@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Command = tuple[str | int | Path, ...]
+RESULTS = Path(__file__).parent / "results.json"
 PROMPTS = ("a cat", "a dog")
 GUIDANCE = 5.0
 RANK = 16
@@ -42,6 +44,14 @@ def resident(peak: bool = False) -> float:
     name = "VmHWM" if peak else "VmRSS"
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def keep(name: str, figures: dict[str, Any]) -> None:
+    """Put figures into bench/results.json, beside what others wrote there meanwhile."""
+    from ctrl_diffusion.files import write_json  # a peer's environment has no such thing
+
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    write_json(RESULTS, {**known, name: figures})
 
 
 def serve(update: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""CTRL against the baselines on digits: docs/results.md (about two and a half hours on two quiet cores).
+"""CTRL against the baselines on digits: docs/results.md (hours: docs/results-*.json have the seconds of every fit).
 
 python bench/results.py [ink] [ink,slant]       (both, side by side, if none is named)
 

@@ -12,13 +12,11 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from race import resident
+from race import keep, resident
 
 from ctrl_diffusion.cli import phases
-from ctrl_diffusion.files import write_json
 from ctrl_diffusion.job import demo_job
 
-RESULTS = Path(__file__).parent / "results.json"
 UPDATES, EVERY, WINDOW = 2000, 10, 20  # readings are medians over WINDOW, of every tenth update
 BATCH = {"batch": 16}
 SETTINGS = {
@@ -56,8 +54,7 @@ def main() -> None:
         "growth": last / first - 1,
         "open_files": [max(files[:WINDOW]), max(files[-WINDOW:])],
     }
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    write_json(RESULTS, {**known, "soak": found})
+    keep("soak", found)
     print(json.dumps(found, indent=2))
 
 

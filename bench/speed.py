@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from models import pipeline
-from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, Command, Contender, raced, serve
+from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, Command, Contender, keep, raced, serve
 
 from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy, SideControl
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
-from ctrl_diffusion.files import rounded, write_json
+from ctrl_diffusion.files import rounded
 from ctrl_diffusion.learn import Learner
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
@@ -44,7 +44,6 @@ from ctrl_diffusion.schedule import Cosine
 from ctrl_diffusion.train import Update, fit
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
 PEER = HERE.parent / "runs" / "peer"
 BEFORE = "d456200"  # the commit before its steps were measured
 PEER_PACKAGES = ("torch==2.13.0", "trl==0.22.2", "diffusers==0.35.2", "transformers<5", "peft")
@@ -433,8 +432,7 @@ def main() -> None:
             load = os.getloadavg()[0]
             found = {**PARTS[name](Path(folder)), "load": load}
         print(name, json.dumps(rounded(found)), flush=True)
-        known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        write_json(RESULTS, {**known, name: found})  # what others wrote meanwhile stays
+        keep(name, found)
 
 
 if __name__ == "__main__":

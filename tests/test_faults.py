@@ -98,6 +98,22 @@ def interrupted_at(at):
     return change
 
 
+@pytest.fixture
+def interrupted(run, trained, monkeypatch):
+    """A run in the middle of its second learner."""
+    with monkeypatch.context() as patch:
+        disturbed(patch, interrupted_at(6))
+        with pytest.raises(Interrupted, match=r"interrupted\. Everything is saved; go on with: ctrl train --resume"):
+            trained(run)
+    return run
+
+
+def with_settings(run, **settings):
+    """Write other settings into a run's config."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, **settings}))
+
+
 def test_a_batch_of_paths_that_is_not_finite_is_left_out_and_counted(run, trained, monkeypatch):
     nan = {3, 4}  # both updates of the second batch of paths
     disturbed(monkeypatch, lambda n, step, _: replace(step, loss=step.loss * (math.nan if n in nan else 1.0)))
@@ -192,33 +208,25 @@ def cut(path):
     ("damage", "states"),
     [(flip, 1), (cut, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((Path.unlink, 1), (flip, 2)))],
 )
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(run, trained, monkeypatch, undisturbed, damage, states):
-    with monkeypatch.context() as patch:
-        disturbed(patch, interrupted_at(6))
-        with pytest.raises(Interrupted, match=r"interrupted\. Everything is saved; go on with: ctrl train --resume"):
-            trained(run)
-    newest = sorted((run / "checkpoint").glob("*.safetensors"))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(interrupted, trained, undisturbed, damage, states):
+    newest = sorted((interrupted / "checkpoint").glob("*.safetensors"))
     assert len(newest) == 2
     for path in newest[-states:]:
         damage(path)
     with pytest.warns(UserWarning, match=r"is damaged \(.*\): training goes on from before it"):
-        trained(run)
-    assert log(run) == undisturbed
+        trained(interrupted)
+    assert log(interrupted) == undisturbed
 
 
-def test_a_state_that_cannot_be_read_is_not_a_damaged_one(run, trained, monkeypatch, undisturbed):
-    with monkeypatch.context() as patch:
-        disturbed(patch, interrupted_at(6))
-        with pytest.raises(Interrupted):
-            trained(run)
-    states = set((run / "checkpoint").iterdir())
+def test_a_state_that_cannot_be_read_is_not_a_damaged_one(interrupted, trained, monkeypatch, undisturbed):
+    states = set((interrupted / "checkpoint").iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "sha256", refused)
         with pytest.raises(OSError, match=r"Permission denied.*go on with: ctrl train --resume"):
-            trained(run)
-    assert set((run / "checkpoint").iterdir()) == states
-    trained(run)
-    assert log(run) == undisturbed
+            trained(interrupted)
+    assert set((interrupted / "checkpoint").iterdir()) == states
+    trained(interrupted)
+    assert log(interrupted) == undisturbed
 
 
 def refused(path):
@@ -232,34 +240,24 @@ def test_weights_that_may_not_be_read_are_not_damaged_ones(ctrl_here, quick_run,
     assert (done.returncode, done.stderr.startswith("ctrl: [Errno 13] Permission denied")) == (2, True)
 
 
-def test_what_was_learned_for_other_settings_is_not_gone_on_with(run, trained, monkeypatch):
-    with monkeypatch.context() as patch:
-        disturbed(patch, interrupted_at(6))
-        with pytest.raises(Interrupted):
-            trained(run)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "rank": 2, "steps": 3, "micro_batch": 4}))
+def test_what_was_learned_for_other_settings_is_not_gone_on_with(interrupted, trained):
+    with_settings(interrupted, rank=2, steps=3, micro_batch=4)
     with pytest.raises(ValueError, match=r"config\.yaml: steps was 2 and is 3; rank was 4 and is 2\. Put it back"):
-        trained(run)
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "micro_batch": 4}))
-    assert trained(run)[-1]["kept"]
+        trained(interrupted)
+    with_settings(interrupted, rank=4, steps=2)
+    assert trained(interrupted)[-1]["kept"]
 
 
-def test_another_precision_begins_with_its_own_scale(run, trained, monkeypatch):
+def test_another_precision_begins_with_its_own_scale(interrupted, monkeypatch):
     """float32 has saved a scale of one, in which float16 would lose small gradients."""
-    with monkeypatch.context() as patch:
-        disturbed(patch, interrupted_at(6))
-        with pytest.raises(Interrupted):
-            trained(run)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "mixed_precision": "fp16"}))
+    with_settings(interrupted, mixed_precision="fp16")
 
     def scale(run, folder, *_):
         assert course.Course.of(run, checkpoint.Checkpoints(folder / "checkpoint")).best.record
         return run.policy.gradient_scale
 
     monkeypatch.setattr(job, "finished", scale)
-    assert resume_job(run) == 2**10
+    assert resume_job(interrupted) == 2**10
 
 
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory"])

@@ -185,16 +185,14 @@ def classifier(
     quiet: Quiet = OTHER,
 ) -> None:
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
-    from .config import ControlSettings, check_code, listed, read_settings
+    from .config import ControlSettings, listed
     from .job import classifier_job
 
-    whole, named = read_settings(config) if config else {}, {"control": control, "condition": condition}
-    check_code({**whole, **named}, named, trust, config)
-    over = {name: value for name, value in {**named, "skip_bad": skip_bad or None}.items() if value is not None}
-    given = listed({**whole, **over})
-    settings = ControlSettings.of({**given["controls"][0], "data": data}, str(config))
+    given = {"control": control, "condition": condition, "data": data, "skip_bad": skip_bad or None}
+    settings = listed(whole(given, config, trust))
+    mine = ControlSettings.of(settings["controls"][0], str(config))
     with phases(quiet) as phase:
-        judges = classifier_job(settings, out, prior, seed, overwrite, phase, whole.get("size"))
+        judges = classifier_job(mine, out, prior, seed, overwrite, phase, settings.get("size"))
     found = judges.quality
     if not quiet:
         typer.echo(

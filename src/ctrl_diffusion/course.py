@@ -103,7 +103,6 @@ class Course:
     Args:
         best: the best control so far.
         checkpoints: where states are saved; None saves none.
-        precision: that the gradient's scale is for.
         done: stages that are over.
         records: of the log.
         idle: probes in turn that were not the best.
@@ -116,7 +115,6 @@ class Course:
 
     best: Best
     checkpoints: Checkpoints | None = None
-    precision: str = "no"
     done: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     idle: int = 0
@@ -129,7 +127,7 @@ class Course:
     @classmethod
     def of(cls, run: Run, checkpoints: Checkpoints) -> "Course":
         """As the newest state has it, or at the beginning; every rank is where rank 0 is."""
-        course = cls(Best(run.policy), checkpoints, run.config.mixed_precision)
+        course = cls(Best(run.policy), checkpoints)
         if found := ranks.from_first(checkpoints.newest):
             tensors, about = found
             best, device = course.best, run.policy.device
@@ -141,7 +139,7 @@ class Course:
             course.within = part_of("within", tensors)
             course.done, course.records, course.idle = about["done"], about["records"], about["idle"]
             course.seconds = about["seconds"]
-            if about["precision"] == run.config.mixed_precision:
+            if about["precision"] == str(run.policy.base.precision):  # another has a scale of its own
                 run.policy.base.gradient_scale = about["gradient_scale"]
         return course
 
@@ -158,7 +156,7 @@ class Course:
         tensors |= {"log_w": best.log_w, "earned": best.earned} if best.snapshot else {}
         about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
         about |= {"first": best.first, "record": best.record}
-        about |= {"precision": self.precision, "gradient_scale": best.policy.gradient_scale}
+        about |= {"precision": str(best.policy.base.precision), "gradient_scale": best.policy.gradient_scale}
         self.latest = tensors, about
         if due:
             self.save()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -43,6 +44,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file, on the CPU; where it cannot be read the OSError says why, as the library's does not."""
     return load(path.read_bytes())
+
+
+@contextmanager
+def undamaged(folder: Path, advice: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Inside, what cannot be read of a folder that was written whole is one line; errors that say more pass.
+
+    Args:
+        folder: that is read.
+        advice: what to do.
+        but: errors that pass, beside that a file may not be read.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        yield
+    except (PermissionError, *but):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. {advice}") from error
 
 
 def rounded(value: Any) -> Any:

@@ -67,21 +67,19 @@ RESULTS = (
     "reliability*.png", "sweep.png", "plane.png",
 )  # fmt: skip
 # the settings go first: with them in its folder a run can be gone on with
-FIXED = {  # what was learned depends on them
-    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "seed", "gamma", "steps", "sigma_end",
-    "time_power", "rank", "lora_alpha", "lora_targets", "learners",
-}  # fmt: skip
 RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, LOG)
 DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
 BIAS_FILES = ("bias.json", "report.html", "bias.png")
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
-# what a run with one control more has of the old one
-KEPT = {
-    "prior", "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps",
-    "sigma_end", "time_power", "mixed_precision", "vae_tiling",
+# the settings of the chain and of what is asked of it
+TARGET = {
+    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps", "sigma_end",
+    "time_power",
 }  # fmt: skip
+KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # what a run with one control more has of the old one
+FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # what was learned depends on them
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .backbone import Backbone, Elsewhere, Frozen, Own, load_classifier
@@ -32,6 +31,7 @@ from .classifier import (
 )
 from .config import ClassifierSettings
 from .data import LabelledImages
+from .files import undamaged
 from .images import joined_x
 from .progress import Advance, Phase, silent
 from .support import Support
@@ -147,7 +147,7 @@ class Judges:
             raise ValueError(
                 f"{folder} holds no classifier. Fit one with: ctrl classifier DATA --control NAME --out DIR"
             )
-        try:
+        with undamaged(folder, "Fit it again.", but=(Elsewhere,)):
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
             report = dict(about["report"])
             judge_accuracy, reader_accuracy = report.pop("judge_accuracy"), report.pop("reader_accuracy")
@@ -160,10 +160,6 @@ class Judges:
                 ClassifierReport(**report), others.get("judge"), judge_accuracy, others.get("reader"), reader_accuracy,
                 about["condition"], tuple(about["condition_values"]), support,
             )  # fmt: skip
-        except (Elsewhere, PermissionError):
-            raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Fit it again.") from error
 
 
 def are_numbers(values: tuple[str, ...]) -> bool:

@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from . import assets, demo, ranks
@@ -25,6 +24,7 @@ from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
 from .control import Labels, LoRAControl, Policy
 from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left
+from .files import undamaged
 from .judges import Judges
 from .pretrained import Prior
 from .progress import Phase, silent
@@ -47,12 +47,8 @@ def attached(folder: Path, prior: Prior) -> LoRAControl:
     Raises:
         ValueError: it is damaged, or of another prior.
     """
-    try:
+    with undamaged(folder, "Train it again."):
         return LoRAControl.load(folder, prior.denoiser)
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. Train it again.") from error
 
 
 def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:

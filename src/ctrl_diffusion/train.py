@@ -103,17 +103,17 @@ def fit(
         number += 1
         told: list[dict[str, float | Tensor]] = []
         for step in steps:
-            accelerator.backward(policy.gradient_scale * step.loss)  # finite or not: other ranks may wait for it
+            accelerator.backward(policy.gradient_scale * step.loss)  # finite or not: to know is to wait
             told.append({"": step.loss.detach(), **step.metrics})  # a learner has no figure without a name
             if step.last:
                 break
         else:
             break  # the stream has ended
-        metrics = Counter()
+        summed: Counter[str] = Counter()
         for part in told:
-            metrics.update({name: float(value) for name, value in part.items()})  # a Counter adds up
-        figures = ranks.sum_figures(metrics)
-        loss, metrics = figures.pop(""), figures
+            summed.update({name: float(value) for name, value in part.items()})  # a Counter adds up
+        metrics = ranks.sum_figures(summed)
+        loss = metrics.pop("")
         ranks.sum_gradients(parameters)
         ranks.reshard(policy)
         for p in parameters if policy.gradient_scale != 1.0 else ():
