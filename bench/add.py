@@ -17,7 +17,7 @@ import yaml
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.data import write_imagefolder
-from ctrl_diffusion.files import write_json
+from ctrl_diffusion.system.files import write_json
 
 OUT = Path(__file__).parent.parent / "docs" / "add.json"
 BOTH = "ink,slant"

@@ -16,8 +16,8 @@ from torch import Tensor
 from ctrl_diffusion import demo
 from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.data import LabelledImages
-from ctrl_diffusion.files import write_json
 from ctrl_diffusion.judges import Judges, fit_judges
+from ctrl_diffusion.system.files import write_json
 
 OPTIONS = {"plain": {}, "balanced": {"balanced": True}, "early_stopping": {"early_stopping": True}}
 RARER = 5

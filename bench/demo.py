@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from ctrl_diffusion.files import write_json
+from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
 # what is written of each demo, and the pictures of seed 0

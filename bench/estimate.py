@@ -18,8 +18,8 @@ from race import keep
 from ctrl_diffusion import demo
 from ctrl_diffusion.data import write_imagefolder
 from ctrl_diffusion.estimate import estimate_job, most_needed
-from ctrl_diffusion.files import rounded
 from ctrl_diffusion.job import train_job
+from ctrl_diffusion.system.files import rounded
 
 PARTS = {"classifiers": ("classifier",), "learners and samples": ("train", "sample"), "total": ("total",)}
 

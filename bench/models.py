@@ -31,13 +31,13 @@ from transformers import CLIPTextModelWithProjection
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
-from ctrl_diffusion.files import rounded, write_json
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.system.files import rounded, write_json
 from ctrl_diffusion.train import fit
 
 ROOT = Path(__file__).parent.parent

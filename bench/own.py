@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from rich import print_json
 
-from ctrl_diffusion.files import write_json
+from ctrl_diffusion.system.files import write_json
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -20,10 +20,10 @@ from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.data import to_pixels
 from ctrl_diffusion.fidelity import frechet_distance, nearest_distance
-from ctrl_diffusion.files import write_json
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
 from ctrl_diffusion.sample import paths, stream
+from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
 

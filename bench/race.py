@@ -48,7 +48,7 @@ def resident(peak: bool = False) -> float:
 
 def keep(name: str, figures: dict[str, Any]) -> None:
     """Put figures into bench/results.json, beside what others wrote there meanwhile."""
-    from ctrl_diffusion.files import write_json  # a peer's environment has no such thing
+    from ctrl_diffusion.system.files import write_json  # a peer's environment has no such thing
 
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     write_json(RESULTS, {**known, name: figures})

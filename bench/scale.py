@@ -17,7 +17,7 @@ import yaml
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.data import save_image, to_pixels
-from ctrl_diffusion.files import write_json
+from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
 

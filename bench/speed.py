@@ -30,7 +30,6 @@ from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy, SideControl
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
-from ctrl_diffusion.files import rounded
 from ctrl_diffusion.learn import Learner
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
@@ -41,6 +40,7 @@ from ctrl_diffusion.reward import Reward, prior_table
 from ctrl_diffusion.rollout import Times
 from ctrl_diffusion.sample import paths
 from ctrl_diffusion.schedule import Cosine
+from ctrl_diffusion.system.files import rounded
 from ctrl_diffusion.train import Update, fit
 
 HERE = Path(__file__).parent

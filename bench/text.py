@@ -21,8 +21,8 @@ import yaml
 from PIL import Image
 from rich import print_json
 
-from ctrl_diffusion.files import write_json
 from ctrl_diffusion.run import Run
+from ctrl_diffusion.system.files import write_json
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -20,12 +20,13 @@ import pytest
 import torch
 import yaml
 
-from ctrl_diffusion import checkpoint, classifier, control, course, job
+from ctrl_diffusion import classifier, control, course, job
 from ctrl_diffusion.config import Config, check_code
-from ctrl_diffusion.folders import LOCK, check_room, locked
 from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
 from ctrl_diffusion.pretrained import Prior
-from ctrl_diffusion.progress import Interrupted, silent
+from ctrl_diffusion.system import checkpoint
+from ctrl_diffusion.system.folders import LOCK, check_room, locked
+from ctrl_diffusion.system.progress import Interrupted, silent
 
 SETTINGS = {
     "classifier": {"updates": 150, "head": "ordinal", "grid": 1, "depth": 1},

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from ctrl_diffusion import assets, demo, ranks
+from ctrl_diffusion import assets, demo
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.config import ClassifierSettings, Config, ControlSettings, suggested
 from ctrl_diffusion.data import LabelledImages, write_imagefolder
@@ -14,6 +14,7 @@ from ctrl_diffusion.judges import Judges, fit_judges
 from ctrl_diffusion.prepare import PAGES, Material, check_batches, conditions_of, dependences, prepare
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.run import Run
+from ctrl_diffusion.system import ranks
 
 
 @pytest.fixture(scope="module")

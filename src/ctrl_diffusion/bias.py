@@ -32,8 +32,8 @@ from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
 from .lattice import Outcome
 from .learn.labelled import Labelled
-from .progress import Phase, silent
 from .sample import stream
+from .system.progress import Phase, silent
 from .testbed import LR, Answers, Task, learn, new_policy
 from .train import fit
 

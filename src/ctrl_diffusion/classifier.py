@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
-from .files import read_tensors, write_json, write_tensors
+from .system.files import read_tensors, write_json, write_tensors
 
 Head = Literal["categorical", "ordinal", "gaussian"]
 # in levels: a value asked for is meant no more exactly. Labels without noise would else make p̂ a needle

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .progress import Interrupted
+from .system.progress import Interrupted
 
 app = typer.Typer(
     add_completion=False,
@@ -382,9 +382,9 @@ def evaluate(
     quiet: Quiet = OTHER,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
-    from .files import rounded, write_json
-    from .folders import check_file
     from .run import Run
+    from .system.files import rounded, write_json
+    from .system.folders import check_file
 
     if out is not None:
         check_file(out)

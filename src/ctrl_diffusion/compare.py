@@ -36,17 +36,17 @@ from .denoise import Denoiser
 from .entrants import ENTRANTS, Cell
 from .evaluate import Judge, Look, score_samples, score_target
 from .fidelity import Yardstick
-from .files import write_json
-from .folders import check_room, clear
 from .guide import Method
 from .guide.steered import Guidance
 from .judges import WITH_RULER, fit_posterior, rounds_of
 from .prepare import encoder_of, only, read_data
-from .progress import Phase, silent, timed
 from .report import write_compare_report
 from .reward import FEW
 from .run import Run, as_set, open_prior
 from .sample import paths, stream
+from .system.files import write_json
+from .system.folders import check_room, clear
+from .system.progress import Phase, silent, timed
 
 COMPARE_FILES = ("compare.json", "cells", "pareto.png", "labels.png", "report.html")
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)

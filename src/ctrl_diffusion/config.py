@@ -7,37 +7,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
-from .files import write_text
 from .sources import HUB
+from .system.files import write_text
+from .system.strict import Strict
 
 OURS = "ctrl_diffusion.rules:"  # rules that ship with the package
 EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
-
-
-class Strict(BaseModel):
-    """Settings in which an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    @classmethod
-    def of(cls, values: Any, source: str = "settings") -> Self:
-        """Checked settings; `source` is what an error calls them.
-
-        Raises:
-            ValueError: one line that names each wrong key.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-            )
-            raise ValueError(f"{source}: {wrong}. A fresh run's config.yaml shows every key.") from error
 
 
 class ClassifierSettings(Strict):

@@ -22,8 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .denoise import Denoiser, NetworkDenoiser
-from .files import read_tensors, write_json, write_tensors
 from .scale import is_number, places
+from .system.files import read_tensors, write_json, write_tensors
 
 NULL = -1
 Labels = dict[str, Tensor]

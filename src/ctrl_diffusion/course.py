@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ranks
-from .checkpoint import Checkpoints, in_turn, numbered, part_of
 from .config import Config, LearnerSettings
 from .control import Policy
-from .files import rounded, write_text
 from .learn import Learner
 from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
 from .learn.ppo import PPO
 from .learn.weighted import RENOISING, Weighted
-from .progress import Phase, silent
 from .reward import prior_table
 from .run import Run
 from .sample import stream
-from .tracking import Tracking
+from .system import ranks
+from .system.checkpoint import Checkpoints, in_turn, numbered, part_of
+from .system.files import rounded, write_text
+from .system.progress import Phase, silent
+from .system.tracking import Tracking
 from .train import fit
 
 CHECKPOINT, LOG = "checkpoint", "progress.jsonl"  # in a run's folder

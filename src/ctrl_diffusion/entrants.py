@@ -14,7 +14,6 @@ from .classifier import AUGMENTATIONS, Classifier
 from .control import NULL, Policy
 from .data import LabelledImages
 from .denoise import Denoiser
-from .folders import clear
 from .guide import Method
 from .guide.classifier_guidance import ClassifierGuidance
 from .guide.free_guidance import FreeGuidance
@@ -25,10 +24,11 @@ from .guide.selection import BestOf, Importance, Rejection
 from .judges import BATCH, DEEP, epochs_of
 from .learn.labelled import Labelled
 from .prepare import encoder_of
-from .progress import Phase, silent, timed
 from .reward import prior_table
 from .run import Run, as_set, open_prior
 from .sample import stream
+from .system.folders import clear
+from .system.progress import Phase, silent, timed
 from .train import fit
 
 PARTICLES = 8  # for each sample

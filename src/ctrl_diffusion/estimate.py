@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from . import ranks
-from .checkpoint import Checkpoints
 from .config import Config
 from .course import PROBE_PATHS, Best, Course, between_probes, stages_of, train
 from .data import RAREST, LabelledImages
@@ -21,9 +19,11 @@ from .job import STRENGTHS, step_counts
 from .judges import BATCH, Judges, fit_judges
 from .learn.weighted import RENOISING
 from .prepare import Job, Material, encoder_of, prepare
-from .progress import Phase, silent
 from .run import Run
 from .sample import at_once, paths, stream
+from .system import ranks
+from .system.checkpoint import Checkpoints
+from .system.progress import Phase, silent
 
 MANY = 2000  # labelled images
 # of what is trained: itself, gradient, average, two moments; three controls that are kept; the four of a saved state

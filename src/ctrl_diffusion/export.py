@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader
 
 from . import assets, controlled
 from .config import EMBEDDED
-from .files import read_tensors, write_json, write_tensors, write_text
-from .folders import check_room, clear
 from .pretrained import located
 from .run import Run
+from .system.files import read_tensors, write_json, write_tensors, write_text
+from .system.folders import check_room, clear
 
 INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
 HERE = Path(__file__).parent

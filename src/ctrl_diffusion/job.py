@@ -16,7 +16,7 @@ import torch
 from sklearn.metrics import r2_score
 from torch import Tensor
 
-from . import demo, ranks
+from . import demo
 from .bias import biases
 from .config import (
     Config,
@@ -29,8 +29,6 @@ from .control import NULL
 from .course import CHECKPOINT, LOG, train_in
 from .data import LabelledImages, write_imagefolder
 from .evaluate import Evaluation, Score
-from .files import write_json, write_text, writing
-from .folders import check_room, check_writable, clear, clear_unfinished, locked
 from .judges import Judges, fit_judges
 from .prepare import (
     PAGES,
@@ -44,7 +42,6 @@ from .prepare import (
     material,
     prepare,
 )
-from .progress import Interrupted, Phase, silent, timed
 from .report import (
     Shown,
     save_figure,
@@ -56,8 +53,12 @@ from .report import (
 )
 from .run import Run, as_set, home, open_prior
 from .scale import number_at
+from .system import ranks
+from .system.files import write_json, write_text, writing
+from .system.folders import check_room, check_writable, clear, clear_unfinished, locked
+from .system.progress import Interrupted, Phase, silent, timed
+from .system.tracking import TRACKED, Tracking, check_trackers
 from .testbed import Picture, races
-from .tracking import TRACKED, Tracking, check_trackers
 
 BEGUN = "run.json"  # beside the states, until the run is finished
 # what each job writes; the last tells its folder from anybody else's

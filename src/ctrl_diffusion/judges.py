@@ -31,10 +31,10 @@ from .classifier import (
 )
 from .config import ClassifierSettings
 from .data import LabelledImages
-from .files import undamaged
 from .images import joined_x
-from .progress import Advance, Phase, silent
 from .support import Support
+from .system.files import undamaged
+from .system.progress import Advance, Phase, silent
 
 Choice = dict[str, Any]  # options of `fit_classifier` and of the network it fits
 DEEP, BATCH = 4, 32

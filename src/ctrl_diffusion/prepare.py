@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import demo, ranks
+from . import demo
 from .conditions import Conditions
 from .config import Config, ControlSettings, listed, merged, suggested, with_paths
 from .data import LabelledImages
 from .independence import dependence
 from .judges import Judges
 from .pretrained import Prior
-from .progress import Phase, silent
 from .reading import in_order, read_images
 from .run import as_set, home, open_prior
 from .sources import open_table
-from .tracking import check_trackers
+from .system import ranks
+from .system.progress import Phase, silent
+from .system.tracking import check_trackers
 
 PAGES = ("reliability.png", "confusion.png", "report.html")  # about a classifier
 MOST_CONDITIONS = 20

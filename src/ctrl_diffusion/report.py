@@ -23,11 +23,11 @@ from .bias import FLOOR, LEARNER, PLUG_IN
 from .control import NULL
 from .data import LabelledImages, to_pixels
 from .evaluate import Evaluation, Score
-from .files import write_text, writing
 from .judges import Judges
 from .learn.weighted import RENOISING
 from .run import Run
 from .sample import stream
+from .system.files import write_text, writing
 from .testbed import GROWING, Picture
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"

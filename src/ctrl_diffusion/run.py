@@ -18,21 +18,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import assets, demo, ranks
+from . import assets, demo
 from .certificate import certify, gamma_within
 from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
 from .control import Labels, LoRAControl, Policy
 from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left
-from .files import undamaged
 from .judges import Judges
 from .pretrained import Prior
-from .progress import Phase, silent
 from .reward import FEW, Among, Reward, prior_table
 from .rollout import Times
 from .sample import exact_samples, paths, stream
 from .scale import places
 from .support import BEYOND
+from .system import ranks
+from .system.files import undamaged
+from .system.progress import Phase, silent
 
 
 def home(folder: Path, what: str, name: str) -> Path:

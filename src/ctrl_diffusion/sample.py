@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ranks
 from .conditions import parts, rows_of
 from .control import Labels
 from .denoise import Denoiser
-from .progress import Phase, silent
 from .reward import Reward
 from .rollout import EVERY, Times, normal, rollout
+from .system import ranks
+from .system.progress import Phase, silent
 
 Progress = Callable[[int], None]
 POOL, SMALLEST_POOL = 16, 1000

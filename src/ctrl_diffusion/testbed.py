@@ -27,11 +27,11 @@ from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
 from .learn.ppo import PPO
 from .learn.weighted import Weighted
-from .progress import Phase, silent
 from .reward import Reward, prior_table
 from .rollout import rollout
 from .sample import paths, stream
 from .schedule import Cosine, RectifiedFlow, Schedule
+from .system.progress import Phase, silent
 from .train import fit
 
 RADIUS, SIGMA_END = 1.33, 0.1

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ranks
 from ..conditions import Conditions, parts, rows_of
 from ..control import Labels, Policy
 from ..rollout import EVERY, Times, Trajectory, normal, rollout
 from ..schedule import Schedule, per_sample
+from ..system import ranks
 from ..transition import Gaussian, transition
 
 

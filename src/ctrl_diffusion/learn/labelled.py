@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ranks
 from ..conditions import Conditions, parts, rows_of
 from ..control import NULL, Labels, Policy
 from ..reward import Reward
 from ..rollout import Times
 from ..schedule import per_sample
+from ..system import ranks
 from ..transition import half_square
 from . import Step, renoised
 

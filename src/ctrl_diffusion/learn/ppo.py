@@ -22,11 +22,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from .. import ranks
 from ..conditions import Conditions, parts
 from ..control import Policy
 from ..reward import Reward
 from ..rollout import Trajectory
+from ..system import ranks
 from ..transition import half_square
 from . import Carried, OnPolicy, Step, joined, revisit, visits
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ranks
 from ..conditions import Conditions, parts, rows_of
 from ..control import Policy
 from ..reward import Reward, prior_table
 from ..rollout import Times
 from ..schedule import per_sample
+from ..system import ranks
 from ..transition import half_square
 from . import Carried, Step, renoised
 

@@ -18,7 +18,6 @@ from pipelines import saved
 from safetensors.torch import load_file
 from test_resume import SETTINGS, contents
 
-from ctrl_diffusion import ranks
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
 from ctrl_diffusion.learn.adjoint import Adjoint
@@ -29,6 +28,7 @@ from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward
 from ctrl_diffusion.sample import paths
+from ctrl_diffusion.system import ranks
 from ctrl_diffusion.testbed import Task, new_policy
 from ctrl_diffusion.train import fit
 
@@ -384,7 +384,7 @@ def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, t
 def test_a_training_loop_that_comes_first_is_shared_all_the_same():
     """Where nothing has asked for the ranks before `fit` makes accelerate's own object."""
     code = (
-        "from ctrl_diffusion import ranks\nfrom ctrl_diffusion.testbed import Task, new_policy\n"
+        "from ctrl_diffusion.system import ranks\nfrom ctrl_diffusion.testbed import Task, new_policy\n"
         "from ctrl_diffusion.train import fit\n"
         "list(fit(new_policy(Task('vp', 'logistic', steps=4)), iter([]), 1, {'embedding': 1.0, 'adapter': 1.0}))\n"
         "print(ranks.count())"

@@ -6,8 +6,8 @@ import pytest
 from accelerate.tracking import TensorBoardTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ctrl_diffusion import tracking
-from ctrl_diffusion.tracking import TRACKED, Tracking, check_trackers
+from ctrl_diffusion.system import tracking
+from ctrl_diffusion.system.tracking import TRACKED, Tracking, check_trackers
 
 RECORDS = [
     {"stage": "weighted", "update": 0, "J": -3.0},

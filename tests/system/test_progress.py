@@ -1,6 +1,6 @@
 import pytest
 
-from ctrl_diffusion.progress import patient
+from ctrl_diffusion.system.progress import patient
 
 
 @pytest.mark.parametrize(("seconds", "opened"), [(1e9, []), (-1.0, [("reading", 5), 2, 1])])

@@ -1,0 +1,1 @@
+"""Whole files, locked folders, checkpoints, progress, processes and trackers: what the machine gives."""
