@@ -9,11 +9,11 @@ import sys
 import torch
 
 from ctrl_diffusion import Run
+from ctrl_diffusion.chain.noise import stream
+from ctrl_diffusion.chain.rollout import rollout
+from ctrl_diffusion.chain.transition import half_square, step_std, transition
 from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.learn.adjoint import adjoints_of, reward_gradient
-from ctrl_diffusion.rollout import rollout
-from ctrl_diffusion.sample import stream
-from ctrl_diffusion.transition import half_square, step_std, transition
 
 
 def main() -> None:

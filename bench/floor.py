@@ -16,10 +16,10 @@ from scipy.stats import norm
 
 from ctrl_diffusion import assets
 from ctrl_diffusion.assets.build_digits import digits
+from ctrl_diffusion.chain.schedule import Schedule
+from ctrl_diffusion.chain.transition import step_std
 from ctrl_diffusion.demo import ink
 from ctrl_diffusion.pretrained import Prior
-from ctrl_diffusion.schedule import Schedule
-from ctrl_diffusion.transition import step_std
 
 Array = NDArray[np.float64]
 NOISE, WEIGHTS = hermegauss(31)

@@ -15,6 +15,8 @@ from rich import print_json
 
 from ctrl_diffusion import assets, demo
 from ctrl_diffusion.assets.build_digits import digits, split
+from ctrl_diffusion.chain.noise import stream
+from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.classifier import Classifier, fit_classifier
 from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.config import Config
@@ -22,7 +24,6 @@ from ctrl_diffusion.data import to_pixels
 from ctrl_diffusion.fidelity import frechet_distance, nearest_distance
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
-from ctrl_diffusion.sample import paths, stream
 from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"

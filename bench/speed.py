@@ -27,6 +27,9 @@ from models import pipeline
 from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, Command, Contender, keep, raced, serve
 
 from ctrl_diffusion.certificate import certify
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.rollout import Times
+from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy, SideControl
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
@@ -37,9 +40,6 @@ from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward, prior_table
-from ctrl_diffusion.rollout import Times
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine
 from ctrl_diffusion.system.files import rounded
 from ctrl_diffusion.train import Update, fit
 

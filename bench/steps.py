@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ctrl_diffusion.chain.noise import stream
+from ctrl_diffusion.chain.rollout import rollout
+from ctrl_diffusion.chain.transition import half_square, transition
 from ctrl_diffusion.learn.adjoint import adjoints_of, reward_gradient
-from ctrl_diffusion.rollout import rollout
 from ctrl_diffusion.run import Run
-from ctrl_diffusion.sample import stream
-from ctrl_diffusion.transition import half_square, transition
 
 
 def main() -> None:

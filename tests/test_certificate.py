@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ctrl_diffusion.certificate import certify, gamma_within, log_z, tilt_kl
+from ctrl_diffusion.chain.denoise import Denoiser
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.chain.transition import step_std, transition
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Labels
-from ctrl_diffusion.denoise import Denoiser
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.transition import step_std, transition
 
 N = 4000
 

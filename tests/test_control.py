@@ -3,11 +3,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from ctrl_diffusion import assets
+from ctrl_diffusion.chain.denoise import as_denoiser
+from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control import NULL, LoRAControl, Policy, SideControl
-from ctrl_diffusion.denoise import as_denoiser
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.pretrained import Prior
-from ctrl_diffusion.schedule import Cosine
 
 B = 6
 VALUES = ("1", "2", "3", "4")

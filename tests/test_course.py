@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.course import Best
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.schedule import Cosine
 
 
 def test_a_control_whose_j_is_no_number_is_not_kept():

@@ -7,6 +7,7 @@ import torch
 from elsewhere import DEVICE, There, open_device
 from pipelines import saved
 
+from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
@@ -28,7 +29,6 @@ from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward, prior_table
 from ctrl_diffusion.run import Run
-from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
 
 LEARNERS = {

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic, posterior
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 
 DOUBLE = torch.float64
 MEANS = torch.tensor([[-1.0, 0.2], [0.8, 0.5], [0.1, -0.9]], dtype=DOUBLE)

@@ -14,6 +14,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from pipelines import BUILDERS, saved
 
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import NULL, LoRAControl, Policy
 from ctrl_diffusion.data import LabelledImages, write_imagefolder
@@ -24,9 +26,7 @@ from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import PRECISIONS, Prior
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.rollout import rollout
 from ctrl_diffusion.run import Run
-from ctrl_diffusion.sample import paths
 from ctrl_diffusion.train import fit
 
 PROMPTS = ["a seven", "two"]

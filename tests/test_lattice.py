@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.chain.transition import Gaussian
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture, LinearGaussian, posterior
 from ctrl_diffusion.lattice import Lattice, LatticeChain, Tabulated
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.transition import Gaussian
 
 DOUBLE = torch.float64
 RADIUS, SPREAD = 1.33, 0.4

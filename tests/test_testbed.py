@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from ctrl_diffusion.certificate import log_mean_exp
+from ctrl_diffusion.chain.paths import exact_samples
+from ctrl_diffusion.chain.rollout import rollout
+from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.control import NULL
 from ctrl_diffusion.lattice import Tabulated
 from ctrl_diffusion.reward import prior_table
-from ctrl_diffusion.rollout import rollout
-from ctrl_diffusion.sample import exact_samples
 from ctrl_diffusion.testbed import (
     LEARNERS,
     SCHEDULES,
@@ -22,7 +23,6 @@ from ctrl_diffusion.testbed import (
     programme,
     race,
 )
-from ctrl_diffusion.transition import transition
 
 # the same law on both, of which one is learned on by default: training takes the time
 FLOW_FIRST = ["flow", pytest.param("vp", marks=pytest.mark.slow)]

@@ -3,10 +3,10 @@ from itertools import islice
 import pytest
 import torch
 
+from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn import Step
-from ctrl_diffusion.schedule import Cosine
 from ctrl_diffusion.train import fit
 
 LR = {"embedding": 1e-2, "adapter": 1e-2}

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chain.denoise import Denoiser
+from .chain.noise import stream
 from .control import Policy
-from .denoise import Denoiser
 from .exact import LinearGaussian
 from .guide import Cost, Method
 from .guide.classifier_guidance import ClassifierGuidance
@@ -32,7 +33,6 @@ from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
 from .lattice import Outcome
 from .learn.labelled import Labelled
-from .sample import stream
 from .system.progress import Phase, silent
 from .testbed import LR, Answers, Task, learn, new_policy
 from .train import fit

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .chain.schedule import bisect
 from .conditions import Conditions
-from .schedule import bisect
 
 
 @dataclass

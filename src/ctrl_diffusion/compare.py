@@ -28,11 +28,13 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .certificate import certify
+from .chain.denoise import Denoiser
+from .chain.noise import stream
+from .chain.paths import paths
 from .config import ControlSettings, check_code
 from .control import Labels
 from .course import train
 from .data import LabelledImages
-from .denoise import Denoiser
 from .entrants import ENTRANTS, Cell
 from .evaluate import Judge, Look, score_samples, score_target
 from .fidelity import Yardstick
@@ -43,7 +45,6 @@ from .prepare import encoder_of, only, read_data
 from .report import write_compare_report
 from .reward import FEW
 from .run import Run, as_set, open_prior
-from .sample import paths, stream
 from .system.files import write_json
 from .system.folders import check_room, clear
 from .system.progress import Phase, silent, timed

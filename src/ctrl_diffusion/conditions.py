@@ -7,17 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .chain.rows import rows_of
 from .control import NULL, Labels
-
-
-def parts(n: int, most: int | None) -> list[slice]:
-    """Rows 0 … n − 1 in slices of `most`; None for all at once."""
-    return [slice(start, min(start + (most or n), n)) for start in range(0, n, most or n)]
-
-
-def rows_of(values: dict[str, Tensor], rows: slice | Tensor) -> dict[str, Tensor]:
-    """Some rows of each."""
-    return {name: value[rows] for name, value in values.items()}
 
 
 @dataclass

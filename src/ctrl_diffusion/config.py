@@ -229,7 +229,7 @@ class Config(Strict):
     patience: int | None = Field(None, ge=1)
     max_skipped: int = Field(5, ge=0)
     checkpoint: int = Field(50, ge=1)
-    track: list[str] = []
+    track: list[str] = Field(default_factory=list)
     weighted: WeightedSettings = WeightedSettings()
     adjoint: AdjointSettings = AdjointSettings()
     backprop: BackpropSettings = BackpropSettings()

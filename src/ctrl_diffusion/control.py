@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .denoise import Denoiser, NetworkDenoiser
+from .chain.denoise import Denoiser, NetworkDenoiser
 from .scale import is_number, places
 from .system.files import read_tensors, write_json, write_tensors
 

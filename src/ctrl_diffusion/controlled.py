@@ -17,9 +17,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import numpy_to_pil
 from torch import Tensor
 
+from .chain.noise import normal
+from .chain.rollout import rollout
 from .control import LoRAControl, Policy
 from .pretrained import FAMILIES, PARTS_ALONE, Prior, quiet
-from .rollout import normal, rollout
 
 CONTROLS = "controls"  # the folder they are in
 PARTS = (

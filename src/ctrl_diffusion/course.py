@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chain.noise import stream
 from .config import Config, LearnerSettings
 from .control import Policy
 from .learn import Learner
@@ -22,7 +23,6 @@ from .learn.ppo import PPO
 from .learn.weighted import RENOISING, Weighted
 from .reward import prior_table
 from .run import Run
-from .sample import stream
 from .system import ranks
 from .system.checkpoint import Checkpoints, in_turn, numbered, part_of
 from .system.files import rounded, write_text

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chain.denoise import Denoiser
+from .chain.noise import stream
 from .classifier import AUGMENTATIONS, Classifier
 from .control import NULL, Policy
 from .data import LabelledImages
-from .denoise import Denoiser
 from .guide import Method
 from .guide.classifier_guidance import ClassifierGuidance
 from .guide.free_guidance import FreeGuidance
@@ -26,7 +27,6 @@ from .learn.labelled import Labelled
 from .prepare import encoder_of
 from .reward import prior_table
 from .run import Run, as_set, open_prior
-from .sample import stream
 from .system.folders import clear
 from .system.progress import Phase, silent, timed
 from .train import fit

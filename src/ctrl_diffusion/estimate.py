@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .chain.noise import stream
+from .chain.paths import at_once, paths
 from .config import Config
 from .course import PROBE_PATHS, Best, Course, between_probes, stages_of, train
 from .data import RAREST, LabelledImages
@@ -20,7 +22,6 @@ from .judges import BATCH, Judges, fit_judges
 from .learn.weighted import RENOISING
 from .prepare import Job, Material, encoder_of, prepare
 from .run import Run
-from .sample import at_once, paths, stream
 from .system import ranks
 from .system.checkpoint import Checkpoints
 from .system.progress import Phase, silent

@@ -16,8 +16,9 @@ from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor
 
 from .certificate import Certificate
+from .chain.rows import parts, rows_of
 from .classifier import Classifier, Scorer
-from .conditions import Conditions, parts, rows_of
+from .conditions import Conditions
 from .control import Labels
 from .reward import FEW
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .chain.transition import half_square, transition
 from .config import Config, suggested
 from .control import LoRAControl, Policy
 from .learn.weighted import RENOISING
 from .pretrained import Prior
-from .transition import half_square, transition
 
 MEGABYTE = 1e6
 

@@ -20,13 +20,13 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from .bias import FLOOR, LEARNER, PLUG_IN
+from .chain.noise import stream
 from .control import NULL
 from .data import LabelledImages, to_pixels
 from .evaluate import Evaluation, Score
 from .judges import Judges
 from .learn.weighted import RENOISING
 from .run import Run
-from .sample import stream
 from .system.files import write_text, writing
 from .testbed import GROWING, Picture
 

@@ -6,7 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .conditions import Conditions, parts, rows_of
+from .chain.rows import parts, rows_of
+from .conditions import Conditions
 from .control import NULL, Labels
 
 FEW = 16  # images decoded at once

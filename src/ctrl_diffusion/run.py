@@ -20,6 +20,9 @@ from torch import Tensor
 
 from . import assets, demo
 from .certificate import certify, gamma_within
+from .chain.noise import stream
+from .chain.paths import exact_samples, paths
+from .chain.rollout import Times
 from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
 from .control import Labels, LoRAControl, Policy
@@ -27,8 +30,6 @@ from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samp
 from .judges import Judges
 from .pretrained import Prior
 from .reward import FEW, Among, Reward, prior_table
-from .rollout import Times
-from .sample import exact_samples, paths, stream
 from .scale import places
 from .support import BEYOND
 from .system import ranks

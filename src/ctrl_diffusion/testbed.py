@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from .certificate import Certificate, certify
+from .chain.denoise import Denoiser
+from .chain.noise import stream
+from .chain.paths import paths
+from .chain.rollout import rollout
+from .chain.schedule import Cosine, RectifiedFlow, Schedule
 from .conditions import Conditions
 from .control import Labels, Policy, SideControl
-from .denoise import Denoiser
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
 from .lattice import SPACING, LatticeChain, Outcome
 from .learn import Learner
@@ -28,9 +32,6 @@ from .learn.backprop import Backprop
 from .learn.ppo import PPO
 from .learn.weighted import Weighted
 from .reward import Reward, prior_table
-from .rollout import rollout
-from .sample import paths, stream
-from .schedule import Cosine, RectifiedFlow, Schedule
 from .system.progress import Phase, silent
 from .train import fit
 

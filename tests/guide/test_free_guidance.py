@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.testbed import LR, Doubled
 from ctrl_diffusion.train import fit
 

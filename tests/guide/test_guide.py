@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
+from ctrl_diffusion.chain.denoise import as_denoiser
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control import NULL, Policy, SideControl
-from ctrl_diffusion.denoise import as_denoiser
 from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
@@ -14,8 +16,6 @@ from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.reconstruction import DPS, MPGD
 from ctrl_diffusion.guide.selection import BestOf, Importance, Rejection
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 
 STEPS, K, B = 5, 4, 6
 

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.exact import GaussianMixture, LinearGaussian
 from ctrl_diffusion.guide.reconstruction import DPS, MPGD
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.transition import transition
 
 DOUBLE = torch.float64
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.selection import BestOf, Rejection
 from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine
 
 DOUBLE = torch.float64
 

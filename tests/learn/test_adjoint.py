@@ -3,14 +3,14 @@ import weakref
 import pytest
 import torch
 
+from ctrl_diffusion.chain.denoise import as_denoiser
+from ctrl_diffusion.chain.rollout import rollout
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.denoise import as_denoiser
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn import adjoint, clip_rows
 from ctrl_diffusion.learn.adjoint import adjoints_of
-from ctrl_diffusion.rollout import rollout
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.transition import transition
 
 WEIGHT = 0.4 * torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PRIORS = {

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from ctrl_diffusion.chain.denoise import Denoiser
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.chain.transition import step_std, transition
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.denoise import Denoiser
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.transition import step_std, transition
 
 
 def toy(schedule=None):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ctrl_diffusion.certificate import certify
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
@@ -12,8 +14,6 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.reward import Reward, prior_table
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.train import fit
 
 LR = {"embedding": 1e-2, "adapter": 3e-3}

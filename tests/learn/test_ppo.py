@@ -2,18 +2,18 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from ctrl_diffusion.chain.denoise import Denoiser
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.rollout import rollout
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.classifier import Estimator
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import Policy, SideControl
-from ctrl_diffusion.denoise import Denoiser
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO, Baseline, rewards_to_go, surrogate
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.rollout import rollout
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.train import fit
 
 

@@ -18,6 +18,7 @@ from pipelines import saved
 from safetensors.torch import load_file
 from test_resume import SETTINGS, contents
 
+from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
 from ctrl_diffusion.learn.adjoint import Adjoint
@@ -27,7 +28,6 @@ from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.reward import Reward
-from ctrl_diffusion.sample import paths
 from ctrl_diffusion.system import ranks
 from ctrl_diffusion.testbed import Task, new_policy
 from ctrl_diffusion.train import fit

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditions import parts, rows_of
+from ..chain.denoise import Denoiser
+from ..chain.paths import at_once, paths
+from ..chain.rollout import Times
+from ..chain.rows import parts, rows_of
 from ..control import Labels
-from ..denoise import Denoiser
 from ..reward import Reward
-from ..rollout import Times
-from ..sample import at_once, paths
 
 Cond = dict[str, Tensor]
 Earned = Callable[..., Tensor]  # (x (B, *), labels, cond, …) → reward in nats (B,)

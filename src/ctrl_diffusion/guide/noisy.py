@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chain.noise import normal
+from ..chain.rollout import Times
+from ..chain.schedule import Schedule, per_sample
 from ..classifier import Scorer, calibrate, fit_classifier
-from ..rollout import Times, normal
-from ..schedule import Schedule, per_sample
 
 VIEWS = 8  # noisy copies of each held-out example
 WIDTH = 64  # of the network for x that are no images

@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..conditions import parts
-from ..rollout import Times, normal, read_out
-from ..sample import at_once
-from ..transition import half_square, step
+from ..chain.noise import normal
+from ..chain.paths import at_once
+from ..chain.rollout import Times, read_out
+from ..chain.rows import parts
+from ..chain.transition import half_square, step
 from . import Asked
 from .reconstruction import looked_ahead
 from .selection import Population, systematic

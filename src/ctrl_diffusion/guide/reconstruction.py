@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..schedule import per_sample
+from ..chain.schedule import per_sample
 from . import Asked
 from .steered import Guidance, gradient, of_score
 

@@ -10,8 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..rollout import Times
-from ..sample import alike
+from ..chain.rollout import Times
+from ..chain.rows import alike
 from . import Asked, Method
 
 

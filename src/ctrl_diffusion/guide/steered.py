@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..chain.denoise import SMALLEST_ALPHA, Denoiser
+from ..chain.paths import paths
+from ..chain.rollout import Times
+from ..chain.schedule import Schedule, per_sample
 from ..control import Labels
-from ..denoise import SMALLEST_ALPHA, Denoiser
 from ..reward import Reward
-from ..rollout import Times
-from ..sample import paths
-from ..schedule import Schedule, per_sample
 from . import Asked, Earned, Method
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions, parts, rows_of
+from ..chain.noise import EVERY, normal
+from ..chain.rollout import Times, Trajectory, rollout
+from ..chain.rows import parts, rows_of
+from ..chain.schedule import Schedule, per_sample
+from ..chain.transition import Gaussian, transition
+from ..conditions import Conditions
 from ..control import Labels, Policy
-from ..rollout import EVERY, Times, Trajectory, normal, rollout
-from ..schedule import Schedule, per_sample
 from ..system import ranks
-from ..transition import Gaussian, transition
 
 
 @dataclass

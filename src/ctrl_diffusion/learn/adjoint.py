@@ -25,11 +25,12 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions, parts
+from ..chain.rollout import Trajectory, read_out
+from ..chain.rows import parts
+from ..chain.transition import half_square, transition
+from ..conditions import Conditions
 from ..control import Labels, Policy
 from ..reward import Reward
-from ..rollout import Trajectory, read_out
-from ..transition import half_square, transition
 from . import Carried, OnPolicy, Step, check_gradient, clip_rows, joined, pulled_back, revisit, visits
 
 

@@ -15,10 +15,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..chain.transition import step_std
 from ..conditions import Conditions
 from ..control import Policy
 from ..reward import Reward
-from ..transition import step_std
 from . import Carried, OnPolicy, Step, check_gradient, clip_rows
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions, parts, rows_of
+from ..chain.rollout import Times
+from ..chain.rows import parts, rows_of
+from ..chain.schedule import per_sample
+from ..chain.transition import half_square
+from ..conditions import Conditions
 from ..control import NULL, Labels, Policy
 from ..reward import Reward
-from ..rollout import Times
-from ..schedule import per_sample
 from ..system import ranks
-from ..transition import half_square
 from . import Step, renoised
 
 

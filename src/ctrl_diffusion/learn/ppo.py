@@ -22,12 +22,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..conditions import Conditions, parts
+from ..chain.rollout import Trajectory
+from ..chain.rows import parts
+from ..chain.transition import half_square
+from ..conditions import Conditions
 from ..control import Policy
 from ..reward import Reward
-from ..rollout import Trajectory
 from ..system import ranks
-from ..transition import half_square
 from . import Carried, OnPolicy, Step, joined, revisit, visits
 
 

@@ -18,8 +18,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..denoise import ControlSite, Network, NetworkDenoiser, Prediction
-from ..schedule import RectifiedFlow, VariancePreserving
+from ..chain.denoise import ControlSite, Network, NetworkDenoiser, Prediction
+from ..chain.schedule import RectifiedFlow, VariancePreserving
 from .latents import Codec
 from .text import Prompted, TextFamily
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..denoise import ControlSite
+from ..chain.denoise import ControlSite
 from . import Family, fixed
 from .latents import Codec, factor_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..denoise import ControlSite
+from ..chain.denoise import ControlSite
 from . import Family, default_guidance, sized
 from .latents import Codec
 from .text import Rows, TextFamily, place_of

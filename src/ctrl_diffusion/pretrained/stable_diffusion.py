@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoise import ControlSite
+from ..chain.denoise import ControlSite
 from . import Family, default_guidance, sized
 from .latents import Codec
 from .text import Rows, TextFamily, place_of

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..denoise import ControlSite
+from ..chain.denoise import ControlSite
 from . import Family, fixed
 
 # linear layers and convolutions of residual and attention blocks, by the endings of their names

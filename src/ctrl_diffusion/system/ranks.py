@@ -25,7 +25,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
 from torch import Tensor, nn
 
-from ..denoise import NetworkDenoiser
+from ..chain.denoise import NetworkDenoiser
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # while rank 0 fits or writes; a process that dies is noticed at once

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
+from ctrl_diffusion.chain.paths import POOL, exact_samples, paths
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.sample import POOL, exact_samples, paths
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.testbed import energy_test
 
 

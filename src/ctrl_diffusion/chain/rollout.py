@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .denoise import Denoiser
+from .noise import normal
 from .transition import Gaussian, half_square, transition
 
 Times = tuple[float, ...]
-EVERY = slice(None)
 PriorStep = Callable[[Tensor], Gaussian]  # of x_t
 # x_t, z, the prior's mean → x_s and the whitened control
 OwnStep = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -53,18 +53,6 @@ class Trajectory:
         found = {name: None if each[0] is None else torch.cat(each, dim=1) for name, each in rows.items()}
         read = [part.x_0 for part in parts if part.x_0 is not None]
         return cls(parts[0].times, x_0=torch.cat(read) if read else None, **found)
-
-
-def normal(
-    shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None, rows: slice = EVERY
-) -> Tensor:
-    """Standard normal noise where `like` is, drawn where the generator is: a seed means the same on every device.
-
-    Some rows of it are what they are among all.
-    """
-    dtype = like.dtype if isinstance(like, Tensor) else None
-    source = generator.device if generator else "cpu"
-    return torch.randn(*shape, generator=generator, dtype=dtype, device=source)[rows].to(like.device)
 
 
 def read_out(denoiser: Denoiser, x_end: Tensor, t_end: float, **cond: Tensor) -> Tensor:

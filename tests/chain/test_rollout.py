@@ -1,11 +1,11 @@
 import torch
 
+from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.rollout import rollout
+from ctrl_diffusion.chain.schedule import Cosine
+from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.control import Policy, SideControl
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.rollout import rollout
-from ctrl_diffusion.sample import paths
-from ctrl_diffusion.schedule import Cosine
-from ctrl_diffusion.transition import transition
 
 
 def toy():

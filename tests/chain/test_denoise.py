@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ctrl_diffusion.denoise import as_denoiser
-from ctrl_diffusion.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.chain.denoise import as_denoiser
+from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 
 CASES = [("epsilon", Cosine()), ("sample", Cosine()), ("v_prediction", Cosine())]
 CASES += [("flow", RectifiedFlow()), ("epsilon", RectifiedFlow())]

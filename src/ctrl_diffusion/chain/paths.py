@@ -1,42 +1,29 @@
-"""Sampling with labels, a strength, any number of steps and a seed."""
+"""Simulate many paths in batches that fit into memory, on all ranks."""
 
 import math
 import warnings
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .conditions import parts, rows_of
-from .control import Labels
+from ..control import Labels
+from ..reward import Reward
+from ..system import ranks
+from ..system.progress import Phase, silent
 from .denoise import Denoiser
-from .reward import Reward
-from .rollout import EVERY, Times, normal, rollout
-from .system import ranks
-from .system.progress import Phase, silent
+from .noise import EVERY, normal
+from .rollout import Times, rollout
+from .rows import alike, parts, rows_of
 
 Progress = Callable[[int], None]
 POOL, SMALLEST_POOL = 16, 1000
 WARNED_SHARE, REFUSED_SHARE = 0.05, 0.005
 
 
-def stream(seed: int, purpose: str) -> torch.Generator:
-    """An independent random stream for each purpose."""
-    state = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
-
-
 def at_once(denoiser: Denoiser) -> int:
     """Paths that go through a denoiser together: 256, or fewer of many dimensions."""
     return min(256, max(8, 2**18 // math.prod(denoiser.shape)))
-
-
-def alike(labels: Labels, cond: dict[str, Tensor]) -> list[Tensor]:
-    """Which of n rows ask for the same (c, y): the rows of each."""
-    columns = [row.reshape(len(row), -1) for row in (*labels.values(), *cond.values())]
-    _, pair = torch.cat(columns, dim=1).unique(dim=0, return_inverse=True)
-    return [(pair == p).nonzero().squeeze(1) for p in range(int(pair.max()) + 1)]
 
 
 @torch.no_grad()
