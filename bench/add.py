@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.data import write_imagefolder
+from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.system.files import write_json
 
 OUT = Path(__file__).parent.parent / "docs" / "add.json"

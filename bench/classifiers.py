@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.config import ClassifierSettings
-from ctrl_diffusion.data import LabelledImages
+from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.judges import Judges, fit_judges
 from ctrl_diffusion.system.files import write_json
 

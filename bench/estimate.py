@@ -16,7 +16,7 @@ from typing import Any
 from race import keep
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.data import write_imagefolder
+from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.estimate import estimate_job, most_needed
 from ctrl_diffusion.job import train_job
 from ctrl_diffusion.system.files import rounded

@@ -15,10 +15,9 @@ from scipy.special import log_expit, logsumexp
 from scipy.stats import norm
 
 from ctrl_diffusion import assets
-from ctrl_diffusion.assets.build_digits import digits
 from ctrl_diffusion.chain.schedule import Schedule
 from ctrl_diffusion.chain.transition import step_std
-from ctrl_diffusion.demo import ink
+from ctrl_diffusion.data.digits import digits, ink
 from ctrl_diffusion.pretrained import Prior
 
 Array = NDArray[np.float64]

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from rich import print_json
 
 from ctrl_diffusion import assets, demo
-from ctrl_diffusion.assets.build_digits import digits, split
 from ctrl_diffusion.chain.noise import stream
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.classifier import Classifier, fit_classifier
 from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.config import Config
-from ctrl_diffusion.data import to_pixels
+from ctrl_diffusion.data import digits as rulers
+from ctrl_diffusion.data.digits import digits, split
+from ctrl_diffusion.data.labelled import to_pixels
 from ctrl_diffusion.fidelity import frechet_distance, nearest_distance
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
@@ -89,7 +90,7 @@ def main() -> None:
             # 0.05 by construction for unseen digits; copies would push it towards 1
             "samples_closer_than_closest_5_percent_of_unseen": float((nearest_sample < close).float().mean()),
         },
-        "ink_shares": (demo.ink_ruler(as_written).bincount(minlength=4) / len(asked)).tolist(),
+        "ink_shares": (rulers.ink_ruler(as_written).bincount(minlength=4) / len(asked)).tolist(),
         "milliseconds_per_64_on_one_thread": round(1000 * seconds_per_evaluation(prior), 1),
         "parameters": sum(p.numel() for p in prior.denoiser.network.parameters()),
     }

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.data import save_image, to_pixels
+from ctrl_diffusion.data import digits as rulers
+from ctrl_diffusion.data.labelled import save_image, to_pixels
 from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -26,7 +27,7 @@ def write_measured(folder: Path, seed: int) -> None:
     """The ink demo's labelled digits with the number itself."""
     data = demo.labelled_digits("ink", seed)[0][0]
     rows = ["file_name,digit,ink"]
-    values = zip(to_pixels(data.x), data.labels["digit"], demo.ink(data.x), strict=True)
+    values = zip(to_pixels(data.x), data.labels["digit"], rulers.ink(data.x), strict=True)
     for i, (pixels, digit, ink) in enumerate(values):
         save_image(folder / f"{i}.png", pixels)
         rows.append(f"{i}.png,{digit},{ink:.6f}")

@@ -19,7 +19,7 @@ from transformers import (
 
 from ctrl_diffusion.backbone import Backbone, Elsewhere, Frozen, Own
 from ctrl_diffusion.config import ClassifierSettings, Config, read_settings
-from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.judges import Judges, fit_judges
 from ctrl_diffusion.reward import Reward
 

@@ -16,6 +16,7 @@ from ctrl_diffusion.classifier import (
     report_classifier,
     shift,
 )
+from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.reward import Reward
 
 
@@ -177,7 +178,7 @@ def test_augmentations_keep_what_they_promise():
     x = demo.labelled_digits("ink", 0)[0][0].x
     turned = any_side_up(x)
     assert not torch.equal(turned, x)
-    torch.testing.assert_close(demo.ink(turned), demo.ink(x))
+    torch.testing.assert_close(rulers.ink(turned), rulers.ink(x))
     # every shifted image is a window of the padded original: up to one pixel each way at 8 × 8
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     windows = torch.stack([padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)])

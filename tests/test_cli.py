@@ -14,8 +14,9 @@ import yaml
 from PIL import Image
 
 from ctrl_diffusion import course, demo, prepare
+from ctrl_diffusion.data import digits as rulers
+from ctrl_diffusion.data.read import read_images
 from ctrl_diffusion.job import demo_job
-from ctrl_diffusion.reading import read_images
 from ctrl_diffusion.run import Run
 
 REQUIRED = {
@@ -143,7 +144,9 @@ def test_exact_samples_are_drawn_by_weight(ctrl_here, quick_run, tmp_path):
         assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "exact" / "sample.json").read_text())["exact"] is True
     shape = (1, 8, 8)
-    ink = {name: demo.ink_ruler(read_images(tmp_path / name, {"digit": None}, shape).x) for name in ("exact", "plain")}
+    ink = {
+        name: rulers.ink_ruler(read_images(tmp_path / name, {"digit": None}, shape).x) for name in ("exact", "plain")
+    }
     assert (ink["exact"] == 1).sum() >= 6, "p̂ and the ruler disagree at the borders only"
     assert (ink["plain"] == 1).sum() < 6
     assert (tmp_path / "exact" / "00003.png").read_bytes() == (tmp_path / "again" / "00003.png").read_bytes()
@@ -412,7 +415,7 @@ def test_a_control_on_a_scale_is_asked_for_by_value(ctrl_here, quick_run, tmp_pa
     data = read_images(quick_run / "data", {"digit": None}, (1, 8, 8))
     rows = [
         f"{i:05d}.png,{digit},{ink:.5f}"
-        for i, (digit, ink) in enumerate(zip(data.labels["digit"].tolist(), demo.ink(data.x).tolist(), strict=True))
+        for i, (digit, ink) in enumerate(zip(data.labels["digit"].tolist(), rulers.ink(data.x).tolist(), strict=True))
     ]
     folder = tmp_path / "photos"
     shutil.copytree(quick_run / "data", folder)

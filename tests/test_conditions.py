@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ctrl_diffusion.conditions import Conditions
-from ctrl_diffusion.control import NULL
+from ctrl_diffusion.data.labels import NULL
 
 
 def test_conditions_number_every_pair():

@@ -5,7 +5,8 @@ from peft.tuners.lora import LoraLayer
 from ctrl_diffusion import assets
 from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.control import NULL, LoRAControl, Policy, SideControl
+from ctrl_diffusion.control import LoRAControl, Policy, SideControl
+from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.pretrained import Prior
 

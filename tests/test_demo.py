@@ -3,6 +3,7 @@ import torch
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import half_turn
+from ctrl_diffusion.data import digits as rulers
 
 
 def test_slant_is_the_slope_of_a_stroke():
@@ -15,13 +16,13 @@ def test_slant_is_the_slope_of_a_stroke():
     columns = (heights / 2).floor()
     h = heights - heights.mean()
     slope = float((h * columns).sum() / (h * h).sum())
-    assert float(demo.slant(line)) == pytest.approx(slope, abs=1e-6)
-    assert float(demo.slant(line.flip(-1))) == pytest.approx(-slope, abs=1e-6)
-    assert float(demo.slant(line.flip(-1, -2))) == pytest.approx(slope, abs=1e-6)
+    assert float(rulers.slant(line)) == pytest.approx(slope, abs=1e-6)
+    assert float(rulers.slant(line.flip(-1))) == pytest.approx(-slope, abs=1e-6)
+    assert float(rulers.slant(line.flip(-1, -2))) == pytest.approx(slope, abs=1e-6)
     upright = torch.full((1, 1, 8, 8), -1.0)
     upright[..., 3] = 1.0
-    assert float(demo.slant(upright)) == pytest.approx(0, abs=1e-6)
-    assert float(demo.slant(torch.full((1, 1, 8, 8), -1.0))) == 0.0, "an empty sheet does not lean"
+    assert float(rulers.slant(upright)) == pytest.approx(0, abs=1e-6)
+    assert float(rulers.slant(torch.full((1, 1, 8, 8), -1.0))) == 0.0, "an empty sheet does not lean"
 
 
 def test_what_slants_goes_on_slanting_after_half_a_turn():
@@ -29,7 +30,7 @@ def test_what_slants_goes_on_slanting_after_half_a_turn():
     torch.manual_seed(0)
     turned = half_turn(x)
     assert 0.3 < float((turned != x).flatten(1).any(1).float().mean()) < 0.7
-    torch.testing.assert_close(demo.slant(turned), demo.slant(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rulers.slant(turned), rulers.slant(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -41,7 +42,7 @@ def test_datasets_of_several_controls_share_no_image(seed):
     kept = [{tuple(row) for row in data.x.flatten(1).tolist()} for data in (ink, slant, of_ink, of_slant)]
     assert not kept[0] & kept[1]
     assert not (kept[0] | kept[1]) & (kept[2] | kept[3])
-    assert set(ink.labels["digit"].tolist()) == set(demo.UPRIGHT)
-    assert torch.equal(demo.slant_ruler(slant.x), slant.labels["slant"])
+    assert set(ink.labels["digit"].tolist()) == set(rulers.UPRIGHT)
+    assert torch.equal(rulers.slant_ruler(slant.x), slant.labels["slant"])
     counts = slant.labels["slant"].bincount()
     assert counts.max() - counts.min() <= 2

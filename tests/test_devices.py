@@ -11,7 +11,7 @@ from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.control import LoRAControl, Policy
-from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.estimate import estimate_job
 from ctrl_diffusion.evaluate import Judge
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance

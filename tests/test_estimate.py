@@ -13,7 +13,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ctrl_diffusion import demo, estimate
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.course import train
-from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.data import digits as rulers
+from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples, probes_of, some
 from ctrl_diffusion.inspection import evaluations
 from ctrl_diffusion.job import STRENGTHS, step_counts
@@ -134,7 +135,7 @@ def test_the_evaluations_of_samples_are_those_made(digits):
     config = Config.of({**TINY, "data": "-", "classes": [3, 7], "learners": ["weighted", "adjoint"]})
     names = ("ink", "slant")
     config.controls = [config.controls[0].model_copy(update={"name": name, "ruler": name}) for name in names]
-    values = {name: demo.VALUES[name] for name in names}
+    values = {name: rulers.VALUES[name] for name in names}
     judges = {name: Judges(name, values[name], (1, 8, 8), Even(len(values[name])), None) for name in names}
     run = Run.start(config, digits, judges)
     with torch.no_grad():  # a control that does nothing is not evaluated

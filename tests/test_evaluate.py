@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.evaluate import (
     Judge,
     Nulled,
@@ -48,10 +49,10 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
 
 
 def test_a_sharp_reward_picks_what_it_rewards():
-    y = demo.ink_ruler(x := demo.labelled_digits("ink", 0)[0][0].x[:40])
+    y = rulers.ink_ruler(x := demo.labelled_digits("ink", 0)[0][0].x[:40])
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
     target = score_target(
-        Judge({"y": demo.ink_ruler}).look(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
+        Judge({"y": rulers.ink_ruler}).look(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
     )
     assert target.accuracy > 1 - 1e-6
     assert target.judge_accuracy is None
@@ -68,7 +69,7 @@ def test_the_second_opinion_is_counted_as_the_rulers_is():
         torch.testing.assert_close(score.judge_accuracy, score.accuracy)
     alone = Judge({}, seconds={"y": judge})  # where nothing else measures y
     assert score_samples(alone.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})).accuracy == samples.accuracy
-    blind = Judge({"y": demo.ink_ruler}, seconds={"y": judge})
+    blind = Judge({"y": rulers.ink_ruler}, seconds={"y": judge})
     seen = judge.log_prob(x).argmax(1) == torch.arange(4).repeat_interleave(10)
     assert score_samples(
         blind.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})

@@ -17,8 +17,9 @@ from pipelines import BUILDERS, saved
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.conditions import Conditions
-from ctrl_diffusion.control import NULL, LoRAControl, Policy
-from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
+from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.inspection import in_words, inspected
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop

@@ -482,7 +482,7 @@ def test_code_that_the_command_line_names_is_run(code, ctrl_here, begun):
 
 
 def test_rules_of_ours_and_columns_need_no_trust(tmp_path):
-    for column in ("ctrl_diffusion.rules:jpeg_size", "grey", "tags=hat"):
+    for column in ("ctrl_diffusion.data.rules:jpeg_size", "grey", "tags=hat"):
         check_code({"control": f"size:{column}", "data": "x"}, {}, False, tmp_path)
     for settings in ({"controls": [3]}, {"controls": {}}, {"classifier": 3}, [], {"control": None}):
         check_code(settings, {}, False, tmp_path)  # what is wrong with them is said elsewhere

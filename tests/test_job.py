@@ -4,7 +4,7 @@ import pytest
 
 from ctrl_diffusion import demo, job
 from ctrl_diffusion.config import ControlSettings
-from ctrl_diffusion.data import write_imagefolder
+from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.job import classifier_job
 
 

@@ -9,7 +9,7 @@ import torch
 from ctrl_diffusion import assets, demo
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.config import ClassifierSettings, Config, ControlSettings, suggested
-from ctrl_diffusion.data import LabelledImages, write_imagefolder
+from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.judges import Judges, fit_judges
 from ctrl_diffusion.prepare import PAGES, Material, check_batches, conditions_of, dependences, prepare
 from ctrl_diffusion.pretrained import Prior

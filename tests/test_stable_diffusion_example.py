@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ctrl_diffusion.config import Config, merged, read_settings
-from ctrl_diffusion.rules import jpeg_kilobytes, load_rule
+from ctrl_diffusion.data.rules import jpeg_kilobytes, load_rule
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "stable_diffusion"
 SHIPPED = sorted(path.name for path in EXAMPLE.glob("*.yaml"))
@@ -32,7 +32,7 @@ FITTED = {"updates": 300, "depth": 1, "augment": "none"}
 TINY_RULES = """
 import functools
 import scores
-from ctrl_diffusion.rules import jpeg_size
+from ctrl_diffusion.data.rules import jpeg_size
 four = functools.partial(jpeg_size, cuts={quartiles})
 size = functools.partial(jpeg_size, cuts=({median},))
 aesthetic = functools.partial(scores.at_least, score=scores.Aesthetic("clip", "head"), cut={score})

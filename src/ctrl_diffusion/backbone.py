@@ -15,7 +15,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .classifier import Classifier, Head, Scorer
-from .rules import function_of
+from .data.rules import function_of
 
 
 class Elsewhere(ValueError):

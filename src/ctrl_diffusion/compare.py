@@ -32,9 +32,9 @@ from .chain.denoise import Denoiser
 from .chain.noise import stream
 from .chain.paths import paths
 from .config import ControlSettings, check_code
-from .control import Labels
 from .course import train
-from .data import LabelledImages
+from .data.labelled import LabelledImages
+from .data.labels import Labels
 from .entrants import ENTRANTS, Cell
 from .evaluate import Judge, Look, score_samples, score_target
 from .fidelity import Yardstick

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .chain.rows import rows_of
-from .control import NULL, Labels
+from .data.labels import NULL, Labels
 
 
 @dataclass

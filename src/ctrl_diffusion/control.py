@@ -22,11 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .chain.denoise import Denoiser, NetworkDenoiser
-from .scale import is_number, places
+from .data.labels import NULL, Labels, is_number, places
 from .system.files import read_tensors, write_json, write_tensors
-
-NULL = -1
-Labels = dict[str, Tensor]
 
 
 class Control(nn.Module, ABC):

@@ -15,14 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
-from torch import Tensor
 
-from .assets.build_digits import digits
-from .data import LabelledImages
+from .data.digits import (
+    DIGIT,
+    INK,
+    SLANT,
+    UPRIGHT,
+    VALUES,
+    digits,
+    ink_ruler,
+    slant_ruler,
+)
+from .data.labelled import LabelledImages
 
-DIGIT, INK, SLANT = "digit", "ink", "slant"
-VALUES = {DIGIT: tuple("0123456789"), INK: tuple("1234"), SLANT: ("left", "right")}
-UPRIGHT = (0, 1, 2, 3, 4, 5, 8, 9)  # digits that lean either way
 # ink does not care where it is nor which side is up, and its classes are ordered
 OF_INK = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
 # few updates: of 250 labels too few are left to calibrate what is fitted until it is sure of itself
@@ -57,42 +62,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 LABELLED = {"ink": 500, "digit": 200, "ink,slant": 250}  # for each control
 JUDGED = 200  # digits, at least
-
-
-def on_paper(x: Tensor) -> Tensor:
-    """x (n, C, H, W) in [−1, 1] on the scale 0 … 1; values outside are clipped, as in a file."""
-    return (x.clamp(-1, 1) + 1) / 2
-
-
-def ink(x: Tensor) -> Tensor:
-    """Mean pixel on the scale 0 … 1: (n,) of x (n, C, H, W) in [−1, 1]."""
-    return on_paper(x).flatten(1).mean(1)
-
-
-def slant(x: Tensor) -> Tensor:
-    """Pixels to the right per pixel up, the slope of ink's columns on its rows: (n,) of x (n, C, H, W) in [−1, 1]."""
-    weight = on_paper(x).mean(1)
-    height, width = weight.shape[1:]
-    up, right = torch.meshgrid(-torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij")
-    total = weight.sum((1, 2)).clamp(min=1e-6)  # an empty sheet does not lean
-    up, right = (axis - ((weight * axis).sum((1, 2)) / total)[:, None, None] for axis in (up, right))
-    return (weight * up * right).sum((1, 2)) / (weight * up * up).sum((1, 2)).clamp(min=1e-6)
-
-
-def ink_ruler(x: Tensor) -> Tensor:
-    """The true ink class 0 … 3 (n,) of x (n, C, H, W)."""
-    cuts = torch.quantile(ink(digits()[0]), torch.tensor([0.25, 0.5, 0.75]))
-    return torch.bucketize(ink(x), cuts, right=True)
-
-
-def slant_ruler(x: Tensor) -> Tensor:
-    """The true slant class 0, 1 (n,) of x (n, C, H, W): right or left of the median of the digits that lean."""
-    real, c = digits()
-    return (slant(x) > slant(real[torch.isin(c, torch.tensor(UPRIGHT))]).median()).long()
-
-
-RULERS = {INK: ink_ruler, SLANT: slant_ruler}
-MEASURES = {INK: ink, SLANT: slant}  # of y on a scale
 
 
 def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list[tuple[LabelledImages, LabelledImages]]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from .chain.denoise import Denoiser
 from .chain.noise import stream
 from .classifier import AUGMENTATIONS, Classifier
-from .control import NULL, Policy
-from .data import LabelledImages
+from .control import Policy
+from .data.labelled import LabelledImages
+from .data.labels import NULL
 from .guide import Method
 from .guide.classifier_guidance import ClassifierGuidance
 from .guide.free_guidance import FreeGuidance

@@ -15,7 +15,7 @@ from .chain.noise import stream
 from .chain.paths import at_once, paths
 from .config import Config
 from .course import PROBE_PATHS, Best, Course, between_probes, stages_of, train
-from .data import RAREST, LabelledImages
+from .data.labelled import RAREST, LabelledImages
 from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
 from .job import STRENGTHS, step_counts
 from .judges import BATCH, Judges, fit_judges

@@ -19,7 +19,7 @@ from .certificate import Certificate
 from .chain.rows import parts, rows_of
 from .classifier import Classifier, Scorer
 from .conditions import Conditions
-from .control import Labels
+from .data.labels import Labels
 from .reward import FEW
 
 Ruler = Callable[[Tensor], Tensor]

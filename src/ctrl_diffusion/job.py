@@ -25,9 +25,9 @@ from .config import (
     listed,
     merged,
 )
-from .control import NULL
 from .course import CHECKPOINT, LOG, train_in
-from .data import LabelledImages, write_imagefolder
+from .data.labelled import LabelledImages, write_imagefolder
+from .data.labels import NULL, number_at
 from .evaluate import Evaluation, Score
 from .judges import Judges, fit_judges
 from .prepare import (
@@ -52,7 +52,6 @@ from .report import (
     write_report,
 )
 from .run import Run, as_set, home, open_prior
-from .scale import number_at
 from .system import ranks
 from .system.files import write_json, write_text, writing
 from .system.folders import check_room, check_writable, clear, clear_unfinished, locked

@@ -30,8 +30,8 @@ from .classifier import (
     report_classifier,
 )
 from .config import ClassifierSettings
-from .data import LabelledImages
-from .images import joined_x
+from .data.images import joined_x
+from .data.labelled import LabelledImages
 from .support import Support
 from .system.files import undamaged
 from .system.progress import Advance, Phase, silent

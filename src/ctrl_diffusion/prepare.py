@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import demo
 from .conditions import Conditions
 from .config import Config, ControlSettings, listed, merged, suggested, with_paths
-from .data import LabelledImages
+from .data.digits import VALUES
+from .data.labelled import LabelledImages
+from .data.read import in_order, read_images
+from .data.tables import open_table
 from .independence import dependence
 from .judges import Judges
 from .pretrained import Prior
-from .reading import in_order, read_images
 from .run import as_set, home, open_prior
-from .sources import open_table
 from .system import ranks
 from .system.progress import Phase, silent
 from .system.tracking import check_trackers
@@ -240,7 +240,7 @@ def material(settings: ControlSettings, prior: Prior | None, phase: Phase = sile
     values = judges and judges.values
     data = read_data(settings.data, settings, prior, values, phase=phase)
     on_scale = data.on_scale(settings.name)
-    if settings.ruler and not on_scale and data.values[settings.name] != demo.VALUES[settings.ruler]:
+    if settings.ruler and not on_scale and data.values[settings.name] != VALUES[settings.ruler]:
         raise ValueError(
             f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
         )

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .bias import FLOOR, LEARNER, PLUG_IN
 from .chain.noise import stream
-from .control import NULL
-from .data import LabelledImages, to_pixels
+from .data.labelled import LabelledImages, to_pixels
+from .data.labels import NULL
 from .evaluate import Evaluation, Score
 from .judges import Judges
 from .learn.weighted import RENOISING

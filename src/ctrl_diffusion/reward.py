@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .chain.rows import parts, rows_of
 from .conditions import Conditions
-from .control import NULL, Labels
+from .data.labels import NULL, Labels
 
 FEW = 16  # images decoded at once
 

@@ -18,19 +18,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import assets, demo
+from . import assets
 from .certificate import certify, gamma_within
 from .chain.noise import stream
 from .chain.paths import exact_samples, paths
 from .chain.rollout import Times
 from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
-from .control import Labels, LoRAControl, Policy
+from .control import LoRAControl, Policy
+from .data.digits import MEASURES, RULERS
+from .data.labels import Labels, places
 from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left
 from .judges import Judges
 from .pretrained import Prior
 from .reward import FEW, Among, Reward, prior_table
-from .scale import places
 from .support import BEYOND
 from .system import ranks
 from .system.files import undamaged
@@ -141,14 +142,14 @@ class Run:
     def ruler(self, settings: ControlSettings) -> Ruler:
         """What measures the class of a control, or on a scale the nearest level."""
         if not self.policy.controls[settings.name].scale:
-            return demo.RULERS[settings.ruler]
+            return RULERS[settings.ruler]
         return lambda x: self.place(settings, x).round().clamp(0, len(self.judges[settings.name].values) - 1).long()
 
     def place(self, settings: ControlSettings, x: Tensor) -> Tensor:
         """Where each x (n, C, H, W) lies on a control's scale (n,), by its ruler or in the eyes of its judge."""
         judges = self.judges[settings.name]
         if settings.ruler:
-            return places(demo.MEASURES[settings.ruler](x), judges.values)
+            return places(MEASURES[settings.ruler](x), judges.values)
         scores = judges.judge.scores(x.to(self.prior.denoiser.device))
         return judges.judge.density(scores, judges.judge.temperature).mean.cpu()
 

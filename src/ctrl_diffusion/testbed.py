@@ -23,7 +23,8 @@ from .chain.paths import paths
 from .chain.rollout import rollout
 from .chain.schedule import Cosine, RectifiedFlow, Schedule
 from .conditions import Conditions
-from .control import Labels, Policy, SideControl
+from .control import Policy, SideControl
+from .data.labels import Labels
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
 from .lattice import SPACING, LatticeChain, Outcome
 from .learn import Learner

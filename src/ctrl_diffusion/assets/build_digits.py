@@ -9,32 +9,17 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from rich.progress import track
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ..data.digits import digits, split
 from . import DIGITS
 
-HELD_OUT = 300
 NULL_CLASS, UNLABELLED = 10, 0.4  # p(x) is harder than p(x | c): it gets many of the examples
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits: x (1797, 1, 8, 8) in [−1, 1], white ink on black, and c (1797,) in 0..9."""
-    x, c = load_digits(return_X_y=True)
-    return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(c)
-
-
-def split() -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `digits()` the prior is trained on, and the rows it never sees."""
-    c = digits()[1].numpy()
-    return train_test_split(np.arange(len(c)), test_size=HELD_OUT, stratify=c, random_state=0)
 
 
 def warp(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..control import Labels
+from ..data.labels import Labels
 from ..reward import Reward
 from ..system import ranks
 from ..system.progress import Phase, silent

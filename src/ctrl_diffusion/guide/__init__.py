@@ -18,7 +18,7 @@ from ..chain.denoise import Denoiser
 from ..chain.paths import at_once, paths
 from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
-from ..control import Labels
+from ..data.labels import Labels
 from ..reward import Reward
 
 Cond = dict[str, Tensor]

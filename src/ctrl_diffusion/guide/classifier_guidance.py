@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..control import Labels
+from ..data.labels import Labels
 from ..reward import Reward
 from . import Asked, Cond, Earned
 from .steered import Guidance, gradient, of_score

@@ -18,7 +18,7 @@ from ..chain.denoise import SMALLEST_ALPHA, Denoiser
 from ..chain.paths import paths
 from ..chain.rollout import Times
 from ..chain.schedule import Schedule, per_sample
-from ..control import Labels
+from ..data.labels import Labels
 from ..reward import Reward
 from . import Asked, Earned, Method
 

@@ -13,7 +13,8 @@ from ..chain.rows import parts, rows_of
 from ..chain.schedule import Schedule, per_sample
 from ..chain.transition import Gaussian, transition
 from ..conditions import Conditions
-from ..control import Labels, Policy
+from ..control import Policy
+from ..data.labels import Labels
 from ..system import ranks
 
 

@@ -17,7 +17,8 @@ from ..chain.rows import parts, rows_of
 from ..chain.schedule import per_sample
 from ..chain.transition import half_square
 from ..conditions import Conditions
-from ..control import NULL, Labels, Policy
+from ..control import Policy
+from ..data.labels import NULL, Labels
 from ..reward import Reward
 from ..system import ranks
 from . import Step, renoised

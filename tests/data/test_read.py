@@ -9,9 +9,9 @@ from datasets import Dataset
 from PIL import Image
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.data import write_imagefolder
-from ctrl_diffusion.reading import in_order, read_images
-from ctrl_diffusion.scale import number_at
+from ctrl_diffusion.data.labelled import write_imagefolder
+from ctrl_diffusion.data.labels import number_at
+from ctrl_diffusion.data.read import in_order, read_images
 
 CLASSES = {"digit": {str(c): c for c in range(10)}, "ink": {str(y + 1): y for y in range(4)}}
 SHAPE = (1, 8, 8)

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data import LabelledImages
+from ..system.progress import Phase, patient, silent
 from .images import MODES, as_x, blank, is_grey, open_image, to_array
+from .labelled import LabelledImages
+from .labels import is_number, levels_of, places
 from .rules import Rule, label_by, load_rule
-from .scale import is_number, levels_of, places
-from .sources import Table, open_table
-from .system.progress import Phase, patient, silent
+from .tables import Table, open_table
 
 MOST_CLASSES = 64
 Known = Mapping[str, int]

@@ -1,10 +1,13 @@
-"""y on a scale: evenly spaced levels 0 … K − 1 over the central 90 % of its values, and places between them."""
+"""Say what a label is: a class, a place on a scale, or null."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
+
+NULL = -1
+Labels = dict[str, Tensor]
 
 LEVELS = 9
 

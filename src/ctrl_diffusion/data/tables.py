@@ -1,9 +1,4 @@
-"""Where labelled images come from: a table of any kind as columns of text and images that are opened when asked for.
-
-folder      images with a `metadata.csv` or `metadata.jsonl` (an imagefolder), or a dataset that `datasets` saved
-file        .csv, .jsonl or .parquet with a column of paths, relative to the file, or (Parquet) of the images themselves
-owner/name  a dataset of the Hugging Face hub, its `train` split
-"""
+"""Read folders, tables, saved datasets and the hub as one kind of table."""
 
 import csv
 import json

@@ -17,8 +17,8 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ..system.files import write_text, writing
 from .images import Images
-from .system.files import write_text, writing
 
 RAREST = 10  # examples of a class, below which some part of a split would hardly see it
 

@@ -4,11 +4,11 @@ import sys
 import pytest
 import torch
 
-from ctrl_diffusion import images
 from ctrl_diffusion.classifier import calibrate, fit_classifier, report_classifier
 from ctrl_diffusion.config import ClassifierSettings
-from ctrl_diffusion.data import LabelledImages
-from ctrl_diffusion.images import Images, as_x, joined_x
+from ctrl_diffusion.data import images
+from ctrl_diffusion.data.images import Images, as_x, joined_x
+from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.judges import fit_judges
 
 
@@ -56,7 +56,7 @@ import torch, numpy as np
 from PIL import Image
 from pathlib import Path
 from ctrl_diffusion import images
-from ctrl_diffusion.reading import read_images
+from ctrl_diffusion.data.read import read_images
 images.IN_MEMORY = 2**26  # a quarter, so that fewer will do
 folder = Path({str(tmp_path)!r})
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(folder / "a.bmp")

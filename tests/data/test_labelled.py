@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.data import LabelledImages, to_pixels
+from ctrl_diffusion.data import digits as rulers
+from ctrl_diffusion.data.labelled import LabelledImages, to_pixels
 
 
 def test_the_ink_classes_are_even_and_seen_by_the_ruler():
@@ -12,7 +13,7 @@ def test_the_ink_classes_are_even_and_seen_by_the_ruler():
     # cut at the quartiles of 1,797 digits, many with equal ink: even up to ties
     assert counts.min() >= 115
     assert counts.max() <= 135
-    assert torch.equal(demo.ink_ruler(data.x), data.labels["ink"])
+    assert torch.equal(rulers.ink_ruler(data.x), data.labels["ink"])
 
 
 @pytest.mark.parametrize("shares", [(0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)])

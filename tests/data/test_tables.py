@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl_diffusion import sources
-from ctrl_diffusion.reading import read_images
+from ctrl_diffusion.data import tables as sources
+from ctrl_diffusion.data.read import read_images
 
 N = 12
 SHAPE = (1, 8, 8)

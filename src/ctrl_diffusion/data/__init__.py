@@ -1,0 +1,1 @@
+"""Labelled images: tables, pictures and rules as x with labels, and what a label is."""
