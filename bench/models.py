@@ -29,8 +29,9 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection
 
 from ctrl_diffusion.classifier import Classifier
-from ctrl_diffusion.conditions import Conditions
-from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.control.conditions import Conditions
+from ctrl_diffusion.control.lora import LoRAControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO

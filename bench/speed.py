@@ -30,8 +30,10 @@ from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import Times
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.conditions import Conditions
-from ctrl_diffusion.control import LoRAControl, Policy, SideControl
+from ctrl_diffusion.control.conditions import Conditions
+from ctrl_diffusion.control.control import SideControl
+from ctrl_diffusion.control.lora import LoRAControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn import Learner
 from ctrl_diffusion.learn.adjoint import Adjoint

@@ -8,7 +8,7 @@ from ctrl_diffusion.chain.denoise import Denoiser
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import step_std, transition
-from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labels import Labels
 from ctrl_diffusion.exact import GaussianMixture
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.control import Policy, SideControl
+from ctrl_diffusion.control.control import SideControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.course import Best
 from ctrl_diffusion.exact import GaussianMixture
 

@@ -9,8 +9,9 @@ from pipelines import saved
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.classifier import Classifier
-from ctrl_diffusion.conditions import Conditions
-from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.control.conditions import Conditions
+from ctrl_diffusion.control.lora import LoRAControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.estimate import estimate_job
 from ctrl_diffusion.evaluate import Judge

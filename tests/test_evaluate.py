@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import Classifier
-from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.evaluate import (
     Judge,

@@ -18,7 +18,7 @@ from pipelines import BUILDERS, saved
 from safetensors.torch import load_file, save_file
 
 from ctrl_diffusion import job
-from ctrl_diffusion.control import LoRAControl
+from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.controlled import ControlledPipeline
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.export import export

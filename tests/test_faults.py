@@ -20,8 +20,9 @@ import pytest
 import torch
 import yaml
 
-from ctrl_diffusion import classifier, control, course, job
+from ctrl_diffusion import classifier, course, job
 from ctrl_diffusion.config import Config, check_code
+from ctrl_diffusion.control import control
 from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
 from ctrl_diffusion.pretrained import Prior
 from ctrl_diffusion.system import checkpoint

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
 
-from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.evaluate import Judge
 from ctrl_diffusion.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds, nearest_distance
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.config import Config
-from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.control.conditions import Conditions
+from ctrl_diffusion.control.lora import LoRAControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.course import learner_of
 from ctrl_diffusion.inspection import evaluations, kept_bytes
 from ctrl_diffusion.reward import Reward

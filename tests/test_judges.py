@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.conditions import Conditions
 from ctrl_diffusion.config import ClassifierSettings
+from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.evaluate import Judge, score_samples
 from ctrl_diffusion.judges import Judges, fit_judges, joined, open_choices

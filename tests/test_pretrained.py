@@ -6,7 +6,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
 
 from ctrl_diffusion import assets
-from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.control.lora import LoRAControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.pretrained import Prior
 
 

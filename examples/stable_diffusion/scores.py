@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ctrl_diffusion.data.rules import Rule, jpeg_size
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ctrl_diffusion.data.rules import Rule, jpeg_size
 
 CLIP = "openai/clip-vit-large-patch14"
 # sac+logos+ava1-l14-linearMSE of github.com/christophschuhmann/improved-aesthetic-predictor, here as safetensors

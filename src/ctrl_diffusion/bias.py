@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .chain.denoise import Denoiser
 from .chain.noise import stream
-from .control import Policy
+from .control.policy import Policy
 from .exact import LinearGaussian
 from .guide import Cost, Method
 from .guide.classifier_guidance import ClassifierGuidance

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .chain.schedule import bisect
-from .conditions import Conditions
+from .control.conditions import Conditions
 
 
 @dataclass

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .chain.noise import normal
 from .chain.rollout import rollout
-from .control import LoRAControl, Policy
+from .control.lora import LoRAControl
+from .control.policy import Policy
 from .pretrained import FAMILIES, PARTS_ALONE, Prior, quiet
 
 CONTROLS = "controls"  # the folder they are in

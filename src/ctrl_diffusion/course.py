@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .chain.noise import stream
 from .config import Config, LearnerSettings
-from .control import Policy
+from .control.policy import Policy
 from .learn import Learner
 from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop

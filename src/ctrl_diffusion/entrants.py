@@ -13,7 +13,7 @@ from torch import Tensor
 from .chain.denoise import Denoiser
 from .chain.noise import stream
 from .classifier import AUGMENTATIONS, Classifier
-from .control import Policy
+from .control.policy import Policy
 from .data.labelled import LabelledImages
 from .data.labels import NULL
 from .guide import Method

@@ -18,7 +18,7 @@ from torch import Tensor
 from .certificate import Certificate
 from .chain.rows import parts, rows_of
 from .classifier import Classifier, Scorer
-from .conditions import Conditions
+from .control.conditions import Conditions
 from .data.labels import Labels
 from .reward import FEW
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from .conditions import Conditions
+from .control.conditions import Conditions
 from .evaluate import Look, weighted_diversity
 
 NEIGHBOURS = 5

@@ -9,7 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .chain.transition import half_square, transition
 from .config import Config, suggested
-from .control import LoRAControl, Policy
+from .control.lora import LoRAControl
+from .control.policy import Policy
 from .learn.weighted import RENOISING
 from .pretrained import Prior
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditions import Conditions
 from .config import Config, ControlSettings, listed, merged, suggested, with_paths
+from .control.conditions import Conditions
 from .data.digits import VALUES
 from .data.labelled import LabelledImages
 from .data.read import in_order, read_images

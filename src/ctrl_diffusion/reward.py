@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .chain.rows import parts, rows_of
-from .conditions import Conditions
+from .control.conditions import Conditions
 from .data.labels import NULL, Labels
 
 FEW = 16  # images decoded at once

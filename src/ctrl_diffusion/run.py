@@ -23,9 +23,10 @@ from .certificate import certify, gamma_within
 from .chain.noise import stream
 from .chain.paths import exact_samples, paths
 from .chain.rollout import Times
-from .conditions import Conditions
 from .config import EMBEDDED, Config, ControlSettings
-from .control import LoRAControl, Policy
+from .control.conditions import Conditions
+from .control.lora import LoRAControl
+from .control.policy import Policy
 from .data.digits import MEASURES, RULERS
 from .data.labels import Labels, places
 from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left

@@ -22,8 +22,9 @@ from .chain.noise import stream
 from .chain.paths import paths
 from .chain.rollout import rollout
 from .chain.schedule import Cosine, RectifiedFlow, Schedule
-from .conditions import Conditions
-from .control import Policy, SideControl
+from .control.conditions import Conditions
+from .control.control import SideControl
+from .control.policy import Policy
 from .data.labels import Labels
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
 from .lattice import SPACING, LatticeChain, Outcome

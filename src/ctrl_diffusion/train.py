@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from .control import Policy
+from .control.policy import Policy
 from .learn import Step
 from .system import ranks
 

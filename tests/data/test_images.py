@@ -55,7 +55,7 @@ def test_more_images_than_memory_is_spent_on(tmp_path):
 import torch, numpy as np
 from PIL import Image
 from pathlib import Path
-from ctrl_diffusion import images
+from ctrl_diffusion.data import images
 from ctrl_diffusion.data.read import read_images
 images.IN_MEMORY = 2**26  # a quarter, so that fewer will do
 folder = Path({str(tmp_path)!r})

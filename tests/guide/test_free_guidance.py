@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.control import Policy, SideControl
+from ctrl_diffusion.control.control import SideControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.lattice import LatticeChain

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from test_resume import SETTINGS, contents
 
 from ctrl_diffusion.chain.paths import paths
-from ctrl_diffusion.conditions import Conditions
-from ctrl_diffusion.control import LoRAControl, Policy
+from ctrl_diffusion.control.conditions import Conditions
+from ctrl_diffusion.control.lora import LoRAControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.labelled import Labelled

@@ -12,8 +12,8 @@ from ..chain.rollout import Times, Trajectory, rollout
 from ..chain.rows import parts, rows_of
 from ..chain.schedule import Schedule, per_sample
 from ..chain.transition import Gaussian, transition
-from ..conditions import Conditions
-from ..control import Policy
+from ..control.conditions import Conditions
+from ..control.policy import Policy
 from ..data.labels import Labels
 from ..system import ranks
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from ..chain.rollout import Trajectory, read_out
 from ..chain.rows import parts
 from ..chain.transition import half_square, transition
-from ..conditions import Conditions
-from ..control import Policy
+from ..control.conditions import Conditions
+from ..control.policy import Policy
 from ..data.labels import Labels
 from ..reward import Reward
 from . import Carried, OnPolicy, Step, check_gradient, clip_rows, joined, pulled_back, revisit, visits

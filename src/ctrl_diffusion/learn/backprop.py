@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..chain.transition import step_std
-from ..conditions import Conditions
-from ..control import Policy
+from ..control.conditions import Conditions
+from ..control.policy import Policy
 from ..reward import Reward
 from . import Carried, OnPolicy, Step, check_gradient, clip_rows
 

@@ -16,8 +16,8 @@ from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
 from ..chain.schedule import per_sample
 from ..chain.transition import half_square
-from ..conditions import Conditions
-from ..control import Policy
+from ..control.conditions import Conditions
+from ..control.policy import Policy
 from ..data.labels import NULL, Labels
 from ..reward import Reward
 from ..system import ranks

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..chain.rollout import Trajectory
 from ..chain.rows import parts
 from ..chain.transition import half_square
-from ..conditions import Conditions
-from ..control import Policy
+from ..control.conditions import Conditions
+from ..control.policy import Policy
 from ..reward import Reward
 from ..system import ranks
 from . import Carried, OnPolicy, Step, joined, revisit, visits

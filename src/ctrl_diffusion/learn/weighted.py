@@ -20,8 +20,8 @@ from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
 from ..chain.schedule import per_sample
 from ..chain.transition import half_square
-from ..conditions import Conditions
-from ..control import Policy
+from ..control.conditions import Conditions
+from ..control.policy import Policy
 from ..reward import Reward, prior_table
 from ..system import ranks
 from . import Carried, Step, renoised

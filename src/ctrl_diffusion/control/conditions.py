@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .chain.rows import rows_of
-from .data.labels import NULL, Labels
+from ..chain.rows import rows_of
+from ..data.labels import NULL, Labels
 
 
 @dataclass

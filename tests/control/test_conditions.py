@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ctrl_diffusion.conditions import Conditions
+from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labels import NULL
 
 

@@ -5,7 +5,9 @@ from peft.tuners.lora import LoraLayer
 from ctrl_diffusion import assets
 from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.control import LoRAControl, Policy, SideControl
+from ctrl_diffusion.control.control import SideControl
+from ctrl_diffusion.control.lora import LoRAControl
+from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.pretrained import Prior

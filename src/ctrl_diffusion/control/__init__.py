@@ -1,0 +1,1 @@
+"""What obeys y: controls, the policy (prior + controls), and the conditions (c, y) it is trained on."""

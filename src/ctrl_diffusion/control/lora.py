@@ -1,0 +1,215 @@
+"""Attach a control as one LoRA adapter and one zero-initialised embedding."""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..chain.denoise import NetworkDenoiser
+from ..system.files import read_tensors, write_json, write_tensors
+from .control import Control
+
+
+@dataclass
+class Kept:
+    """What a control computes once while its parameters stay as they are: W + BA of the prior's W, BA for any other."""
+
+    sums: list[Tensor] | None = None
+    differences: list[Tensor] | None = None
+
+
+class LoRAControl(Control):
+    """One LoRA adapter and one zero-initialised embedding table on a pre-trained network.
+
+    Args:
+        name: the label's name, also the adapter's.
+        values: what the user calls the classes, in order.
+        denoiser: the prior; its network is given the adapter, switched off.
+        rank: rank of the adapter.
+        seed: of the adapter's random half (the other half is zero).
+        scale: whether y is on a scale.
+        alpha: of the adapter, whose scale is α/rank; None for a scale of 1.
+        targets: PEFT's target modules, names or endings of names; None for those of the network's family.
+
+    Raises:
+        ValueError: the denoiser does not say where a control enters it, or carries a control of that name already.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: Sequence[str],
+        denoiser: NetworkDenoiser,
+        rank: int = 64,
+        seed: int = 0,
+        scale: bool = False,
+        alpha: float | None = None,
+        targets: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(name, values, scale)
+        if denoiser.site is None:
+            raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
+        self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
+        # modules are named after it, and a module cannot be called "type" or have a dot in its name
+        self.adapter = "control_" + re.sub(r"\W", "_", name)
+        if any(isinstance(m, LoraLayer) and self.adapter in m.lora_A for m in denoiser.network.modules()):
+            raise ValueError(f"this prior already carries a control {name!r}. Load the prior again for another one.")
+        others = [(p, p.requires_grad) for key, p in denoiser.network.named_parameters() if "lora_" in key]
+        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets or denoiser.site.targets))
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+            torch.default_generator.manual_seed(seed)
+            names = [key for key, _ in denoiser.network.named_modules()]
+            for target in targets or ():
+                if not any(f".{key}".endswith(f".{target}") for key in names):
+                    raise ValueError(f"lora_targets: the network has no layer whose name is or ends in {target!r}.")
+            try:
+                inject_adapter_in_model(config, denoiser.network, adapter_name=self.adapter)
+            except ValueError as error:
+                raise ValueError(f"lora_targets: {' '.join(str(error).split())[:200]}") from error
+            self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
+        self.to(denoiser.device)
+        for p, before in others:  # peft takes every adapter but the newest for finished
+            p.requires_grad_(before)
+        nn.init.zeros_(self.table.weight)
+        denoiser.network.eval()
+        # not a registered child: the prior owns its network, the control only its own parameters
+        self._denoiser, self._network = [denoiser], [denoiser.network]
+        self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
+        for p in self.parameter_groups()["adapter"] if self._half else ():
+            p.data = p.data.float()  # peft makes them as the layers are
+        self._shift: Tensor | None = None
+        self._kept: Kept | None = None
+        for site in denoiser.site.embeddings:
+            denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
+        self._silence()
+
+    def _add_shift(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if self._shift is None:
+            return output
+        # a guided network is called with the rows twice, without and with the prompt: the control acts in both
+        return output + self._shift.repeat(len(output) // len(self._shift), 1).to(output)
+
+    def _silence(self) -> None:
+        # the layers' own way of adding the adapter; peft's enable_adapters() would also flip requires_grad
+        for layer in self._layers:
+            layer._disable_adapters = True
+
+    def settle(self) -> "LoRAControl":
+        super().settle()
+        self._kept = Kept()
+        return self
+
+    @property
+    def _half(self) -> bool:
+        """Whether the network computes in half precision, by its weights or by autocast."""
+        return self._denoiser[0].stored is not None or self._denoiser[0].precision is not None
+
+    def _differences(self) -> list[Tensor]:
+        """BA of every layer."""
+        return [layer.get_delta_weight(self.adapter) for layer in self._layers]
+
+    def _changed(self, own: list[Tensor]) -> list[Tensor]:
+        """W + BA of every layer whose weight is W: the prior's, or what other controls made of it."""
+        kept = self._kept
+        if kept is None:
+            return added(own, self._differences())
+        with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+            if all(isinstance(weight, nn.Parameter) for weight in own):
+                kept.sums = kept.sums or added(own, self._differences())
+                return kept.sums
+            kept.differences = kept.differences or self._differences()
+        return added(own, kept.differences)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        with super().frozen():
+            outer = self._kept
+            self._kept = outer or Kept()
+            try:
+                yield
+            finally:
+                self._kept = outer
+
+    @contextmanager
+    def active(self, y: Tensor) -> Iterator[None]:
+        if self._shift is not None:
+            raise RuntimeError(f"the control {self.name!r} is active already.")
+        with self._beside() if self._half or self._denoiser[0].together else self._within():
+            self._shift = self.embedded(self.table, y)
+            try:
+                yield
+            finally:
+                self._shift = None
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Wx + B(Ax), as PEFT adds it: for W that is in parts on several ranks, or in half precision, in which W + BA
+        rounds to W."""
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self._layers]
+        for layer, (off, active) in zip(self._layers, before, strict=True):
+            layer._disable_adapters = False
+            layer._active_adapter = [self.adapter] if off else [*active, self.adapter]
+        try:
+            yield
+        finally:
+            for layer, (off, active) in zip(self._layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = off, active
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """(W + BA)x: the same as Wx + B(Ax), but with many rows to a layer far fewer products (docs/lab-notes.md)."""
+        homes = [layer.get_base_layer()._parameters for layer in self._layers]
+        own = [home["weight"] for home in homes]
+        try:
+            for home, weight in zip(homes, self._changed(own), strict=True):
+                home["weight"] = weight
+            yield
+        finally:
+            for home, weight in zip(homes, own, strict=True):
+                home["weight"] = weight
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        adapter = [
+            p for layer in self._layers for ab in (layer.lora_A, layer.lora_B) for p in ab[self.adapter].parameters()
+        ]
+        return {"embedding": [self.table.weight], "adapter": adapter}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `control.safetensors` and `control.json` into the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
+        tensors = {f"adapter.{key}": value for key, value in adapter.items()}
+        write_tensors(folder / "control.safetensors", {**tensors, "table": self.table.weight})
+        about = ("name", "values", "rank", "scale", "alpha", "targets")
+        write_json(folder / "control.json", {key: getattr(self, key) for key in about})
+
+    @classmethod
+    def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
+        """Attach a saved control to the prior it was trained on."""
+        folder = Path(folder)
+        control = cls(**json.loads((folder / "control.json").read_text()), denoiser=denoiser)
+        tensors = read_tensors(folder / "control.safetensors")
+        with torch.no_grad():
+            control.table.weight.copy_(tensors.pop("table"))
+        adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}
+        expected = get_peft_model_state_dict(denoiser.network, adapter_name=control.adapter)
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in adapter.items()}:
+            raise ValueError(f"the control in {folder} was trained on another network than this prior's")
+        set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.adapter)
+        control._silence()
+        return control
+
+
+def added(weights: list[Tensor], differences: list[Tensor]) -> list[Tensor]:
+    """W + BA, layer by layer."""
+    return [weight + difference for weight, difference in zip(weights, differences, strict=True)]
