@@ -40,4 +40,4 @@ docs: setup
 	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md
 
 prior: setup
-	$(BIN)/python -m ctrl_diffusion.assets.build_digits
+	$(BIN)/python bench/build_digits.py

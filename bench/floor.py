@@ -14,11 +14,10 @@ from rich.table import Table
 from scipy.special import log_expit, logsumexp
 from scipy.stats import norm
 
-from ctrl_diffusion import assets
 from ctrl_diffusion.chain.schedule import Schedule
 from ctrl_diffusion.chain.transition import step_std
 from ctrl_diffusion.data.digits import digits, ink
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import DIGITS, Prior
 
 Array = NDArray[np.float64]
 NOISE, WEIGHTS = hermegauss(31)
@@ -66,7 +65,7 @@ def floor(schedule: Schedule, times: tuple[float, ...], spread: float, slope: fl
 
 
 def main() -> None:
-    prior = Prior.from_pretrained(assets.DIGITS).denoiser
+    prior = Prior.from_pretrained(DIGITS).denoiser
     spread = float((2 * ink(digits()[0])).std())
     table = Table("slope", "steps", "power", "last σ", "floor (nats)", "accuracy")
     for slope in (0.004,):

@@ -36,7 +36,7 @@ from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward import Reward
 from ctrl_diffusion.system.files import rounded, write_json
 from ctrl_diffusion.train import fit

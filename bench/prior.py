@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from rich import print_json
 
-from ctrl_diffusion import assets, demo
+from ctrl_diffusion import demo
 from ctrl_diffusion.chain.noise import stream
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.classifier import Classifier, fit_classifier
@@ -23,7 +23,7 @@ from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.digits import digits, split
 from ctrl_diffusion.data.labelled import to_pixels
 from ctrl_diffusion.fidelity import frechet_distance, nearest_distance
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
 from ctrl_diffusion.system.files import write_json
 
@@ -51,7 +51,7 @@ def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 50) -> 
 
 def main() -> None:
     quiet_dependencies()
-    prior, reader = Prior.from_pretrained(assets.DIGITS), fit_reader()
+    prior, reader = Prior.from_pretrained(DIGITS), fit_reader()
     settings = Config(data="", **{k: demo.SETTINGS["ink"][k] for k in ("prior", "control")})
     x, c = digits()
     seen, unseen = (x[torch.as_tensor(rows)] for rows in split())

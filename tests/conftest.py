@@ -11,9 +11,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from ctrl_diffusion import assets
 from ctrl_diffusion.cli import main
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import DIGITS, Prior
 
 torch.set_num_threads(1)
 
@@ -27,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def digits() -> Prior:
     """A fresh copy of the embedded prior: controls attach to it."""
-    return Prior.from_pretrained(assets.DIGITS)
+    return Prior.from_pretrained(DIGITS)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.controlled import ControlledPipeline
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.export import export
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import Prior
 
 # in a process of its own: the package cannot be imported, and says so if it is
 LOADED = """

@@ -24,7 +24,7 @@ from ctrl_diffusion import classifier, course, job
 from ctrl_diffusion.config import Config, check_code
 from ctrl_diffusion.control import control
 from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.system import checkpoint
 from ctrl_diffusion.system.folders import LOCK, check_room, locked
 from ctrl_diffusion.system.progress import Interrupted, silent
@@ -506,9 +506,9 @@ def test_code_that_a_run_names_is_not_run_unless_it_is_trusted(code, ctrl_here, 
 
 
 def test_a_prior_that_is_a_pickle_is_not_loaded(tmp_path):
-    from ctrl_diffusion import assets
+    from ctrl_diffusion.prior.prior import DIGITS
 
-    folder = shutil.copytree(assets.DIGITS, tmp_path / "digits")
+    folder = shutil.copytree(DIGITS, tmp_path / "digits")
     (weights,) = (folder / "transformer").glob("*.safetensors")
     torch.save({}, weights.with_name("diffusion_pytorch_model.bin"))
     weights.unlink()

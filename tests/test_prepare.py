@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 
-from ctrl_diffusion import assets, demo
+from ctrl_diffusion import demo
 from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.config import ClassifierSettings, Config, ControlSettings, suggested
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.judges import Judges, fit_judges
 from ctrl_diffusion.prepare import PAGES, Material, check_batches, conditions_of, dependences, prepare
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.run import Run
 from ctrl_diffusion.system import ranks
 
@@ -63,7 +63,7 @@ def test_some_of_the_priors_classes(data):
 
 
 def test_a_prior_of_many_classes_is_certified_on_some(data):
-    prior = Prior.from_pretrained(assets.DIGITS)
+    prior = Prior.from_pretrained(DIGITS)
     prior.classes = 1000
     with pytest.warns(UserWarning, match="20 of them, evenly spaced"):
         chosen = conditions_of(prior, prepare(given(data)).materials[0].data, None)
@@ -72,7 +72,7 @@ def test_a_prior_of_many_classes_is_certified_on_some(data):
 
 def test_a_prior_of_few_timesteps_gets_fewer_steps(data, tmp_path):
     folder = tmp_path / "few"
-    shutil.copytree(assets.DIGITS, folder)
+    shutil.copytree(DIGITS, folder)
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 30}))
     config = prepare({**given(data), "prior": str(folder)}).config

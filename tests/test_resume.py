@@ -27,7 +27,7 @@ SETTINGS = {
     "checkpoint": 2,
 }
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["ctrl_diffusion.job", "ctrl_diffusion.pretrained.dit", "torch._dynamo"])
+processes.set_forkserver_preload(["ctrl_diffusion.job", "ctrl_diffusion.prior.families.dit", "torch._dynamo"])
 
 
 def go_on(folder, killed_in_save=0):

@@ -29,7 +29,7 @@ _HOME = {
     "MPGD": "guide.reconstruction",
     "PPO": "learn.ppo",
     "Policy": "control.policy",
-    "Prior": "pretrained",
+    "Prior": "prior.prior",
     "Rejection": "guide.selection",
     "Reward": "reward",
     "Run": "run",

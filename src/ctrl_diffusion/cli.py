@@ -339,7 +339,7 @@ def inspect(
 ) -> None:
     """Say what a pre-trained model is, and what training a control on it would take."""
     from .inspection import in_words, inspected
-    from .run import open_prior
+    from .prior.prior import open_prior
 
     model = open_prior(prior, size)
     found = inspected(model.with_prompts([""]) if model.text else model)

@@ -42,9 +42,10 @@ from .guide import Method
 from .guide.steered import Guidance
 from .judges import WITH_RULER, fit_posterior, rounds_of
 from .prepare import encoder_of, only, read_data
+from .prior.prior import open_prior
 from .report import write_compare_report
 from .reward import FEW
-from .run import Run, as_set, open_prior
+from .run import Run, as_set
 from .system.files import write_json
 from .system.folders import check_room, clear
 from .system.progress import Phase, silent, timed

@@ -11,11 +11,11 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 from .data.tables import HUB
+from .prior.prior import EMBEDDED
 from .system.files import write_text
 from .system.strict import Strict
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
-EMBEDDED = "digits"  # the prior that ships with the package, by name
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
 

@@ -21,7 +21,9 @@ from .chain.noise import normal
 from .chain.rollout import rollout
 from .control.lora import LoRAControl
 from .control.policy import Policy
-from .pretrained import FAMILIES, PARTS_ALONE, Prior, quiet
+from .prior.families import FAMILIES
+from .prior.loader import quiet
+from .prior.prior import Prior
 
 CONTROLS = "controls"  # the folder they are in
 PARTS = (
@@ -78,7 +80,7 @@ class ControlledPipeline(DiffusionPipeline):
 
     def _parts(self) -> Any:
         """The pipeline the controls were trained on, or its parts where these will do."""
-        if FAMILIES[self.config.base] in PARTS_ALONE:
+        if FAMILIES[self.config.base].ALONE:
             return SimpleNamespace(**self.components)
         kind = getattr(diffusers, self.config.base)
         wanted = inspect.signature(kind).parameters

@@ -26,8 +26,9 @@ from .guide.selection import BestOf, Importance, Rejection
 from .judges import BATCH, DEEP, epochs_of
 from .learn.labelled import Labelled
 from .prepare import encoder_of
+from .prior.prior import open_prior
 from .reward import prior_table
-from .run import Run, as_set, open_prior
+from .run import Run, as_set
 from .system.folders import clear
 from .system.progress import Phase, silent, timed
 from .train import fit

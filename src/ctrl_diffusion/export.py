@@ -4,26 +4,23 @@ The folder has the prior's pipeline, `controls/NAME/` with each control (and its
 loads), `pipeline.py` (`controlled.py` and what it imports, each a copy of ours side by side), and a model card.
 """
 
+import ast
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from . import assets, controlled
-from .config import EMBEDDED
-from .pretrained import located
+from . import controlled
+from .prior.loader import located
+from .prior.prior import DIGITS, EMBEDDED
 from .run import Run
 from .system.files import read_tensors, write_json, write_tensors, write_text
 from .system.folders import check_room, clear
 
 INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
-HERE = Path(__file__).parent
-# what pipeline.py needs, in the order in which they need each other
-SOURCES = ("files", "schedule", "denoise", "transition", "scale", "control", "rollout")
-FAMILY = ("latents", "text", "unet", "dit", "stable_diffusion", "stable_diffusion_3", "flux")
+PACKAGE = Path(__file__).parent
 FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
 
 
@@ -42,7 +39,7 @@ def export(folder: Path, out: Path, overwrite: bool = False, trust: bool = False
     check_room(out, INDEX, overwrite)
     run = Run.load(folder, trust=trust)
     config = run.config
-    prior = Path(assets.DIGITS) if config.prior == EMBEDDED else located(config.prior)
+    prior = Path(DIGITS) if config.prior == EMBEDDED else located(config.prior)
     index = json.loads((prior / INDEX).read_text(encoding="utf-8"))
     parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     clear(out, FILES)
@@ -108,21 +105,39 @@ def push_to_hub(out: Path, name: str) -> None:
 
 
 def sources() -> dict[str, str]:
-    """The files of an exported folder by name: ours, importing each other side by side."""
-    texts = {name: (HERE / f"{name}.py").read_text(encoding="utf-8") for name in SOURCES}
-    texts["pretrained"] = (HERE / "pretrained" / "__init__.py").read_text(encoding="utf-8")
-    texts |= {name: (HERE / "pretrained" / f"{name}.py").read_text(encoding="utf-8") for name in FAMILY}
-    flat = {name: flattened(text) for name, text in texts.items()}
-    named = "\n".join(f"from .{name} import __doc__ as _  # noqa: F401" for name in flat)
-    pipeline = flattened((HERE / "controlled.py").read_text(encoding="utf-8"))
+    """Read the files of an exported folder: `controlled.py` and all it imports of ours, side by side, by name."""
+    texts: dict[str, str] = {}
+    paths = [Path(controlled.__file__)]
+    for path in paths:
+        name = path.parent.name if path.stem == "__init__" else path.stem
+        texts[name], imported = flattened(path)
+        paths += [other for other in imported if other not in paths]
+    if len(texts) < len(paths):
+        raise RuntimeError("two files of an exported folder would have one name.")
+    pipeline = texts.pop("controlled")
+    named = "\n".join(f"from .{name} import __doc__ as _  # noqa: F401" for name in texts)
     # diffusers copies, of all that lies beside a pipeline.py, what it imports itself
-    return flat | {"pipeline": f"{pipeline}\n\n# diffusers looks here for the files it has to copy\n{named}\n"}
+    return texts | {"pipeline": f"{pipeline}\n\n# diffusers looks here for the files it has to copy\n{named}\n"}
 
 
-def flattened(text: str) -> str:
-    """A module's text with its relative imports from one folder."""
-    text = re.sub(r"^from \.\.(\w)", r"from .\1", text, flags=re.MULTILINE)
-    return re.sub(r"^from \. import", "from .pretrained import", text, flags=re.MULTILINE)
+def flattened(path: Path) -> tuple[str, list[Path]]:
+    """Read a module's text with its relative imports from one folder, and the files it imports."""
+    text, imported = path.read_text(encoding="utf-8"), []
+    for node in ast.parse(text).body:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        target = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        names = [alias.name for alias in node.names]
+        if target.with_suffix(".py").is_file():
+            imported.append(target.with_suffix(".py"))
+        elif all((target / f"{name}.py").is_file() for name in names):
+            imported += [target / f"{name}.py" for name in names]
+        else:
+            imported.append(target / "__init__.py")
+        here = "" if imported[-1].parent == target and imported[-1].stem != "__init__" else target.name
+        source = ast.get_source_segment(text, node)
+        text = text.replace(source, f"from .{here}{source[source.index(' import') :]}", 1)
+    return text, imported
 
 
 def model_card(folder: Path, run: Run, base: str) -> str:

@@ -12,7 +12,7 @@ from .config import Config, suggested
 from .control.lora import LoRAControl
 from .control.policy import Policy
 from .learn.weighted import RENOISING
-from .pretrained import Prior
+from .prior.prior import Prior
 
 MEGABYTE = 1e6
 

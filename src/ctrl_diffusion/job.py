@@ -42,6 +42,7 @@ from .prepare import (
     material,
     prepare,
 )
+from .prior.prior import open_prior
 from .report import (
     Shown,
     save_figure,
@@ -51,7 +52,7 @@ from .report import (
     write_exact_report,
     write_report,
 )
-from .run import Run, as_set, home, open_prior
+from .run import Run, as_set, home
 from .system import ranks
 from .system.files import write_json, write_text, writing
 from .system.folders import check_room, check_writable, clear, clear_unfinished, locked

@@ -19,8 +19,8 @@ from .data.read import in_order, read_images
 from .data.tables import open_table
 from .independence import dependence
 from .judges import Judges
-from .pretrained import Prior
-from .run import as_set, home, open_prior
+from .prior.prior import Prior, open_prior
+from .run import as_set, home
 from .system import ranks
 from .system.progress import Phase, silent
 from .system.tracking import check_trackers

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import assets
 from .certificate import certify, gamma_within
 from .chain.noise import stream
 from .chain.paths import exact_samples, paths
 from .chain.rollout import Times
-from .config import EMBEDDED, Config, ControlSettings
+from .config import Config, ControlSettings
 from .control.conditions import Conditions
 from .control.lora import LoRAControl
 from .control.policy import Policy
@@ -31,7 +30,8 @@ from .data.digits import MEASURES, RULERS
 from .data.labels import Labels, places
 from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left
 from .judges import Judges
-from .pretrained import Prior
+from .prior.prior import Prior, open_prior
+from .prior.sharding import shard
 from .reward import FEW, Among, Reward, prior_table
 from .support import BEYOND
 from .system import ranks
@@ -55,11 +55,6 @@ def attached(folder: Path, prior: Prior) -> LoRAControl:
         return LoRAControl.load(folder, prior.denoiser)
 
 
-def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:
-    """The embedded prior by its name, else a pipeline's folder or hub id."""
-    return Prior.from_pretrained(assets.DIGITS if name == EMBEDDED else name, size)
-
-
 def as_set(prior: Prior, config: Config) -> Prior:
     """A prior with the prompts of a run, or by its null class if it is to be unconditional, where the run puts it."""
     if config.prompts is not None:
@@ -69,7 +64,7 @@ def as_set(prior: Prior, config: Config) -> Prior:
     prior = prior.unconditional() if config.unconditional else prior
     ranks.state()  # of several processes each is given an accelerator of its own, which "auto" then means
     if ranks.sharded():
-        ranks.shard(prior.denoiser, config.device)
+        shard(prior.denoiser, config.device)
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
 

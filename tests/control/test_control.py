@@ -2,7 +2,6 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from ctrl_diffusion import assets
 from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.control import SideControl
@@ -10,7 +9,7 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import DIGITS, Prior
 
 B = 6
 VALUES = ("1", "2", "3", "4")
@@ -120,7 +119,7 @@ def test_save_and_load(network, tmp_path):
     policy.controls["ink"].save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["control.json", "control.safetensors"]
 
-    fresh = Prior.from_pretrained(assets.DIGITS).denoiser
+    fresh = Prior.from_pretrained(DIGITS).denoiser
     control = LoRAControl.load(tmp_path, fresh)
     assert control.values == VALUES
     with torch.no_grad():
@@ -144,7 +143,7 @@ def test_any_column_name_will_do(digits, name, tmp_path):
         policy(torch.randn(2, 1, 8, 8), 0.5, labels={name: torch.tensor([0, 1])}, c=torch.tensor([0, 1])).shape[0] == 2
     )
     control.save(tmp_path)
-    assert LoRAControl.load(tmp_path, Prior.from_pretrained(assets.DIGITS).denoiser).name == name
+    assert LoRAControl.load(tmp_path, Prior.from_pretrained(DIGITS).denoiser).name == name
 
 
 def test_names_are_given_once_and_global_randomness_is_left_alone(network):
@@ -209,7 +208,7 @@ def test_a_control_of_another_network_is_refused(network, tmp_path):
     control.save(tmp_path)
     (tmp_path / "control.json").write_text((tmp_path / "control.json").read_text().replace('"rank": 2', '"rank": 3'))
     with pytest.raises(ValueError, match="another network"):
-        LoRAControl.load(tmp_path, Prior.from_pretrained(assets.DIGITS).denoiser)
+        LoRAControl.load(tmp_path, Prior.from_pretrained(DIGITS).denoiser)
 
 
 def test_a_control_needs_a_site():

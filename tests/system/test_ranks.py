@@ -27,14 +27,15 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.sharding import shard
 from ctrl_diffusion.reward import Reward
 from ctrl_diffusion.system import ranks
 from ctrl_diffusion.testbed import Task, new_policy
 from ctrl_diffusion.train import fit
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["ctrl_diffusion.testbed", "ctrl_diffusion.pretrained"])
+processes.set_forkserver_preload(["ctrl_diffusion.testbed", "ctrl_diffusion.prior.prior"])
 
 
 def learners_of(samples, drawn):
@@ -78,7 +79,7 @@ def model(name, root):
     prior = prior.with_prompts(["a seven", "two"]) if prior.text else prior
     prior.denoiser.double()
     if ranks.sharded():
-        ranks.shard(prior.denoiser)
+        shard(prior.denoiser)
     controls = ("side", "tone") if name == "two" else ("side",)
     policy = Policy(prior.denoiser, *(LoRAControl(y, "01", prior.denoiser, rank=2) for y in controls)).double()
     conditions = Conditions.trained({"c": torch.arange(2)} if prior.classes else {}, dict.fromkeys(controls, 2))
@@ -293,7 +294,7 @@ def test_what_cannot_go_in_step_is_refused(sharded, monkeypatch):
 
 
 def test_sharded_weights_are_where_accelerate_puts_them():
-    said = refusal(lambda: ranks.shard(None, "cuda:1"))
+    said = refusal(lambda: shard(None, "cuda:1"))
     assert said == "device: sharded weights are where accelerate puts them. Use auto, not cuda:1."
 
 

@@ -17,15 +17,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
 from torch import Tensor, nn
-
-from ..chain.denoise import NetworkDenoiser
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # while rank 0 fits or writes; a process that dies is noticed at once
@@ -163,34 +160,6 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     *sums, there = summed(torch.cat(flat)).split([len(part) for part in flat])
     for p, whole, ranks in zip(parameters, sums, there.tolist(), strict=True):
         p.grad = whole.view_as(p) if ranks else None
-
-
-def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
-    """Leave every rank a part of a prior's weights, by FSDP2, on this rank's device; all call it together from now on.
-
-    What is gathered and dropped at a time are the members of the network's lists (transformer blocks, a UNet's stages),
-    children that have such lists (a UNet's middle), and all the rest. A control's own weights come later, and stay
-    whole.
-
-    Raises:
-        ValueError: a device is asked for.
-    """
-    if device != "auto":
-        raise ValueError(f"device: sharded weights are where accelerate puts them. Use auto, not {device}.")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard  # a second of import
-
-    mesh, network = init_device_mesh(state().device.type, (count(),)), denoiser.network
-    for name in denoiser.site.embeddings:  # some networks call one from outside of the block it is in
-        fully_shard(network.get_submodule(name), mesh=mesh)
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                fully_shard(block, mesh=mesh)
-        elif any(isinstance(module, nn.ModuleList) for module in child.modules()):
-            fully_shard(child, mesh=mesh)
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    denoiser.together = partial(gathered, dim=1)
 
 
 def reshard(network: nn.Module) -> None:

@@ -5,21 +5,20 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
 
-from ctrl_diffusion import assets
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.pretrained import Prior
+from ctrl_diffusion.prior.prior import DIGITS, Prior
 
 
 def test_the_embedded_prior_is_an_ordinary_pipeline_folder():
-    pipeline = DiTPipeline.from_pretrained(assets.DIGITS, vae=None)
+    pipeline = DiTPipeline.from_pretrained(DIGITS, vae=None)
     assert not pipeline.scheduler.config.clip_sample
-    assert sum(f.stat().st_size for f in assets.DIGITS.rglob("*") if f.is_file()) <= 4_000_000
-    assert {f.suffix for f in assets.DIGITS.rglob("*") if f.is_file()} == {".json", ".safetensors"}
+    assert sum(f.stat().st_size for f in DIGITS.rglob("*") if f.is_file()) <= 4_000_000
+    assert {f.suffix for f in DIGITS.rglob("*") if f.is_file()} == {".json", ".safetensors"}
 
 
 def test_the_denoiser_reads_the_network_as_diffusers_does(digits):
-    pipeline = DiTPipeline.from_pretrained(assets.DIGITS, vae=None)
+    pipeline = DiTPipeline.from_pretrained(DIGITS, vae=None)
     x_t, c = torch.randn(4, 1, 8, 8), torch.tensor([0, 3, 9, 10])
     k = torch.tensor([5, 300, 700, 999])
     with torch.no_grad():
@@ -146,7 +145,7 @@ def test_what_is_no_pipeline_is_refused(tmp_path):
 
 def changed(folder, part, **values):
     """A copy of the embedded prior with one config changed."""
-    shutil.copytree(assets.DIGITS, folder)
+    shutil.copytree(DIGITS, folder)
     path = folder / part
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     return folder

@@ -4,9 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chain.denoise import ControlSite
-from . import Family, fixed
-from .latents import Codec, factor_of
+from ...chain.denoise import ControlSite
+from ..family import Family, fixed
+from ..latents import Codec, factor_of
+
+ALONE = "transformer"
 
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:

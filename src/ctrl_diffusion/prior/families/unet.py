@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chain.denoise import ControlSite
-from . import Family, fixed
+from ...chain.denoise import ControlSite
+from ..family import Family, fixed
 
 # linear layers and convolutions of residual and attention blocks, by the endings of their names
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj")
+ALONE = "unet"
 
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:

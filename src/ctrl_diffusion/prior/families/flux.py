@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..chain.denoise import ControlSite
-from . import Family, default_guidance, sized
-from .latents import Codec
-from .text import Rows, TextFamily, place_of
+from ...chain.denoise import ControlSite
+from ..family import Family, default_guidance, sized
+from ..latents import Codec
+from ..text import Rows, TextFamily, place_of
 
 TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
     "ff.net.2", "proj_mlp",
 )  # fmt: skip
 PATCH = 2  # latents a side that become one token
+ALONE = None
 
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:

@@ -1,4 +1,4 @@
-"""Rebuild the embedded prior: `python -m ctrl_diffusion.assets.build_digits` (about a quarter of an hour, one thread).
+"""Rebuild the embedded prior: `python bench/build_digits.py` (about a quarter of an hour, one thread).
 
 A class-conditional DiT (c = digit, null class = 10) on scikit-learn's 8×8 handwritten digits, v-prediction under the
 squared-cosine schedule (Nichol & Dhariwal 2021; Salimans & Ho 2022), saved as an ordinary diffusers pipeline folder.

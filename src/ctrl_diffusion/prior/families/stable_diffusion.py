@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chain.denoise import ControlSite
-from . import Family, default_guidance, sized
-from .latents import Codec
-from .text import Rows, TextFamily, place_of
+from ...chain.denoise import ControlSite
+from ..family import Family, default_guidance, sized
+from ..latents import Codec
+from ..text import Rows, TextFamily, place_of
 
 # linear layers of attention, feed-forward and time, by the endings of their names
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj")
+ALONE = None
 
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:

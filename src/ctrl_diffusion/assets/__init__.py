@@ -1,5 +1,0 @@
-"""Files that ship with the package."""
-
-from pathlib import Path
-
-DIGITS = Path(__file__).parent / "digits"
