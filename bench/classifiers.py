@@ -14,9 +14,8 @@ from rich import print_json
 from torch import Tensor
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.data.labelled import LabelledImages
-from ctrl_diffusion.judges import Judges, fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges
 from ctrl_diffusion.system.files import write_json
 
 OPTIONS = {"plain": {}, "balanced": {"balanced": True}, "early_stopping": {"early_stopping": True}}

@@ -28,7 +28,6 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection
 
-from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
@@ -37,7 +36,8 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
+from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.system.files import rounded, write_json
 from ctrl_diffusion.train import fit
 

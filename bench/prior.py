@@ -16,7 +16,6 @@ from rich import print_json
 from ctrl_diffusion import demo
 from ctrl_diffusion.chain.noise import stream
 from ctrl_diffusion.chain.paths import paths
-from ctrl_diffusion.classifier import Classifier, fit_classifier
 from ctrl_diffusion.cli import quiet_dependencies
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.data import digits as rulers
@@ -25,6 +24,8 @@ from ctrl_diffusion.data.labelled import to_pixels
 from ctrl_diffusion.fidelity import frechet_distance, nearest_distance
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
+from ctrl_diffusion.reward.fit import fit_classifier
+from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -41,7 +41,7 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
-from ctrl_diffusion.reward import Reward, prior_table
+from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.system.files import rounded
 from ctrl_diffusion.train import Update, fit
 

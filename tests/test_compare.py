@@ -9,7 +9,7 @@ import torch
 from ctrl_diffusion.compare import STRENGTHS, Comparison, averaged, compare_job, interval, subset
 from ctrl_diffusion.config import Config
 from ctrl_diffusion.entrants import ENTRANTS
-from ctrl_diffusion.judges import Judges
+from ctrl_diffusion.reward.classifiers import Judges
 from ctrl_diffusion.run import Run
 
 FIGURES = (

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.classifier import half_turn
 from ctrl_diffusion.data import digits as rulers
+from ctrl_diffusion.reward.fit import half_turn
 
 
 def test_slant_is_the_slope_of_a_stroke():

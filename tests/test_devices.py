@@ -8,7 +8,6 @@ from elsewhere import DEVICE, There, open_device
 from pipelines import saved
 
 from ctrl_diffusion.chain.paths import paths
-from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
@@ -28,7 +27,8 @@ from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
-from ctrl_diffusion.reward import Reward, prior_table
+from ctrl_diffusion.reward.reward import Reward, prior_table
+from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run import Run
 from ctrl_diffusion.train import fit
 

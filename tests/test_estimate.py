@@ -18,8 +18,8 @@ from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples, probes_of, some
 from ctrl_diffusion.inspection import evaluations
 from ctrl_diffusion.job import STRENGTHS, step_counts
-from ctrl_diffusion.judges import Judges, fit_judges
 from ctrl_diffusion.prepare import prepare
+from ctrl_diffusion.reward.classifiers import Judges, fit_judges
 from ctrl_diffusion.run import Run
 
 FAST = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 150}

@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.classifier import Classifier
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.evaluate import (
@@ -13,6 +12,7 @@ from ctrl_diffusion.evaluate import (
     score_target,
     weighted_diversity,
 )
+from ctrl_diffusion.reward.scorer import Classifier
 
 
 def test_weighted_diversity_against_a_double_loop():

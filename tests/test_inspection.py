@@ -7,7 +7,7 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.course import learner_of
 from ctrl_diffusion.inspection import evaluations, kept_bytes
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 
 
 class Ink:

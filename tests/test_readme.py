@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ctrl_diffusion
-from ctrl_diffusion.config import ClassifierSettings
+from ctrl_diffusion.reward.classifiers import ClassifierSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

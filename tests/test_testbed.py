@@ -11,7 +11,7 @@ from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.lattice import Tabulated
-from ctrl_diffusion.reward import prior_table
+from ctrl_diffusion.reward.reward import prior_table
 from ctrl_diffusion.testbed import (
     LEARNERS,
     SCHEDULES,

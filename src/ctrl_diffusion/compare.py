@@ -40,11 +40,11 @@ from .evaluate import Judge, Look, score_samples, score_target
 from .fidelity import Yardstick
 from .guide import Method
 from .guide.steered import Guidance
-from .judges import WITH_RULER, fit_posterior, rounds_of
 from .prepare import encoder_of, only, read_data
 from .prior.prior import open_prior
 from .report import write_compare_report
-from .reward import FEW
+from .reward.classifiers import WITH_RULER, fit_posterior, rounds_of
+from .reward.reward import FEW
 from .run import Run, as_set
 from .system.files import write_json
 from .system.folders import check_room, clear

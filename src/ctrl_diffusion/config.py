@@ -12,49 +12,13 @@ from typing_extensions import Self
 
 from .data.tables import HUB
 from .prior.prior import EMBEDDED
+from .reward.classifiers import ClassifierSettings
 from .system.files import write_text
 from .system.strict import Strict
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
-
-
-class ClassifierSettings(Strict):
-    """p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen.
-
-    Args:
-        balanced: fit with every class weighing the same; p̂ stays the posterior under the data's own frequencies.
-        early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
-        conditional: p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
-        backbone: a frozen vision network of transformers, a folder or a hub id, on whose features a linear head is
-            fitted; grid, depth and augment are not used then.
-        factory: "module:function" that makes the network, from K and (C, H, W).
-        latents: p̂ looks at a latent model's latents: no decoder in training; the judge looks at images all the same.
-    """
-
-    head: Literal["auto", "categorical", "ordinal"] = "auto"
-    grid: Literal["auto"] | PositiveInt = "auto"
-    depth: Literal["auto"] | PositiveInt = "auto"
-    augment: Literal["none", "shift", "any_side_up", "half_turn"] = "shift"
-    updates: int = Field(1500, ge=1)
-    balanced: bool = False
-    early_stopping: bool = False
-    conditional: bool = False
-    backbone: str | None = None
-    factory: str | None = None
-    latents: bool = False
-
-    @model_validator(mode="after")
-    def one_kind(self) -> "ClassifierSettings":
-        """A factory's network has its own head and features; what was trained on images does not know latents."""
-        if self.latents and (self.backbone or self.augment in ("any_side_up", "half_turn")):
-            raise ValueError(
-                "latents excludes a backbone, and turning: a turned image's latents are not turned latents"
-            )
-        if self.factory and (self.backbone or self.conditional or self.head == "ordinal"):
-            raise ValueError("factory excludes backbone, conditional and an ordinal head")
-        return self
 
 
 class LearnerSettings(Strict):

@@ -21,7 +21,7 @@ from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
 from .learn.ppo import PPO
 from .learn.weighted import RENOISING, Weighted
-from .reward import prior_table
+from .reward.reward import prior_table
 from .run import Run
 from .system import ranks
 from .system.checkpoint import Checkpoints, in_turn, numbered, part_of

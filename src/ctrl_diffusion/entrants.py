@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .chain.denoise import Denoiser
 from .chain.noise import stream
-from .classifier import AUGMENTATIONS, Classifier
 from .control.policy import Policy
 from .data.labelled import LabelledImages
 from .data.labels import NULL
@@ -23,11 +22,13 @@ from .guide.noisy import NoisyClassifier, fit_noisy
 from .guide.particles import TDS, FeynmanKac
 from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
-from .judges import BATCH, DEEP, epochs_of
 from .learn.labelled import Labelled
 from .prepare import encoder_of
 from .prior.prior import open_prior
-from .reward import prior_table
+from .reward.classifiers import BATCH, DEEP, epochs_of
+from .reward.fit import AUGMENTATIONS
+from .reward.reward import prior_table
+from .reward.scorer import Classifier
 from .run import Run, as_set
 from .system.folders import clear
 from .system.progress import Phase, silent, timed

@@ -18,9 +18,9 @@ from .course import PROBE_PATHS, Best, Course, between_probes, stages_of, train
 from .data.labelled import RAREST, LabelledImages
 from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
 from .job import STRENGTHS, step_counts
-from .judges import BATCH, Judges, fit_judges
 from .learn.weighted import RENOISING
 from .prepare import Job, Material, encoder_of, prepare
+from .reward.classifiers import BATCH, Judges, fit_judges
 from .run import Run
 from .system import ranks
 from .system.checkpoint import Checkpoints

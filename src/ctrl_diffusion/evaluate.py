@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .certificate import Certificate
 from .chain.rows import parts, rows_of
-from .classifier import Classifier, Scorer
 from .control.conditions import Conditions
 from .data.labels import Labels
-from .reward import FEW
+from .reward.reward import FEW
+from .reward.scorer import Classifier, Scorer
 
 Ruler = Callable[[Tensor], Tensor]
 MOST_SIDE = 32  # of images whose pixels are compared

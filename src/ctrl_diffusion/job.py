@@ -29,7 +29,6 @@ from .course import CHECKPOINT, LOG, train_in
 from .data.labelled import LabelledImages, write_imagefolder
 from .data.labels import NULL, number_at
 from .evaluate import Evaluation, Score
-from .judges import Judges, fit_judges
 from .prepare import (
     PAGES,
     Job,
@@ -52,6 +51,7 @@ from .report import (
     write_exact_report,
     write_report,
 )
+from .reward.classifiers import Judges, fit_judges
 from .run import Run, as_set, home
 from .system import ranks
 from .system.files import write_json, write_text, writing

@@ -17,9 +17,9 @@ from .data.digits import VALUES
 from .data.labelled import LabelledImages
 from .data.read import in_order, read_images
 from .data.tables import open_table
-from .independence import dependence
-from .judges import Judges
 from .prior.prior import Prior, open_prior
+from .reward.classifiers import Judges
+from .reward.independence import dependence
 from .run import as_set, home
 from .system import ranks
 from .system.progress import Phase, silent

@@ -24,8 +24,8 @@ from .chain.noise import stream
 from .data.labelled import LabelledImages, to_pixels
 from .data.labels import NULL
 from .evaluate import Evaluation, Score
-from .judges import Judges
 from .learn.weighted import RENOISING
+from .reward.classifiers import Judges
 from .run import Run
 from .system.files import write_text, writing
 from .testbed import GROWING, Picture

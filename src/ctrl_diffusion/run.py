@@ -29,11 +29,11 @@ from .control.policy import Policy
 from .data.digits import MEASURES, RULERS
 from .data.labels import Labels, places
 from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left
-from .judges import Judges
 from .prior.prior import Prior, open_prior
 from .prior.sharding import shard
-from .reward import FEW, Among, Reward, prior_table
-from .support import BEYOND
+from .reward.classifiers import Judges
+from .reward.reward import FEW, Among, Reward, prior_table
+from .reward.support import BEYOND
 from .system import ranks
 from .system.files import undamaged
 from .system.progress import Phase, silent

@@ -33,7 +33,7 @@ from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
 from .learn.ppo import PPO
 from .learn.weighted import Weighted
-from .reward import Reward, prior_table
+from .reward.reward import Reward, prior_table
 from .system.progress import Phase, silent
 from .train import fit
 

@@ -4,12 +4,11 @@ import sys
 import pytest
 import torch
 
-from ctrl_diffusion.classifier import calibrate, fit_classifier, report_classifier
-from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.data import images
 from ctrl_diffusion.data.images import Images, as_x, joined_x
 from ctrl_diffusion.data.labelled import LabelledImages
-from ctrl_diffusion.judges import fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
+from ctrl_diffusion.reward.fit import calibrate, fit_classifier, report_classifier
 
 
 def test_images_on_disk_are_the_floats_they_would_be_in_memory(monkeypatch):

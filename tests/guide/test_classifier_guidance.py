@@ -5,7 +5,7 @@ from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, per_sample
 from ctrl_diffusion.exact import GaussianMixture, LinearGaussian, Logistic, posterior
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.lattice import LatticeChain
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 
 DOUBLE = torch.float64
 SCHEDULES = [Cosine(), RectifiedFlow()]

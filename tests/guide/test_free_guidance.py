@@ -8,7 +8,7 @@ from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.learn.labelled import Labelled
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.testbed import LR, Doubled
 from ctrl_diffusion.train import fit
 

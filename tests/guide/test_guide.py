@@ -17,7 +17,7 @@ from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.reconstruction import DPS, MPGD
 from ctrl_diffusion.guide.selection import BestOf, Importance, Rejection
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 
 STEPS, K, B = 5, 4, 6
 

@@ -7,7 +7,7 @@ from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, per_sample
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture, Logistic
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.noisy import fit_noisy, with_clock
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])

@@ -7,7 +7,7 @@ from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.selection import Importance, systematic
 from ctrl_diffusion.lattice import LatticeChain
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.testbed import Answers, Task, energy_test
 
 DOUBLE = torch.float64

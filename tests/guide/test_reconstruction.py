@@ -7,7 +7,7 @@ from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.exact import GaussianMixture, LinearGaussian
 from ctrl_diffusion.guide.reconstruction import DPS, MPGD
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 
 DOUBLE = torch.float64
 

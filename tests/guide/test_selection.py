@@ -6,7 +6,7 @@ from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.selection import BestOf, Rejection
 from ctrl_diffusion.lattice import LatticeChain
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 
 DOUBLE = torch.float64
 

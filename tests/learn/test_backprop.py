@@ -11,7 +11,7 @@ from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.backprop import Backprop
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 
 
 def toy(schedule=None):

@@ -14,7 +14,7 @@ from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
-from ctrl_diffusion.reward import Reward, prior_table
+from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.train import fit
 
 LR = {"embedding": 1e-2, "adapter": 3e-3}

@@ -6,7 +6,6 @@ from ctrl_diffusion.chain.denoise import Denoiser
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.classifier import Estimator
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
@@ -14,7 +13,8 @@ from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO, Baseline, rewards_to_go, surrogate
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
+from ctrl_diffusion.reward.scorer import Estimator
 from ctrl_diffusion.train import fit
 
 

@@ -27,7 +27,7 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import PRECISIONS, Prior
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run import Run
 from ctrl_diffusion.train import fit
 

@@ -29,7 +29,7 @@ from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.prior.sharding import shard
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.system import ranks
 from ctrl_diffusion.testbed import Task, new_policy
 from ctrl_diffusion.train import fit

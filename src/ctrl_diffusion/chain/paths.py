@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.labels import Labels
-from ..reward import Reward
+from ..reward.reward import Reward
 from ..system import ranks
 from ..system.progress import Phase, silent
 from .denoise import Denoiser

@@ -19,7 +19,7 @@ from ..chain.paths import at_once, paths
 from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
 from ..data.labels import Labels
-from ..reward import Reward
+from ..reward.reward import Reward
 
 Cond = dict[str, Tensor]
 Earned = Callable[..., Tensor]  # (x (B, *), labels, cond, …) → reward in nats (B,)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.labels import Labels
-from ..reward import Reward
+from ..reward.reward import Reward
 from . import Asked, Cond, Earned
 from .steered import Guidance, gradient, of_score
 

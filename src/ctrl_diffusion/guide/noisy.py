@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..chain.noise import normal
 from ..chain.rollout import Times
 from ..chain.schedule import Schedule, per_sample
-from ..classifier import Scorer, calibrate, fit_classifier
+from ..reward.fit import calibrate, fit_classifier
+from ..reward.scorer import Scorer
 
 VIEWS = 8  # noisy copies of each held-out example
 WIDTH = 64  # of the network for x that are no images

@@ -19,7 +19,7 @@ from ..chain.paths import paths
 from ..chain.rollout import Times
 from ..chain.schedule import Schedule, per_sample
 from ..data.labels import Labels
-from ..reward import Reward
+from ..reward.reward import Reward
 from . import Asked, Earned, Method
 
 

@@ -31,7 +31,7 @@ from ..chain.transition import half_square, transition
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..data.labels import Labels
-from ..reward import Reward
+from ..reward.reward import Reward
 from . import Carried, OnPolicy, Step, check_gradient, clip_rows, joined, pulled_back, revisit, visits
 
 

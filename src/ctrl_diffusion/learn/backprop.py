@@ -18,7 +18,7 @@ from torch import Tensor
 from ..chain.transition import step_std
 from ..control.conditions import Conditions
 from ..control.policy import Policy
-from ..reward import Reward
+from ..reward.reward import Reward
 from . import Carried, OnPolicy, Step, check_gradient, clip_rows
 
 

@@ -19,7 +19,7 @@ from ..chain.transition import half_square
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..data.labels import NULL, Labels
-from ..reward import Reward
+from ..reward.reward import Reward
 from ..system import ranks
 from . import Step, renoised
 

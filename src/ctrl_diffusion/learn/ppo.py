@@ -27,7 +27,7 @@ from ..chain.rows import parts
 from ..chain.transition import half_square
 from ..control.conditions import Conditions
 from ..control.policy import Policy
-from ..reward import Reward
+from ..reward.reward import Reward
 from ..system import ranks
 from . import Carried, OnPolicy, Step, joined, revisit, visits
 

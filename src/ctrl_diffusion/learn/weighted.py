@@ -22,7 +22,7 @@ from ..chain.schedule import per_sample
 from ..chain.transition import half_square
 from ..control.conditions import Conditions
 from ..control.policy import Policy
-from ..reward import Reward, prior_table
+from ..reward.reward import Reward, prior_table
 from ..system import ranks
 from . import Carried, Step, renoised
 

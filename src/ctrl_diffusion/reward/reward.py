@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .chain.rows import parts, rows_of
-from .control.conditions import Conditions
-from .data.labels import NULL, Labels
+from ..chain.rows import parts, rows_of
+from ..control.conditions import Conditions
+from ..data.labels import NULL, Labels
 
 FEW = 16  # images decoded at once
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ctrl_diffusion.classifier import Estimator
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.exact import Logistic
-from ctrl_diffusion.reward import Reward, prior_table
+from ctrl_diffusion.reward.reward import Reward, prior_table
+from ctrl_diffusion.reward.scorer import Estimator
 
 CONDITIONS = Conditions({"c": torch.arange(2)}, {"side": 2, "height": 2})
 LIKELIHOODS = {"side": Logistic(torch.tensor([1.0, 0.0])), "height": Logistic(torch.tensor([0.0, 1.0]), 0.3)}

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion.independence import dependence
+from ctrl_diffusion.reward.independence import dependence
 
 KNOWN = torch.tensor([[0.4, 0.1], [0.1, 0.4]])  # p(y1, y2 | x) whatever x is: both even, far from independent
 NATS = float((KNOWN * (KNOWN / 0.25).log()).sum())

@@ -17,7 +17,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
-from .system.files import read_tensors, write_tensors
+from ..system.files import read_tensors, write_tensors
 
 BEYOND = 0.05  # the share of unseen labelled images that lie outside
 

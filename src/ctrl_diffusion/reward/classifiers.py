@@ -13,28 +13,59 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from ..data.images import joined_x
+from ..data.labelled import LabelledImages
+from ..system.files import undamaged
+from ..system.progress import Advance, Phase, silent
+from ..system.strict import Strict
 from .backbone import Backbone, Elsewhere, Frozen, Own, load_classifier
-from .classifier import (
-    AUGMENTATIONS,
-    Classifier,
-    ClassifierReport,
-    Scorer,
-    calibrated_nll,
-    coverage,
-    fit_classifier,
-    report_classifier,
-)
-from .config import ClassifierSettings
-from .data.images import joined_x
-from .data.labelled import LabelledImages
+from .fit import AUGMENTATIONS, ClassifierReport, calibrated_nll, coverage, fit_classifier, report_classifier
+from .scorer import Classifier, Scorer
 from .support import Support
-from .system.files import undamaged
-from .system.progress import Advance, Phase, silent
+
+
+class ClassifierSettings(Strict):
+    """p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen.
+
+    Args:
+        balanced: fit with every class weighing the same; p̂ stays the posterior under the data's own frequencies.
+        early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
+        conditional: p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
+        backbone: a frozen vision network of transformers, a folder or a hub id, on whose features a linear head is
+            fitted; grid, depth and augment are not used then.
+        factory: "module:function" that makes the network, from K and (C, H, W).
+        latents: p̂ looks at a latent model's latents: no decoder in training; the judge looks at images all the same.
+    """
+
+    head: Literal["auto", "categorical", "ordinal"] = "auto"
+    grid: Literal["auto"] | PositiveInt = "auto"
+    depth: Literal["auto"] | PositiveInt = "auto"
+    augment: Literal["none", "shift", "any_side_up", "half_turn"] = "shift"
+    updates: int = Field(1500, ge=1)
+    balanced: bool = False
+    early_stopping: bool = False
+    conditional: bool = False
+    backbone: str | None = None
+    factory: str | None = None
+    latents: bool = False
+
+    @model_validator(mode="after")
+    def one_kind(self) -> "ClassifierSettings":
+        """A factory's network has its own head and features; what was trained on images does not know latents."""
+        if self.latents and (self.backbone or self.augment in ("any_side_up", "half_turn")):
+            raise ValueError(
+                "latents excludes a backbone, and turning: a turned image's latents are not turned latents"
+            )
+        if self.factory and (self.backbone or self.conditional or self.head == "ordinal"):
+            raise ValueError("factory excludes backbone, conditional and an ordinal head")
+        return self
+
 
 Choice = dict[str, Any]  # options of `fit_classifier` and of the network it fits
 DEEP, BATCH = 4, 32

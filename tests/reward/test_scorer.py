@@ -5,19 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.classifier import (
-    AUGMENTATIONS,
-    RESOLUTION,
-    Classifier,
-    Scorer,
-    any_side_up,
-    calibrate,
-    fit_classifier,
-    report_classifier,
-    shift,
-)
 from ctrl_diffusion.data import digits as rulers
-from ctrl_diffusion.reward import Reward
+from ctrl_diffusion.reward.fit import AUGMENTATIONS, any_side_up, calibrate, fit_classifier, report_classifier, shift
+from ctrl_diffusion.reward.reward import Reward
+from ctrl_diffusion.reward.scorer import RESOLUTION, Classifier, Scorer
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +235,7 @@ def test_labels_without_noise_do_not_make_a_needle():
 
 def test_large_images_are_looked_at_a_few_at_a_time(monkeypatch):
     """At 512 × 512 the pooled convolutions of a held-out part at once would be tens of gigabytes."""
-    monkeypatch.setattr("ctrl_diffusion.classifier.PIXELS_AT_ONCE", 4 * 8 * 8)
+    monkeypatch.setattr("ctrl_diffusion.reward.scorer.PIXELS_AT_ONCE", 4 * 8 * 8)
     classifier, x, seen = Classifier(3, 2), torch.randn(10, 3, 8, 8), []
     classifier.trunk[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     classifier.log_prob(x)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .classifier import Classifier, Head, Scorer
-from .data.rules import function_of
+from ..data.rules import function_of
+from .scorer import Classifier, Head, Scorer
 
 
 class Elsewhere(ValueError):

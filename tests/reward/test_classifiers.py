@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.evaluate import Judge, score_samples
-from ctrl_diffusion.judges import Judges, fit_judges, joined, open_choices
-from ctrl_diffusion.reward import Among, Reward
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges, joined, open_choices
+from ctrl_diffusion.reward.reward import Among, Reward
 
 FAST = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
 
@@ -24,7 +23,7 @@ def tagged(data):
 @pytest.mark.parametrize(("elsewhere", "sizes"), [(False, [200, 50, 75, 175]), (True, [350, 75, 75, 1297])])
 def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
     """p̂, its calibration, the judge and the held-out figures each have images of their own."""
-    from ctrl_diffusion import judges as module
+    from ctrl_diffusion.reward import classifiers as module
 
     seen = {}
 

@@ -3,11 +3,10 @@ import torch
 from classifiers import climbed
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.config import ClassifierSettings
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.evaluate import Judge, Score, score_samples, score_target, warn_if_left
-from ctrl_diffusion.judges import fit_judges
-from ctrl_diffusion.support import Support
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
+from ctrl_diffusion.reward.support import Support
 
 
 @pytest.fixture(scope="module", params=["ink", "digit"])
