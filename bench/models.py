@@ -33,13 +33,13 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.system.files import rounded, write_json
-from ctrl_diffusion.train import fit
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

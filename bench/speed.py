@@ -35,15 +35,15 @@ from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
-from ctrl_diffusion.learn import Learner
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.fit import Update, fit
 from ctrl_diffusion.learn.ppo import PPO
+from ctrl_diffusion.learn.step import Learner
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.system.files import rounded
-from ctrl_diffusion.train import Update, fit
 
 HERE = Path(__file__).parent
 PEER = HERE.parent / "runs" / "peer"

@@ -23,6 +23,7 @@ from ctrl_diffusion.guide.selection import BestOf, Importance, Rejection
 from ctrl_diffusion.job import train_job
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
@@ -30,7 +31,6 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run import Run
-from ctrl_diffusion.train import fit
 
 LEARNERS = {
     "weighted": lambda times, x_0: Weighted(x_0, times, batch=6),
@@ -96,7 +96,7 @@ def test_every_learner_works_elsewhere_as_on_the_cpu(folders, elsewhere, learner
 
 @pytest.mark.parametrize("learner", ["adjoint", "ppo"])
 def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folders, elsewhere, monkeypatch, learner):
-    kept, module = {}, sys.modules[f"ctrl_diffusion.learn.{learner}"]
+    kept, module = {}, sys.modules[f"ctrl_diffusion.learn.on_policy.{learner}"]
     revisit = module.revisit
 
     def watched(policy, path, *given):

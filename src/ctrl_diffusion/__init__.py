@@ -40,7 +40,7 @@ _HOME = {
     "calibrate": "reward.fit",
     "certify": "certificate",
     "exact_samples": "chain.paths",
-    "fit": "train",
+    "fit": "learn.fit",
     "fit_classifier": "reward.fit",
     "fit_judges": "reward.classifiers",
     "fit_noisy": "guide.noisy",

@@ -32,10 +32,10 @@ from .guide.particles import TDS, FeynmanKac
 from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
 from .lattice import Outcome
+from .learn.fit import fit
 from .learn.labelled import Labelled
 from .system.progress import Phase, silent
 from .testbed import LR, Answers, Task, learn, new_policy
-from .train import fit
 
 FEW, MANY = 500, 20_000  # labelled examples
 PARTICLES = (4, 16, 64)

@@ -11,6 +11,10 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 from .data.tables import HUB
+from .learn.adjoint import AdjointSettings
+from .learn.backprop import BackpropSettings
+from .learn.ppo import PPOSettings
+from .learn.weighted import WeightedSettings
 from .prior.prior import EMBEDDED
 from .reward.classifiers import ClassifierSettings
 from .system.files import write_text
@@ -19,59 +23,6 @@ from .system.strict import Strict
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
-
-
-class LearnerSettings(Strict):
-    """What every learner has: updates, samples an update, and a peak learning rate for each group of parameters."""
-
-    updates: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    lr_embedding: float = Field(1e-2, gt=0)
-    lr_adapter: float = Field(1e-3, gt=0)
-
-
-class WeightedSettings(LearnerSettings):
-    """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions, `renoising` the
-    updates at w ≡ 1 that come first, 0 for none."""
-
-    updates: int = Field(700, ge=1)
-    batch: int = Field(128, ge=1)
-    lr_embedding: float = Field(5e-2, gt=0)
-    lr_adapter: float = Field(2e-3, gt=0)
-    cache: int = Field(1000, ge=1)
-    renoising: int = Field(175, ge=0)
-
-
-class AdjointSettings(LearnerSettings):
-    """`learn/adjoint.py`."""
-
-    updates: int = Field(800, ge=1)
-    batch: int = Field(160, ge=1)
-    lr_adapter: float = Field(1.5e-3, gt=0)
-    regressed: int = Field(5, ge=1)
-    reuse: int = Field(4, ge=1)
-    clip: float = Field(10.0, gt=0)
-    lean: bool = False
-
-
-class BackpropSettings(LearnerSettings):
-    """`learn/backprop.py`; `through` is the number of last steps the reward's gradient reaches, all of them if null."""
-
-    updates: int = Field(200, ge=1)
-    batch: int = Field(64, ge=1)
-    clip: float = Field(10.0, gt=0)
-    through: int | None = Field(None, ge=1)
-
-
-class PPOSettings(LearnerSettings):
-    """`learn/ppo.py`."""
-
-    updates: int = Field(800, ge=1)
-    batch: int = Field(160, ge=1)
-    lr_adapter: float = Field(5e-4, gt=0)
-    surrogates: int = Field(5, ge=1)
-    reuse: int = Field(8, ge=1)
-    clip: float = Field(0.2, gt=0, lt=1)
 
 
 class EvaluationSettings(Strict):

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .chain.noise import stream
-from .config import Config, LearnerSettings
+from .config import Config
 from .control.policy import Policy
-from .learn import Learner
 from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
+from .learn.fit import fit
 from .learn.ppo import PPO
+from .learn.step import Learner, LearnerSettings
 from .learn.weighted import RENOISING, Weighted
 from .reward.reward import prior_table
 from .run import Run
@@ -28,7 +29,6 @@ from .system.checkpoint import Checkpoints, in_turn, numbered, part_of
 from .system.files import rounded, write_text
 from .system.progress import Phase, silent
 from .system.tracking import Tracking
-from .train import fit
 
 CHECKPOINT, LOG = "checkpoint", "progress.jsonl"  # in a run's folder
 COLLAPSE = 10.0  # nats

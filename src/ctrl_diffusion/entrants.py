@@ -22,6 +22,7 @@ from .guide.noisy import NoisyClassifier, fit_noisy
 from .guide.particles import TDS, FeynmanKac
 from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
+from .learn.fit import fit
 from .learn.labelled import Labelled
 from .prepare import encoder_of
 from .prior.prior import open_prior
@@ -32,7 +33,6 @@ from .reward.scorer import Classifier
 from .run import Run, as_set
 from .system.folders import clear
 from .system.progress import Phase, silent, timed
-from .train import fit
 
 PARTICLES = 8  # for each sample
 MOST_UPDATES = 3000  # of a noise-aware p̂, of which the best epoch is kept

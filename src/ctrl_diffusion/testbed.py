@@ -28,14 +28,14 @@ from .control.policy import Policy
 from .data.labels import Labels
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
 from .lattice import SPACING, LatticeChain, Outcome
-from .learn import Learner
 from .learn.adjoint import Adjoint
 from .learn.backprop import Backprop
+from .learn.fit import fit
 from .learn.ppo import PPO
+from .learn.step import Learner
 from .learn.weighted import Weighted
 from .reward.reward import Reward, prior_table
 from .system.progress import Phase, silent
-from .train import fit
 
 RADIUS, SIGMA_END = 1.33, 0.1
 SCHEDULES: dict[str, Schedule] = {"vp": Cosine(), "flow": RectifiedFlow()}

@@ -7,10 +7,10 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import GaussianMixture, Logistic
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.lattice import LatticeChain
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.testbed import LR, Doubled
-from ctrl_diffusion.train import fit
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])

@@ -10,8 +10,9 @@ from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.learn import adjoint, clip_rows
+from ctrl_diffusion.learn import adjoint
 from ctrl_diffusion.learn.adjoint import adjoints_of
+from ctrl_diffusion.learn.on_policy import clip_rows
 
 WEIGHT = 0.4 * torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PRIORS = {

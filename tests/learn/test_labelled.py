@@ -5,8 +5,8 @@ from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.labelled import Labelled
-from ctrl_diffusion.train import fit
 
 
 def setting():

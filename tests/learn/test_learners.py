@@ -12,10 +12,10 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.reward.reward import Reward, prior_table
-from ctrl_diffusion.train import fit
 
 LR = {"embedding": 1e-2, "adapter": 3e-3}
 N = 2000

@@ -12,10 +12,10 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO, Baseline, rewards_to_go, surrogate
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.reward.scorer import Estimator
-from ctrl_diffusion.train import fit
 
 
 class Shifted(Denoiser):

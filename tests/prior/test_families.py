@@ -24,12 +24,12 @@ from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.inspection import in_words, inspected
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import PRECISIONS, Prior
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run import Run
-from ctrl_diffusion.train import fit
 
 PROMPTS = ["a seven", "two"]
 SIZE = {"Flux": (32, 48), "SDXL": (32, 48)}  # Flux's default is 1024 × 1024; SDXL is told height and width

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..chain.rollout import Trajectory, read_out
@@ -32,7 +33,8 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..data.labels import Labels
 from ..reward.reward import Reward
-from . import Carried, OnPolicy, Step, check_gradient, clip_rows, joined, pulled_back, revisit, visits
+from .on_policy import OnPolicy, check_gradient, clip_rows, joined, pulled_back, revisit, visits
+from .step import Carried, LearnerSettings, Step
 
 
 def reward_gradient(
@@ -152,3 +154,15 @@ class Adjoint(OnPolicy):
                     if last := rows.stop == len(i):
                         figures |= {"reward": self.weight * earned.mean(), "clipped": clipped}
                     yield Step(self.steps * (miss.sum() / seen), figures, last, used == self.reuse)
+
+
+class AdjointSettings(LearnerSettings):
+    """`learn/adjoint.py`."""
+
+    updates: int = Field(800, ge=1)
+    batch: int = Field(160, ge=1)
+    lr_adapter: float = Field(1.5e-3, gt=0)
+    regressed: int = Field(5, ge=1)
+    reuse: int = Field(4, ge=1)
+    clip: float = Field(10.0, gt=0)
+    lean: bool = False

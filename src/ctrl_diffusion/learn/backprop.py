@@ -13,13 +13,15 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..chain.transition import step_std
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward
-from . import Carried, OnPolicy, Step, check_gradient, clip_rows
+from .on_policy import OnPolicy, check_gradient, clip_rows
+from .step import Carried, LearnerSettings, Step
 
 
 @dataclass
@@ -77,3 +79,12 @@ class Backprop(OnPolicy):
                 figures = {"reward": earned.detach().sum() / self.batch, "clipped": before if last else 0.0}
                 figures["kl"] = kl.detach().sum() / self.batch
                 yield Step((kl - earned).sum() / self.batch, figures, last)
+
+
+class BackpropSettings(LearnerSettings):
+    """`learn/backprop.py`; `through` is the number of last steps the reward's gradient reaches, all of them if null."""
+
+    updates: int = Field(200, ge=1)
+    batch: int = Field(64, ge=1)
+    clip: float = Field(10.0, gt=0)
+    through: int | None = Field(None, ge=1)

@@ -21,7 +21,7 @@ from ..control.policy import Policy
 from ..data.labels import NULL, Labels
 from ..reward.reward import Reward
 from ..system import ranks
-from . import Step, renoised
+from .step import Step, renoised
 
 
 @dataclass

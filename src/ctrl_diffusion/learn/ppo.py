@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..chain.rollout import Trajectory
@@ -29,7 +30,8 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward
 from ..system import ranks
-from . import Carried, OnPolicy, Step, joined, revisit, visits
+from .on_policy import OnPolicy, joined, revisit, visits
+from .step import Carried, LearnerSettings, Step
 
 
 def rewards_to_go(path: Trajectory, earned: Tensor) -> Tensor:
@@ -122,3 +124,14 @@ class PPO(OnPolicy):
                         kl = self.weight * path.kl.sum(0).mean()
                         figures |= {"reward": self.weight * earned.mean(), "kl": kl}
                     yield Step(-self.steps * (gain.sum() / seen), figures, last, used == self.reuse)
+
+
+class PPOSettings(LearnerSettings):
+    """`learn/ppo.py`."""
+
+    updates: int = Field(800, ge=1)
+    batch: int = Field(160, ge=1)
+    lr_adapter: float = Field(5e-4, gt=0)
+    surrogates: int = Field(5, ge=1)
+    reuse: int = Field(8, ge=1)
+    clip: float = Field(0.2, gt=0, lt=1)

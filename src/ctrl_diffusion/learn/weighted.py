@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..chain.rollout import Times
@@ -24,7 +25,7 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward, prior_table
 from ..system import ranks
-from . import Carried, Step, renoised
+from .step import Carried, LearnerSettings, Step, renoised
 
 RENOISING = "re-noising"  # the name of the stage that learns what is taken off
 
@@ -79,3 +80,15 @@ class Weighted:
                         target = target - policy(x, t, **own) + policy.prior(x, t, **rows_of(cond, rows))
                 miss = half_square((policy(x, t, **own) - target) / per_sample(sigma[rows], x))
                 yield Step(miss.sum() / self.batch, last=rows.stop == len(pair))
+
+
+class WeightedSettings(LearnerSettings):
+    """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions, `renoising` the
+    updates at w ≡ 1 that come first, 0 for none."""
+
+    updates: int = Field(700, ge=1)
+    batch: int = Field(128, ge=1)
+    lr_embedding: float = Field(5e-2, gt=0)
+    lr_adapter: float = Field(2e-3, gt=0)
+    cache: int = Field(1000, ge=1)
+    renoising: int = Field(175, ge=0)

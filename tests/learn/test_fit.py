@@ -7,8 +7,8 @@ from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.learn import Step
-from ctrl_diffusion.train import fit
+from ctrl_diffusion.learn.fit import fit
+from ctrl_diffusion.learn.step import Step
 
 LR = {"embedding": 1e-2, "adapter": 1e-2}
 

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from .control.policy import Policy
-from .learn import Step
-from .system import ranks
+from ..control.policy import Policy
+from ..system import ranks
+from .step import Step
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW knows of a parameter
 
