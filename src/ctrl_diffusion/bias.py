@@ -24,9 +24,9 @@ from .chain.denoise import Denoiser
 from .chain.noise import stream
 from .control.policy import Policy
 from .exact import LinearGaussian
-from .guide import Cost, Method
 from .guide.classifier_guidance import ClassifierGuidance
 from .guide.free_guidance import FreeGuidance
+from .guide.method import Cost, Method
 from .guide.noisy import NoisyClassifier, fit_noisy
 from .guide.particles import TDS, FeynmanKac
 from .guide.reconstruction import DPS, MPGD

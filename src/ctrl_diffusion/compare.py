@@ -38,7 +38,7 @@ from .data.labels import Labels
 from .entrants import ENTRANTS, Cell
 from .evaluate import Judge, Look, score_samples, score_target
 from .fidelity import Yardstick
-from .guide import Method
+from .guide.method import Method
 from .guide.steered import Guidance
 from .prepare import encoder_of, only, read_data
 from .prior.prior import open_prior

@@ -15,9 +15,9 @@ from .chain.noise import stream
 from .control.policy import Policy
 from .data.labelled import LabelledImages
 from .data.labels import NULL
-from .guide import Method
 from .guide.classifier_guidance import ClassifierGuidance
 from .guide.free_guidance import FreeGuidance
+from .guide.method import Method
 from .guide.noisy import NoisyClassifier, fit_noisy
 from .guide.particles import TDS, FeynmanKac
 from .guide.reconstruction import DPS, MPGD

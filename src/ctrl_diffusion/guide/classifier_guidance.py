@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.labels import Labels
 from ..reward.reward import Reward
-from . import Asked, Cond, Earned
+from .method import Asked, Cond, Earned
 from .steered import Guidance, gradient, of_score
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import Asked
+from .method import Asked
 from .steered import Guidance
 
 

@@ -22,7 +22,7 @@ from ..chain.paths import at_once
 from ..chain.rollout import Times, read_out
 from ..chain.rows import parts
 from ..chain.transition import half_square, step
-from . import Asked
+from .method import Asked
 from .reconstruction import looked_ahead
 from .selection import Population, systematic
 

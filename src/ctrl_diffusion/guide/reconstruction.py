@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..chain.schedule import per_sample
-from . import Asked
+from .method import Asked
 from .steered import Guidance, gradient, of_score
 
 

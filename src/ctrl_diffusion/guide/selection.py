@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..chain.rollout import Times
 from ..chain.rows import alike
-from . import Asked, Method
+from .method import Asked, Method
 
 
 def systematic(log_w: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from ..chain.rollout import Times
 from ..chain.schedule import Schedule, per_sample
 from ..data.labels import Labels
 from ..reward.reward import Reward
-from . import Asked, Earned, Method
+from .method import Asked, Earned, Method
 
 
 def gradient(earned: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
