@@ -21,7 +21,7 @@ from ctrl_diffusion.config import Config
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.digits import digits, split
 from ctrl_diffusion.data.labelled import to_pixels
-from ctrl_diffusion.fidelity import frechet_distance, nearest_distance
+from ctrl_diffusion.evaluate.fidelity import frechet_distance, nearest_distance
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
 from ctrl_diffusion.reward.fit import fit_classifier

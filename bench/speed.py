@@ -26,7 +26,6 @@ import torch
 from models import pipeline
 from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, Command, Contender, keep, raced, serve
 
-from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import Times
 from ctrl_diffusion.chain.schedule import Cosine
@@ -34,6 +33,7 @@ from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
+from ctrl_diffusion.evaluate.certificate import certify
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop

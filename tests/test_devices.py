@@ -13,7 +13,7 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.estimate import estimate_job
-from ctrl_diffusion.evaluate import Judge
+from ctrl_diffusion.evaluate.judge import Judge
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.guide.noisy import NoisyClassifier

@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ctrl_diffusion.certificate import log_mean_exp
-from ctrl_diffusion.chain.paths import exact_samples
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.data.labels import NULL
+from ctrl_diffusion.evaluate.certificate import log_mean_exp
+from ctrl_diffusion.evaluate.resample import exact_samples
 from ctrl_diffusion.lattice import Tabulated
 from ctrl_diffusion.reward.reward import prior_table
 from ctrl_diffusion.testbed import (

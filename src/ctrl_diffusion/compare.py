@@ -27,7 +27,6 @@ from scipy.stats import t as student
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .certificate import certify
 from .chain.denoise import Denoiser
 from .chain.noise import stream
 from .chain.paths import paths
@@ -36,8 +35,10 @@ from .course import train
 from .data.labelled import LabelledImages
 from .data.labels import Labels
 from .entrants import ENTRANTS, Cell
-from .evaluate import Judge, Look, score_samples, score_target
-from .fidelity import Yardstick
+from .evaluate.certificate import certify
+from .evaluate.fidelity import Yardstick
+from .evaluate.judge import Judge, Look
+from .evaluate.scores import score_samples, score_target
 from .guide.method import Method
 from .guide.steered import Guidance
 from .prepare import encoder_of, only, read_data

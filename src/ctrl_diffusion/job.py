@@ -28,7 +28,8 @@ from .config import (
 from .course import CHECKPOINT, LOG, train_in
 from .data.labelled import LabelledImages, write_imagefolder
 from .data.labels import NULL, number_at
-from .evaluate import Evaluation, Score
+from .evaluate.evaluation import Evaluation
+from .evaluate.scores import Score
 from .prepare import (
     PAGES,
     Job,

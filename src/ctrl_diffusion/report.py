@@ -23,7 +23,8 @@ from .bias import FLOOR, LEARNER, PLUG_IN
 from .chain.noise import stream
 from .data.labelled import LabelledImages, to_pixels
 from .data.labels import NULL
-from .evaluate import Evaluation, Score
+from .evaluate.evaluation import Evaluation
+from .evaluate.scores import Score
 from .learn.weighted import RENOISING
 from .reward.classifiers import Judges
 from .run import Run

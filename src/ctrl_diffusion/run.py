@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .certificate import certify, gamma_within
 from .chain.noise import stream
-from .chain.paths import exact_samples, paths
+from .chain.paths import paths
 from .chain.rollout import Times
 from .config import Config, ControlSettings
 from .control.conditions import Conditions
@@ -28,7 +27,11 @@ from .control.lora import LoRAControl
 from .control.policy import Policy
 from .data.digits import MEASURES, RULERS
 from .data.labels import Labels, places
-from .evaluate import Evaluation, Judge, Look, Nulled, Ruler, leaves, score_samples, score_target, warn_if_left
+from .evaluate.certificate import certify, gamma_within
+from .evaluate.evaluation import Evaluation, leaves, warn_if_left
+from .evaluate.judge import Judge, Look, Ruler
+from .evaluate.resample import exact_samples
+from .evaluate.scores import Nulled, score_samples, score_target
 from .prior.prior import Prior, open_prior
 from .prior.sharding import shard
 from .reward.classifiers import Judges

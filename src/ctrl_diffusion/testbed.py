@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .certificate import Certificate, certify
 from .chain.denoise import Denoiser
 from .chain.noise import stream
 from .chain.paths import paths
@@ -26,6 +25,7 @@ from .control.conditions import Conditions
 from .control.control import SideControl
 from .control.policy import Policy
 from .data.labels import Labels
+from .evaluate.certificate import Certificate, certify
 from .exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
 from .lattice import SPACING, LatticeChain, Outcome
 from .learn.adjoint import Adjoint

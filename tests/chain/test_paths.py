@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion.chain.paths import POOL, exact_samples, paths
+from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
+from ctrl_diffusion.evaluate.resample import POOL, exact_samples
 from ctrl_diffusion.exact import GaussianMixture
 from ctrl_diffusion.testbed import energy_test
 

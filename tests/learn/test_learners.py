@@ -3,12 +3,12 @@ from collections import Counter
 import pytest
 import torch
 
-from ctrl_diffusion.certificate import certify
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
+from ctrl_diffusion.evaluate.certificate import certify
 from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop

@@ -6,7 +6,8 @@ import torch
 from ctrl_diffusion import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
-from ctrl_diffusion.evaluate import Judge, score_samples
+from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.scores import score_samples
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges, joined, open_choices
 from ctrl_diffusion.reward.reward import Among, Reward
 

@@ -4,7 +4,9 @@ from classifiers import climbed
 
 from ctrl_diffusion import demo
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.evaluate import Judge, Score, score_samples, score_target, warn_if_left
+from ctrl_diffusion.evaluate.evaluation import warn_if_left
+from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.scores import Score, score_samples, score_target
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
 from ctrl_diffusion.reward.support import Support
 

@@ -1,24 +1,19 @@
 """Simulate many paths in batches that fit into memory, on all ranks."""
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..data.labels import Labels
-from ..reward.reward import Reward
 from ..system import ranks
-from ..system.progress import Phase, silent
 from .denoise import Denoiser
 from .noise import EVERY, normal
 from .rollout import Times, rollout
-from .rows import alike, parts, rows_of
+from .rows import parts, rows_of
 
 Progress = Callable[[int], None]
-POOL, SMALLEST_POOL = 16, 1000
-WARNED_SHARE, REFUSED_SHARE = 0.05, 0.005
 
 
 def at_once(denoiser: Denoiser) -> int:
@@ -82,68 +77,3 @@ def paths(
         simulated(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in times])
     x_0, kl, log_ratio = map(torch.cat, zip(*found, strict=True)) if found else [torch.empty(0)] * 3
     return ranks.gathered(x_0), ranks.gathered(kl), ranks.gathered(log_ratio)
-
-
-@torch.no_grad()
-def exact_samples(
-    denoiser: Denoiser,
-    reward: Reward,
-    times: Times,
-    generator: torch.Generator,
-    labels: Labels,
-    cond: dict[str, Tensor] | None = None,
-    strength: float = 1.0,
-    phase: Phase = silent,
-) -> tuple[Tensor, float]:
-    """Samples of the chain tilted by the reward, in the limit of many paths: importance resampling.
-
-    For every (c, y) among the rows POOL paths of the policy are drawn for each sample, SMALLEST_POOL at least, and from
-    them the samples, by w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
-
-    Args:
-        denoiser: the policy.
-        reward: r.
-        times: the chain's grid, any.
-        generator: of all noise.
-        labels, cond: n rows each.
-        strength: w of the control; any is exact, one near the target wastes fewer paths.
-        phase: told of progress.
-
-    Returns:
-        x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y). It is estimated from
-        the paths themselves, and too high where hardly any of them lies where the target does.
-
-    Raises:
-        ValueError: an effective share below 0.5 %: what would come is a handful of paths again and again.
-
-    Warns:
-        RuntimeWarning: an effective share below 5 %.
-    """
-    cond = cond or {}
-    pairs = alike(labels, cond)
-    pools = [max(POOL * len(asked), SMALLEST_POOL) for asked in pairs]
-    advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
-    for asked, pool in zip(pairs, pools, strict=True):
-        mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
-        x, _, log_ratio = paths(denoiser, pool, times, generator, given, mine, strength, compare=True, progress=advance)
-        earned = reward(x, mine, given)
-        log_w = ranks.from_first(lambda earned=earned: earned) - log_ratio
-        if not log_w.isfinite().all():
-            raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
-        w = log_w.softmax(0)
-        smallest = min(smallest, float(1 / w.square().sum()) / pool)
-        if smallest < REFUSED_SHARE:
-            raise ValueError(
-                f"exact sampling: only {smallest:.2%} of the policy's paths count under their weights, too few to draw "
-                "from. Train the control further, or sample without --exact."
-            )
-        x_0 = x.new_empty(sum(map(len, pairs)), *x.shape[1:]) if x_0 is None else x_0
-        x_0[asked] = x[w.multinomial(len(asked), replacement=True, generator=generator)]
-    if smallest < WARNED_SHARE:
-        warnings.warn(
-            f"exact sampling: {smallest:.1%} of the policy's paths count under their weights; samples repeat. The more "
-            "the control is trained, the more paths count.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return x_0, smallest

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from .control.conditions import Conditions
-from .evaluate import Look, weighted_diversity
+from ..control.conditions import Conditions
+from .judge import Look
+from .scores import weighted_diversity
 
 NEIGHBOURS = 5
 

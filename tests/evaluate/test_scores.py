@@ -5,13 +5,8 @@ import torch.nn.functional as F
 from ctrl_diffusion import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
-from ctrl_diffusion.evaluate import (
-    Judge,
-    Nulled,
-    score_samples,
-    score_target,
-    weighted_diversity,
-)
+from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target, weighted_diversity
 from ctrl_diffusion.reward.scorer import Classifier
 
 

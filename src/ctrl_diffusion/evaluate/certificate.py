@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .chain.schedule import bisect
-from .control.conditions import Conditions
+from ..chain.schedule import bisect
+from ..control.conditions import Conditions
 
 
 @dataclass

@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion.certificate import certify, gamma_within, log_z, tilt_kl
 from ctrl_diffusion.chain.denoise import Denoiser
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import step_std, transition
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labels import Labels
+from ctrl_diffusion.evaluate.certificate import certify, gamma_within, log_z, tilt_kl
 from ctrl_diffusion.exact import GaussianMixture
 
 N = 4000

@@ -5,8 +5,8 @@ import torch
 from torchmetrics.image.kid import poly_mmd
 
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.evaluate import Judge
-from ctrl_diffusion.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds, nearest_distance
+from ctrl_diffusion.evaluate.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds, nearest_distance
+from ctrl_diffusion.evaluate.judge import Judge
 
 
 def test_frechet_distance_of_two_clouds_is_that_of_their_moments():

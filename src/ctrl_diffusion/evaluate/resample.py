@@ -1,0 +1,83 @@
+"""Draw exact samples by weighing the policy's paths."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..chain.denoise import Denoiser
+from ..chain.paths import paths
+from ..chain.rollout import Times
+from ..chain.rows import alike
+from ..data.labels import Labels
+from ..reward.reward import Reward
+from ..system import ranks
+from ..system.progress import Phase, silent
+
+POOL, SMALLEST_POOL = 16, 1000
+WARNED_SHARE, REFUSED_SHARE = 0.05, 0.005
+
+
+@torch.no_grad()
+def exact_samples(
+    denoiser: Denoiser,
+    reward: Reward,
+    times: Times,
+    generator: torch.Generator,
+    labels: Labels,
+    cond: dict[str, Tensor] | None = None,
+    strength: float = 1.0,
+    phase: Phase = silent,
+) -> tuple[Tensor, float]:
+    """Samples of the chain tilted by the reward, in the limit of many paths: importance resampling.
+
+    For every (c, y) among the rows POOL paths of the policy are drawn for each sample, SMALLEST_POOL at least, and from
+    them the samples, by w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
+
+    Args:
+        denoiser: the policy.
+        reward: r.
+        times: the chain's grid, any.
+        generator: of all noise.
+        labels, cond: n rows each.
+        strength: w of the control; any is exact, one near the target wastes fewer paths.
+        phase: told of progress.
+
+    Returns:
+        x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y). It is estimated from
+        the paths themselves, and too high where hardly any of them lies where the target does.
+
+    Raises:
+        ValueError: an effective share below 0.5 %: what would come is a handful of paths again and again.
+
+    Warns:
+        RuntimeWarning: an effective share below 5 %.
+    """
+    cond = cond or {}
+    pairs = alike(labels, cond)
+    pools = [max(POOL * len(asked), SMALLEST_POOL) for asked in pairs]
+    advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
+    for asked, pool in zip(pairs, pools, strict=True):
+        mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
+        x, _, log_ratio = paths(denoiser, pool, times, generator, given, mine, strength, compare=True, progress=advance)
+        earned = reward(x, mine, given)
+        log_w = ranks.from_first(lambda earned=earned: earned) - log_ratio
+        if not log_w.isfinite().all():
+            raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
+        w = log_w.softmax(0)
+        smallest = min(smallest, float(1 / w.square().sum()) / pool)
+        if smallest < REFUSED_SHARE:
+            raise ValueError(
+                f"exact sampling: only {smallest:.2%} of the policy's paths count under their weights, too few to draw "
+                "from. Train the control further, or sample without --exact."
+            )
+        x_0 = x.new_empty(sum(map(len, pairs)), *x.shape[1:]) if x_0 is None else x_0
+        x_0[asked] = x[w.multinomial(len(asked), replacement=True, generator=generator)]
+    if smallest < WARNED_SHARE:
+        warnings.warn(
+            f"exact sampling: {smallest:.1%} of the policy's paths count under their weights; samples repeat. The more "
+            "the control is trained, the more paths count.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return x_0, smallest
