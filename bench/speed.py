@@ -30,11 +30,11 @@ from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import Times
 from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.evaluate.certificate import certify
-from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
+from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.fit import Update, fit

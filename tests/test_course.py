@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.course import Best
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 
 
 def test_a_control_whose_j_is_no_number_is_not_kept():

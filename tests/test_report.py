@@ -6,9 +6,10 @@ import torch
 from ctrl_diffusion import demo
 from ctrl_diffusion.evaluate.evaluation import Evaluation
 from ctrl_diffusion.evaluate.scores import Score
+from ctrl_diffusion.exact.races import Picture
+from ctrl_diffusion.exact.task import GROWING
 from ctrl_diffusion.report import sweep_figure, told_apart, write_classifier_report, write_exact_report
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
-from ctrl_diffusion.testbed import GROWING, Picture
 
 
 @pytest.mark.parametrize(

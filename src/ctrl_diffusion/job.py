@@ -17,7 +17,6 @@ from sklearn.metrics import r2_score
 from torch import Tensor
 
 from . import demo
-from .bias import biases
 from .config import (
     Config,
     ControlSettings,
@@ -30,6 +29,8 @@ from .data.labelled import LabelledImages, write_imagefolder
 from .data.labels import NULL, number_at
 from .evaluate.evaluation import Evaluation
 from .evaluate.scores import Score
+from .exact.bias import biases
+from .exact.races import Picture, races
 from .prepare import (
     PAGES,
     Job,
@@ -59,7 +60,6 @@ from .system.files import write_json, write_text, writing
 from .system.folders import check_room, check_writable, clear, clear_unfinished, locked
 from .system.progress import Interrupted, Phase, silent, timed
 from .system.tracking import TRACKED, Tracking, check_trackers
-from .testbed import Picture, races
 
 BEGUN = "run.json"  # beside the states, until the run is finished
 # what each job writes; the last tells its folder from anybody else's

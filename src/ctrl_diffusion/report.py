@@ -19,17 +19,18 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from .bias import FLOOR, LEARNER, PLUG_IN
 from .chain.noise import stream
 from .data.labelled import LabelledImages, to_pixels
 from .data.labels import NULL
 from .evaluate.evaluation import Evaluation
 from .evaluate.scores import Score
+from .exact.bias import FLOOR, LEARNER, PLUG_IN
+from .exact.races import Picture
+from .exact.task import GROWING
 from .learn.weighted import RENOISING
 from .reward.classifiers import Judges
 from .run import Run
 from .system.files import write_text, writing
-from .testbed import GROWING, Picture
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
 STYLE = {

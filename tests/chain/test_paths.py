@@ -5,11 +5,11 @@ import torch
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.evaluate.resample import POOL, exact_samples
-from ctrl_diffusion.exact import GaussianMixture
-from ctrl_diffusion.testbed import energy_test
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.races import energy_test
+from ctrl_diffusion.exact.side_control import SideControl
 
 
 def tilted(schedule, slope):

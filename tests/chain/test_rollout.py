@@ -4,9 +4,9 @@ from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.chain.transition import transition
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 
 
 def toy():

@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, VariancePreserving
 from ctrl_diffusion.chain.transition import Gaussian, step, transition
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
 
 STEPS = 20
 KINDS = ["epsilon", "sample", "v_prediction"]

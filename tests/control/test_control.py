@@ -4,11 +4,11 @@ from peft.tuners.lora import LoraLayer
 
 from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 
 B = 6

@@ -10,7 +10,7 @@ from ctrl_diffusion.chain.transition import step_std, transition
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labels import Labels
 from ctrl_diffusion.evaluate.certificate import certify, gamma_within, log_z, tilt_kl
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
 
 N = 4000
 

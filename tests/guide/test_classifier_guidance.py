@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, per_sample
-from ctrl_diffusion.exact import GaussianMixture, LinearGaussian, Logistic, posterior
+from ctrl_diffusion.exact.lattice import LatticeChain
+from ctrl_diffusion.exact.mixtures import GaussianMixture, LinearGaussian, Logistic, posterior
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
-from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.reward.reward import Reward
 
 DOUBLE = torch.float64

@@ -2,15 +2,16 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.exact import GaussianMixture, Logistic
+from ctrl_diffusion.exact.lattice import LatticeChain
+from ctrl_diffusion.exact.mixtures import GaussianMixture, Logistic
+from ctrl_diffusion.exact.races import LR
+from ctrl_diffusion.exact.side_control import SideControl
+from ctrl_diffusion.exact.task import Doubled
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
-from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.reward.reward import Reward
-from ctrl_diffusion.testbed import LR, Doubled
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])

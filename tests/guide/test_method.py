@@ -8,10 +8,10 @@ import torch
 from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
-from ctrl_diffusion.exact import GaussianMixture, Logistic
+from ctrl_diffusion.exact.mixtures import GaussianMixture, Logistic
+from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.guide.particles import TDS, FeynmanKac

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, per_sample
-from ctrl_diffusion.exact import ComponentLabel, GaussianMixture, Logistic
+from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture, Logistic
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.noisy import fit_noisy, with_clock
 from ctrl_diffusion.reward.reward import Reward

@@ -3,12 +3,13 @@ import torch
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.exact import GaussianMixture, Logistic
+from ctrl_diffusion.exact.lattice import LatticeChain
+from ctrl_diffusion.exact.mixtures import GaussianMixture, Logistic
+from ctrl_diffusion.exact.races import energy_test
+from ctrl_diffusion.exact.task import Answers, Task
 from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.selection import Importance, systematic
-from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.reward.reward import Reward
-from ctrl_diffusion.testbed import Answers, Task, energy_test
 
 DOUBLE = torch.float64
 SAMPLERS = {

@@ -5,7 +5,7 @@ import torch
 
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import transition
-from ctrl_diffusion.exact import GaussianMixture, LinearGaussian
+from ctrl_diffusion.exact.mixtures import GaussianMixture, LinearGaussian
 from ctrl_diffusion.guide.reconstruction import DPS, MPGD
 from ctrl_diffusion.reward.reward import Reward
 

@@ -3,9 +3,9 @@ import torch
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.exact import GaussianMixture, Logistic
+from ctrl_diffusion.exact.lattice import LatticeChain
+from ctrl_diffusion.exact.mixtures import GaussianMixture, Logistic
 from ctrl_diffusion.guide.selection import BestOf, Rejection
-from ctrl_diffusion.lattice import LatticeChain
 from ctrl_diffusion.reward.reward import Reward
 
 DOUBLE = torch.float64

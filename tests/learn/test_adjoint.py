@@ -7,9 +7,9 @@ from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import transition
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn import adjoint
 from ctrl_diffusion.learn.adjoint import adjoints_of
 from ctrl_diffusion.learn.on_policy import clip_rows

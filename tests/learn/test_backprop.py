@@ -7,9 +7,9 @@ from ctrl_diffusion.chain.denoise import Denoiser
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import step_std, transition
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.exact import ComponentLabel, GaussianMixture
+from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.reward.reward import Reward
 

@@ -1,10 +1,10 @@
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.labelled import Labelled
 

@@ -7,9 +7,9 @@ from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.control.control import SideControl
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.exact import GaussianMixture
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.fit import fit

@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.exact import Logistic
+from ctrl_diffusion.exact.mixtures import Logistic
 from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.reward.scorer import Estimator
 

@@ -22,6 +22,7 @@ from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
+from ctrl_diffusion.exact.task import Task, new_policy
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.fit import fit
@@ -32,10 +33,9 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.prior.sharding import shard
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.system import ranks
-from ctrl_diffusion.testbed import Task, new_policy
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["ctrl_diffusion.testbed", "ctrl_diffusion.prior.prior"])
+processes.set_forkserver_preload(["ctrl_diffusion.exact.races", "ctrl_diffusion.prior.prior"])
 
 
 def learners_of(samples, drawn):
@@ -386,7 +386,7 @@ def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, t
 def test_a_training_loop_that_comes_first_is_shared_all_the_same():
     """Where nothing has asked for the ranks before `fit` makes accelerate's own object."""
     code = (
-        "from ctrl_diffusion.system import ranks\nfrom ctrl_diffusion.testbed import Task, new_policy\n"
+        "from ctrl_diffusion.system import ranks\nfrom ctrl_diffusion.exact.task import Task, new_policy\n"
         "from ctrl_diffusion.learn.fit import fit\n"
         "list(fit(new_policy(Task('vp', 'logistic', steps=4)), iter([]), 1, {'embedding': 1.0, 'adapter': 1.0}))\n"
         "print(ranks.count())"

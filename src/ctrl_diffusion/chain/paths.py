@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..data.labels import Labels
 from ..system import ranks
 from .denoise import Denoiser
 from .noise import EVERY, normal
@@ -28,7 +27,7 @@ def paths(
     times: Times,
     generator: torch.Generator,
     cond: dict[str, Tensor] | None = None,
-    labels: Labels | None = None,
+    labels: dict[str, Tensor] | None = None,
     strength: float = 1.0,
     compare: bool = False,
     eta: float = 1.0,

@@ -5,7 +5,6 @@ added to the network's time/class embedding by a forward hook. While a control i
 W + BA; outside, the prior's own: no second copy, and bit-identical to the bare network.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +13,6 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..chain.denoise import Denoiser
 from ..data.labels import NULL, is_number, places
 
 
@@ -87,72 +85,3 @@ class Control(nn.Module, ABC):
         low = y.clamp(0, self.size - 2).long()
         between = torch.lerp(table(low), table(low + 1), (y - low).to(table.weight)[:, None])
         return torch.where((y == NULL)[:, None], 0.0, between)
-
-
-class SideControl(Control):
-    """A small network beside the prior: x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y), f = 0 at first and for a null y.
-
-    A control attached later sees, in place of x̂_pre, what those before it made of it.
-
-    For priors without a network of their own (closed forms, plain callables). The exact shift is
-    σ_t²/α_t ∇ log h(x_t), so f is of order one at every t.
-
-    Args:
-        name: the label's name.
-        values: what the user calls the classes, in order.
-        denoiser: the prior.
-        conditions: how many conditions c the prior has.
-        width: hidden units.
-        seed: of the initial weights.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        values: Sequence[str],
-        denoiser: Denoiser,
-        conditions: int = 0,
-        width: int = 128,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(name, values)
-        dim = math.prod(denoiser.shape)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            self.table = nn.Embedding(self.size + 1, width, padding_idx=self.size)
-            self.inner = nn.Linear(2 * dim + 3, width)
-            self.outer = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
-            self.of_c = nn.Embedding(conditions, width) if conditions else None
-        nn.init.zeros_(self.outer[-1].weight)
-        nn.init.zeros_(self.outer[-1].bias)
-        self.to(denoiser.device)
-        self._y: Tensor | None = None
-        self._schedule = denoiser.schedule
-        denoiser.register_forward_hook(self._add, with_kwargs=True)
-
-    def _add(self, module: nn.Module, args: tuple[Tensor, Tensor | float], cond: dict, x_hat: Tensor) -> Tensor:
-        if self._y is None:
-            return x_hat
-        x_t, t = args[0], torch.as_tensor(args[1]).to(args[0]).expand(len(args[0]))
-        alpha, sigma = (a.to(x_t) for a in self._schedule(t))
-        clock = torch.stack([t, alpha, sigma], dim=1)
-        hidden = self.inner(torch.cat([x_t.flatten(1), x_hat.flatten(1), clock], dim=1))
-        y = self._y.to(x_t.device)
-        hidden = hidden + self.embedded(self.table, y)
-        if self.of_c is not None:
-            hidden = hidden + self.of_c(cond["c"].to(x_t.device))
-        shift = torch.where((y == NULL)[:, None], 0.0, (sigma**2)[:, None] * self.outer(hidden))
-        return x_hat + shift.view_as(x_hat)
-
-    @contextmanager
-    def active(self, y: Tensor) -> Iterator[None]:
-        self._y = y
-        try:
-            yield
-        finally:
-            self._y = None
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        network = [*self.inner.parameters(), *self.outer.parameters()]
-        tables = [self.table.weight] if self.of_c is None else [self.table.weight, self.of_c.weight]
-        return {"embedding": tables, "adapter": network}

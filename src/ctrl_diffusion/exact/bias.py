@@ -20,22 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain.denoise import Denoiser
-from .chain.noise import stream
-from .control.policy import Policy
-from .exact import LinearGaussian
-from .guide.classifier_guidance import ClassifierGuidance
-from .guide.free_guidance import FreeGuidance
-from .guide.method import Cost, Method
-from .guide.noisy import NoisyClassifier, fit_noisy
-from .guide.particles import TDS, FeynmanKac
-from .guide.reconstruction import DPS, MPGD
-from .guide.selection import BestOf, Importance, Rejection
+from ..chain.denoise import Denoiser
+from ..chain.noise import stream
+from ..control.policy import Policy
+from ..guide.classifier_guidance import ClassifierGuidance
+from ..guide.free_guidance import FreeGuidance
+from ..guide.method import Cost, Method
+from ..guide.noisy import NoisyClassifier, fit_noisy
+from ..guide.particles import TDS, FeynmanKac
+from ..guide.reconstruction import DPS, MPGD
+from ..guide.selection import BestOf, Importance, Rejection
+from ..learn.fit import fit
+from ..learn.labelled import Labelled
+from ..system.progress import Phase, silent
 from .lattice import Outcome
-from .learn.fit import fit
-from .learn.labelled import Labelled
-from .system.progress import Phase, silent
-from .testbed import LR, Answers, Task, learn, new_policy
+from .mixtures import LinearGaussian
+from .races import LR, learn
+from .task import Answers, Task, new_policy
 
 FEW, MANY = 500, 20_000  # labelled examples
 PARTICLES = (4, 16, 64)

@@ -10,19 +10,10 @@ from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.evaluate.certificate import log_mean_exp
 from ctrl_diffusion.evaluate.resample import exact_samples
-from ctrl_diffusion.lattice import Tabulated
+from ctrl_diffusion.exact.lattice import Tabulated
+from ctrl_diffusion.exact.races import LEARNERS, end_states, energy_test, learn, programme, race
+from ctrl_diffusion.exact.task import SCHEDULES, Answers, Task
 from ctrl_diffusion.reward.reward import prior_table
-from ctrl_diffusion.testbed import (
-    LEARNERS,
-    SCHEDULES,
-    Answers,
-    Task,
-    end_states,
-    energy_test,
-    learn,
-    programme,
-    race,
-)
 
 # the same law on both, of which one is learned on by default: training takes the time
 FLOW_FIRST = ["flow", pytest.param("vp", marks=pytest.mark.slow)]

@@ -6,8 +6,8 @@ import torch
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import Gaussian
-from ctrl_diffusion.exact import ComponentLabel, GaussianMixture, LinearGaussian, posterior
-from ctrl_diffusion.lattice import Lattice, LatticeChain, Tabulated
+from ctrl_diffusion.exact.lattice import Lattice, LatticeChain, Tabulated
+from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture, LinearGaussian, posterior
 
 DOUBLE = torch.float64
 RADIUS, SPREAD = 1.33, 0.4

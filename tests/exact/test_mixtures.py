@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
-from ctrl_diffusion.exact import ComponentLabel, GaussianMixture, LinearGaussian, Logistic, posterior
+from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture, LinearGaussian, Logistic, posterior
 
 DOUBLE = torch.float64
 MEANS = torch.tensor([[-1.0, 0.2], [0.8, 0.5], [0.1, -0.9]], dtype=DOUBLE)

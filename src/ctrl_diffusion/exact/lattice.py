@@ -23,9 +23,9 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from .chain.denoise import Denoiser
-from .chain.rollout import Times, read_out
-from .chain.transition import Gaussian, step, step_std, transition
+from ..chain.denoise import Denoiser
+from ..chain.rollout import Times, read_out
+from ..chain.transition import Gaussian, step, step_std, transition
 
 SPACING = 0.7  # of a lattice, in standard deviations of the step
 REACH = 5.0  # of a lattice beyond the radius of the data, in standard deviations

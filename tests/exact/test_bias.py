@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion.bias import (
+from ctrl_diffusion.exact.bias import (
     FEW,
     FLOOR,
     LEARNER,
@@ -21,10 +21,10 @@ from ctrl_diffusion.bias import (
     sampled,
     target_samples,
 )
-from ctrl_diffusion.exact import posterior
+from ctrl_diffusion.exact.mixtures import posterior
+from ctrl_diffusion.exact.task import SCHEDULES, Answers, Task
 from ctrl_diffusion.guide.reconstruction import DPS
 from ctrl_diffusion.job import bias_job
-from ctrl_diffusion.testbed import SCHEDULES, Answers, Task
 
 GUIDED = [PLUG_IN, "classifier guidance", "DPS", "MPGD", "classifier-free guidance", LEARNER]
 CHOOSING = ["TDS", "Feynman–Kac", "importance", "best of K"]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chain.denoise import Denoiser
-from .chain.schedule import Schedule, per_sample
+from ..chain.denoise import Denoiser
+from ..chain.schedule import Schedule, per_sample
 
 
 class GaussianMixture(Denoiser):

@@ -1,0 +1,167 @@
+"""Define the testbed's tasks and their exact answers."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chain.denoise import Denoiser
+from ..chain.schedule import Cosine, RectifiedFlow, Schedule
+from ..control.conditions import Conditions
+from ..control.policy import Policy
+from ..data.labels import Labels
+from ..reward.reward import Reward, prior_table
+from .lattice import SPACING, LatticeChain, Outcome
+from .mixtures import ComponentLabel, GaussianMixture, LinearGaussian, Logistic
+from .side_control import SideControl
+
+RADIUS, SIGMA_END = 1.33, 0.1
+SCHEDULES: dict[str, Schedule] = {"vp": Cosine(), "flow": RectifiedFlow()}
+LIKELIHOODS = ("logistic", "two controls", "linear-Gaussian", "component")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prior, likelihoods and a chain.
+
+    Args:
+        schedule: vp or flow.
+        likelihood: one of LIKELIHOODS.
+        gamma: γ.
+        dim: of x; the ring lies in the first two dimensions.
+        steps: of the chain.
+        spread: standard deviation of the components.
+        nullable: whether each control may be left out as long as another is asked for.
+    """
+
+    schedule: str
+    likelihood: str
+    gamma: float = 1.0
+    dim: int = 2
+    steps: int = 25
+    spread: float = 0.4
+    nullable: bool = False
+
+    def prior(self, dtype: torch.dtype = torch.float32) -> GaussianMixture:
+        """The ring."""
+        angle = torch.arange(8, dtype=dtype) * (math.pi / 4)
+        means = torch.zeros(8, self.dim, dtype=dtype)
+        means[:, 0], means[:, 1] = RADIUS * angle.cos(), RADIUS * angle.sin()
+        to_the_right = (1 + 0.8 * angle.cos()) / 8
+        weights = torch.stack([torch.full_like(angle, 1 / 8), to_the_right])
+        return GaussianMixture(means, self.spread, SCHEDULES[self.schedule], weights)
+
+    def likelihoods(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """p(y | x) of each control."""
+        right, up = torch.eye(max(self.dim, 2), dtype=dtype)[:2, : self.dim]
+        if self.likelihood == "logistic":
+            return {"side": Logistic(right)}
+        if self.likelihood == "two controls":
+            return {"side": Logistic(right), "height": Logistic(up, 0.3)}
+        if self.likelihood == "linear-Gaussian":
+            return {"place": LinearGaussian(0.6 * right + 0.8 * up, torch.tensor([-1.0, 0.0, 1.0], dtype=dtype), 0.3)}
+        prior = self.prior(dtype)
+        return {"component": ComponentLabel(GaussianMixture(prior.means, self.spread, prior.schedule))}
+
+    @property
+    def title(self) -> str:
+        """What a picture of it is called: what is unlike the usual is said."""
+        unusual = [f"{self.steps} steps"] * (self.steps != 25) + [f"spread {self.spread}"] * (self.spread != 0.4)
+        return f"{self.likelihood}, {self.schedule}\n{', '.join(unusual)}".strip()
+
+    @property
+    def conditions(self) -> Conditions:
+        """Both conditions with every y, and with every part of it where controls may be left out."""
+        sizes = {name: likelihood.classes for name, likelihood in self.likelihoods().items()}
+        return Conditions({"c": torch.arange(2)}, sizes, tuple(sizes) if self.nullable else ())
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The chain's grid, uniform in t."""
+        return SCHEDULES[self.schedule].times(self.steps, SIGMA_END)
+
+    def reward(self, dtype: torch.dtype = torch.float32) -> Reward:
+        """γ Σ log p(y | x)."""
+        return Reward(self.likelihoods(dtype), self.gamma)
+
+
+GROWING = Task("flow", "linear-Gaussian")  # the task whose dimensions and steps grow
+
+
+class Answers:
+    """What is known of a task on lattices (D ≤ 2), for every pair (c, y).
+
+    Args:
+        task: the task.
+        spacing: of the lattices, see `LatticeChain`.
+    """
+
+    def __init__(self, task: Task, spacing: float = SPACING) -> None:
+        self.task, self.conditions = task, task.conditions
+        prior = task.prior(torch.float64)
+        self.chains = [
+            LatticeChain(prior, task.times, RADIUS, task.spread, cond={"c": torch.tensor([g])}, spacing=spacing)
+            for g in range(self.conditions.groups)
+        ]
+        x_0 = torch.cat([chain.x_0 for chain in self.chains])
+        self.rewards = prior_table(task.reward(torch.float64), self.conditions, x_0)  # (G, P, K)
+
+    def of(self, pair: int) -> tuple[LatticeChain, Tensor]:
+        """The chain of a pair and its reward (P,)."""
+        g, y = divmod(pair, self.conditions.classes)
+        return self.chains[g], self.rewards[g, :, y]
+
+    @cached_property
+    def floors(self) -> Tensor:
+        """log Z − J of the best policy with the prior's std, for each pair (P,)."""
+        return torch.tensor([self.gap(self.best(pair), pair) for pair in range(self.conditions.pairs)])
+
+    def gap(self, outcome: Outcome, pair: int) -> float:
+        """log Z − J of what was done for a pair."""
+        chain, reward = self.of(pair)
+        return chain.log_z(reward) - outcome.objective
+
+    def best(self, pair: int) -> Outcome:
+        """What the best policy with the prior's std does for a pair."""
+        chain, reward = self.of(pair)
+        return chain.outcome(chain.best(reward), reward)
+
+    def plugged_in(self, pair: int) -> Outcome:
+        """What the exact E[x_0 | x_t, y] does for a pair, in the place of the prior's x̂."""
+        chain, reward = self.of(pair)
+        log_p = chain.prior.log_density(chain.lattices[-1].points, chain.times[-1], chain.cond["c"])
+        return chain.outcome(chain.plugged_in(log_p + reward), reward)
+
+    def outcome(self, policy: Denoiser, pair: int) -> Outcome:
+        """What a policy, or a denoiser guided by labels as a policy is, does for a pair."""
+        chain, reward = self.of(pair)
+        labels, _ = self.conditions.of(torch.tensor([pair]))
+        return chain.outcome(list(chain.steps(Doubled(policy), **labels)), reward)
+
+
+class Doubled(Denoiser):
+    """A policy in single precision, asked and answering in double.
+
+    Args:
+        policy: the policy, or another denoiser that takes labels.
+    """
+
+    def __init__(self, policy: Denoiser) -> None:
+        super().__init__()
+        self.policy, self.schedule, self.shape = policy, policy.schedule, policy.shape
+
+    @torch.no_grad()
+    def forward(self, x_t: Tensor, t: float, labels: Labels | None = None, **cond: Tensor) -> Tensor:
+        return self.policy(x_t.float(), t, labels=labels, **cond).double()
+
+
+def new_policy(task: Task, seed: int = 0) -> Policy:
+    """The prior with untrained controls: still the prior."""
+    prior, sizes = task.prior(), task.conditions.controls
+    controls = [
+        SideControl(name, tuple(map(str, range(size))), prior, conditions=2, seed=seed) for name, size in sizes.items()
+    ]
+    return Policy(prior, *controls)
