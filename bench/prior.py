@@ -17,7 +17,6 @@ from ctrl_diffusion import demo
 from ctrl_diffusion.chain.noise import stream
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.cli import quiet_dependencies
-from ctrl_diffusion.config import Config
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.digits import digits, split
 from ctrl_diffusion.data.labelled import to_pixels
@@ -26,6 +25,7 @@ from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.report import save_figure, sheet_figure
 from ctrl_diffusion.reward.fit import fit_classifier
 from ctrl_diffusion.reward.scorer import Classifier
+from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -23,7 +23,7 @@ from ctrl_diffusion.chain.noise import stream
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.transition import half_square, transition
 from ctrl_diffusion.learn.adjoint import adjoints_of, reward_gradient
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.run import Run
 
 
 def main() -> None:

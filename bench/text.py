@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from rich import print_json
 
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.files import write_json
 
 ROOT = Path(__file__).parent.parent

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ctrl_diffusion.compare import STRENGTHS, Comparison, averaged, compare_job, interval, subset
-from ctrl_diffusion.config import Config
 from ctrl_diffusion.entrants import ENTRANTS
 from ctrl_diffusion.reward.classifiers import Judges
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.config import Config
+from ctrl_diffusion.run.run import Run
 
 FIGURES = (
     "accuracy judge_accuracy macro_f1 class_accuracy frechet kernel precision recall coverage diversity_ratio "

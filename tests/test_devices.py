@@ -30,7 +30,7 @@ from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.reward.scorer import Classifier
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.run import Run
 
 LEARNERS = {
     "weighted": lambda times, x_0: Weighted(x_0, times, batch=6),

@@ -11,16 +11,16 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ctrl_diffusion import demo, estimate
-from ctrl_diffusion.config import Config
-from ctrl_diffusion.course import train
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples, probes_of, some
 from ctrl_diffusion.inspection import evaluations
-from ctrl_diffusion.job import STRENGTHS, step_counts
-from ctrl_diffusion.prepare import prepare
 from ctrl_diffusion.reward.classifiers import Judges, fit_judges
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.config import Config
+from ctrl_diffusion.run.measure import STRENGTHS, step_counts
+from ctrl_diffusion.run.prepare import prepare
+from ctrl_diffusion.run.run import Run
+from ctrl_diffusion.run.stages import train
 
 FAST = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 150}
 TINY = {

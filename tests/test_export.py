@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from ctrl_diffusion import job
 from ctrl_diffusion.control.lora import LoRAControl
-from ctrl_diffusion.controlled import ControlledPipeline
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.export import export
 from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.run.pipeline import ControlledPipeline
 
 # in a process of its own: the package cannot be imported, and says so if it is
 LOADED = """

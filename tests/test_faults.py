@@ -20,12 +20,14 @@ import pytest
 import torch
 import yaml
 
-from ctrl_diffusion import course, job
-from ctrl_diffusion.config import Config, check_code
+from ctrl_diffusion import job
 from ctrl_diffusion.control import control
-from ctrl_diffusion.job import RUN_FILES, demo_job, resume_job
+from ctrl_diffusion.job import demo_job, resume_job
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward import scorer as classifier
+from ctrl_diffusion.run import stages as course
+from ctrl_diffusion.run.config import Config, check_code
+from ctrl_diffusion.run.folder import RUN_FILES
 from ctrl_diffusion.system import checkpoint
 from ctrl_diffusion.system.folders import LOCK, check_room, locked
 from ctrl_diffusion.system.progress import Interrupted, silent

@@ -3,9 +3,9 @@
 import pytest
 
 from ctrl_diffusion import demo, job
-from ctrl_diffusion.config import ControlSettings
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.job import classifier_job
+from ctrl_diffusion.run.config import ControlSettings
 
 
 def test_a_classifier_is_not_written_over_somebody_elses_files(tmp_path, tmp_path_factory):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers import DDPMPipeline
 
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.run import Run
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "textures.py"
 FAST = {

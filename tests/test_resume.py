@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctrl_diffusion.job import demo_job, is_finished, resume_job
+from ctrl_diffusion.job import demo_job, resume_job
+from ctrl_diffusion.run.folder import is_finished
 
 SETTINGS = {
     "classifier": {"updates": 150, "head": "ordinal", "grid": 1, "depth": 1},

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ctrl_diffusion.config import Config, merged, read_settings
 from ctrl_diffusion.data.rules import jpeg_kilobytes, load_rule
+from ctrl_diffusion.run.config import Config, merged, read_settings
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "stable_diffusion"
 SHIPPED = sorted(path.name for path in EXAMPLE.glob("*.yaml"))

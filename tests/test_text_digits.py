@@ -11,7 +11,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.run import Run
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "text_digits.py"
 REDUCED = {

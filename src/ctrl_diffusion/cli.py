@@ -156,8 +156,8 @@ def demo(
     quiet: Quiet = OTHER,
 ) -> None:
     """Teach the embedded digits model a control it did not have, and certify it."""
-    from .config import check_code, read_settings
     from .job import demo_job
+    from .run.config import check_code, read_settings
 
     given = (read_settings(config) if config else {}) | {"seed": seed}
     check_code(given, {}, False, config)
@@ -185,8 +185,8 @@ def classifier(
     quiet: Quiet = OTHER,
 ) -> None:
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
-    from .config import ControlSettings, listed
     from .job import classifier_job
+    from .run.config import ControlSettings, listed
 
     given = {"control": control, "condition": condition, "data": data, "skip_bad": skip_bad or None}
     settings = listed(whole(given, config, trust))
@@ -227,7 +227,8 @@ def train(
     quiet: Quiet = OTHER,
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
-    from .job import is_finished, resume_job, train_job
+    from .job import resume_job, train_job
+    from .run.folder import is_finished
 
     given = {
         "prior": prior, "prompts": prompts, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
@@ -282,7 +283,7 @@ def asked(
 
 def whole(given: dict, config: Path | None, trust: bool) -> dict[str, Any]:
     """The settings of a file and those given over them."""
-    from .config import check_code, read_settings
+    from .run.config import check_code, read_settings
 
     given = {k: v for k, v in given.items() if v is not None}
     settings = {**(read_settings(config) if config else {}), **given}
@@ -365,7 +366,7 @@ def sample(
 ) -> None:
     """Draw samples with labels, a strength, a number of steps and a seed."""
     from .job import sample_job
-    from .run import Run
+    from .run.run import Run
 
     with phases(quiet) as phase:
         sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, overwrite, phase)
@@ -382,7 +383,7 @@ def evaluate(
     quiet: Quiet = OTHER,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
-    from .run import Run
+    from .run.run import Run
     from .system.files import rounded, write_json
     from .system.folders import check_file
 
@@ -510,7 +511,7 @@ def main() -> None:
         typer.echo(f"{CTRL}: {error}", err=True)
         raise SystemExit(130) from None
     except RuntimeError as error:
-        from .course import out_of_memory
+        from .run.stages import out_of_memory
 
         if not out_of_memory(error):
             raise

@@ -30,8 +30,6 @@ from torch import Tensor
 from .chain.denoise import Denoiser
 from .chain.noise import stream
 from .chain.paths import paths
-from .config import ControlSettings, check_code
-from .course import train
 from .data.labelled import LabelledImages
 from .data.labels import Labels
 from .entrants import ENTRANTS, Cell
@@ -41,12 +39,14 @@ from .evaluate.judge import Judge, Look
 from .evaluate.scores import score_samples, score_target
 from .guide.method import Method
 from .guide.steered import Guidance
-from .prepare import encoder_of, only, read_data
 from .prior.prior import open_prior
 from .report import write_compare_report
 from .reward.classifiers import WITH_RULER, fit_posterior, rounds_of
 from .reward.reward import FEW
-from .run import Run, as_set
+from .run.config import ControlSettings, check_code
+from .run.prepare import encoder_of, only, read_data
+from .run.run import Run, as_set
+from .run.stages import train
 from .system.files import write_json
 from .system.folders import check_room, clear
 from .system.progress import Phase, silent, timed

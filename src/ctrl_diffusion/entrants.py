@@ -24,13 +24,13 @@ from .guide.reconstruction import DPS, MPGD
 from .guide.selection import BestOf, Importance, Rejection
 from .learn.fit import fit
 from .learn.labelled import Labelled
-from .prepare import encoder_of
 from .prior.prior import open_prior
 from .reward.classifiers import BATCH, DEEP, epochs_of
 from .reward.fit import AUGMENTATIONS
 from .reward.reward import prior_table
 from .reward.scorer import Classifier
-from .run import Run, as_set
+from .run.prepare import encoder_of
+from .run.run import Run, as_set
 from .system.folders import clear
 from .system.progress import Phase, silent, timed
 

@@ -13,15 +13,15 @@ import torch
 
 from .chain.noise import stream
 from .chain.paths import at_once, paths
-from .config import Config
-from .course import PROBE_PATHS, Best, Course, between_probes, stages_of, train
 from .data.labelled import RAREST, LabelledImages
 from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
-from .job import STRENGTHS, step_counts
 from .learn.weighted import RENOISING
-from .prepare import Job, Material, encoder_of, prepare
 from .reward.classifiers import BATCH, Judges, fit_judges
-from .run import Run
+from .run.config import Config
+from .run.measure import STRENGTHS, step_counts
+from .run.prepare import Job, Material, encoder_of, prepare
+from .run.run import Run
+from .run.stages import PROBE_PATHS, Best, Course, between_probes, stages_of, train
 from .system import ranks
 from .system.checkpoint import Checkpoints
 from .system.progress import Phase, silent

@@ -12,10 +12,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from . import controlled
 from .prior.loader import located
 from .prior.prior import DIGITS, EMBEDDED
-from .run import Run
+from .run import pipeline as controlled
+from .run.run import Run
 from .system.files import read_tensors, write_json, write_tensors, write_text
 from .system.folders import check_room, clear
 
@@ -105,7 +105,7 @@ def push_to_hub(out: Path, name: str) -> None:
 
 
 def sources() -> dict[str, str]:
-    """Read the files of an exported folder: `controlled.py` and all it imports of ours, side by side, by name."""
+    """Read the files of an exported folder: run/pipeline.py and all it imports of ours, side by side, by name."""
     texts: dict[str, str] = {}
     paths = [Path(controlled.__file__)]
     for path in paths:
@@ -114,7 +114,7 @@ def sources() -> dict[str, str]:
         paths += [other for other in imported if other not in paths]
     if len(texts) < len(paths):
         raise RuntimeError("two files of an exported folder would have one name.")
-    pipeline = texts.pop("controlled")
+    pipeline = texts.pop("pipeline")
     named = "\n".join(f"from .{name} import __doc__ as _  # noqa: F401" for name in texts)
     # diffusers copies, of all that lies beside a pipeline.py, what it imports itself
     return texts | {"pipeline": f"{pipeline}\n\n# diffusers looks here for the files it has to copy\n{named}\n"}

@@ -13,39 +13,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from sklearn.metrics import r2_score
 from torch import Tensor
 
 from . import demo
-from .config import (
-    Config,
-    ControlSettings,
-    check_code,
-    listed,
-    merged,
-)
-from .course import CHECKPOINT, LOG, train_in
 from .data.labelled import LabelledImages, write_imagefolder
 from .data.labels import NULL, number_at
-from .evaluate.evaluation import Evaluation
-from .evaluate.scores import Score
 from .exact.bias import biases
 from .exact.races import Picture, races
-from .prepare import (
-    PAGES,
-    Job,
-    Material,
-    check_batches,
-    dependences,
-    encoder_of,
-    fits,
-    keep_classes,
-    material,
-    prepare,
-)
 from .prior.prior import open_prior
 from .report import (
-    Shown,
     save_figure,
     sheet_figure,
     write_bias_report,
@@ -54,35 +30,34 @@ from .report import (
     write_report,
 )
 from .reward.classifiers import Judges, fit_judges
-from .run import Run, as_set, home
+from .run.config import Config, ControlSettings, check_code, listed, merged
+from .run.folder import (
+    BEGUN,
+    CHECKPOINT,
+    CLASSIFIER_FILES,
+    DATA_FOLDERS,
+    KEPT,
+    RESULTS,
+    RUN_FILES,
+    check_unchanged,
+    fixed,
+    home,
+    is_finished,
+)
+from .run.measure import STRENGTHS, Shown, classifier_metrics, follows, step_counts, sweep_metrics
+from .run.prepare import Job, Material, check_batches, dependences, encoder_of, keep_classes, material, prepare
+from .run.run import Run, as_set
+from .run.stages import train_in
 from .system import ranks
 from .system.files import write_json, write_text, writing
 from .system.folders import check_room, check_writable, clear, clear_unfinished, locked
 from .system.progress import Interrupted, Phase, silent, timed
-from .system.tracking import TRACKED, Tracking, check_trackers
+from .system.tracking import Tracking, check_trackers
 
-BEGUN = "run.json"  # beside the states, until the run is finished
-# what each job writes; the last tells its folder from anybody else's
-CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
-RESULTS = (
-    "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png", "confusion.png",
-    "reliability*.png", "sweep.png", "plane.png",
-)  # fmt: skip
-# the settings go first: with them in its folder a run can be gone on with
-RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, LOG)
-DATA_FOLDERS = ("data", "judge_data")  # of a demo
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
 BIAS_FILES = ("bias.json", "report.html", "bias.png")
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
-# the settings of the chain and of what is asked of it
-TARGET = {
-    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps", "sigma_end",
-    "time_power",
-}  # fmt: skip
-KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # what a run with one control more has of the old one
-FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # what was learned depends on them
-STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 def classifier_job(
@@ -371,18 +346,6 @@ def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[s
     return ranks.from_first(close)
 
 
-def step_counts(run: Run) -> list[int]:
-    """At which a finished control is looked at: half its own, its own and twice as many, if the prior has them."""
-    steps = run.config.steps
-    return [k for k in (steps // 2, steps, 2 * steps) if k > 0 and fits(run.prior, run.config, k)]
-
-
-def is_finished(folder: str | Path) -> bool:
-    """Whether a run folder has all that a training leaves."""
-    folder = Path(folder)
-    return (folder / "report.html").is_file() and not (folder / CHECKPOINT / BEGUN).is_file()
-
-
 def resume_job(
     folder: str | Path, command: str | None = None, phase: Phase = silent, trust: bool = False
 ) -> dict[str, Any]:
@@ -432,52 +395,6 @@ def resume_job(
         judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
         ranks.from_first(lambda: clear(folder, RESULTS))
         return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)
-
-
-def fixed(config: Config) -> dict[str, Any]:
-    """What may not change once training has begun, as JSON has it; paths may, a run may be moved."""
-    return {"controls": config.names, **config.model_dump(mode="json", include=FIXED)}
-
-
-def check_unchanged(config: Config, folder: Path) -> None:
-    """Refuse to go on with settings that training did not begin with, where what was learned depends on them."""
-    begun, now = json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8"))["fixed"], fixed(config)
-    if changed := [f"{name} was {begun[name]} and is {now[name]}" for name in now if now[name] != begun[name]]:
-        raise ValueError(f"{folder}/config.yaml: {'; '.join(changed)}. Put it back to go on, or begin a new run.")
-
-
-def classifier_metrics(judges: dict[str, Judges]) -> dict[str, Any]:
-    """What is known of p̂ by the names metrics.json uses; of several controls by their names."""
-    found = {name: one.metrics() for name, one in judges.items()}
-    return found if len(found) > 1 else next(iter(found.values()))
-
-
-def sweep_metrics(sweep: dict[str, dict[float, Score]], evaluation: Evaluation) -> dict[str, list[dict]]:
-    """The sweep by the names metrics.json uses."""
-    return {
-        kind: [
-            {
-                kind: value,
-                "accuracy": score.accuracy,
-                "accuracy_stderr": score.accuracy_stderr,
-                "class_accuracy": score.class_accuracy,
-                "diversity_ratio": evaluation.diversity_ratio(score),
-            }
-            for value, score in scores.items()
-        ]
-        for kind, scores in sweep.items()
-    }
-
-
-def follows(asked: Tensor, came: Tensor) -> dict[str, float]:
-    """How samples follow the places (n,) that were asked for, by the names metrics.json uses; in levels."""
-    miss = came - asked
-    return {
-        "samples": len(asked),
-        "r2": r2_score(asked.numpy(), came.numpy()),
-        "mean_error_levels": float(miss.mean()),
-        "root_mean_square_error_levels": float(miss.square().mean().sqrt()),
-    }
 
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:

@@ -3,7 +3,6 @@
 import base64
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from .chain.noise import stream
 from .data.labelled import LabelledImages, to_pixels
-from .data.labels import NULL
 from .evaluate.evaluation import Evaluation
 from .evaluate.scores import Score
 from .exact.bias import FLOOR, LEARNER, PLUG_IN
@@ -29,7 +26,8 @@ from .exact.races import Picture
 from .exact.task import GROWING
 from .learn.weighted import RENOISING
 from .reward.classifiers import Judges
-from .run import Run
+from .run.measure import Shown, columns_of
+from .run.run import Run
 from .system.files import write_text, writing
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
@@ -279,61 +277,6 @@ def sheet_figure(x: Tensor, columns: int = 8) -> Figure:
         figure = Figure(figsize=(0.6 * columns, 0.6 * rows), layout="constrained")
         show_grid(figure.subplots(), torch.cat([x, blank]), rows, [""] * rows, [""] * columns, "")
     return figure
-
-
-@dataclass
-class Shown:
-    """The samples that the pictures of a run show. Ranks sample them together, whoever draws.
-
-    Args:
-        prior, ctrl: see `same_noise`.
-        plane: see `plane`; None of one control.
-    """
-
-    prior: Tensor
-    ctrl: Tensor
-    plane: Tensor | None
-
-    @classmethod
-    def of(cls, run: Run) -> "Shown":
-        prior, ctrl = (same_noise(run, strength, columns_of(run)) for strength in (0.0, 1.0))
-        return cls(prior, ctrl, plane(run) if len(run.names) > 1 else None)
-
-
-def columns_of(run: Run) -> int:
-    """Of the grid of samples: the prior's classes, ten at most, or ten draws of an unconditional prior."""
-    return 10 if run.config.classes is None else min(10, len(run.config.classes))
-
-
-def same_noise(run: Run, strength: float, columns: int) -> Tensor:
-    """Samples for every y and column, columns running fastest; a column's noise is the same for every y.
-
-    Columns are the prior's classes in turn, or draws of an unconditional prior.
-    """
-    classes = run.config.classes
-    cond = {} if classes is None else {"c": torch.tensor(classes)[torch.arange(columns) % len(classes)]}
-    conditions, rows = run.conditions, []
-    for label in conditions.combinations:
-        y = {name: one.expand(columns) for name, one in zip(conditions.controls, label, strict=True)}
-        rows.append(run.sample(y, strength=strength, generator=stream(run.config.seed, "grid"), **cond))
-    return torch.cat(rows)
-
-
-def plane(run: Run, across: int = 4) -> Tensor:
-    """The first two controls against each other, each also left out: `across` samples for each pair of values, the same
-    noise for all, of the middle one of the prior's classes if it has classes.
-
-    Returns:
-        (1 + classes of the first, 1 + of the second, across, C, H, W), where they are left out first.
-    """
-    (first, rows), (second, columns) = [(n, len(run.policy.controls[n].values)) for n in run.names[:2]]
-    classes, samples = run.config.classes, []
-    cond = {} if classes is None else {"c": torch.full((across,), classes[len(classes) // 2])}
-    for i in range(NULL, rows):
-        for j in range(NULL, columns):
-            y = {first: torch.full((across,), i), second: torch.full((across,), j)}
-            samples.append(run.sample(y, generator=stream(run.config.seed, "plane"), **cond))
-    return torch.cat(samples).unflatten(0, (-1, columns + 1, across))
 
 
 def plane_figure(run: Run, x: Tensor) -> Figure:

@@ -29,7 +29,7 @@ from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import PRECISIONS, Prior
 from ctrl_diffusion.reward.reward import Reward
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.run import Run
 
 PROMPTS = ["a seven", "two"]
 SIZE = {"Flux": (32, 48), "SDXL": (32, 48)}  # Flux's default is 1024 × 1024; SDXL is told height and width

@@ -17,11 +17,11 @@ from transformers import (
     ViTModel,
 )
 
-from ctrl_diffusion.config import Config, read_settings
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.reward.backbone import Backbone, Elsewhere, Frozen, Own
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges
 from ctrl_diffusion.reward.reward import Reward
+from ctrl_diffusion.run.config import Config, read_settings
 
 TINY = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,

@@ -13,24 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain.noise import stream
+from ..chain.noise import stream
+from ..control.policy import Policy
+from ..learn.adjoint import Adjoint
+from ..learn.backprop import Backprop
+from ..learn.fit import fit
+from ..learn.ppo import PPO
+from ..learn.step import Learner, LearnerSettings
+from ..learn.weighted import RENOISING, Weighted
+from ..reward.reward import prior_table
+from ..system import ranks
+from ..system.checkpoint import Checkpoints, in_turn, numbered, part_of
+from ..system.files import rounded, write_text
+from ..system.progress import Phase, silent
+from ..system.tracking import Tracking
 from .config import Config
-from .control.policy import Policy
-from .learn.adjoint import Adjoint
-from .learn.backprop import Backprop
-from .learn.fit import fit
-from .learn.ppo import PPO
-from .learn.step import Learner, LearnerSettings
-from .learn.weighted import RENOISING, Weighted
-from .reward.reward import prior_table
+from .folder import CHECKPOINT, LOG
 from .run import Run
-from .system import ranks
-from .system.checkpoint import Checkpoints, in_turn, numbered, part_of
-from .system.files import rounded, write_text
-from .system.progress import Phase, silent
-from .system.tracking import Tracking
 
-CHECKPOINT, LOG = "checkpoint", "progress.jsonl"  # in a run's folder
 COLLAPSE = 10.0  # nats
 PROBE_PATHS = 160  # of all (c, y) together, at least
 

@@ -18,34 +18,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .chain.noise import stream
-from .chain.paths import paths
-from .chain.rollout import Times
+from ..chain.noise import stream
+from ..chain.paths import paths
+from ..chain.rollout import Times
+from ..control.conditions import Conditions
+from ..control.lora import LoRAControl
+from ..control.policy import Policy
+from ..data.digits import MEASURES, RULERS
+from ..data.labels import Labels, places
+from ..evaluate.certificate import certify, gamma_within
+from ..evaluate.evaluation import Evaluation, leaves, warn_if_left
+from ..evaluate.judge import Judge, Look, Ruler
+from ..evaluate.resample import exact_samples
+from ..evaluate.scores import Nulled, score_samples, score_target
+from ..prior.prior import Prior, open_prior
+from ..prior.sharding import shard
+from ..reward.classifiers import Judges
+from ..reward.reward import FEW, Among, Reward, prior_table
+from ..reward.support import BEYOND
+from ..system import ranks
+from ..system.files import undamaged
+from ..system.progress import Phase, silent
 from .config import Config, ControlSettings
-from .control.conditions import Conditions
-from .control.lora import LoRAControl
-from .control.policy import Policy
-from .data.digits import MEASURES, RULERS
-from .data.labels import Labels, places
-from .evaluate.certificate import certify, gamma_within
-from .evaluate.evaluation import Evaluation, leaves, warn_if_left
-from .evaluate.judge import Judge, Look, Ruler
-from .evaluate.resample import exact_samples
-from .evaluate.scores import Nulled, score_samples, score_target
-from .prior.prior import Prior, open_prior
-from .prior.sharding import shard
-from .reward.classifiers import Judges
-from .reward.reward import FEW, Among, Reward, prior_table
-from .reward.support import BEYOND
-from .system import ranks
-from .system.files import undamaged
-from .system.progress import Phase, silent
-
-
-def home(folder: Path, what: str, name: str) -> Path:
-    """Where a run folder has the "control" or "classifier" of a control: a folder of its own if there are several."""
-    own = folder / what / name
-    return own if own.is_dir() else folder / what
+from .folder import home
 
 
 def attached(folder: Path, prior: Prior) -> LoRAControl:

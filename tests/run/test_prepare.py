@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from ctrl_diffusion import demo
-from ctrl_diffusion.config import Config, ControlSettings, suggested
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
-from ctrl_diffusion.prepare import PAGES, Material, check_batches, conditions_of, dependences, prepare
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges
 from ctrl_diffusion.reward.scorer import Classifier
-from ctrl_diffusion.run import Run
+from ctrl_diffusion.run.config import Config, ControlSettings
+from ctrl_diffusion.run.defaults import suggested
+from ctrl_diffusion.run.folder import PAGES
+from ctrl_diffusion.run.prepare import Material, check_batches, conditions_of, dependences, prepare
+from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system import ranks
 
 

@@ -5,9 +5,9 @@ import torch
 
 from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.course import Best
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
+from ctrl_diffusion.run.stages import Best
 
 
 def test_a_control_whose_j_is_no_number_is_not_kept():

@@ -1,6 +1,5 @@
 """Everything needed to run again; an unknown key is an error."""
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +9,15 @@ import yaml
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
-from .data.tables import HUB
-from .learn.adjoint import AdjointSettings
-from .learn.backprop import BackpropSettings
-from .learn.ppo import PPOSettings
-from .learn.weighted import WeightedSettings
-from .prior.prior import EMBEDDED
-from .reward.classifiers import ClassifierSettings
-from .system.files import write_text
-from .system.strict import Strict
+from ..data.tables import HUB
+from ..learn.adjoint import AdjointSettings
+from ..learn.backprop import BackpropSettings
+from ..learn.ppo import PPOSettings
+from ..learn.weighted import WeightedSettings
+from ..prior.prior import EMBEDDED
+from ..reward.classifiers import ClassifierSettings
+from ..system.files import write_text
+from ..system.strict import Strict
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
@@ -292,41 +291,3 @@ def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
-
-
-def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
-    """Settings that depend on prior and data; the rest are the defaults above.
-
-    Every (c, y) needs some hundred samples of the prior it can call its own. What there is to learn grows with the
-    pairs; time of an update with batch × dimensions, memory with micro-batch × dimensions; the noise of a learning rate
-    with the size of the network and, for adjoints, with one over the root of the batch. Where x has many dimensions y
-    is decided within a short stretch of the chain, which needs steps.
-
-    Args:
-        shape: of one x.
-        parameters: of the prior's network.
-        rank: that suits the network's family.
-        groups: conditions of the prior that are trained.
-        classes: labels that are trained; of several controls every combination.
-    """
-    dimensions, pairs = math.prod(shape), groups * classes
-    batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
-    cache, warm = max(100, min(10_000 // groups, max(1000, 300 * classes))), min(700, 400 + 20 * pairs)
-    lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
-    full = AdjointSettings()
-    share = (batch / full.batch) ** 0.5
-    adjoint_lr = {name: float(f"{share * getattr(full, name):.2g}") for name in ("lr_embedding", "lr_adapter")}
-    return {
-        "steps": 20 if dimensions <= 256 else 40,
-        "rank": rank,
-        "micro_batch": None if dimensions <= 4096 and parameters < 1e8 else max(1, 2**15 // dimensions),
-        "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 4, **lr},
-        "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
-        "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
-        "ppo": {"updates": min(800, 160 + 16 * pairs), "batch": batch, **({"lr_adapter": 1.5e-4} if lr else {})},
-        "evaluation": {
-            "prior_samples": cache,
-            "paths": min(2000, max(600, 50 * pairs)),
-            "sweep_paths": 200,
-        },
-    }

@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Config, ControlSettings, listed, merged, suggested, with_paths
-from .control.conditions import Conditions
-from .data.digits import VALUES
-from .data.labelled import LabelledImages
-from .data.read import in_order, read_images
-from .data.tables import open_table
-from .prior.prior import Prior, open_prior
-from .reward.classifiers import Judges
-from .reward.independence import dependence
-from .run import as_set, home
-from .system import ranks
-from .system.progress import Phase, silent
-from .system.tracking import check_trackers
+from ..control.conditions import Conditions
+from ..data.digits import VALUES
+from ..data.labelled import LabelledImages
+from ..data.read import in_order, read_images
+from ..data.tables import open_table
+from ..prior.prior import Prior, open_prior
+from ..reward.classifiers import Judges
+from ..reward.independence import dependence
+from ..system import ranks
+from ..system.progress import Phase, silent
+from ..system.tracking import check_trackers
+from .config import Config, ControlSettings, listed, merged, with_paths
+from .defaults import suggested
+from .folder import home, pages_of
+from .run import as_set
 
-PAGES = ("reliability.png", "confusion.png", "report.html")  # about a classifier
 MOST_CONDITIONS = 20
 MOST_PROMPTS = 64
 
@@ -252,11 +253,6 @@ def material(settings: ControlSettings, prior: Prior | None, phase: Phase = sile
         )
     warn_of_copies(settings.data, data, judge_data)
     return Material(settings, data, judges, pages, judge_data)
-
-
-def pages_of(folder: Path) -> dict[str, bytes]:
-    """The pages about a classifier, by name."""
-    return {name: (folder / name).read_bytes() for name in PAGES}
 
 
 def keep_classes(one: Material, classes: list[int] | None) -> None:

@@ -17,13 +17,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import numpy_to_pil
 from torch import Tensor
 
-from .chain.noise import normal
-from .chain.rollout import rollout
-from .control.lora import LoRAControl
-from .control.policy import Policy
-from .prior.families import FAMILIES
-from .prior.loader import quiet
-from .prior.prior import Prior
+from ..chain.noise import normal
+from ..chain.rollout import rollout
+from ..control.lora import LoRAControl
+from ..control.policy import Policy
+from ..prior.families import FAMILIES
+from ..prior.loader import quiet
+from ..prior.prior import Prior
 
 CONTROLS = "controls"  # the folder they are in
 PARTS = (
