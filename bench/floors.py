@@ -19,7 +19,7 @@ from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, Schedule
 from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.exact.lattice import LatticeChain
 from ctrl_diffusion.exact.mixtures import GaussianMixture, LinearGaussian, posterior
-from ctrl_diffusion.report import CTRL, QUIET, STYLE, headline, save_figure
+from ctrl_diffusion.report.style import CTRL, QUIET, STYLE, headline, save_figure
 from ctrl_diffusion.system.files import write_json
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -22,7 +22,7 @@ from ctrl_diffusion.data.digits import digits, split
 from ctrl_diffusion.data.labelled import to_pixels
 from ctrl_diffusion.evaluate.fidelity import frechet_distance, nearest_distance
 from ctrl_diffusion.prior.prior import DIGITS, Prior
-from ctrl_diffusion.report import save_figure, sheet_figure
+from ctrl_diffusion.report.style import save_figure, sheet_figure
 from ctrl_diffusion.reward.fit import fit_classifier
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from ctrl_diffusion.compare import averaged, interval
-from ctrl_diffusion.report import STYLE, headline, plain_ticks, save_figure, with_error
+from ctrl_diffusion.report.compare import with_error
+from ctrl_diffusion.report.style import STYLE, headline, plain_ticks, save_figure
 from ctrl_diffusion.system.files import write_json, write_text
 
 ROOT = Path(__file__).parent.parent

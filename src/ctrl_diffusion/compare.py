@@ -40,7 +40,7 @@ from .evaluate.scores import score_samples, score_target
 from .guide.method import Method
 from .guide.steered import Guidance
 from .prior.prior import open_prior
-from .report import write_compare_report
+from .report.compare import write_compare_report
 from .reward.classifiers import WITH_RULER, fit_posterior, rounds_of
 from .reward.reward import FEW
 from .run.config import ControlSettings, check_code

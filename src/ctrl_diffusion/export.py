@@ -148,7 +148,7 @@ def model_card(folder: Path, run: Run, base: str) -> str:
     first = "" if run.prior.classes is None else f"class_labels={run.prior.class_names[0]!r}, "
     if run.prior.text:
         first = f"{run.config.prompts[0]!r}, "
-    templates = Environment(loader=PackageLoader(__package__), trim_blocks=True)
+    templates = Environment(loader=PackageLoader("ctrl_diffusion.report"), trim_blocks=True)
     return templates.get_template("card.md").render(
         run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,
         call=f"{first}controls={asked}",

@@ -21,14 +21,10 @@ from .data.labels import NULL, number_at
 from .exact.bias import biases
 from .exact.races import Picture, races
 from .prior.prior import open_prior
-from .report import (
-    save_figure,
-    sheet_figure,
-    write_bias_report,
-    write_classifier_report,
-    write_exact_report,
-    write_report,
-)
+from .report.classifier import write_classifier_report
+from .report.run import write_report
+from .report.style import save_figure, sheet_figure
+from .report.testbed import write_bias_report, write_exact_report
 from .reward.classifiers import Judges, fit_judges
 from .run.config import Config, ControlSettings, check_code, listed, merged
 from .run.folder import (

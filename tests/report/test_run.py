@@ -8,7 +8,10 @@ from ctrl_diffusion.evaluate.evaluation import Evaluation
 from ctrl_diffusion.evaluate.scores import Score
 from ctrl_diffusion.exact.races import Picture
 from ctrl_diffusion.exact.task import GROWING
-from ctrl_diffusion.report import sweep_figure, told_apart, write_classifier_report, write_exact_report
+from ctrl_diffusion.report.classifier import write_classifier_report
+from ctrl_diffusion.report.run import sweep_figure
+from ctrl_diffusion.report.style import told_apart
+from ctrl_diffusion.report.testbed import write_exact_report
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
 
 

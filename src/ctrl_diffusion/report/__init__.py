@@ -1,0 +1,1 @@
+"""Pictures and pages about runs, classifiers, the testbed and comparisons."""

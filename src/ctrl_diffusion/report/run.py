@@ -1,0 +1,253 @@
+"""Pictures and HTML pages of a run and of a classifier."""
+
+import base64
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..evaluate.evaluation import Evaluation
+from ..evaluate.scores import Score
+from ..learn.weighted import RENOISING
+from ..run.measure import Shown, columns_of
+from ..run.run import Run
+from .classifier import confusion_figure
+from .style import (
+    CTRL,
+    QUIET,
+    STYLE,
+    embedded,
+    headline,
+    render,
+    shortened,
+    show_grid,
+    told_apart,
+)
+
+
+def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str], label: str) -> Figure:
+    """One grid per title, side by side; columns are the prior's classes, rows the control's."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * len(pictures), 0.52 * len(rows) + 0.6), layout="constrained")
+        for axes, (title, x) in zip(np.ravel(figure.subplots(1, len(pictures))), pictures.items(), strict=True):
+            show_grid(axes, x, len(rows), rows, columns, title)
+            axes.set_ylabel(label)
+    return figure
+
+
+def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
+    """J climbing to log Z, KL and reward at the probes of a run; the last record says which control was kept.
+
+    The stage that learns what `weighted` takes off is no control yet and left out.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        position, ends = 0, []
+        probes: list[tuple[int, dict]] = []
+        *records, kept = [record for record in records if record["stage"] != RENOISING]
+        for stage in dict.fromkeys(record["stage"] for record in records):
+            mine = [record for record in records if record["stage"] == stage]
+            if kept["stage"] == stage:
+                kept_at = position + kept["update"]
+            probes += [(position + record["update"], record) for record in mine if "J" in record]
+            position += max(record["update"] for record in mine)
+            ends.append((position, stage))
+        x = [at for at, _ in probes]
+        for axes, key, title in (
+            (left, "J", "J"),
+            (middle, "probe_kl", "KL from the prior"),
+            (right, "probe_reward", "reward"),
+        ):
+            axes.plot(x, [record[key] for _, record in probes], color=CTRL, marker="o", markersize=2.5, linewidth=1.2)
+            axes.plot(kept_at, kept[key], color="#333", marker="o", markersize=7, markerfacecolor="none")
+            headline(axes, f"{title} (nats)")
+            axes.set_xlabel("updates")
+            for end, stage in ends:
+                axes.axvline(end, color=QUIET, linewidth=0.8)
+                axes.text(
+                    end, 0.02, f"{stage} ", transform=axes.get_xaxis_transform(), ha="right", color="#777", fontsize=8
+                )
+        left.axhline(log_z, color="#333", linewidth=1, linestyle="--")
+        left.annotate(
+            f"log Z = {log_z:.2f}", (0.98, log_z), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            textcoords="offset points", ha="right", color="#333", fontsize=8,
+        )  # fmt: skip
+        left.margins(y=0.12)
+    return figure
+
+
+def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str) -> Figure:
+    """Accuracy of prior, policy and target for each class asked for."""
+    bars = {
+        "prior": (evaluation.prior, QUIET),
+        "CTRL": (evaluation.ctrl, CTRL),
+        "target: a perfect learner": (evaluation.target, "#8fb8d8"),
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(min(9, max(3.6, 1.2 + 0.75 * len(values))), 3.3), layout="constrained")
+        axes = figure.subplots()
+        for i, (name, (score, colour)) in enumerate(bars.items()):
+            at = [k + (i - 1) * 0.27 for k in range(len(values))]
+            axes.bar(at, score.confusion.diagonal().numpy(), width=0.25, color=colour, label=name)
+        names = [shortened(value) for value in values]
+        axes.set_xticks(range(len(values)), names, rotation=40 if sum(map(len, names)) > 40 else 0)
+        axes.tick_params(axis="x", length=0)
+        axes.set(xlabel=f"{control} asked for", ylabel="share that has it", ylim=(0, 1.02))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        headline(axes, "Accuracy against target")
+    return figure
+
+
+def scale_figure(asked: Tensor, came: Tensor, levels: Sequence[str], control: str) -> Figure:
+    """Values asked for against those that came (n,), places on a scale."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.8, 3.5), layout="constrained")
+        axes = figure.subplots()
+        axes.scatter(asked.numpy(), came.numpy(), s=3, alpha=0.4, color=CTRL, linewidths=0)
+        axes.plot([0, len(levels) - 1], [0, len(levels) - 1], color="#333", linewidth=1)
+        ticks = range(0, len(levels), 2)
+        axes.set_xticks(ticks, [levels[i] for i in ticks])
+        axes.set_yticks(ticks, [levels[i] for i in ticks])
+        axes.set(xlabel=f"{control} asked for", ylabel=f"{control} that came")
+        headline(axes, "Asked for and measured")
+    return figure
+
+
+def sweep_figure(sweep: dict[str, dict[float, Score]], evaluation: Evaluation, trained_steps: int) -> Figure:
+    """Accuracy, adherence and diversity as the strength, and as the number of steps, are turned."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (kind, trained) in zip(panels, (("strength", 1.0), ("steps", trained_steps)), strict=True):
+            x, scores = list(sweep[kind]), list(sweep[kind].values())
+            lines = {
+                "accuracy": ([s.accuracy for s in scores], CTRL, "o"),
+                "still the class asked for": ([s.class_accuracy for s in scores], "#444", "s"),
+                "diversity / target’s": (
+                    [evaluation.diversity_ratio(s) for s in scores],
+                    "#c2661c",
+                    "^",
+                ),
+            }
+            for name, (y, colour, marker) in lines.items():
+                if None not in y:
+                    axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
+            axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
+            axes.axhline(
+                evaluation.target.accuracy,
+                color=CTRL,
+                linewidth=0.8,
+                linestyle="--",
+                zorder=0,
+                label="target’s accuracy",
+            )
+            axes.set_xticks(x)
+            axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind])
+            headline(axes, {"strength": "Strength", "steps": "Sampling steps"}[kind] + " (grey: as trained)")
+        panels[0].set_ylim(bottom=0)  # of both, once both are drawn: set before, it would cut the second off
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def plane_figure(run: Run, x: Tensor) -> Figure:
+    """`plane`."""
+    (first, rows), (second, columns) = [(n, run.policy.controls[n].values) for n in run.names[:2]]
+    across = x.shape[2]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(0.42 * across * x.shape[1] + 1, 0.46 * len(x) + 0.9), layout="constrained")
+        for j, axes in enumerate(figure.subplots(1, x.shape[1])):
+            names = [shortened(name, 8) for name in ("–", *rows)] if j == 0 else [""] * len(x)
+            title = shortened(("–", *columns)[j])
+            show_grid(axes, x[:, j].flatten(0, 1), len(x), names, [""] * across, f"{second}: {title}")
+            if j == 0:
+                axes.set_ylabel(first)
+    return figure
+
+
+def write_report(
+    folder: Path,
+    run: Run,
+    metrics: dict[str, Any],
+    evaluation: Evaluation,
+    sweep: dict[str, dict[float, Score]],
+    followed: dict[str, tuple[Tensor, Tensor]],
+    shown: Shown,
+    records: list[dict[str, Any]],
+    command: str,
+) -> None:
+    """Write the pictures of a run and a self-contained report.html.
+
+    Args:
+        folder: the run's; its classifier/ has been reported already.
+        run: the finished run.
+        metrics, evaluation, sweep, followed, shown: what was found.
+        records: the training log.
+        command: what was typed.
+    """
+    control, values, classes = run.name, run.values, run.config.classes
+    condition = next((one.condition for one in run.config.controls if one.condition), None)
+    column_names = [""] * columns_of(run)
+    if classes is not None:
+        column_names = [shortened(name, 8) for name in told_apart([run.prior.class_names[c] for c in classes[:10]])]
+    pictures = {f"Prior, which ignores {control}": shown.prior, "CTRL, same noise": shown.ctrl}
+    measured = "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
+    figures = {
+        "grid": grid_figure(pictures, [shortened(value) for value in values], column_names, control),
+        "curves": curves_figure(records, evaluation.certificate.log_z),
+        "accuracy": accuracy_figure(evaluation, values, control),
+        "confusion": confusion_figure(
+            evaluation.ctrl.confusion, values, f"{control} asked for", measured, "Confusion of CTRL, %"
+        ),
+        "sweep": sweep_figure(sweep, evaluation, run.config.steps),
+    }
+    for name, (asked, came) in followed.items():
+        figures[f"scale-{name}"] = scale_figure(asked, came, run.policy.controls[name].values, name)
+    if shown.plane is not None:
+        figures["plane"] = plane_figure(run, shown.plane)
+    images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
+    for i, name in enumerate(run.names):
+        picture = "reliability" if i == 0 else f"reliability-{name}"
+        shutil.copyfile(run.room(folder, "classifier", name) / "reliability.png", folder / f"{picture}.png")
+        images[picture] = base64.b64encode((folder / f"{picture}.png").read_bytes()).decode()
+    render(
+        folder / "report.html",
+        "report.html",
+        images=images,
+        metrics=metrics,
+        config=run.config,
+        conditional=any(judges.classifier.conditional for judges in run.judges.values()),
+        settings=flattened(run.config.model_dump()),
+        control=control,
+        names=run.names,
+        condition=condition,
+        values=values,
+        rows=by_class(evaluation, len(values)),
+        command=command,
+    )
+
+
+def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:
+    """J, log Z, gap and its standard error for each class, averaged over the prior's conditions."""
+    certificate = evaluation.certificate
+    tables = (certificate.objective_pairs, certificate.log_z_pairs, certificate.stderr_pairs.square())
+    objective, log_z, variance = (table.view(-1, classes) for table in tables)
+    stderr = (variance.mean(0) / len(variance)).sqrt()
+    objective, log_z = objective.mean(0), log_z.mean(0)
+    return list(zip(*(column.tolist() for column in (objective, log_z, log_z - objective, stderr)), strict=True))
+
+
+def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
+    """Nested settings as GROUP.KEY: VALUE."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value))
+        out |= flattened(value, f"{under}{key}.") if isinstance(value, dict) else {f"{under}{key}": value}
+    return out
