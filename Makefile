@@ -37,7 +37,7 @@ bench: setup
 	$(BIN)/python bench/estimate.py
 
 docs: setup
-	$(BIN)/typer ctrl_diffusion.cli utils docs --name ctrl --output docs/commands.md
+	$(BIN)/typer ctrl_diffusion.commands.app utils docs --name ctrl --output docs/commands.md
 
 prior: setup
 	$(BIN)/python bench/build_digits.py

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.system.files import write_json
 
@@ -25,7 +25,7 @@ BOTH = "ink,slant"
 
 def ctrl(*arguments: object) -> None:
     """Run a command as a user would."""
-    subprocess.run([sys.executable, "-m", "ctrl_diffusion.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "ctrl_diffusion", *map(str, arguments)], check=True)
 
 
 def measured(seed: int, root: Path) -> dict:

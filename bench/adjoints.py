@@ -12,7 +12,7 @@ from ctrl_diffusion import Run
 from ctrl_diffusion.chain.noise import stream
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.transition import half_square, step_std, transition
-from ctrl_diffusion.cli import quiet_dependencies
+from ctrl_diffusion.commands.app import quiet_dependencies
 from ctrl_diffusion.learn.adjoint import adjoints_of, reward_gradient
 
 

@@ -16,7 +16,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def main() -> None:
     with TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "ctrl_diffusion.cli", "compare", "exact", "--out", folder]
+        command = [sys.executable, "-m", "ctrl_diffusion", "compare", "exact", "--out", folder]
         subprocess.run(command, check=True)
         for name in ("bias.json", "bias.png"):
             shutil.copy(Path(folder) / name, DOCS / name)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rich import print_json
 from torch import Tensor
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges
 from ctrl_diffusion.system.files import write_json

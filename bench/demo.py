@@ -33,7 +33,7 @@ PICTURES = {
 def measured(control: str, seed: int, out: Path) -> dict:
     """Run the demo and return its figures."""
     options = ["--controls", control, "--seed", str(seed), "--out", str(out)]
-    subprocess.run([sys.executable, "-m", "ctrl_diffusion.cli", "demo", *options], check=True)
+    subprocess.run([sys.executable, "-m", "ctrl_diffusion", "demo", *options], check=True)
     metrics = json.loads((out / "metrics.json").read_text())
     del metrics["versions"]
     # of all children so far: the largest process; kilobytes on Linux

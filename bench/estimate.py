@@ -15,10 +15,10 @@ from typing import Any
 
 from race import keep
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.estimate import estimate_job, most_needed
+from ctrl_diffusion.commands.jobs.train import train_job
 from ctrl_diffusion.data.labelled import write_imagefolder
-from ctrl_diffusion.estimate import estimate_job, most_needed
-from ctrl_diffusion.job import train_job
 from ctrl_diffusion.system.files import rounded
 
 PARTS = {"classifiers": ("classifier",), "learners and samples": ("train", "sample"), "total": ("total",)}

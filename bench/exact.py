@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 def main() -> None:
     with TemporaryDirectory() as folder:
         out = Path(folder) / "exact"
-        subprocess.run([sys.executable, "-m", "ctrl_diffusion.cli", "exact", "--out", str(out)], check=True)
+        subprocess.run([sys.executable, "-m", "ctrl_diffusion", "exact", "--out", str(out)], check=True)
         shutil.copy(out / "exact.json", DOCS / "exact.json")
         for name in ("density", "gap", "growth"):
             shutil.copy(out / f"{name}.png", DOCS / f"exact-{name}.png")

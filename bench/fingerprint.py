@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 def ctrl(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "ctrl_diffusion.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "ctrl_diffusion", *map(str, arguments)], check=True)
 
 
 def digest(*paths: Path) -> str:

@@ -26,7 +26,7 @@ def python(*arguments: object) -> None:
 
 def ctrl(*arguments: object) -> None:
     """Run a command as a user does."""
-    python("-m", "ctrl_diffusion.cli", *arguments)
+    python("-m", "ctrl_diffusion", *arguments)
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from rich import print_json
 
-from ctrl_diffusion import demo
 from ctrl_diffusion.chain.noise import stream
 from ctrl_diffusion.chain.paths import paths
-from ctrl_diffusion.cli import quiet_dependencies
+from ctrl_diffusion.commands.app import quiet_dependencies
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.digits import digits, split
 from ctrl_diffusion.data.labelled import to_pixels

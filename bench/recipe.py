@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ctrl_diffusion.cli import phases, quiet_dependencies
-from ctrl_diffusion.job import demo_job
+from ctrl_diffusion.commands.app import phases, quiet_dependencies
+from ctrl_diffusion.commands.jobs.demo import demo_job
 
 
 def parsed(settings: list[str]) -> dict[str, Any]:

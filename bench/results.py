@@ -23,7 +23,7 @@ from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ctrl_diffusion.compare import averaged, interval
+from ctrl_diffusion.commands.jobs.compare import averaged, interval
 from ctrl_diffusion.report.compare import with_error
 from ctrl_diffusion.report.style import STYLE, headline, plain_ticks, save_figure
 from ctrl_diffusion.system.files import write_json, write_text
@@ -65,7 +65,7 @@ def compared(task: str) -> subprocess.Popen:
     run = folder / "run"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "settings.yaml", yaml.safe_dump(about["settings"]))
-    ctrl = [sys.executable, "-m", "ctrl_diffusion.cli"]
+    ctrl = [sys.executable, "-m", "ctrl_diffusion"]
     train = ["demo", "--controls", task, "--labels", about["labels"], "--config", folder / "settings.yaml"]
     compare = ["compare", run, "--labels", LABELS, "--seeds", SEEDS, "-n", about["n"], "--out", folder / "compared"]
     steps = [[*ctrl, *compare, "--resume"]]

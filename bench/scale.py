@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import save_image, to_pixels
 from ctrl_diffusion.system.files import write_json
@@ -44,7 +44,7 @@ def measured(seed: int, root: Path) -> dict:
     )
     run = root / "run"
     arguments = ["train", "--config", str(root / "scale.yaml"), "--out", str(run), "--quiet"]
-    subprocess.run([sys.executable, "-m", "ctrl_diffusion.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "ctrl_diffusion", *arguments], check=True)
     if seed == 0:
         shutil.copy(run / "scale-ink.png", DOCS / "scale.png")
     metrics = json.loads((run / "metrics.json").read_text())

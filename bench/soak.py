@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 
 from race import keep, resident
 
-from ctrl_diffusion.cli import phases
-from ctrl_diffusion.job import demo_job
+from ctrl_diffusion.commands.app import phases
+from ctrl_diffusion.commands.jobs.demo import demo_job
 
 UPDATES, EVERY, WINDOW = 2000, 10, 20  # readings are medians over WINDOW, of every tenth update
 BATCH = {"batch": 16}

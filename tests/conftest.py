@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from ctrl_diffusion.cli import main
+from ctrl_diffusion.commands.app import main
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def ctrl():
     """Run the command line in a process of its own."""
 
     def call(*arguments: object, timeout: int = 600) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "ctrl_diffusion.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "ctrl_diffusion", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
     return call

@@ -1,7 +1,10 @@
 """CTRL: new conditional controls for pre-trained diffusion and flow models by KL-regularised reinforcement learning."""
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
+from types import CodeType, ModuleType
 from typing import Any
 
 __version__ = version("ctrl-diffusion")
@@ -48,8 +51,8 @@ _HOME = {
     "prior_table": "reward.reward",
     "read_images": "data.read",
     "report_classifier": "reward.fit",
-    "resume_job": "job",
-    "train_job": "job",
+    "resume_job": "commands.jobs.train",
+    "train_job": "commands.jobs.train",
 }
 __all__ = sorted(_HOME)
 
@@ -58,3 +61,35 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+# modules of version 0.1 that documents, settings and scripts name, and where their contents live now
+_MOVED = {
+    "assets": "prior.prior",
+    "cli": "commands.app",
+    "denoise": "chain.denoise",
+    "rules": "data.rules",
+    "schedule": "chain.schedule",
+}
+
+
+class _Moved:
+    """Find a moved module under its old name."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, old = name.rpartition(".")
+        return ModuleSpec(name, self, origin=__file__) if package == __name__ and old in _MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave the making of an empty module to Python."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        home = import_module(f".{_MOVED[module.__name__.rpartition('.')[2]]}", __name__)
+        module.__getattr__ = lambda attribute: getattr(home, attribute)
+
+    def get_code(self, name: str) -> CodeType:
+        """Give the entry point of `python -m ctrl_diffusion.cli`."""
+        return compile(f"from {__name__}.commands.app import main\nmain()", name, "exec")
+
+
+sys.meta_path.append(_Moved())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, to_pixels
 

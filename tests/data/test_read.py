@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.data.labels import number_at
 from ctrl_diffusion.data.read import in_order, read_images

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.evaluate.judge import Judge

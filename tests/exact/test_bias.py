@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from ctrl_diffusion.commands.jobs.testbed import bias_job
 from ctrl_diffusion.exact.bias import (
     FEW,
     FLOOR,
@@ -24,7 +25,6 @@ from ctrl_diffusion.exact.bias import (
 from ctrl_diffusion.exact.mixtures import posterior
 from ctrl_diffusion.exact.task import SCHEDULES, Answers, Task
 from ctrl_diffusion.guide.reconstruction import DPS
-from ctrl_diffusion.job import bias_job
 
 GUIDED = [PLUG_IN, "classifier guidance", "DPS", "MPGD", "classifier-free guidance", LEARNER]
 CHOOSING = ["TDS", "Feynman–Kac", "importance", "best of K"]

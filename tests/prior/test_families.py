@@ -16,12 +16,12 @@ from pipelines import BUILDERS, saved
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import rollout
+from ctrl_diffusion.commands.jobs.inspect import in_words, inspected
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.data.labels import NULL
-from ctrl_diffusion.inspection import in_words, inspected
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.fit import fit

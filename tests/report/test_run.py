@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.evaluate.evaluation import Evaluation
 from ctrl_diffusion.evaluate.scores import Score
 from ctrl_diffusion.exact.races import Picture

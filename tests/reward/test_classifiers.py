@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.evaluate.judge import Judge

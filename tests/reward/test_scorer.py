@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.reward.fit import AUGMENTATIONS, any_side_up, calibrate, fit_classifier, report_classifier, shift
 from ctrl_diffusion.reward.reward import Reward

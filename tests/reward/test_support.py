@@ -2,7 +2,7 @@ import pytest
 import torch
 from classifiers import climbed
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.evaluate.evaluation import warn_if_left
 from ctrl_diffusion.evaluate.judge import Judge

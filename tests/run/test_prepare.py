@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import yaml
 from pipelines import saved
 from safetensors.torch import load_file
-from test_resume import SETTINGS, contents
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.control.conditions import Conditions
@@ -33,6 +32,7 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.prior.sharding import shard
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.system import ranks
+from tests.whole.test_resume import SETTINGS, contents
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["ctrl_diffusion.exact.races", "ctrl_diffusion.prior.prior"])
@@ -325,7 +325,7 @@ def test_what_rank_0_refuses_all_refuse(found):
 def launched(how, *arguments):
     """ctrl on two processes."""
     plain = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    where = ["--main_process_port", free_port(), "-m", "ctrl_diffusion.cli"]
+    where = ["--main_process_port", free_port(), "-m", "ctrl_diffusion"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), *plain, *where, *arguments]
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(part) for part in command], **told)

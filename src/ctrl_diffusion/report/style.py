@@ -98,7 +98,5 @@ def embedded(path: Path, figure: Figure) -> str:
 
 def render(path: Path, template: str, **content: Any) -> None:
     """Write a page from a template."""
-    environment = Environment(
-        loader=PackageLoader(__package__), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     write_text(path, environment.get_template(template).render(**content))

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from ctrl_diffusion.commands.jobs.inspect import evaluations, kept_bytes
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.inspection import evaluations, kept_bytes
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.stages import learner_of

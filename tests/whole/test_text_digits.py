@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 
 from ctrl_diffusion.run.run import Run
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "text_digits.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "text_digits.py"
 REDUCED = {
     "guidance": 1.0,
     "rank": 32,

@@ -10,23 +10,23 @@ ink,slant  two controls from two datasets that share no image; the second does n
            left and a 7 right by its shape, whoever wrote it.
 """
 
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 
-from .data.digits import (
-    DIGIT,
-    INK,
-    SLANT,
-    UPRIGHT,
-    VALUES,
-    digits,
-    ink_ruler,
-    slant_ruler,
-)
-from .data.labelled import LabelledImages
+from ...data.digits import DIGIT, INK, SLANT, UPRIGHT, VALUES, digits, ink_ruler, slant_ruler
+from ...data.labelled import LabelledImages, write_imagefolder
+from ...run.config import merged
+from ...run.folder import DATA_FOLDERS
+from ...run.prepare import prepare
+from ...system.progress import Phase, silent
+from . import demo
+from .train import execute, occupied
 
 # ink does not care where it is nor which side is up, and its classes are ordered
 OF_INK = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
@@ -96,3 +96,35 @@ def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list
         return LabelledImages(x, labels, {name: VALUES[name] for name in labels})[rows]
 
     return [(of(s, rows), of(s, rest)) for s, rows in zip(SETTINGS[controls]["controls"], drawn, strict=True)]
+
+
+def demo_job(
+    given: dict[str, Any],
+    out: str | Path,
+    overwrite: bool = False,
+    quick: bool = False,
+    command: str | None = None,
+    phase: Phase = silent,
+    controls: str = "ink",
+    labels: int | None = None,
+) -> dict[str, Any]:
+    """`train_job` on the embedded prior with labelled digits, and others for the judge, written into the run folder."""
+    out = Path(out)
+    if controls not in demo.SETTINGS:
+        raise ValueError(f"the demo's controls are {' or '.join(demo.SETTINGS)}; got {controls!r}.")
+    settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
+    with occupied(out, overwrite), TemporaryDirectory() as scratch:
+        drawn = demo.labelled_digits(controls, given.get("seed", 0), labels)
+        for control, pair in zip(settings["controls"], drawn, strict=True):
+            control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
+            for kind, data in zip(DATA_FOLDERS, pair, strict=True):
+                folder = Path(kind, control["name"]) if len(drawn) > 1 else Path(kind)
+                write_imagefolder(scratch / folder, data)
+                control[kind] = str(scratch / folder)
+        job = prepare(settings, phase)
+        for control in job.config.controls:
+            control.data, control.judge_data = (
+                str(out.resolve() / Path(name).relative_to(Path(scratch).resolve()))
+                for name in (control.data, control.judge_data)
+            )
+        return execute(job, out, quick, command, phase, Path(scratch))

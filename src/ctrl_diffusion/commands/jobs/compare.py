@@ -27,29 +27,29 @@ from scipy.stats import t as student
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from .chain.denoise import Denoiser
-from .chain.noise import stream
-from .chain.paths import paths
-from .data.labelled import LabelledImages
-from .data.labels import Labels
-from .entrants import ENTRANTS, Cell
-from .evaluate.certificate import certify
-from .evaluate.fidelity import Yardstick
-from .evaluate.judge import Judge, Look
-from .evaluate.scores import score_samples, score_target
-from .guide.method import Method
-from .guide.steered import Guidance
-from .prior.prior import open_prior
-from .report.compare import write_compare_report
-from .reward.classifiers import WITH_RULER, fit_posterior, rounds_of
-from .reward.reward import FEW
-from .run.config import ControlSettings, check_code
-from .run.prepare import encoder_of, only, read_data
-from .run.run import Run, as_set
-from .run.stages import train
-from .system.files import write_json
-from .system.folders import check_room, clear
-from .system.progress import Phase, silent, timed
+from ...chain.denoise import Denoiser
+from ...chain.noise import stream
+from ...chain.paths import paths
+from ...data.labelled import LabelledImages
+from ...data.labels import Labels
+from ...evaluate.certificate import certify
+from ...evaluate.fidelity import Yardstick
+from ...evaluate.judge import Judge, Look
+from ...evaluate.scores import score_samples, score_target
+from ...guide.method import Method
+from ...guide.steered import Guidance
+from ...prior.prior import open_prior
+from ...report.compare import write_compare_report
+from ...reward.classifiers import WITH_RULER, fit_posterior, rounds_of
+from ...reward.reward import FEW
+from ...run.config import ControlSettings, check_code
+from ...run.prepare import encoder_of, only, read_data
+from ...run.run import Run, as_set
+from ...run.stages import train
+from ...system.files import write_json
+from ...system.folders import check_room, clear
+from ...system.progress import Phase, silent, timed
+from .methods import ENTRANTS, Cell
 
 COMPARE_FILES = ("compare.json", "cells", "pareto.png", "labels.png", "report.html")
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)

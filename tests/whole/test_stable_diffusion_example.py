@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from ctrl_diffusion.data.rules import jpeg_kilobytes, load_rule
 from ctrl_diffusion.run.config import Config, merged, read_settings
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "stable_diffusion"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "stable_diffusion"
 SHIPPED = sorted(path.name for path in EXAMPLE.glob("*.yaml"))
 README = (EXAMPLE / "README.md").read_text(encoding="utf-8")
 # everything else is as shipped: the prompts, the guidance, the grid, the rank, the learner and its rates

@@ -2,9 +2,10 @@
 
 import pytest
 
-from ctrl_diffusion import demo, job
+from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs import train as job
+from ctrl_diffusion.commands.jobs.train import classifier_job
 from ctrl_diffusion.data.labelled import write_imagefolder
-from ctrl_diffusion.job import classifier_job
 from ctrl_diffusion.run.config import ControlSettings
 
 

@@ -10,29 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain.denoise import Denoiser
-from .chain.noise import stream
-from .control.policy import Policy
-from .data.labelled import LabelledImages
-from .data.labels import NULL
-from .guide.classifier_guidance import ClassifierGuidance
-from .guide.free_guidance import FreeGuidance
-from .guide.method import Method
-from .guide.noisy import NoisyClassifier, fit_noisy
-from .guide.particles import TDS, FeynmanKac
-from .guide.reconstruction import DPS, MPGD
-from .guide.selection import BestOf, Importance, Rejection
-from .learn.fit import fit
-from .learn.labelled import Labelled
-from .prior.prior import open_prior
-from .reward.classifiers import BATCH, DEEP, epochs_of
-from .reward.fit import AUGMENTATIONS
-from .reward.reward import prior_table
-from .reward.scorer import Classifier
-from .run.prepare import encoder_of
-from .run.run import Run, as_set
-from .system.folders import clear
-from .system.progress import Phase, silent, timed
+from ...chain.denoise import Denoiser
+from ...chain.noise import stream
+from ...control.policy import Policy
+from ...data.labelled import LabelledImages
+from ...data.labels import NULL
+from ...guide.classifier_guidance import ClassifierGuidance
+from ...guide.free_guidance import FreeGuidance
+from ...guide.method import Method
+from ...guide.noisy import NoisyClassifier, fit_noisy
+from ...guide.particles import TDS, FeynmanKac
+from ...guide.reconstruction import DPS, MPGD
+from ...guide.selection import BestOf, Importance, Rejection
+from ...learn.fit import fit
+from ...learn.labelled import Labelled
+from ...prior.prior import open_prior
+from ...reward.classifiers import BATCH, DEEP, epochs_of
+from ...reward.fit import AUGMENTATIONS
+from ...reward.reward import prior_table
+from ...reward.scorer import Classifier
+from ...run.prepare import encoder_of
+from ...run.run import Run, as_set
+from ...system.folders import clear
+from ...system.progress import Phase, silent, timed
 
 PARTICLES = 8  # for each sample
 MOST_UPDATES = 3000  # of a noise-aware p̂, of which the best epoch is kept

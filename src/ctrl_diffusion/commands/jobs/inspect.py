@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .chain.transition import half_square, transition
-from .control.lora import LoRAControl
-from .control.policy import Policy
-from .learn.weighted import RENOISING
-from .prior.prior import Prior
-from .run.config import Config
-from .run.defaults import suggested
+from ...chain.transition import half_square, transition
+from ...control.lora import LoRAControl
+from ...control.policy import Policy
+from ...learn.weighted import RENOISING
+from ...prior.prior import Prior
+from ...run.config import Config
+from ...run.defaults import suggested
 
 MEGABYTE = 1e6
 

@@ -5,29 +5,18 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from . import demo
-from .data.labelled import LabelledImages, write_imagefolder
-from .data.labels import NULL, number_at
-from .exact.bias import biases
-from .exact.races import Picture, races
-from .prior.prior import open_prior
-from .report.classifier import write_classifier_report
-from .report.run import write_report
-from .report.style import save_figure, sheet_figure
-from .report.testbed import write_bias_report, write_exact_report
-from .reward.classifiers import Judges, fit_judges
-from .run.config import Config, ControlSettings, check_code, listed, merged
-from .run.folder import (
+from ...data.labelled import LabelledImages, write_imagefolder
+from ...prior.prior import open_prior
+from ...report.classifier import write_classifier_report
+from ...report.run import write_report
+from ...reward.classifiers import Judges, fit_judges
+from ...run.config import Config, ControlSettings, check_code, listed
+from ...run.folder import (
     BEGUN,
     CHECKPOINT,
     CLASSIFIER_FILES,
@@ -40,19 +29,17 @@ from .run.folder import (
     home,
     is_finished,
 )
-from .run.measure import STRENGTHS, Shown, classifier_metrics, follows, step_counts, sweep_metrics
-from .run.prepare import Job, Material, check_batches, dependences, encoder_of, keep_classes, material, prepare
-from .run.run import Run, as_set
-from .run.stages import train_in
-from .system import ranks
-from .system.files import write_json, write_text, writing
-from .system.folders import check_room, check_writable, clear, clear_unfinished, locked
-from .system.progress import Interrupted, Phase, silent, timed
-from .system.tracking import Tracking, check_trackers
+from ...run.measure import STRENGTHS, Shown, classifier_metrics, follows, step_counts, sweep_metrics
+from ...run.prepare import Job, Material, check_batches, dependences, encoder_of, keep_classes, material, prepare
+from ...run.run import Run, as_set
+from ...run.stages import train_in
+from ...system import ranks
+from ...system.files import write_json, write_text, writing
+from ...system.folders import check_room, check_writable, clear, clear_unfinished, locked
+from ...system.progress import Interrupted, Phase, silent, timed
+from ...system.tracking import Tracking, check_trackers
+from .sample import labelled
 
-SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
-EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
-BIAS_FILES = ("bias.json", "report.html", "bias.png")
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
 
 
@@ -155,38 +142,6 @@ def train_job(
     out = Path(out)
     with occupied(out, overwrite):
         return execute(prepare(given, phase, trust), out, quick, command, phase)
-
-
-def demo_job(
-    given: dict[str, Any],
-    out: str | Path,
-    overwrite: bool = False,
-    quick: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
-    controls: str = "ink",
-    labels: int | None = None,
-) -> dict[str, Any]:
-    """`train_job` on the embedded prior with labelled digits, and others for the judge, written into the run folder."""
-    out = Path(out)
-    if controls not in demo.SETTINGS:
-        raise ValueError(f"the demo's controls are {' or '.join(demo.SETTINGS)}; got {controls!r}.")
-    settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
-    with occupied(out, overwrite), TemporaryDirectory() as scratch:
-        drawn = demo.labelled_digits(controls, given.get("seed", 0), labels)
-        for control, pair in zip(settings["controls"], drawn, strict=True):
-            control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
-            for kind, data in zip(DATA_FOLDERS, pair, strict=True):
-                folder = Path(kind, control["name"]) if len(drawn) > 1 else Path(kind)
-                write_imagefolder(scratch / folder, data)
-                control[kind] = str(scratch / folder)
-        job = prepare(settings, phase)
-        for control in job.config.controls:
-            control.data, control.judge_data = (
-                str(out.resolve() / Path(name).relative_to(Path(scratch).resolve()))
-                for name in (control.data, control.judge_data)
-            )
-        return execute(job, out, quick, command, phase, Path(scratch))
 
 
 def add_job(
@@ -391,160 +346,3 @@ def resume_job(
         judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
         ranks.from_first(lambda: clear(folder, RESULTS))
         return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)
-
-
-def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:
-    """Samples with the labels they were asked for; a null label is blank."""
-    values, numbers = {}, {}
-    for name, control in run.policy.controls.items():
-        y = labels.get(name, torch.full((len(x_0),), NULL))
-        values[name], numbers[name] = (*control.values, ""), y  # class −1 picks the last name, the blank
-        if y.is_floating_point():
-            texts = ["" if place == NULL else f"{number_at(place, control.values):.6g}" for place in y.tolist()]
-            values[name] = tuple(dict.fromkeys(texts))
-            numbers[name] = torch.tensor([values[name].index(text) for text in texts])
-    if not cond:
-        return LabelledImages(x_0, numbers, values)
-    column = next((control.condition for control in run.config.controls if control.condition), "c")
-    return LabelledImages(x_0, {column: cond["c"], **numbers}, {column: run.prior.class_names, **values})
-
-
-def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
-    """The class, or the place on a scale, of every control that `--set CONTROL=VALUE` settings ask for.
-
-    Raises:
-        ValueError: not of that form, an unknown control or value.
-    """
-    chosen = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in run.policy.controls:
-            raise ValueError(
-                f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
-            )
-        try:
-            chosen[name] = run.policy.controls[name].label_of(value)
-        except ValueError as error:
-            raise ValueError(f"--set {setting}: {error}") from error
-    return chosen
-
-
-def sample_job(
-    run: Run,
-    out: Path,
-    settings: list[str],
-    c: str | None,
-    n: int,
-    strength: float = 1.0,
-    steps: int | None = None,
-    seed: int = 0,
-    exact: bool = False,
-    overwrite: bool = False,
-    phase: Phase = silent,
-) -> None:
-    """Write n samples, a sheet of them (`grid.png`) and what was asked for (`sample.json`).
-
-    Raises:
-        ValueError: a wrong setting or class, a folder that holds something, or too few paths that count (exact).
-    """
-    y = {name: torch.full((n,), value) for name, value in parse_settings(run, settings).items()}
-    y = y or {run.names[0]: torch.full((n,), NULL)}
-    cond: dict[str, Tensor] = {}
-    if exact and not settings:
-        raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
-    if c is not None and run.prior.classes is None:
-        raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
-    if c is not None:
-        try:
-            cond["c"] = torch.full((n,), run.prior.number_of(c))
-        except ValueError as error:
-            raise ValueError(f"--class {error}") from error
-    elif run.prior.classes is not None:
-        classes = torch.tensor(run.config.classes)
-        cond["c"] = classes[torch.arange(n) % len(classes)]
-    ranks.from_first(lambda: check_room(out, SAMPLE_FILES[-1], overwrite))
-    generator = torch.Generator().manual_seed(seed)
-    how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": phase}
-    x_0 = run.sample(y, **how, **cond, latents=True)
-    images = run.images(x_0)
-    outside, images = run.outside_share(x_0, images), images.clamp(-1, 1)
-    asked = {
-        "set": settings,
-        "class": c,
-        "n": n,
-        "strength": strength,
-        "steps": steps or run.config.steps,
-        "seed": seed,
-        "exact": exact,
-        "outside_support": outside,
-    }
-
-    def write() -> None:
-        clear(out, SAMPLE_FILES)
-        write_imagefolder(out, labelled(run, images, y, cond))
-        save_figure(out / "grid.png", sheet_figure(images))
-        write_json(out / "sample.json", asked)
-
-    ranks.from_first(write)
-
-
-def row_by_row(out: Path, files: tuple[str, ...], found: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write rows into the first of a job's files as they come, the others being cleared away; returns all of them."""
-    clear(out, files[1:])
-    rows: list[dict[str, Any]] = []
-    write_json(out / files[0], {"rows": rows})
-    for row in found:
-        rows.append(row)
-        write_json(out / files[0], {"rows": rows})
-    return rows
-
-
-def exact_job(
-    out: Path,
-    quick: bool = False,
-    seed: int = 0,
-    overwrite: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
-) -> list[dict[str, Any]]:
-    """Race the learners on the testbed; writes exact.json after every row, then the pictures and report.html.
-
-    Returns:
-        The rows of exact.json.
-
-    Raises:
-        ValueError: a folder that cannot be written, or holds something.
-    """
-    check_room(out, EXACT_FILES[0], overwrite)
-    pictures: list[Picture] = []
-
-    def raced() -> Iterator[dict[str, Any]]:
-        for row, picture in races(quick, seed, phase):
-            pictures.extend([picture] if picture else [])
-            yield row
-
-    rows = row_by_row(out, EXACT_FILES, raced())
-    write_exact_report(out, rows, pictures, command or "ctrl exact", version("ctrl-diffusion"))
-    return rows
-
-
-def bias_job(
-    out: Path,
-    quick: bool = False,
-    seed: int = 0,
-    overwrite: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
-) -> list[dict[str, Any]]:
-    """Say where each method's bias comes from; writes bias.json after every row, then bias.png and report.html.
-
-    Returns:
-        The rows of bias.json.
-
-    Raises:
-        ValueError: a folder that cannot be written, or holds something.
-    """
-    check_room(out, BIAS_FILES[0], overwrite)
-    rows = row_by_row(out, BIAS_FILES, biases(quick, seed, phase))
-    write_bias_report(out, rows, command or "ctrl compare exact", version("ctrl-diffusion"))
-    return rows

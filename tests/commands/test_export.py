@@ -17,10 +17,10 @@ from PIL import Image
 from pipelines import BUILDERS, saved
 from safetensors.torch import load_file, save_file
 
-from ctrl_diffusion import job
+from ctrl_diffusion.commands.jobs import train as job
+from ctrl_diffusion.commands.jobs.export import export
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
-from ctrl_diffusion.export import export
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.run.pipeline import ControlledPipeline
 

@@ -12,7 +12,7 @@ from diffusers import DDPMPipeline
 
 from ctrl_diffusion.run.run import Run
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "textures.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "textures.py"
 FAST = {
     "classifier": {"updates": 300, "grid": 4, "depth": 2},
     "weighted": {"updates": 5, "batch": 16, "cache": 32, "renoising": 2},

@@ -13,10 +13,10 @@ import torch
 import yaml
 from PIL import Image
 
-from ctrl_diffusion import demo
+from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.read import read_images
-from ctrl_diffusion.job import demo_job
 from ctrl_diffusion.run import prepare
 from ctrl_diffusion.run import stages as course
 from ctrl_diffusion.run.run import Run

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from ctrl_diffusion.compare import STRENGTHS, Comparison, averaged, compare_job, interval, subset
-from ctrl_diffusion.entrants import ENTRANTS
+from ctrl_diffusion.commands.jobs.compare import STRENGTHS, Comparison, averaged, compare_job, interval, subset
+from ctrl_diffusion.commands.jobs.methods import ENTRANTS
 from ctrl_diffusion.reward.classifiers import Judges
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.run import Run

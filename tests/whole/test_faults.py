@@ -20,9 +20,10 @@ import pytest
 import torch
 import yaml
 
-from ctrl_diffusion import job
+from ctrl_diffusion.commands.jobs import train as job
+from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.jobs.train import resume_job
 from ctrl_diffusion.control import control
-from ctrl_diffusion.job import demo_job, resume_job
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward import scorer as classifier
 from ctrl_diffusion.run import stages as course
@@ -303,7 +304,7 @@ def test_what_comes_after_a_signal_is_what_would_have_come(run, trained, monkeyp
 
 
 def cli(*arguments):
-    command = [sys.executable, "-m", "ctrl_diffusion.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "ctrl_diffusion", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -12,7 +12,7 @@ import pytest
 import ctrl_diffusion
 from ctrl_diffusion.reward.classifiers import ClassifierSettings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -44,7 +44,7 @@ def test_the_command_reference_is_the_codes_own(tmp_path):
     pinned = re.search(r"^typer==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
     if version("typer") != pinned:
         pytest.skip(f"written with typer {pinned}")
-    command = [sys.executable, "-m", "typer", "ctrl_diffusion.cli", "utils", "docs", "--name", "ctrl"]
+    command = [sys.executable, "-m", "typer", "ctrl_diffusion.commands.app", "utils", "docs", "--name", "ctrl"]
     subprocess.run([*command, "--output", str(tmp_path / "commands.md")], check=True, capture_output=True)
     assert (tmp_path / "commands.md").read_text() == (ROOT / "docs" / "commands.md").read_text()
 

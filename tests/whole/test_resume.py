@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctrl_diffusion.job import demo_job, resume_job
+from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.jobs.train import resume_job
 from ctrl_diffusion.run.folder import is_finished
 
 SETTINGS = {
@@ -28,7 +29,9 @@ SETTINGS = {
     "checkpoint": 2,
 }
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["ctrl_diffusion.job", "ctrl_diffusion.prior.families.dit", "torch._dynamo"])
+processes.set_forkserver_preload(
+    ["ctrl_diffusion.commands.jobs.train", "ctrl_diffusion.prior.families.dit", "torch._dynamo"]
+)
 
 
 def go_on(folder, killed_in_save=0):

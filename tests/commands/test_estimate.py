@@ -10,11 +10,11 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ctrl_diffusion import demo, estimate
+from ctrl_diffusion.commands.jobs import demo, estimate
+from ctrl_diffusion.commands.jobs.estimate import estimate_job, evaluations_of_samples, probes_of, some
+from ctrl_diffusion.commands.jobs.inspect import evaluations
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
-from ctrl_diffusion.estimate import estimate_job, evaluations_of_samples, probes_of, some
-from ctrl_diffusion.inspection import evaluations
 from ctrl_diffusion.reward.classifiers import Judges, fit_judges
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.measure import STRENGTHS, step_counts
@@ -180,7 +180,7 @@ def wide(tmp_path_factory):
 
 def program(body):
     """Run lines in a process of its own; the JSON they print."""
-    lines = ["import json", "from ctrl_diffusion.estimate import estimate_job, most_needed", body]
+    lines = ["import json", "from ctrl_diffusion.commands.jobs.estimate import estimate_job, most_needed", body]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -199,7 +199,8 @@ def test_the_memory_said_is_within_a_fifth_of_what_is_needed(wide, learner, tmp_
     }  # fmt: skip
     said = program(f"print(json.dumps(estimate_job({settings!r})['memory_mb']))")
     needed = program(
-        f"from ctrl_diffusion.job import train_job\ntrain_job({settings!r}, {str(tmp_path / 'run')!r})\n"
+        "from ctrl_diffusion.commands.jobs.train import train_job\n"
+        f"train_job({settings!r}, {str(tmp_path / 'run')!r})\n"
         "print(most_needed() / 1e6)"
     )
     assert said["all"] == pytest.approx(needed, rel=0.2)

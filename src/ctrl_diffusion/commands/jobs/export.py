@@ -12,15 +12,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from .prior.loader import located
-from .prior.prior import DIGITS, EMBEDDED
-from .run import pipeline as controlled
-from .run.run import Run
-from .system.files import read_tensors, write_json, write_tensors, write_text
-from .system.folders import check_room, clear
+from ...prior.loader import located
+from ...prior.prior import DIGITS, EMBEDDED
+from ...run import pipeline as controlled
+from ...run.run import Run
+from ...system.files import read_tensors, write_json, write_tensors, write_text
+from ...system.folders import check_room, clear
 
 INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[2]
 FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
 
 

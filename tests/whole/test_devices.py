@@ -8,11 +8,12 @@ from elsewhere import DEVICE, There, open_device
 from pipelines import saved
 
 from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.commands.jobs.estimate import estimate_job
+from ctrl_diffusion.commands.jobs.train import train_job
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
-from ctrl_diffusion.estimate import estimate_job
 from ctrl_diffusion.evaluate.judge import Judge
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
@@ -20,7 +21,6 @@ from ctrl_diffusion.guide.noisy import NoisyClassifier
 from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.reconstruction import DPS, MPGD
 from ctrl_diffusion.guide.selection import BestOf, Importance, Rejection
-from ctrl_diffusion.job import train_job
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.fit import fit

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from .chain.noise import stream
-from .chain.paths import at_once, paths
-from .data.labelled import RAREST, LabelledImages
-from .inspection import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
-from .learn.weighted import RENOISING
-from .reward.classifiers import BATCH, Judges, fit_judges
-from .run.config import Config
-from .run.measure import STRENGTHS, step_counts
-from .run.prepare import Job, Material, encoder_of, prepare
-from .run.run import Run
-from .run.stages import PROBE_PATHS, Best, Course, between_probes, stages_of, train
-from .system import ranks
-from .system.checkpoint import Checkpoints
-from .system.progress import Phase, silent
+from ...chain.noise import stream
+from ...chain.paths import at_once, paths
+from ...data.labelled import RAREST, LabelledImages
+from ...learn.weighted import RENOISING
+from ...reward.classifiers import BATCH, Judges, fit_judges
+from ...run.config import Config
+from ...run.measure import STRENGTHS, step_counts
+from ...run.prepare import Job, Material, encoder_of, prepare
+from ...run.run import Run
+from ...run.stages import PROBE_PATHS, Best, Course, between_probes, stages_of, train
+from ...system import ranks
+from ...system.checkpoint import Checkpoints
+from ...system.progress import Phase, silent
+from .inspect import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
 
 MANY = 2000  # labelled images
 # of what is trained: itself, gradient, average, two moments; three controls that are kept; the four of a saved state

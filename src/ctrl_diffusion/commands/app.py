@@ -1,0 +1,116 @@
+"""The command line: arguments in, Python API, one clear line when something is wrong."""
+
+import logging
+import os
+import signal
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..system.progress import Interrupted
+from .add import add
+from .classifier import classifier
+from .compare import compare
+from .demo import demo
+from .evaluate import evaluate
+from .exact import exact
+from .export import export
+from .inspect import inspect
+from .options import CTRL, OTHER
+from .sample import sample
+from .train import train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Add new conditional controls to pre-trained diffusion and flow models.",
+)
+SHARED = ("demo", "train", "add", "sample", "evaluate")  # what several processes do together
+
+
+def quiet_dependencies() -> None:
+    """Keep the dependencies' banners and advice off the terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # they set up their loggers on import
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("diffusers", "transformers", "accelerate", "peft", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=name)
+    warnings.showwarning = show_warning
+
+
+def show_warning(message: Warning | str, category: type, filename: str, *_: object) -> None:
+    """A warning of ours is one line; a dependency's is none of the user's business."""
+    if Path(__file__).parents[1] in Path(filename).parents and not OTHER:
+        typer.echo(f"ctrl: warning: {message}", err=True)
+
+
+def show_version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        typer.echo(version("ctrl-diffusion"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Add new conditional controls to pre-trained diffusion and flow models."""
+    name = context.invoked_subcommand
+    if os.environ.get("WORLD_SIZE", "1") != "1" and name not in SHARED:
+        raise ValueError(f"ctrl {name} is the work of one process: start it without accelerate launch.")
+
+
+# the order of `ctrl --help`: a command's function and an example of it
+COMMANDS = {
+    demo: "ctrl demo --out runs/demo --seed 0",
+    classifier: "ctrl classifier photos --control texture --prior my-pipeline --out runs/texture-classifier",
+    train: "ctrl train --prior mine --data photos --control texture --out run",
+    add: "ctrl add runs/ink --data photos --control slant --out runs/both",
+    inspect: "ctrl inspect my-pipeline",
+    sample: "ctrl sample runs/demo --set ink=3 --class 7 -n 16 --out sevens",
+    evaluate: "ctrl evaluate runs/demo -n 2000 --out figures.json",
+    compare: "ctrl compare runs/demo --labels 50,100,200 --seeds 1,2,3 --out runs/compared",
+    export: "ctrl export runs/texture texture-pipeline",
+    exact: "ctrl exact --quick --out runs/exact",
+}
+for command, example in COMMANDS.items():
+    app.command(epilog=f"Example: {example}")(command)
+
+
+def stop(*_: object) -> None:
+    """A terminal's Ctrl-C and a system's SIGTERM mean the same."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: what went wrong is one line, and exit code 2; 130 for a job that was asked to stop."""
+    quiet_dependencies()
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        typer.echo(f"{CTRL}: {error}", err=True)
+        raise SystemExit(2) from None
+    except Interrupted as error:
+        typer.echo(f"{CTRL}: {error}", err=True)
+        raise SystemExit(130) from None
+    except RuntimeError as error:
+        from ..run.stages import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        typer.echo(
+            f"{CTRL}: out of memory. Turn down micro_batch, a learner's batch, rank or size in a --config.", err=True
+        )
+        raise SystemExit(2) from None

@@ -1,0 +1,39 @@
+"""ctrl evaluate."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    OTHER,
+    Quiet,
+    Trust,
+    phases,
+)
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    n: Annotated[int, typer.Option("-n", min=2, help="Paths of the policy, over all (c, y).")] = 1000,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here; left out, print them.")] = None,
+    trust: Trust = False,
+    quiet: Quiet = OTHER,
+) -> None:
+    """Measure a run again: accuracy, adherence, diversity and the certificate."""
+    from ..run.run import Run
+    from ..system.files import rounded, write_json
+    from ..system.folders import check_file
+
+    if out is not None:
+        check_file(out)
+    with phases(quiet) as phase:
+        opened = Run.load(run, trust=trust)
+        metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, phase).metrics()}
+    if OTHER:
+        return
+    if out is None:
+        typer.echo(json.dumps(rounded(metrics), indent=2, allow_nan=False))
+    else:
+        write_json(out, metrics)

@@ -1,0 +1,27 @@
+"""ctrl export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import OTHER, Overwrite, Quiet, Trust
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write: a pipeline of diffusers.")],
+    push: Annotated[str | None, typer.Option(help="OWNER/NAME on the hub to upload it to.")] = None,
+    trust: Trust = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = OTHER,
+) -> None:
+    """Write a pipeline that diffusers loads where nothing of ours is installed."""
+    from .jobs.export import export as write_pipeline
+    from .jobs.export import push_to_hub
+
+    write_pipeline(run, out, overwrite, trust)
+    if push:
+        push_to_hub(out, push)
+    if not quiet:
+        typer.echo(f'DiffusionPipeline.from_pretrained("{push or out}", trust_remote_code=True)')

@@ -1,0 +1,112 @@
+"""Write samples of a run with labels and strength."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...data.labelled import LabelledImages, write_imagefolder
+from ...data.labels import NULL, number_at
+from ...report.style import save_figure, sheet_figure
+from ...run.run import Run
+from ...system import ranks
+from ...system.files import write_json
+from ...system.folders import check_room, clear
+from ...system.progress import Phase, silent
+
+SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
+
+
+def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:
+    """Samples with the labels they were asked for; a null label is blank."""
+    values, numbers = {}, {}
+    for name, control in run.policy.controls.items():
+        y = labels.get(name, torch.full((len(x_0),), NULL))
+        values[name], numbers[name] = (*control.values, ""), y  # class −1 picks the last name, the blank
+        if y.is_floating_point():
+            texts = ["" if place == NULL else f"{number_at(place, control.values):.6g}" for place in y.tolist()]
+            values[name] = tuple(dict.fromkeys(texts))
+            numbers[name] = torch.tensor([values[name].index(text) for text in texts])
+    if not cond:
+        return LabelledImages(x_0, numbers, values)
+    column = next((control.condition for control in run.config.controls if control.condition), "c")
+    return LabelledImages(x_0, {column: cond["c"], **numbers}, {column: run.prior.class_names, **values})
+
+
+def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
+    """The class, or the place on a scale, of every control that `--set CONTROL=VALUE` settings ask for.
+
+    Raises:
+        ValueError: not of that form, an unknown control or value.
+    """
+    chosen = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in run.policy.controls:
+            raise ValueError(
+                f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
+            )
+        try:
+            chosen[name] = run.policy.controls[name].label_of(value)
+        except ValueError as error:
+            raise ValueError(f"--set {setting}: {error}") from error
+    return chosen
+
+
+def sample_job(
+    run: Run,
+    out: Path,
+    settings: list[str],
+    c: str | None,
+    n: int,
+    strength: float = 1.0,
+    steps: int | None = None,
+    seed: int = 0,
+    exact: bool = False,
+    overwrite: bool = False,
+    phase: Phase = silent,
+) -> None:
+    """Write n samples, a sheet of them (`grid.png`) and what was asked for (`sample.json`).
+
+    Raises:
+        ValueError: a wrong setting or class, a folder that holds something, or too few paths that count (exact).
+    """
+    y = {name: torch.full((n,), value) for name, value in parse_settings(run, settings).items()}
+    y = y or {run.names[0]: torch.full((n,), NULL)}
+    cond: dict[str, Tensor] = {}
+    if exact and not settings:
+        raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
+    if c is not None and run.prior.classes is None:
+        raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
+    if c is not None:
+        try:
+            cond["c"] = torch.full((n,), run.prior.number_of(c))
+        except ValueError as error:
+            raise ValueError(f"--class {error}") from error
+    elif run.prior.classes is not None:
+        classes = torch.tensor(run.config.classes)
+        cond["c"] = classes[torch.arange(n) % len(classes)]
+    ranks.from_first(lambda: check_room(out, SAMPLE_FILES[-1], overwrite))
+    generator = torch.Generator().manual_seed(seed)
+    how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": phase}
+    x_0 = run.sample(y, **how, **cond, latents=True)
+    images = run.images(x_0)
+    outside, images = run.outside_share(x_0, images), images.clamp(-1, 1)
+    asked = {
+        "set": settings,
+        "class": c,
+        "n": n,
+        "strength": strength,
+        "steps": steps or run.config.steps,
+        "seed": seed,
+        "exact": exact,
+        "outside_support": outside,
+    }
+
+    def write() -> None:
+        clear(out, SAMPLE_FILES)
+        write_imagefolder(out, labelled(run, images, y, cond))
+        save_figure(out / "grid.png", sheet_figure(images))
+        write_json(out / "sample.json", asked)
+
+    ranks.from_first(write)

@@ -1,0 +1,34 @@
+"""ctrl sample."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import OTHER, Overwrite, Quiet, Seed, Trust, phases
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images.")],
+    set_: Annotated[list[str], typer.Option("--set", help="CONTROL=VALUE; left out, the prior's own.")] = [],  # noqa: B006
+    class_: Annotated[
+        str | None, typer.Option("--class", help="The prior's class, or any prompt; left out, each.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
+    strength: Annotated[float, typer.Option(help="0 the prior, 1 as trained, more extrapolates.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
+    seed: Seed = 0,
+    exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
+    trust: Trust = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = OTHER,
+) -> None:
+    """Draw samples with labels, a strength, a number of steps and a seed."""
+    from ..run.run import Run
+    from .jobs.sample import sample_job
+
+    with phases(quiet) as phase:
+        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, overwrite, phase)
+    if not quiet:
+        typer.echo(f"{n} samples in {out}")
