@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel
 from ctrl_diffusion.system.files import write_json
 
 OPTIONS = {"plain": {}, "balanced": {"balanced": True}, "early_stopping": {"early_stopping": True}}
@@ -32,12 +32,12 @@ def thinned(data: LabelledImages, control: str) -> LabelledImages:
     return data[torch.cat(kept)]
 
 
-def figures(judges: Judges, unseen: LabelledImages, like: Tensor) -> dict[str, float]:
+def figures(panel: Panel, unseen: LabelledImages, like: Tensor) -> dict[str, float]:
     """NLL in nats and the mean of p̂ over the rare classes against their share, under the frequencies of y `like`."""
-    y, classes = unseen.labels[judges.control], len(judges.values)
+    y, classes = unseen.labels[panel.control], len(panel.values)
     frequency = like.bincount(minlength=classes) / len(like)
     weights = (frequency / (y.bincount(minlength=classes) / len(y)))[y]
-    log_prob = judges.log_prob(unseen)
+    log_prob = panel.log_prob(unseen)
     rare = log_prob.exp()[:, classes // 2 :].sum(1)
     return {
         "nll": float((weights * F.nll_loss(log_prob, y, reduction="none")).mean()),
@@ -46,26 +46,26 @@ def figures(judges: Judges, unseen: LabelledImages, like: Tensor) -> dict[str, f
     }
 
 
-def climbed(judges: Judges, x: Tensor, y: Tensor, updates: int = 15) -> Tensor:
+def climbed(panel: Panel, x: Tensor, y: Tensor, updates: int = 15) -> Tensor:
     """Images after gradient ascent on log p̂(y | x): reward hacking without a prior."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.05)
     for _ in range(updates):
         optimizer.zero_grad()
-        (-judges.classifier.log_prob(x).gather(1, y[:, None])).sum().backward()
+        (-panel.classifier.log_prob(x).gather(1, y[:, None])).sum().backward()
         optimizer.step()
         with torch.no_grad():
             x.clamp_(-1, 1)
     return x.detach()
 
 
-def support(judges: Judges, unseen: LabelledImages) -> dict[str, float]:
-    x, y = unseen.x[:300], (unseen.labels[judges.control][:300] + 1) % len(judges.values)
-    hacked = climbed(judges, x, y)
-    noise = torch.randn(300, *judges.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+def support(panel: Panel, unseen: LabelledImages) -> dict[str, float]:
+    x, y = unseen.x[:300], (unseen.labels[panel.control][:300] + 1) % len(panel.values)
+    hacked = climbed(panel, x, y)
+    noise = torch.randn(300, *panel.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     shown = {"real": unseen.x, "noise": noise, "shifted": x.roll(3, -1), "hacked": hacked}
-    found = {f"outside_{name}": float(judges.outside(images).float().mean()) for name, images in shown.items()}
-    for name, p in (("reward", judges.classifier), ("judge", judges.judge)):
+    found = {f"outside_{name}": float(panel.outside(images).float().mean()) for name, images in shown.items()}
+    for name, p in (("reward", panel.classifier), ("judge", panel.judge)):
         found[f"hacked_fools_{name}"] = float((p.log_prob(hacked).argmax(1) == y).float().mean())
     return found
 
@@ -79,12 +79,12 @@ def main() -> None:
         for kind, labels in (("as labelled", data), ("imbalanced", thinned(data, control))):
             for name, option in OPTIONS.items():
                 settings = ClassifierSettings(**demo.SETTINGS[control]["controls"][0]["classifier"], **option)
-                judges, _ = fit_judges(labels, control, ruler=True, settings=settings, judge_data=for_judge)
+                panel, _ = fit_panel(labels, control, ruler=True, settings=settings, judge_data=for_judge)
                 found.setdefault(control, {}).setdefault(kind, {})[name] = figures(
-                    judges, unseen, labels.labels[control]
+                    panel, unseen, labels.labels[control]
                 )  # fmt: skip
                 if (kind, name) == ("as labelled", "plain"):
-                    found[control]["support"] = support(judges, unseen)
+                    found[control]["support"] = support(panel, unseen)
         write_json(Path(__file__).parent.parent / "docs" / "classifiers.json", found)
     print_json(data=found)
 

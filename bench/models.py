@@ -113,7 +113,7 @@ def main() -> None:
     steps, batch, micro, learners = PLANS[name]
     torch.manual_seed(0)
     made = pipeline(name)
-    prior = Prior.of_pipeline(made, type(made).__name__).with_prompts(["a cat", "a dog"], guidance=5.0)
+    prior = Prior.from_pipeline(made, type(made).__name__).with_prompts(["a cat", "a dog"], guidance=5.0)
     prior = prior.placed("auto", "no" if name == "tiny" else "bf16")
     denoiser, network, device = prior.denoiser, prior.denoiser.network, prior.denoiser.device
     classifier = Classifier(3, 4, depth=4, halvings=3).requires_grad_(False).eval().to(device)

@@ -86,7 +86,7 @@ class Setting:
         classes = tuple(map(str, range(CLASSES)))
         attached = [LoRAControl(name, classes, prior.denoiser, rank=RANK) for name in names]
         reward = Reward({name: Brightness(latent) for name in names}, decode=prior.decode)
-        conditions = Conditions.trained({"c": torch.arange(len(PROMPTS))}, {name: CLASSES for name in names})
+        conditions = Conditions.for_training({"c": torch.arange(len(PROMPTS))}, {name: CLASSES for name in names})
         times = prior.denoiser.times(steps, 0.05, 2.0)
         return cls(prior, Policy(prior.denoiser, *attached), times, conditions, reward)
 
@@ -155,7 +155,7 @@ def bare(setting: Setting, kind: str, batch: int) -> Iterator[Callable[[], None]
             x = x_t.detach().requires_grad_("x" in to)
             made = network(x, timestep, rows, return_dict=False)[0]
         if to:
-            wanted = ([x] if "x" in to else []) + (policy.trained() if "θ" in to else [])
+            wanted = ([x] if "x" in to else []) + (policy.trainable() if "θ" in to else [])
             torch.autograd.grad(made, wanted, gradient)
 
     with ExitStack() as stack:
@@ -177,7 +177,7 @@ def share(folder: Path) -> dict[str, float]:
     """What the evaluations alone would take, over what an update takes: for sampling and every learner."""
     setting = Setting.of(folder, STEPS, latent=True)
     with torch.no_grad():
-        for p in setting.policy.trained():  # zeros are quicker than what is trained
+        for p in setting.policy.trainable():  # zeros are quicker than what is trained
             p.add_(0.01 * torch.randn(p.shape))
     ratios: dict[str, list[float]] = {name: [] for name in [*DRAWN, *LEARNERS, "policy / prior"]}
     runs = {name: setting.run(name, batch_of(name)) for name in [*DRAWN, *LEARNERS]}

@@ -25,12 +25,13 @@ _HOME = {
     "FeynmanKac": "guide.particles",
     "FreeGuidance": "guide.free_guidance",
     "Importance": "guide.selection",
-    "Judges": "reward.classifiers",
     "Labelled": "learn.labelled",
+    "Judges": "reward.classifiers:Panel",  # its name in 0.1
     "LabelledImages": "data.labelled",
     "LoRAControl": "control.lora",
     "MPGD": "guide.reconstruction",
     "PPO": "learn.ppo",
+    "Panel": "reward.classifiers",
     "Policy": "control.policy",
     "Prior": "prior.prior",
     "Rejection": "guide.selection",
@@ -45,7 +46,8 @@ _HOME = {
     "exact_samples": "evaluate.resample",
     "fit": "learn.fit",
     "fit_classifier": "reward.fit",
-    "fit_judges": "reward.classifiers",
+    "fit_judges": "reward.classifiers:fit_panel",  # its name in 0.1
+    "fit_panel": "reward.classifiers",
     "fit_noisy": "guide.noisy",
     "paths": "chain.paths",
     "prior_table": "reward.reward",
@@ -60,7 +62,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(f".{module}", __name__), attribute or name)
 
 
 # modules of version 0.1 that documents, settings and scripts name, and where their contents live now

@@ -8,7 +8,7 @@ import torch
 
 from ctrl_diffusion.commands.jobs.compare import STRENGTHS, Comparison, averaged, compare_job, interval, subset
 from ctrl_diffusion.commands.jobs.methods import ENTRANTS
-from ctrl_diffusion.reward.classifiers import Judges
+from ctrl_diffusion.reward.classifiers import Panel
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.run import Run
 
@@ -107,8 +107,8 @@ def test_cells_of_other_labels_and_seeds_are_fitted_once_and_kept(run, tmp_path)
     assert {(c["labels"], c["seed"]) for c in found["cells"]} == {(60, 1), (60, 2), (80, 1), (80, 2)}
     assert (out / "labels.png").is_file()
     one = Run.load(out / "cells" / "60-labels-seed-1")
-    weights = one.judges["ink"].classifier.state_dict()
-    other = Run.load(out / "cells" / "60-labels-seed-2").judges["ink"].classifier.state_dict()
+    weights = one.panels["ink"].classifier.state_dict()
+    other = Run.load(out / "cells" / "60-labels-seed-2").panels["ink"].classifier.state_dict()
     assert any(not torch.equal(weights[name], other[name]) for name in weights)
     # a row that is missing asks what was kept, and comes out the same
     cut = json.loads((out / "compare.json").read_text())
@@ -134,7 +134,7 @@ def test_a_comparison_gone_on_with_fewer_methods_keeps_the_rows_of_the_others(ru
 
 
 def test_a_classifier_that_training_would_refuse_is_compared_and_named(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(Judges, "informed", property(lambda self: False))
+    monkeypatch.setattr(Panel, "informed", property(lambda self: False))
     with pytest.warns(UserWarning, match="60 labels, seed 1: p̂ of 'ink' is not clearly better than chance"):
         found = asked(run, tmp_path / "out", methods=["mpgd"], labels=[60], seeds=[1], strengths=(1.0,))
     assert [cell["uninformed"] for cell in found["cells"]] == [["ink"]]

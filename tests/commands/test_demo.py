@@ -35,7 +35,7 @@ def test_what_slants_goes_on_slanting_after_half_a_turn():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_datasets_of_several_controls_share_no_image(seed):
-    """Nor do the judges' share any with them; each is even over its classes."""
+    """Nor do the panels' share any with them; each is even over its classes."""
     (ink, of_ink), (slant, of_slant) = demo.labelled_digits("ink,slant", seed)
     assert (len(ink), len(slant)) == (250, 250)
     assert list(slant.labels) == ["slant"], "y depends on x alone"

@@ -15,7 +15,7 @@ from ctrl_diffusion.commands.jobs.estimate import estimate_job, evaluations_of_s
 from ctrl_diffusion.commands.jobs.inspect import evaluations
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
-from ctrl_diffusion.reward.classifiers import Judges, fit_judges
+from ctrl_diffusion.reward.classifiers import Panel, fit_panel
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.measure import STRENGTHS, step_counts
 from ctrl_diffusion.run.prepare import prepare
@@ -78,7 +78,7 @@ def test_classifiers_are_tried_on_some_images_of_every_class():
 def test_what_takes_its_time_is_extrapolated(data, monkeypatch):
     """On a clock that fits advance: 7 seconds and 0.5 an update, and every learner's first batch is a slow one."""
     now = 0.0
-    fit_judges, train = estimate.fit_judges, estimate.train
+    fit_panel, train = estimate.fit_panel, estimate.train
 
     def advance(seconds):
         nonlocal now
@@ -86,7 +86,7 @@ def test_what_takes_its_time_is_extrapolated(data, monkeypatch):
 
     def fitted(*given, **options):
         advance(7 + 0.5 * given[4].updates)
-        return fit_judges(*given, **options)
+        return fit_panel(*given, **options)
 
     def trained(*given):
         for record in train(*given):
@@ -96,7 +96,7 @@ def test_what_takes_its_time_is_extrapolated(data, monkeypatch):
             yield record
 
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now))
-    monkeypatch.setattr(estimate, "fit_judges", fitted)
+    monkeypatch.setattr(estimate, "fit_panel", fitted)
     monkeypatch.setattr(estimate, "train", trained)
     found = estimate_job({**TINY, "data": str(data)})
     assert found["seconds"]["classifiers"] == pytest.approx(7 + 0.5 * FAST["updates"])
@@ -108,8 +108,8 @@ def test_the_probes_said_are_those_made(data, updates, probes):
     evaluation = {**TINY["evaluation"], "probes": probes}
     weighted = {**TINY["weighted"], "updates": updates, "batch": 4}
     job = prepare({**TINY, "data": str(data), "weighted": weighted, "learners": ["weighted"], "evaluation": evaluation})
-    judges, _ = fit_judges(job.materials[0].data, "ink", ruler=True, settings=job.config.controls[0].classifier)
-    run = Run.start(job.config, job.prior, {"ink": judges})
+    panel, _ = fit_panel(job.materials[0].data, "ink", ruler=True, settings=job.config.controls[0].classifier)
+    run = Run.start(job.config, job.prior, {"ink": panel})
     made = sum("J" in record and "kept" not in record for record in train(run))
     assert probes_of(job.config) == made
 
@@ -136,10 +136,10 @@ def test_the_evaluations_of_samples_are_those_made(digits):
     names = ("ink", "slant")
     config.controls = [config.controls[0].model_copy(update={"name": name, "ruler": name}) for name in names]
     values = {name: rulers.VALUES[name] for name in names}
-    judges = {name: Judges(name, values[name], (1, 8, 8), Even(len(values[name])), None) for name in names}
-    run = Run.start(config, digits, judges)
+    panels = {name: Panel(name, values[name], (1, 8, 8), Even(len(values[name])), None) for name in names}
+    run = Run.start(config, digits, panels)
     with torch.no_grad():  # a control that does nothing is not evaluated
-        for p in run.policy.trained():
+        for p in run.policy.trainable():
             p.add_(0.01)
     rows = 0
 

@@ -33,7 +33,7 @@ def test_a_classifier_is_fitted_as_the_config_of_a_training_says(tmp_path, monke
         found = data.on_scale(name), condition, len(rest["judge_data"]), rest["settings"].updates
         raise ValueError(f"{found}")
 
-    monkeypatch.setattr(job, "fit_judges", fitted)
+    monkeypatch.setattr(job, "fit_panel", fitted)
     asked = ["classifier", tmp_path / "data", "--control", "ink", "--config", tmp_path / "mine.yaml"]
     done = ctrl_here(*asked, "--out", tmp_path / "out", "--quiet")
     assert done.stderr == "ctrl: (True, 'digit', 1297, 7)\n"

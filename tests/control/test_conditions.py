@@ -43,7 +43,7 @@ def test_a_control_may_be_left_out_but_not_all():
 @pytest.mark.parametrize("n", [60, 61])
 def test_every_choice_of_controls_is_drawn_as_often_as_the_others(n, settled):
     """However many labels it has, and each of these as often as the others."""
-    conditions = Conditions.trained({"c": torch.tensor([7, 8])}, {"ink": 4, "slant": 2}, settled)
+    conditions = Conditions.for_training({"c": torch.tensor([7, 8])}, {"ink": 4, "slant": 2}, settled)
     labels, _ = conditions.of(conditions.draw(n, torch.Generator().manual_seed(0)))
     asked = torch.stack([y != NULL for y in labels.values()], dim=1)
     choices, counts = asked.unique(dim=0, return_counts=True)

@@ -182,12 +182,12 @@ def test_two_controls_on_one_network_leave_no_trace_where_they_are_null(network)
 
 def test_a_settled_control_is_not_trained_beside_another(network):
     denoiser, x_t, c, _ = network
-    old, new = lora(denoiser).settle(), lora(denoiser, "slant")
+    old, new = lora(denoiser).fix(), lora(denoiser, "slant")
     policy = Policy(denoiser, old, new)
     y = torch.zeros(B, dtype=torch.long)
     policy(x_t, 0.5, labels={"ink": y, "slant": y}, c=c).square().sum().backward()
     mine = sum(new.parameter_groups().values(), [])
-    assert {id(p) for p in policy.trained()} == {id(p) for p in mine}
+    assert {id(p) for p in policy.trainable()} == {id(p) for p in mine}
     assert all(p.grad.abs().max() > 0 for p in mine)
     assert all(p.grad is None and not p.requires_grad for p in sum(old.parameter_groups().values(), []))
     with policy.frozen(), torch.no_grad():
@@ -240,7 +240,7 @@ def test_snapshots_of_the_controls_parameters(network):
             return policy(x_t, 0.5, labels={"ink": y}, c=c)
 
     with torch.no_grad():
-        for parameter in policy.trained():
+        for parameter in policy.trainable():
             parameter.add_(0.3)
     trained = says()
     assert not torch.isclose(trained, bare, atol=1e-3).flatten(1).all(1).any()
@@ -253,9 +253,9 @@ def test_snapshots_of_the_controls_parameters(network):
     policy.restore(untrained)
     assert torch.equal(says(), bare)
     with torch.no_grad():
-        policy.trained()[0].add_(1.0)
-    assert not any(p is q for p, q in zip(policy.trained(), untrained, strict=True))
-    assert not torch.equal(policy.trained()[0], untrained[0]), "a snapshot does not follow"
+        policy.trainable()[0].add_(1.0)
+    assert not any(p is q for p, q in zip(policy.trainable(), untrained, strict=True))
+    assert not torch.equal(policy.trainable()[0], untrained[0]), "a snapshot does not follow"
 
 
 def test_what_is_kept_of_a_control_follows_its_parameters(network):
@@ -269,10 +269,10 @@ def test_what_is_kept_of_a_control_follows_its_parameters(network):
     before = policy.snapshot()
     with torch.no_grad():
         assert torch.equal(policy(x_t, 0.5, labels=y, c=c), fresh())
-    optimizer = torch.optim.SGD(policy.trained(), lr=1e-3)
+    optimizer = torch.optim.SGD(policy.trainable(), lr=1e-3)
     policy(x_t, 0.5, labels=y, c=c).square().sum().backward()
     optimizer.step()
-    first = policy.trained()[1]
+    first = policy.trainable()[1]
     for change in (
         lambda: None,
         lambda: policy.restore(before),
@@ -292,14 +292,14 @@ def test_what_is_kept_of_a_control_follows_its_parameters(network):
         (frozen,) = torch.autograd.grad(policy(x_t, 0.5, labels=y, c=c).sum(), x_t)
     (whole,) = torch.autograd.grad(policy(x_t, 0.5, labels=y, c=c).sum(), x_t)
     assert torch.equal(frozen, whole)
-    assert all(p.requires_grad for p in policy.trained())
+    assert all(p.requires_grad for p in policy.trainable())
 
 
 def test_a_null_label_is_a_control_left_out_whatever_the_other_says():
     prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
     policy = Policy(prior, *(SideControl(name, ("a", "b"), prior, width=8) for name in ("side", "height")))
     with torch.no_grad():
-        for parameter in policy.trained():
+        for parameter in policy.trainable():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         x_t, y = torch.randn(4, 1), torch.tensor([0, 1, 1, 0])
         alone = policy(x_t, 0.5, labels={"side": y})

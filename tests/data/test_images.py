@@ -7,7 +7,7 @@ import torch
 from ctrl_diffusion.data import images
 from ctrl_diffusion.data.images import Images, as_x, joined_x
 from ctrl_diffusion.data.labelled import LabelledImages
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.reward.fit import calibrate, fit_classifier, report_classifier
 
 
@@ -44,7 +44,7 @@ def test_classifiers_are_the_same_from_disk_and_from_memory():
         found.append(report_classifier(p, second.x, second.labels["y"]))
     assert found[0] == found[1]
     with pytest.raises(ValueError, match="not clearly better than chance"):
-        fit_judges(data, "y", ruler=True, settings=ClassifierSettings(updates=2, head="categorical", grid=1, depth=1))
+        fit_panel(data, "y", ruler=True, settings=ClassifierSettings(updates=2, head="categorical", grid=1, depth=1))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

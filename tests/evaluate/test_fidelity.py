@@ -6,7 +6,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.evaluate.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds, nearest_distance
-from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.judge import SecondOpinion
 
 
 def test_frechet_distance_of_two_clouds_is_that_of_their_moments():
@@ -59,7 +59,7 @@ def test_manifolds_of_equal_far_and_collapsed_sets():
 
 
 def looked(x, group):
-    return Judge({"y": lambda x: (x.flatten(1).mean(1) > 0).long()}).glance(x, group)
+    return SecondOpinion({"y": lambda x: (x.flatten(1).mean(1) > 0).long()}).look_at_once(x, group)
 
 
 def test_fidelity_is_taken_within_what_was_asked_for():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
-from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target, weighted_diversity
 from ctrl_diffusion.reward.scorer import Classifier
 
@@ -31,10 +31,10 @@ def test_one_sample_that_owns_the_weight_has_no_diversity():
 def test_a_target_without_reward_is_the_prior_itself(with_reader):
     """With equal rewards the weights are even: target and samples must agree on the same images."""
     x, reader = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
-    judge = Judge({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, reader if with_reader else None)
+    judge = SecondOpinion({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, reader if with_reader else None)
     conditions = Conditions({"c": torch.arange(10)}, {"y": 1})
-    target = score_target(judge.look(x, conditions), torch.zeros(10, 4, 1), conditions)
-    samples = score_samples(judge.look(x, conditions), conditions)
+    target = score_target(judge.look_at(x, conditions), torch.zeros(10, 4, 1), conditions)
+    samples = score_samples(judge.look_at(x, conditions), conditions)
     assert target.accuracy == samples.accuracy == samples.macro_f1 == 1.0
     torch.testing.assert_close(torch.tensor(target.diversity), torch.tensor(samples.diversity))
     if with_reader:
@@ -47,7 +47,7 @@ def test_a_sharp_reward_picks_what_it_rewards():
     y = rulers.ink_ruler(x := demo.labelled_digits("ink", 0)[0][0].x[:40])
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
     target = score_target(
-        Judge({"y": rulers.ink_ruler}).look(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
+        SecondOpinion({"y": rulers.ink_ruler}).look_at(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
     )
     assert target.accuracy > 1 - 1e-6
     assert target.judge_accuracy is None
@@ -57,24 +57,26 @@ def test_a_sharp_reward_picks_what_it_rewards():
 def test_the_second_opinion_is_counted_as_the_rulers_is():
     """A judge that sees what the ruler sees has its accuracy, on samples and on the target alike."""
     x, judge = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
-    both = Judge({"y": lambda x: judge.log_prob(x).argmax(1)}, seconds={"y": judge})
-    target = score_target(both.look(x, Conditions({}, {"y": 4})), torch.randn(1, 40, 4), Conditions({}, {"y": 4}))
-    samples = score_samples(both.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4}))
+    both = SecondOpinion({"y": lambda x: judge.log_prob(x).argmax(1)}, seconds={"y": judge})
+    target = score_target(both.look_at(x, Conditions({}, {"y": 4})), torch.randn(1, 40, 4), Conditions({}, {"y": 4}))
+    samples = score_samples(both.look_at(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4}))
     for score in (target, samples):
         torch.testing.assert_close(score.judge_accuracy, score.accuracy)
-    alone = Judge({}, seconds={"y": judge})  # where nothing else measures y
-    assert score_samples(alone.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})).accuracy == samples.accuracy
-    blind = Judge({"y": rulers.ink_ruler}, seconds={"y": judge})
+    alone = SecondOpinion({}, seconds={"y": judge})  # where nothing else measures y
+    assert (
+        score_samples(alone.look_at(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})).accuracy == samples.accuracy
+    )
+    blind = SecondOpinion({"y": rulers.ink_ruler}, seconds={"y": judge})
     seen = judge.log_prob(x).argmax(1) == torch.arange(4).repeat_interleave(10)
     assert score_samples(
-        blind.look(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})
+        blind.look_at(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})
     ).judge_accuracy == pytest.approx(float(seen.float().mean()))
 
 
 def test_confusion_has_what_was_asked_in_its_rows():
     conditions = Conditions({}, {"y": 3})  # six samples, two for each class in turn
     came = torch.tensor([0, 1, 1, 1, 0, 2])
-    score = score_samples(Judge({"y": lambda x: came}).look(torch.zeros(6, 1, 2, 2), conditions), conditions)
+    score = score_samples(SecondOpinion({"y": lambda x: came}).look_at(torch.zeros(6, 1, 2, 2), conditions), conditions)
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
     assert score.accuracy == pytest.approx(4 / 6)
 
@@ -97,14 +99,14 @@ def test_what_a_nulled_control_comes_out_as():
 def test_several_controls_are_counted_each_and_all():
     conditions = Conditions({}, {"ink": 2, "slant": 2})  # labels (0,0) (0,1) (1,0) (1,1), two samples each
     ink, slant = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 1, 0, 0, 1, 1])
-    judge = Judge({"ink": lambda x: ink, "slant": lambda x: slant})
-    score = score_samples(judge.look(torch.zeros(8, 1, 2, 2), conditions), conditions)
+    judge = SecondOpinion({"ink": lambda x: ink, "slant": lambda x: slant})
+    score = score_samples(judge.look_at(torch.zeros(8, 1, 2, 2), conditions), conditions)
     assert score.each == {"ink": 6 / 8, "slant": 7 / 8}
     assert score.accuracy == 5 / 8
     assert score.confusion.diagonal().tolist() == [1 / 2, 1 / 2, 1, 1 / 2]
     assert score.judge_accuracy is None
     # the same samples as the prior's, weighted evenly: every label sees all eight
-    target = score_target(judge.look(torch.zeros(8, 1, 2, 2), conditions), torch.zeros(1, 8, 4), conditions)
+    target = score_target(judge.look_at(torch.zeros(8, 1, 2, 2), conditions), torch.zeros(1, 8, 4), conditions)
     assert target.each == {"ink": 0.5, "slant": 0.5}
     assert target.accuracy == pytest.approx(0.25)
 
@@ -122,9 +124,11 @@ def test_a_look_at_many_samples_is_a_look_at_each():
         return (x_0[:, 0, 0, 0] > 0) & (images[:, 0, 1, 1] > 0.5)
 
     second = Classifier(1, 2).eval().requires_grad_(False)
-    judge = Judge({"y": lambda images: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, decode)
+    judge = SecondOpinion(
+        {"y": lambda images: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, decode
+    )
     conditions = Conditions({"c": torch.arange(2)}, {"y": 2})
-    look = judge.look(x, conditions)
+    look = judge.look_at(x, conditions)
     assert decoded == [16, 16, 8]
     images = F.interpolate(x, scale_factor=2)
     assert torch.equal(look.measured["y"], (images.mean((1, 2, 3)) > 0).long())
@@ -140,4 +144,4 @@ def test_a_look_at_many_samples_is_a_look_at_each():
 
 @pytest.mark.parametrize(("side", "length"), [(32, 32 * 32), (100, 32 * 32), (8, 64)])
 def test_pixels_of_large_images_are_averaged_before_they_are_compared(side, length):
-    assert Judge({}).features(torch.ones(2, 1, side, side)).shape == (2, length)
+    assert SecondOpinion({}).features(torch.ones(2, 1, side, side)).shape == (2, length)

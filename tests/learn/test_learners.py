@@ -110,7 +110,7 @@ def test_micro_batches_add_up_to_the_whole(name, micro):
     """What goes through the network at once changes neither the gradient nor the figures of any update."""
     policy, reward, conditions, times = toy(RectifiedFlow())
     with torch.no_grad():
-        for i, p in enumerate(policy.trained()):
+        for i, p in enumerate(policy.trainable()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     x_0, _, _ = paths(policy.prior, 50, times, torch.Generator().manual_seed(1))
     learners = {
@@ -130,7 +130,7 @@ def test_micro_batches_add_up_to_the_whole(name, micro):
             step.loss.backward()
             figures.update({name: float(value) for name, value in step.metrics.items()})
             count, updates = count + 1, updates + step.last
-        return torch.cat([p.grad.flatten() for p in policy.trained()]), figures, count
+        return torch.cat([p.grad.flatten() for p in policy.trainable()]), figures, count
 
     (whole, expected, one), (summed, figures, many) = found(None), found(micro)
     assert (one, many >= 2 * (12 // micro)) == (2, True)

@@ -227,7 +227,7 @@ def test_what_a_learner_asks_for_in_half_precision_is_what_it_asks_for_in_full(f
         x_0 = torch.randn(8, *prior.denoiser.shape, generator=torch.Generator().manual_seed(1))
         stream = LEARNERS[learner](times, x_0)(policy, reward, conditions, torch.Generator().manual_seed(2))
         next(fit(policy, stream, 1, {"embedding": 1e-9, "adapter": 1e-9}, max_norm=1e9), None)
-        return torch.cat([p.grad.flatten() for p in policy.trained()])
+        return torch.cat([p.grad.flatten() for p in policy.trainable()])
 
     # asked of the optimiser's input: fit empties the gradients after its step
     with pytest.MonkeyPatch.context() as patch:
@@ -592,7 +592,7 @@ def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, s
     opened = Run.load(run)
     assert opened.policy.controls["dark"].targets == ["to_q", "to_k"]
     shape = (4, 8, 8) if source == "column" else (3, 32, 32)
-    p_hat, judge = opened.judges["dark"].classifier, opened.judges["dark"].judge
+    p_hat, judge = opened.panels["dark"].classifier, opened.panels["dark"].judge
     assert (p_hat.latent, p_hat.shape["channels"], judge.shape["channels"]) == (source == "column", shape[0], 3)
     z = torch.randn(2, 4, 8, 8)
     seen = z if source == "column" else opened.prior.decode(z)

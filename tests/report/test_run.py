@@ -12,7 +12,7 @@ from ctrl_diffusion.report.classifier import write_classifier_report
 from ctrl_diffusion.report.run import sweep_figure
 from ctrl_diffusion.report.style import told_apart
 from ctrl_diffusion.report.testbed import write_exact_report
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,15 @@ def test_the_page_of_the_races_shows_how_the_gap_grows(tmp_path):
 
 def test_the_page_of_a_classifier_shows_its_figures(tmp_path):
     settings = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
-    judges, held_out = fit_judges(demo.labelled_digits("ink", 0)[0][0], "ink", settings=settings)
-    judges.quality = replace(judges.quality, brier=0.1234, auroc=0.9876)
-    write_classifier_report(tmp_path, judges, held_out)
+    panel, held_out = fit_panel(demo.labelled_digits("ink", 0)[0][0], "ink", settings=settings)
+    panel.quality = replace(panel.quality, brier=0.1234, auroc=0.9876)
+    write_classifier_report(tmp_path, panel, held_out)
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     for shown in ("0.123", "0.988", "Brier", "AUROC"):
         assert shown in page
-    judges.quality = replace(judges.quality, auroc=None)
-    write_classifier_report(tmp_path, judges, held_out)
+    panel.quality = replace(panel.quality, auroc=None)
+    write_classifier_report(tmp_path, panel, held_out)
     assert "a class is missing" in (tmp_path / "report.html").read_text()
 
 

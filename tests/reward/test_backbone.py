@@ -19,7 +19,7 @@ from transformers import (
 
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.reward.backbone import Backbone, Elsewhere, Frozen, Own
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run.config import Config, read_settings
 
@@ -61,15 +61,15 @@ def test_a_head_on_frozen_features(tmp_path, name, channels):
     torch.manual_seed(7)
     before = torch.get_rng_state()
     settings = ClassifierSettings(backbone=folder, updates=200)
-    judges, held_out = fit_judges(sided(200, channels), "y", settings=settings)
+    panel, held_out = fit_panel(sided(200, channels), "y", settings=settings)
     assert torch.equal(torch.get_rng_state(), before)
-    assert judges.quality.accuracy > 0.8
-    assert judges.judge_accuracy > 0.8
-    judges.save(tmp_path / "saved")
+    assert panel.quality.accuracy > 0.8
+    assert panel.judge_accuracy > 0.8
+    panel.save(tmp_path / "saved")
     kept = (tmp_path / "saved" / "classifier.safetensors").stat().st_size
     assert kept < 10_000, "the network itself is not saved"
-    again = Judges.load(tmp_path / "saved")
-    torch.testing.assert_close(again.log_prob(held_out), judges.log_prob(held_out))
+    again = Panel.load(tmp_path / "saved")
+    torch.testing.assert_close(again.log_prob(held_out), panel.log_prob(held_out))
     assert isinstance(again.judge, Backbone)
     x = held_out.x[:4].clone().requires_grad_()
     Reward({"y": again.classifier})(x, {"y": held_out.labels["y"][:4]}).sum().backward()
@@ -110,16 +110,16 @@ def test_of_two_towers_the_eyes_are_taken(tmp_path):
 
 def test_a_backbone_that_is_gone_or_another_one_is_one_line(tmp_path):
     folder = saved(tmp_path / "eyes", "dinov2")
-    judges, _ = fit_judges(sided(200), "y", ruler=True, settings=ClassifierSettings(backbone=folder, updates=100))
-    judges.save(tmp_path / "saved")
+    panel, _ = fit_panel(sided(200), "y", ruler=True, settings=ClassifierSettings(backbone=folder, updates=100))
+    panel.save(tmp_path / "saved")
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match=r"^the backbone .*eyes cannot be read: [^\n]*$"):
-        Judges.load(tmp_path / "saved")
+        Panel.load(tmp_path / "saved")
     with torch.random.fork_rng():
         torch.manual_seed(1)
         NETWORKS["dinov2"]().save_pretrained(folder)
     with pytest.raises(ValueError, match="is not the one the head was fitted on"):
-        Judges.load(tmp_path / "saved")
+        Panel.load(tmp_path / "saved")
 
 
 def test_a_backbone_that_is_a_pickle_is_not_loaded(tmp_path):
@@ -137,7 +137,7 @@ def test_a_backbone_given_c(tmp_path):
     data = LabelledImages(data.x, {"y": data.labels["y"] ^ c, "c": c}, {**data.values, "c": ("0", "1")})
     data.x[:, :, 0] = (c * 1.6 - 0.8)[:, None, None]
     settings = ClassifierSettings(backbone=saved(tmp_path, "vit"), updates=400, conditional=True)
-    assert fit_judges(data, "y", "c", ruler=True, settings=settings)[0].quality.accuracy > 0.8
+    assert fit_panel(data, "y", "c", ruler=True, settings=settings)[0].quality.accuracy > 0.8
 
 
 def test_a_backbones_folder_is_relative_to_its_config(tmp_path):
@@ -186,18 +186,18 @@ def own(tmp_path, monkeypatch):
 
 def test_a_network_of_ones_own(own, tmp_path):
     settings = ClassifierSettings(factory="my_networks:net", updates=300)
-    judges, held_out = fit_judges(sided(200), "y", settings=settings)
-    assert judges.quality.accuracy > 0.9
-    assert judges.judge_accuracy > 0.9
-    other, _ = fit_judges(sided(200), "y", settings=settings)
-    assert torch.equal(other.log_prob(held_out), judges.log_prob(held_out)), "one seed, one classifier"
-    assert float(judges.classifier.temperature) != 1.0
-    judges.save(tmp_path / "saved")
+    panel, held_out = fit_panel(sided(200), "y", settings=settings)
+    assert panel.quality.accuracy > 0.9
+    assert panel.judge_accuracy > 0.9
+    other, _ = fit_panel(sided(200), "y", settings=settings)
+    assert torch.equal(other.log_prob(held_out), panel.log_prob(held_out)), "one seed, one classifier"
+    assert float(panel.classifier.temperature) != 1.0
+    panel.save(tmp_path / "saved")
     with pytest.raises(Elsewhere, match=r"runs code: p̂ is made by my_networks:net\. If you know it, pass --trust"):
-        Judges.load(tmp_path / "saved")
-    again = Judges.load(tmp_path / "saved", trust=True)
+        Panel.load(tmp_path / "saved")
+    again = Panel.load(tmp_path / "saved", trust=True)
     assert isinstance(again.classifier, Own)
-    assert torch.equal(again.log_prob(held_out), judges.log_prob(held_out))
+    assert torch.equal(again.log_prob(held_out), panel.log_prob(held_out))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_the_command_takes_the_kind_from_a_config(tmp_path, ctrl_here):
     done = ctrl_here(*fit, "--out", tmp_path / "fitted")
     assert done.returncode == 0, done.stderr
     assert "frozen features of" in (tmp_path / "fitted" / "report.html").read_text()
-    assert isinstance(Judges.load(tmp_path / "fitted").classifier, Backbone)
+    assert isinstance(Panel.load(tmp_path / "fitted").classifier, Backbone)
     config.write_text("classifier: {backbone: nowhere/at-all}")
     done = ctrl_here(*fit, "--out", tmp_path / "other")
     assert done.returncode == 2

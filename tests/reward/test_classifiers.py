@@ -6,9 +6,9 @@ import torch
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
-from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import score_samples
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges, joined, open_choices
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel, joined, open_choices
 from ctrl_diffusion.reward.reward import Among, Reward
 
 FAST = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
@@ -43,7 +43,7 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
     ((data, others),) = demo.labelled_digits("ink", 0)
     both = tagged(joined(data, others))
     data, others = both[range(500)], both[range(500, len(both))]
-    _, held_out = fit_judges(data, "ink", settings=FAST, judge_data=others if elsewhere else None)
+    _, held_out = fit_panel(data, "ink", settings=FAST, judge_data=others if elsewhere else None)
     reward, judge = seen["fit_classifier"]
     parts = [reward, seen["calibrated_nll"][0], {round((float(v) + 1) * 1e6) for v in held_out.x[:, 0, 0, 0]}, judge]
     assert [len(part) for part in parts] == sizes
@@ -52,22 +52,22 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
 def test_save_and_load(tmp_path):
     data = demo.labelled_digits("ink", 0)[0][0]
-    judges, held_out = fit_judges(data, "ink", "digit", settings=FAST)
-    judges.save(tmp_path)
-    again = Judges.load(tmp_path)
+    panel, held_out = fit_panel(data, "ink", "digit", settings=FAST)
+    panel.save(tmp_path)
+    again = Panel.load(tmp_path)
     assert (again.control, again.values, again.shape) == ("ink", ("1", "2", "3", "4"), (1, 8, 8))
-    figures, before = ({k: v for k, v in one.metrics().items() if v is not None} for one in (again, judges))
+    figures, before = ({k: v for k, v in one.metrics().items() if v is not None} for one in (again, panel))
     assert figures == pytest.approx(before, rel=1e-5)
     for name in ("classifier", "judge", "reader"):
-        assert torch.equal(getattr(again, name).log_prob(held_out.x), getattr(judges, name).log_prob(held_out.x))
-    assert torch.equal(again.outside(held_out.x), judges.outside(held_out.x))
-    assert judges.judge_accuracy > 0.6
-    assert judges.reader_accuracy > 0.8
+        assert torch.equal(getattr(again, name).log_prob(held_out.x), getattr(panel, name).log_prob(held_out.x))
+    assert torch.equal(again.outside(held_out.x), panel.outside(held_out.x))
+    assert panel.judge_accuracy > 0.6
+    assert panel.reader_accuracy > 0.8
     (tmp_path / "classifier.json").write_text("{}")
     with pytest.raises(ValueError, match="is damaged"):
-        Judges.load(tmp_path)
+        Panel.load(tmp_path)
     with pytest.raises(ValueError, match="holds no classifier"):
-        Judges.load(tmp_path / "missing")
+        Panel.load(tmp_path / "missing")
 
 
 def test_a_classifier_no_better_than_chance_is_refused():
@@ -75,7 +75,7 @@ def test_a_classifier_no_better_than_chance_is_refused():
     shuffled = data.labels["ink"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
     wrong = LabelledImages(data.x, {"ink": shuffled}, data.values)
     with pytest.raises(ValueError, match="not clearly better than chance"):
-        fit_judges(wrong, "ink", settings=FAST)
+        fit_panel(wrong, "ink", settings=FAST)
 
 
 def test_what_is_left_open_is_tried():
@@ -104,14 +104,14 @@ def test_what_turns_round_with_c_is_learned_given_c(tmp_path):
     """The images do not show c: without it y is a coin."""
     data = flipped(400, 0)
     with pytest.raises(ValueError, match="not clearly better than chance"):
-        fit_judges(data, "y", "c", settings=CONDITIONAL.model_copy(update={"conditional": False}))
-    judges, held_out = fit_judges(data, "y", "c", settings=CONDITIONAL)
-    assert judges.quality.accuracy > 0.95
-    assert judges.judge_accuracy > 0.95
-    assert judges.quality.chance_nll == pytest.approx(math.log(2), abs=0.05)
-    judges.save(tmp_path)
-    again = Judges.load(tmp_path)
-    assert torch.equal(again.log_prob(held_out), judges.log_prob(held_out))
+        fit_panel(data, "y", "c", settings=CONDITIONAL.model_copy(update={"conditional": False}))
+    panel, held_out = fit_panel(data, "y", "c", settings=CONDITIONAL)
+    assert panel.quality.accuracy > 0.95
+    assert panel.judge_accuracy > 0.95
+    assert panel.quality.chance_nll == pytest.approx(math.log(2), abs=0.05)
+    panel.save(tmp_path)
+    again = Panel.load(tmp_path)
+    assert torch.equal(again.log_prob(held_out), panel.log_prob(held_out))
     # the reward hands it c, also where the prior numbers its classes otherwise
     x, y, c = held_out.x, held_out.labels["y"], held_out.labels["c"]
     reward = Reward({"y": again.classifier})
@@ -130,7 +130,7 @@ def test_what_turns_round_with_c_is_learned_given_c(tmp_path):
     # so does whoever scores samples: two for each (c, y) in turn
     rows = torch.cat([((y == k) & (c == g)).nonzero()[:2, 0] for g in (0, 1) for k in (0, 1)])
     score = score_samples(
-        Judge({}, seconds={"y": again.judge}).look(x[rows], Conditions({"c": torch.arange(2)}, {"y": 2})),
+        SecondOpinion({}, seconds={"y": again.judge}).look_at(x[rows], Conditions({"c": torch.arange(2)}, {"y": 2})),
         Conditions({"c": torch.arange(2)}, {"y": 2}),
     )
     assert score.accuracy == score.judge_accuracy > 0.8
@@ -138,11 +138,11 @@ def test_what_turns_round_with_c_is_learned_given_c(tmp_path):
 
 def test_a_conditional_classifier_needs_its_condition():
     with pytest.raises(ValueError, match="needs the column of c"):
-        fit_judges(flipped(100, 0), "y", settings=CONDITIONAL)
+        fit_panel(flipped(100, 0), "y", settings=CONDITIONAL)
     data = flipped(100, 0)
     data.labels["c"] = (torch.arange(100) < 3).long()
     with pytest.raises(ValueError, match="c = '1' has 3 example"):
-        fit_judges(data, "y", "c", settings=CONDITIONAL)
+        fit_panel(data, "y", "c", settings=CONDITIONAL)
 
 
 def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_path):
@@ -155,16 +155,16 @@ def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_pa
         return torch.nn.functional.avg_pool2d(images, 2).repeat(1, 3, 1, 1)
 
     settings = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300, latents=True)
-    judges, held_out = fit_judges(data, "ink", "digit", settings=settings, encode=encode)
-    assert judges.shape == (1, 8, 8)
+    panel, held_out = fit_panel(data, "ink", "digit", settings=settings, encode=encode)
+    assert panel.shape == (1, 8, 8)
     assert held_out.x.shape[1:] == (3, 4, 4)
     # each label of p̂'s three parts is encoded once; the judge's part is not
     assert sum(asked) == 200 + 50 + 75
-    assert [c.shape["channels"] for c in (judges.classifier, judges.judge, judges.reader)] == [3, 1, 1]
-    judges.save(tmp_path)
-    again = Judges.load(tmp_path)
+    assert [c.shape["channels"] for c in (panel.classifier, panel.judge, panel.reader)] == [3, 1, 1]
+    panel.save(tmp_path)
+    again = Panel.load(tmp_path)
     assert again.latent
-    assert torch.equal(again.outside(held_out.x), judges.outside(held_out.x))
+    assert torch.equal(again.outside(held_out.x), panel.outside(held_out.x))
     # both rewards add, the images are decoded once for the one that needs them
     decoded = []
 
@@ -173,9 +173,9 @@ def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_pa
         return latents[:, :1].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
     z, y = torch.randn(5, 3, 4, 4), torch.arange(5) % 4
-    reward = Reward({"latent": again.classifier, "image": judges.judge}, decode=decode)
+    reward = Reward({"latent": again.classifier, "image": panel.judge}, decode=decode)
     rows = torch.arange(5)
-    expected = again.classifier.log_prob(z)[rows, y] + judges.judge.log_prob(decode(z))[rows, y]
+    expected = again.classifier.log_prob(z)[rows, y] + panel.judge.log_prob(decode(z))[rows, y]
     decoded.clear()
     torch.testing.assert_close(reward(z, {"latent": y, "image": y}), expected)
     assert decoded == [5]
@@ -186,7 +186,7 @@ def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_pa
 def test_latents_are_refused_where_there_are_none_or_they_would_be_turned():
     data = demo.labelled_digits("ink", 0)[0][0]
     with pytest.raises(ValueError, match="p̂ looks at latents, but there is no prior on latents. Leave it out"):
-        fit_judges(data, "ink", settings=ClassifierSettings(latents=True))
+        fit_panel(data, "ink", settings=ClassifierSettings(latents=True))
     for wrong in ({"backbone": "x"}, {"augment": "half_turn"}, {"augment": "any_side_up"}):
         with pytest.raises(ValueError, match="latents excludes a backbone, and turning"):
             ClassifierSettings(latents=True, **wrong)

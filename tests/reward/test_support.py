@@ -5,9 +5,9 @@ from classifiers import climbed
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.evaluate.evaluation import warn_if_left
-from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import Score, score_samples, score_target
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.reward.support import Support
 
 
@@ -16,8 +16,8 @@ def judged(request):
     """p̂ of a control with its support, a judge fitted on other digits, and these: p̂ never met them."""
     ((data, others),) = demo.labelled_digits(request.param, 0)
     settings = ClassifierSettings(**{**demo.SETTINGS[request.param]["controls"][0]["classifier"], "updates": 600})
-    judges, _ = fit_judges(data, request.param, ruler=True, settings=settings, judge_data=others[range(600)])
-    return judges, others[range(600, len(others))]
+    panel, _ = fit_panel(data, request.param, ruler=True, settings=settings, judge_data=others[range(600)])
+    return panel, others[range(600, len(others))]
 
 
 def test_five_percent_of_what_is_like_the_data_lie_outside():
@@ -50,46 +50,46 @@ def test_few_images_and_a_feature_that_never_moves_make_a_border():
 
 
 def test_real_images_are_inside_and_noise_is_not(judged):
-    judges, others = judged
+    panel, others = judged
     # two errors: of the border, from the held-out part, and of the share itself
-    unseen = {"ink": 150, "digit": 60}[judges.control]
+    unseen = {"ink": 150, "digit": 60}[panel.control]
     error = (0.05 * 0.95 * (1 / unseen + 1 / len(others))) ** 0.5
-    assert abs(float(judges.outside(others.x).float().mean()) - 0.05) < 3 * error
+    assert abs(float(panel.outside(others.x).float().mean()) - 0.05) < 3 * error
     noise = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     for strange in (noise, -others.x, others.x.roll(3, -1)):
-        assert float(judges.outside(strange).float().mean()) > 0.9
+        assert float(panel.outside(strange).float().mean()) > 0.9
 
 
 def test_what_fools_the_reward_leaves_its_support_and_not_the_judge(judged):
-    judges, others = judged
-    x, classes = others.x[:150], len(judges.values)
-    y = (others.labels[judges.control][:150] + 1) % classes
-    hacked = climbed(judges, x, y)
-    share = {name: float(judges.outside(a).float().mean()) for name, a in (("real", x), ("hacked", hacked))}
+    panel, others = judged
+    x, classes = others.x[:150], len(panel.values)
+    y = (others.labels[panel.control][:150] + 1) % classes
+    hacked = climbed(panel, x, y)
+    share = {name: float(panel.outside(a).float().mean()) for name, a in (("real", x), ("hacked", hacked))}
     assert share["hacked"] > share["real"] + 0.2
     right = {
         name: float((p.log_prob(hacked).argmax(1) == y).float().mean())
-        for name, p in (("reward", judges.classifier), ("judge", judges.judge))
+        for name, p in (("reward", panel.classifier), ("judge", panel.judge))
     }
     assert right["reward"] > 0.95
-    if judges.control == "digit":  # ink is an amount: who adds ink has more ink, in everybody's eyes
+    if panel.control == "digit":  # ink is an amount: who adds ink has more ink, in everybody's eyes
         assert right["judge"] < right["reward"] - 0.15
 
 
 def test_scores_have_the_share_outside():
     """Of even weights it is the samples' own; of sharp ones that of the rewarded."""
     x, conditions = torch.arange(8.0).view(8, 1, 1, 1), Conditions({}, {"y": 2})
-    judge = Judge({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x, _: x.flatten() > 5)
-    score = score_samples(judge.look(x, conditions), conditions)
+    judge = SecondOpinion({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x, _: x.flatten() > 5)
+    score = score_samples(judge.look_at(x, conditions), conditions)
     assert score.outside == 2 / 8
     assert score.outside_stderr == pytest.approx(float(torch.tensor([0.0] * 6 + [1.0] * 2).std()) / 8**0.5)
-    assert score_target(judge.look(x, conditions), torch.zeros(1, 8, 2), conditions).outside == pytest.approx(2 / 8)
+    assert score_target(judge.look_at(x, conditions), torch.zeros(1, 8, 2), conditions).outside == pytest.approx(2 / 8)
     table = torch.zeros(1, 8, 2)
     table[0, 7] = 50.0
-    assert score_target(judge.look(x, conditions), table, conditions).outside == pytest.approx(1.0)
-    blind = Judge(judge.rulers)
-    assert score_samples(blind.look(x, conditions), conditions).outside is None
-    assert score_target(blind.look(x, conditions), table, conditions).outside is None
+    assert score_target(judge.look_at(x, conditions), table, conditions).outside == pytest.approx(1.0)
+    blind = SecondOpinion(judge.rulers)
+    assert score_samples(blind.look_at(x, conditions), conditions).outside is None
+    assert score_target(blind.look_at(x, conditions), table, conditions).outside is None
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import torch
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.prior.prior import DIGITS, Prior
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Judges, fit_judges
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config, ControlSettings
 from ctrl_diffusion.run.defaults import suggested
 from ctrl_diffusion.run.folder import PAGES
-from ctrl_diffusion.run.prepare import Material, check_batches, conditions_of, dependences, prepare
+from ctrl_diffusion.run.prepare import ControlInputs, check_batches, conditions_of, dependences, prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system import ranks
 
@@ -33,8 +33,8 @@ def fitted(tmp_path_factory):
     folders = {}
     for name, condition, ruler in (("whole", "digit", False), ("bare", None, True)):
         folders[name] = tmp_path_factory.mktemp(name)
-        judges, _ = fit_judges(demo.labelled_digits("ink", 0)[0][0], "ink", condition, ruler, fast)
-        judges.save(folders[name])
+        panel, _ = fit_panel(demo.labelled_digits("ink", 0)[0][0], "ink", condition, ruler, fast)
+        panel.save(folders[name])
         for page in PAGES:
             (folders[name] / page).write_bytes(b"page")
     return folders
@@ -117,10 +117,10 @@ def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
 
 def test_a_classifier_that_is_handed_over(data, fitted):
     job = prepare(given(data, condition="digit", classifier_from=str(fitted["whole"])))
-    assert job.materials[0].judges.reader is not None
+    assert job.materials[0].panel.reader is not None
     assert job.materials[0].pages == dict.fromkeys(PAGES, b"page")
-    # a reader nobody asked for judges nothing
-    assert prepare(given(data, classifier_from=str(fitted["whole"]))).materials[0].judges.reader is None
+    # a reader nobody asked for panel nothing
+    assert prepare(given(data, classifier_from=str(fitted["whole"]))).materials[0].panel.reader is None
 
 
 def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_path):
@@ -128,17 +128,17 @@ def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_p
     job = prepare(given(data, condition="digit", classes=[7, 3], judge_data=str(data), classifier=fast))
     one = job.materials[0]
     assert one.judge_data.values["digit"] == ("7", "3")
-    judges, _ = fit_judges(
+    panel, _ = fit_panel(
         one.data, "ink", "digit", settings=job.config.controls[0].classifier, judge_data=one.judge_data
     )
-    run = Run.start(job.config, job.prior, {"ink": judges})
+    run = Run.start(job.config, job.prior, {"ink": panel})
     labels, cond = run.conditions.of(run.conditions.all(1))
     x = one.data.x[:8]
     rows = torch.arange(2).repeat_interleave(4)
-    torch.testing.assert_close(run.reward.table("ink", x, cond), run.config.gamma * judges.classifier.log_prob(x, rows))
+    torch.testing.assert_close(run.reward.table("ink", x, cond), run.config.gamma * panel.classifier.log_prob(x, rows))
     assert run.judge.measure(x, rows)[0]["ink"].shape == labels["ink"].shape
     assert 0 <= run.probe(2)[0]["probe_outside"] < 0.5, "an untrained policy is the prior"
-    judges.save(tmp_path)
+    panel.save(tmp_path)
     for page in PAGES:
         (tmp_path / page).write_bytes(b"page")
     with pytest.raises(ValueError, match=r"is p̂\(y \| x, c\). Name the column"):
@@ -174,7 +174,7 @@ def test_augmentation_that_does_not_suit_the_images(data):
     tall = demo.labelled_digits("ink", 0)[0][0]
     tall.x = tall.x[:, :, :, :6]
     with pytest.raises(ValueError, match="needs square images"):
-        fit_judges(tall, "ink", settings=ClassifierSettings(augment="any_side_up"))
+        fit_panel(tall, "ink", settings=ClassifierSettings(augment="any_side_up"))
 
 
 @pytest.mark.parametrize("follows", [False, True])
@@ -185,20 +185,20 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
     hidden = torch.rand(2, 600, generator=generator)
     first, second = (hidden[0] < 0.5).long(), (hidden[0 if follows else 1] < 0.5).long()
     even = Classifier(1, 2).eval().requires_grad_(False)
-    materials, judges = [], {}
+    materials, panels = [], {}
     for name, y in (("a", first), ("b", second)):
         data = LabelledImages(x, {name: y}, {name: ("0", "1")})
-        materials.append(Material(ControlSettings(name=name, data="one/table"), data, None, {}))
-        judges[name] = Judges(name, ("0", "1"), (1, 4, 4), even, None)
+        materials.append(ControlInputs(ControlSettings(name=name, data="one/table"), data, None, {}))
+        panels[name] = Panel(name, ("0", "1"), (1, 4, 4), even, None)
     if not follows:
-        found = dependences(materials, judges, None)
+        found = dependences(materials, panels, None)
         assert found["a and b"]["p_value"] > 1e-3
     else:
         with pytest.warns(RuntimeWarning, match="a and b still depend on each other once x is known"):
-            found = dependences(materials, judges, None)
+            found = dependences(materials, panels, None)
         assert found["a and b"]["nats"] > 0.5, "log 2 less what 600 examples leave open"
     materials[1].settings.data = "another/table"
-    assert dependences(materials, judges, None) == {}
+    assert dependences(materials, panels, None) == {}
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,13 @@ def test_the_best_control_is_kept(rewards, averaged, kept):
     noise -= noise.mean()
     for number, (j, reward) in enumerate(zip((-9.0, -5.0, -3.0, averaged), rewards, strict=True)):
         with torch.no_grad():
-            policy.trained()[0].fill_(number)
+            policy.trainable()[0].fill_(number)
         # the paths' own spread is shared, all but 0.3 each: the standard error of a difference is 0.03
         own = 0.3 * torch.randn(160, generator=torch.Generator().manual_seed(number))
         record = {"update": number, "J": j} | ({"averaged": True} if number == 3 else {})
         best.see(record, j + 5 * noise + own - own.mean(), reward + 4 * noise + own - own.mean())
     with torch.no_grad():
-        policy.trained()[0].fill_(9)
+        policy.trainable()[0].fill_(9)
     best.restore()
     assert best.record["update"] == kept
-    assert (policy.trained()[0] == kept).all()
+    assert (policy.trainable()[0] == kept).all()

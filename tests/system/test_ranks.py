@@ -82,7 +82,7 @@ def model(name, root):
         shard(prior.denoiser)
     controls = ("side", "tone") if name == "two" else ("side",)
     policy = Policy(prior.denoiser, *(LoRAControl(y, "01", prior.denoiser, rank=2) for y in controls)).double()
-    conditions = Conditions.trained({"c": torch.arange(2)} if prior.classes else {}, dict.fromkeys(controls, 2))
+    conditions = Conditions.for_training({"c": torch.arange(2)} if prior.classes else {}, dict.fromkeys(controls, 2))
     return policy, Reward({y: Bright() for y in controls}), conditions, prior.denoiser.times(3, 0.2)
 
 
@@ -93,7 +93,7 @@ def training(name, learner, root, learners=LEARNERS):
     x_0, _, _ = paths(policy.prior, 8, times, torch.Generator().manual_seed(1), cond)
     stream = learners[learner](times, x_0, "side", cond)(policy, reward, conditions, torch.Generator().manual_seed(2))
     updates = list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
-    assert all(p.grad is None for p in policy.trained())
+    assert all(p.grad is None for p in policy.trainable())
     figures = [[u.loss, u.gradient_norm, *(u.metrics[key] for key in sorted(u.metrics))] for u in updates]
     prior = [p for name, p in policy.prior.named_parameters() if "lora_" not in name]
     here = [getattr(p, "to_local", lambda p=p: p)() for p in prior]
@@ -106,7 +106,7 @@ def simulated():
     torch.set_default_dtype(torch.float32)
     task = Task("flow", "logistic", steps=4)
     policy, found = new_policy(task), []
-    for p in policy.trained():
+    for p in policy.trainable():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(3))
     for n in (23, 4):  # of the second a rank has none
         labels, cond = task.conditions.of(torch.arange(n) % task.conditions.pairs)
@@ -123,7 +123,7 @@ def without_the_sum():
     whole = ranks.sum_gradients
     ranks.sum_gradients = lambda parameters: whole(parameters[1:])
     policy, reward, conditions, times = model("ring", None)
-    assert policy.trained()[0] is policy.controls["side"].table.weight
+    assert policy.trainable()[0] is policy.controls["side"].table.weight
     stream = Backprop(times, 4)(policy, reward, conditions, torch.Generator().manual_seed(2))
     list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
     ranks.sum_gradients = whole
@@ -169,7 +169,7 @@ def whole_and_sharded(root, trainings):
 def in_step(root, trainings):
     found = {pair: training(*pair, root, EVEN) for pair in trainings}
     policy, _, conditions, times = model("two", root)
-    for p in policy.trained():
+    for p in policy.trainable():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(3))
     found["paths"] = []
     for n in (11, 3):  # three batches, of which one rank has one less, and one

@@ -17,8 +17,7 @@ from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.read import read_images
-from ctrl_diffusion.run import prepare
-from ctrl_diffusion.run import stages as course
+from ctrl_diffusion.run import prepare, stages
 from ctrl_diffusion.run.run import Run
 
 REQUIRED = {
@@ -257,7 +256,7 @@ def test_a_kl_budget_lowers_gamma_and_a_run_can_be_made_again_from_it(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), pytest.param(1e9, marks=pytest.mark.slow)])
 def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
     """After three good updates the parameters are not finite any more, or so large that the control is lost."""
-    learner_of = course.learner_of
+    learner_of = stages.learner_of
 
     def poisoned(run, stage, phase):
         learner = learner_of(run, stage, phase)
@@ -268,12 +267,12 @@ def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
             for number, step in enumerate(learner(policy, *rest), start=1):
                 if number == 4:
                     with torch.no_grad():
-                        policy.trained()[0].mul_(value)
+                        policy.trainable()[0].mul_(value)
                 yield step
 
         return steps
 
-    monkeypatch.setattr(course, "learner_of", poisoned)
+    monkeypatch.setattr(stages, "learner_of", poisoned)
     settings = {
         **TINY,
         "adjoint": {"updates": 8, "batch": 8},

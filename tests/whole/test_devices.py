@@ -14,7 +14,7 @@ from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
-from ctrl_diffusion.evaluate.judge import Judge
+from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.guide.noisy import NoisyClassifier
@@ -78,13 +78,13 @@ def job(folder, device, learner):
     labels, cond = conditions.of(conditions.all(2))
     generator = torch.Generator().manual_seed(3)
     found = paths(policy, 2 * conditions.pairs, times, generator, cond, labels, compare=True)
-    judge = Judge({}, None, {"dark": second}, decode=prior.decode, device=place)
-    look = judge.look(found[0], conditions)
+    judge = SecondOpinion({}, None, {"dark": second}, decode=prior.decode, device=place)
+    look = judge.look_at(found[0], conditions)
     with torch.no_grad():
         earned = reward(found[0], labels, cond)
         figures = [*found, earned, prior_table(reward, conditions, x_0), look.features, look.measured["dark"]]
     assert not any(isinstance(figure, There) for figure in figures)
-    return [*(p.detach().cpu() for p in policy.trained()), *figures, torch.tensor([u.loss for u in updates])]
+    return [*(p.detach().cpu() for p in policy.trainable()), *figures, torch.tensor([u.loss for u in updates])]
 
 
 @pytest.mark.parametrize("learner", LEARNERS)

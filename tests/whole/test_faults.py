@@ -26,7 +26,7 @@ from ctrl_diffusion.commands.jobs.train import resume_job
 from ctrl_diffusion.control import control
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward import scorer as classifier
-from ctrl_diffusion.run import stages as course
+from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config, check_code
 from ctrl_diffusion.run.folder import RUN_FILES
 from ctrl_diffusion.system import checkpoint
@@ -64,7 +64,7 @@ def run(begun, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """Go on with a run until it is trained; its records."""
-    monkeypatch.setattr(job, "finished", lambda run, folder, *rest: course.train_in(folder, run, *rest)[0])
+    monkeypatch.setattr(job, "finished", lambda run, folder, *rest: stages.train_in(folder, run, *rest)[0])
     return resume_job
 
 
@@ -73,7 +73,7 @@ def undisturbed(begun, tmp_path_factory):
     """The log of a training that nothing happens to."""
     folder = shutil.copytree(begun, tmp_path_factory.mktemp("undisturbed") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "finished", lambda run, folder, *rest: course.train_in(folder, run, *rest)[0])
+        patch.setattr(job, "finished", lambda run, folder, *rest: stages.train_in(folder, run, *rest)[0])
         resume_job(folder)
     return (folder / "progress.jsonl").read_bytes()
 
@@ -84,7 +84,7 @@ def log(folder):
 
 def disturbed(monkeypatch, change):
     """Let `change`, of a number and a step, see every step of the adjoint learner."""
-    learner_of, number = course.learner_of, count(1)
+    learner_of, number = stages.learner_of, count(1)
 
     def changed(run, stage, phase):
         learner = learner_of(run, stage, phase)
@@ -92,7 +92,7 @@ def disturbed(monkeypatch, change):
             return learner
         return lambda *given: (change(next(number), step, learner) for step in learner(*given))
 
-    monkeypatch.setattr(course, "learner_of", changed)
+    monkeypatch.setattr(stages, "learner_of", changed)
 
 
 def interrupted_at(at):
@@ -259,7 +259,7 @@ def test_another_precision_begins_with_its_own_scale(interrupted, monkeypatch):
     with_settings(interrupted, mixed_precision="fp16")
 
     def scale(run, folder, *_):
-        assert course.Course.of(run, checkpoint.Checkpoints(folder / "checkpoint")).best.record
+        assert stages.TrainingState.of(run, checkpoint.Checkpoints(folder / "checkpoint")).best.record
         return run.policy.gradient_scale
 
     monkeypatch.setattr(job, "finished", scale)
@@ -327,7 +327,7 @@ def test_a_signal_before_p_is_fitted_leaves_nothing(begun, ctrl_here, tmp_path, 
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "fit_judges", stopped)
+    monkeypatch.setattr(job, "fit_panel", stopped)
     done = ctrl_here("train", "--config", begun / "config.yaml", "--out", tmp_path / "runs" / "new")
     assert done.returncode == 130
     assert done.stderr.endswith("ctrl: interrupted before training began: the same command begins again.\n")

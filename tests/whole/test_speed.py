@@ -22,7 +22,7 @@ def tiny(tmp_path_factory):
 def moved(setting):
     """Its control, away from zero."""
     with torch.no_grad():
-        for i, p in enumerate(setting.policy.trained()):
+        for i, p in enumerate(setting.policy.trainable()):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     return setting
 
@@ -31,7 +31,7 @@ def moved(setting):
 def test_an_update_calls_the_network_as_often_as_the_table_says(tiny, name):
     setting = moved(Setting.of(tiny, STEPS, latent=True))
     policy, calls = setting.policy, Counter()
-    first = policy.trained()[0]
+    first = policy.trainable()[0]
 
     def count(module, args):
         kind = "policy" if policy.controls["y0"]._shift is not None else "prior"

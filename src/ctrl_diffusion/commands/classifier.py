@@ -29,10 +29,10 @@ def classifier(
     settings = listed(whole(given, config, trust))
     mine = ControlSettings.of(settings["controls"][0], str(config))
     with phases(quiet) as phase:
-        judges = classifier_job(mine, out, prior, seed, overwrite, phase, settings.get("size"))
-    found = judges.quality
+        panel = classifier_job(mine, out, prior, seed, overwrite, phase, settings.get("size"))
+    found = panel.quality
     if not quiet:
         typer.echo(
-            f"{judges.control} on held-out images: accuracy {found.accuracy:.1%}, NLL {found.nll:.3f} nats "
+            f"{panel.control} on held-out images: accuracy {found.accuracy:.1%}, NLL {found.nll:.3f} nats "
             f"(chance {found.chance_nll:.3f}), ECE {found.ece:.3f}\nreport: {out / 'report.html'}"
         )

@@ -29,7 +29,9 @@ class Conditions:
     nullable: Collection[str] = ()
 
     @classmethod
-    def trained(cls, cond: dict[str, Tensor], controls: dict[str, int], settled: Collection[str] = ()) -> "Conditions":
+    def for_training(
+        cls, cond: dict[str, Tensor], controls: dict[str, int], settled: Collection[str] = ()
+    ) -> "Conditions":
         """What one model that serves every choice of controls is trained on; where some are settled, of the others."""
         return cls(cond, controls, (settled or controls) if len(controls) > 1 else ())
 

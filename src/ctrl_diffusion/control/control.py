@@ -34,9 +34,9 @@ class Control(nn.Module, ABC):
         super().__init__()
         self.name, self.values, self.size, self.scale = name, tuple(values), len(values), scale
 
-    def settle(self) -> "Control":
+    def fix(self) -> "Control":
         """Never train it again, whatever is trained beside it."""
-        self.settled = True
+        self.fixed = True
         for p in chain.from_iterable(self.parameter_groups().values()):
             p.requires_grad_(False)
         return self

@@ -103,8 +103,8 @@ class LoRAControl(Control):
         for layer in self._layers:
             layer._disable_adapters = True
 
-    def settle(self) -> "LoRAControl":
-        super().settle()
+    def fix(self) -> "LoRAControl":
+        super().fix()
         self._kept = Kept()
         return self
 

@@ -110,12 +110,12 @@ class Policy(Denoiser):
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the controls' parameters."""
-        return [p.detach().clone() for p in self.trained()]
+        return [p.detach().clone() for p in self.trainable()]
 
     @torch.no_grad()
     def restore(self, snapshot: list[Tensor]) -> None:
         """Give the controls the parameters of a snapshot."""
-        for p, value in zip(self.trained(), snapshot, strict=True):
+        for p, value in zip(self.trainable(), snapshot, strict=True):
             p.copy_(value)
 
     @contextmanager
@@ -135,7 +135,7 @@ class Policy(Denoiser):
                 stack.enter_context(control.frozen())
             yield
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         """Parameters of all controls that are not settled, in one order."""
         return list(chain.from_iterable(self.parameter_groups().values()))
 
@@ -143,7 +143,7 @@ class Policy(Denoiser):
         """Parameters of all controls that are not settled, by kind."""
         groups: dict[str, list[nn.Parameter]] = {}
         for control in self.controls.values():
-            if control.settled:
+            if control.fixed:
                 continue
             for kind, parameters in control.parameter_groups().items():
                 groups.setdefault(kind, []).extend(parameters)

@@ -18,7 +18,7 @@ MOST_SIDE = 32  # of images whose pixels are compared
 
 
 @dataclass
-class Judge:
+class SecondOpinion:
     """How samples are judged.
 
     Args:
@@ -40,13 +40,13 @@ class Judge:
     decode: Callable[[Tensor], Tensor] | None = None
     device: torch.device | None = None
 
-    def look(self, x_0: Tensor, conditions: Conditions) -> "Look":
+    def look_at(self, x_0: Tensor, conditions: Conditions) -> "Look":
         """Look at samples x_0 (n, *), equally many for each condition in turn, a few at a time: images may be large."""
         group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
         few = parts(len(x_0), FEW if self.decode else 1024)
-        return Look.joined([self.glance(x_0[rows].to(self.device), group[rows]) for rows in few])
+        return Look.joined([self.look_at_once(x_0[rows].to(self.device), group[rows]) for rows in few])
 
-    def glance(self, x_0: Tensor, group: Tensor) -> "Look":
+    def look_at_once(self, x_0: Tensor, group: Tensor) -> "Look":
         """Look at samples (n, *) of conditions (n,) all at once."""
         images = self.decode(x_0) if self.decode else x_0
         measured, seen = self.measure(images, group)

@@ -74,7 +74,7 @@ def fit(
     ranks.state()  # before accelerate decides by itself: without CUDA it would take this for the only process
     # everything is where the policy is, and in the policy's own precision, whatever accelerate is set up for
     accelerator = Accelerator(device_placement=False, mixed_precision="no")
-    groups, parameters = policy.parameter_groups(), policy.trained()
+    groups, parameters = policy.parameter_groups(), policy.trainable()
     optimizer = accelerator.prepare(
         torch.optim.AdamW([{"params": members} for members in groups.values()], betas=(0.9, 0.99), weight_decay=0.0)
     )

@@ -109,13 +109,13 @@ class Prior:
         if not isinstance(name, str) or name not in FAMILIES:
             raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
         try:
-            return cls.of_pipeline(opened(folder, index), name, size, index.get("id2label"))
+            return cls.from_pipeline(opened(folder, index), name, size, index.get("id2label"))
         except (OSError, ValueError, AttributeError, RuntimeError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{folder} cannot be loaded: {reason}") from error
 
     @classmethod
-    def of_pipeline(
+    def from_pipeline(
         cls, pipeline: Any, name: str, size: tuple[int, int] | None = None, id2label: dict[str, str] | None = None
     ) -> "Prior":
         """The prior a pipeline's parts make.

@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from ..data.labelled import LabelledImages
-from ..reward.classifiers import Judges
+from ..reward.classifiers import Panel
 from .style import CTRL, QUIET, STYLE, embedded, headline, render, shortened
 
 
@@ -73,18 +73,18 @@ def confusion_figure(confusion: Tensor, values: Sequence[str], asked: str, came:
     return figure
 
 
-def write_classifier_report(folder: Path, judges: Judges, held_out: LabelledImages) -> None:
+def write_classifier_report(folder: Path, panel: Panel, held_out: LabelledImages) -> None:
     """Write reliability.png, confusion.png and a self-contained report.html about p̂."""
-    truth, log_p = held_out.labels[judges.control], judges.log_prob(held_out)
-    nearest = truth.round().clamp(0, len(judges.values) - 1) if held_out.on_scale(judges.control) else truth
-    confusion = confusion_matrix(nearest, log_p.argmax(1), labels=range(len(judges.values)), normalize="true")
+    truth, log_p = held_out.labels[panel.control], panel.log_prob(held_out)
+    nearest = truth.round().clamp(0, len(panel.values) - 1) if held_out.on_scale(panel.control) else truth
+    confusion = confusion_matrix(nearest, log_p.argmax(1), labels=range(len(panel.values)), normalize="true")
     figures = {
-        "reliability": intervals_figure(*judges.intervals(held_out))
-        if held_out.on_scale(judges.control)
+        "reliability": intervals_figure(*panel.intervals(held_out))
+        if held_out.on_scale(panel.control)
         else reliability_figure(log_p.exp(), truth),
         "confusion": confusion_figure(
-            torch.from_numpy(confusion), judges.values, f"true {judges.control}", "classifier says", "Held-out data, %"
+            torch.from_numpy(confusion), panel.values, f"true {panel.control}", "classifier says", "Held-out data, %"
         ),
     }
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
-    render(folder / "report.html", "classifier.html", images=images, judges=judges, held_out=len(held_out))
+    render(folder / "report.html", "classifier.html", images=images, panel=panel, held_out=len(held_out))

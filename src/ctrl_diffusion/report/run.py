@@ -222,7 +222,7 @@ def write_report(
         images=images,
         metrics=metrics,
         config=run.config,
-        conditional=any(judges.classifier.conditional for judges in run.judges.values()),
+        conditional=any(panel.classifier.conditional for panel in run.panels.values()),
         settings=flattened(run.config.model_dump()),
         control=control,
         names=run.names,

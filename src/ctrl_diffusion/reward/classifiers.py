@@ -76,7 +76,7 @@ WITH_RULER, WITH_JUDGE = (0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)
 
 
 @dataclass
-class Judges:
+class Panel:
     """The classifiers of one run.
 
     Args:
@@ -112,7 +112,7 @@ class Judges:
         """Whether p̂ looks at latents instead of images."""
         return self.classifier.latent
 
-    def to(self, device: torch.device) -> "Judges":
+    def to(self, device: torch.device) -> "Panel":
         """The same, their networks on a device."""
         for network in (self.classifier, self.judge, self.reader):
             if network:
@@ -164,7 +164,7 @@ class Judges:
                 classifier.save(folder / name)
 
     @classmethod
-    def load(cls, folder: Path, trust: bool = False) -> "Judges":
+    def load(cls, folder: Path, trust: bool = False) -> "Panel":
         """Read a folder that `save` wrote.
 
         Args:
@@ -324,7 +324,7 @@ def fit_posterior(
     trunk: Frozen | None = None,
     encode: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[Judges, Choice, LabelledImages]:
+) -> tuple[Panel, Choice, LabelledImages]:
     """Fit, calibrate and report p̂, with the region it was fitted on.
 
     Args:
@@ -339,21 +339,21 @@ def fit_posterior(
         device: on which it is fitted, and stays.
 
     Returns:
-        Judges that have p̂ alone, the options it was fitted with, and the held-out part as p̂ looks at it.
+        Panel that have p̂ alone, the options it was fitted with, and the held-out part as p̂ looks at it.
     """
     fitting, calibration, held_out = (part.through(encode) if settings.latents else part for part in images)
     classifier, choice = fit_calibrated(fitting, calibration, control, of_c, settings, seed, advance, trunk, device)
     classifier.trunk, classifier.latent = trunk or classifier.trunk, settings.latents
     classifier.to(device)
     quality = report_classifier(classifier, *examples(held_out, control, of_c))
-    judges = Judges(control, held_out.values[control], tuple(images[0].x.shape[1:]), classifier, quality)
+    panel = Panel(control, held_out.values[control], tuple(images[0].x.shape[1:]), classifier, quality)
     with torch.no_grad():
         met, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
-    judges.support = Support.fit(met).calibrate(torch.cat(unseen))
-    return judges, choice, held_out
+    panel.support = Support.fit(met).calibrate(torch.cat(unseen))
+    return panel, choice, held_out
 
 
-def fit_judges(
+def fit_panel(
     data: LabelledImages,
     control: str,
     condition: str | None = None,
@@ -365,7 +365,7 @@ def fit_judges(
     encode: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
     check: bool = True,
-) -> tuple[Judges, LabelledImages]:
+) -> tuple[Panel, LabelledImages]:
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
     Args:
@@ -382,7 +382,7 @@ def fit_judges(
         check: refuse a p̂ that says nothing.
 
     Returns:
-        The judges, and the held-out part that none of them met, as p̂ looks at it.
+        The panel, and the held-out part that none of them met, as p̂ looks at it.
 
     Raises:
         ValueError: on held-out data p̂ is not better than chance by two standard errors; p̂(y | x, c) without a
@@ -407,9 +407,9 @@ def fit_judges(
     advance = phase("classifier", rounds + sum(epochs_of(settings, part) for part in of_judge))
     trunk = Frozen(settings.backbone).to(device) if settings.backbone else None
     found = fit_posterior(images[:3], control, of_c, settings, seed, advance, trunk, encode, device)
-    judges, choice, held_out = found
-    if check and not judges.informed:
-        q = judges.quality
+    panel, choice, held_out = found
+    if check and not panel.informed:
+        q = panel.quality
         raise ValueError(
             f"the classifier of {control!r} is not clearly better than chance (held-out NLL {q.nll:.2f} ± "
             f"{q.nll_stderr:.2f} nats, chance {q.chance_nll:.2f}): its gradients would mislead. Check the labels or "
@@ -417,17 +417,17 @@ def fit_judges(
         )
     for part in of_judge:
         seen, sizes = examples(part, control, of_c, trunk), sizes_of(data, control, of_c)
-        judges.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)
-        judges.judge.trunk = trunk or judges.judge.trunk
-        judges.judge.to(device)
-        judges.judge_accuracy = accuracy(judges.judge, images[2], control, of_c)
+        panel.judge = fit_on(seen, sizes, choice, settings, seed + 1, advance, trunk, device=device)
+        panel.judge.trunk = trunk or panel.judge.trunk
+        panel.judge.to(device)
+        panel.judge_accuracy = accuracy(panel.judge, images[2], control, of_c)
     if condition:
         met = joined(*images[:2], *own)
         recipe = {"epochs": 40, "batch": 64, "lr": 3e-3, "weight_decay": 0.01}
-        judges.reader = fit_classifier(
+        panel.reader = fit_classifier(
             met.x, met.labels[condition], len(met.values[condition]), grid=4, seed=seed,
             progress=phase(f"reader of {condition}", 40), device=device, **recipe,
         )  # fmt: skip
-        judges.reader_accuracy = accuracy(judges.reader.to(device), images[2], condition)
-        judges.condition, judges.condition_values = condition, data.values[condition]
-    return judges, held_out
+        panel.reader_accuracy = accuracy(panel.reader.to(device), images[2], condition)
+        panel.condition, panel.condition_values = condition, data.values[condition]
+    return panel, held_out

@@ -11,7 +11,7 @@ from ..chain.noise import stream
 from ..data.labels import NULL
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.scores import Score
-from ..reward.classifiers import Judges
+from ..reward.classifiers import Panel
 from .prepare import fits
 from .run import Run
 
@@ -24,9 +24,9 @@ def step_counts(run: Run) -> list[int]:
     return [k for k in (steps // 2, steps, 2 * steps) if k > 0 and fits(run.prior, run.config, k)]
 
 
-def classifier_metrics(judges: dict[str, Judges]) -> dict[str, Any]:
+def classifier_metrics(panels: dict[str, Panel]) -> dict[str, Any]:
     """What is known of p̂ by the names metrics.json uses; of several controls by their names."""
-    found = {name: one.metrics() for name, one in judges.items()}
+    found = {name: one.metrics() for name, one in panels.items()}
     return found if len(found) > 1 else next(iter(found.values()))
 
 

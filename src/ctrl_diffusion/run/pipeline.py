@@ -68,7 +68,7 @@ class ControlledPipeline(DiffusionPipeline):
     def _opened(self) -> tuple[Prior, Policy]:
         if self._ready is None:
             chain = self.config.chain
-            prior = Prior.of_pipeline(self._parts(), self.config.base, chain["size"], self.config.id2label)
+            prior = Prior.from_pipeline(self._parts(), self.config.base, chain["size"], self.config.id2label)
             if prior.text:
                 prior = prior.with_prompts([""], chain["guidance"], chain["negative_prompt"])
             if chain["unconditional"]:

@@ -17,7 +17,7 @@ from ..data.labelled import LabelledImages
 from ..data.read import in_order, read_images
 from ..data.tables import open_table
 from ..prior.prior import Prior, open_prior
-from ..reward.classifiers import Judges
+from ..reward.classifiers import Panel
 from ..reward.independence import dependence
 from ..system import ranks
 from ..system.progress import Phase, silent
@@ -25,7 +25,7 @@ from ..system.tracking import check_trackers
 from .config import Config, ControlSettings, listed, merged, with_paths
 from .defaults import suggested
 from .folder import home, pages_of
-from .run import as_set
+from .run import configured
 
 MOST_CONDITIONS = 20
 MOST_PROMPTS = 64
@@ -105,25 +105,25 @@ def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
 
 
 @dataclass
-class Material:
+class ControlInputs:
     """What one control is made from.
 
     Args:
         settings: of the control.
         data, judge_data: as read; no data where the control is settled.
-        judges: as read, None if they are to be fitted.
+        panel: as read, None if they are to be fitted.
         pages: of the classifier that was handed over, by name.
     """
 
     settings: ControlSettings
     data: LabelledImages | None
-    judges: Judges | None
+    panel: Panel | None
     pages: dict[str, bytes]
     judge_data: LabelledImages | None = None
 
 
 @dataclass
-class Job:
+class PreparedTraining:
     """A training that is ready to start: everything that can be refused has been looked at.
 
     Args:
@@ -134,10 +134,10 @@ class Job:
 
     config: Config
     prior: Prior
-    materials: list[Material]
+    materials: list[ControlInputs]
 
 
-def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -> Job:
+def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -> PreparedTraining:
     """Read prior, data and classifiers; fill in the settings that depend on them.
 
     Args:
@@ -159,16 +159,16 @@ def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -
     prior = open_prior(wanted.prior, wanted.size)
     if prior.text and wanted.prompts is None:
         wanted.prompts = prompts_of(wanted.controls)
-    prior = as_set(prior, wanted)
+    prior = configured(prior, wanted)
     materials = [material(settings, prior, phase, trust) for settings in wanted.controls]
     known = next((m for m in materials if m.data and m.settings.condition), None)
     classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
     check_classes(prior, classes)
     for one in materials:
         keep_classes(one, classes)
-    sizes = {m.settings.name: len(m.judges.values if m.judges else m.data.values[m.settings.name]) for m in materials}
+    sizes = {m.settings.name: len(m.panel.values if m.panel else m.data.values[m.settings.name]) for m in materials}
     settled = [m.settings.name for m in materials if m.settings.settled_from]
-    trained = Conditions.trained({}, sizes, settled)
+    trained = Conditions.for_training({}, sizes, settled)
     site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
     groups = len(classes or [0])
     defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
@@ -181,7 +181,7 @@ def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
     if config.evaluation.prior_samples < math.prod(sizes.values()):
         raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
-    return Job(config, prior, materials)
+    return PreparedTraining(config, prior, materials)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -225,7 +225,9 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
     return list(found)
 
 
-def material(settings: ControlSettings, prior: Prior | None, phase: Phase = silent, trust: bool = False) -> Material:
+def material(
+    settings: ControlSettings, prior: Prior | None, phase: Phase = silent, trust: bool = False
+) -> ControlInputs:
     """Read what a control is made from; without a prior the images as they are.
 
     Raises:
@@ -233,12 +235,12 @@ def material(settings: ControlSettings, prior: Prior | None, phase: Phase = sile
     """
     if settings.settled_from:
         folder = home(Path(settings.settled_from), "classifier", settings.name)
-        return Material(settings, None, Judges.load(folder, trust), pages_of(folder))
-    judges, pages, handed = None, {}, settings.classifier_from
+        return ControlInputs(settings, None, Panel.load(folder, trust), pages_of(folder))
+    panel, pages, handed = None, {}, settings.classifier_from
     if handed:
-        judges, pages = Judges.load(Path(handed), trust), pages_of(Path(handed))
-        check_classifier(judges, handed, settings.name, prior)
-    values = judges and judges.values
+        panel, pages = Panel.load(Path(handed), trust), pages_of(Path(handed))
+        check_classifier(panel, handed, settings.name, prior)
+    values = panel and panel.values
     data = read_data(settings.data, settings, prior, values, phase=phase)
     on_scale = data.on_scale(settings.name)
     if settings.ruler and not on_scale and data.values[settings.name] != VALUES[settings.ruler]:
@@ -246,17 +248,17 @@ def material(settings: ControlSettings, prior: Prior | None, phase: Phase = sile
             f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
         )
     judge_data = None
-    if settings.judge_data and not judges:
+    if settings.judge_data and not panel:
         known = settings.model_copy(update={"kind": "scale" if on_scale else "classes"})
         judge_data = read_data(
             settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional, phase
         )
     warn_of_copies(settings.data, data, judge_data)
-    return Material(settings, data, judges, pages, judge_data)
+    return ControlInputs(settings, data, panel, pages, judge_data)
 
 
-def keep_classes(one: Material, classes: list[int] | None) -> None:
-    """Keep the rows of the classes that are trained, and refuse data or judges that do not do for them."""
+def keep_classes(one: ControlInputs, classes: list[int] | None) -> None:
+    """Keep the rows of the classes that are trained, and refuse data or panel that do not do for them."""
     settings, name = one.settings, one.settings.name
     if one.data and classes and settings.condition:
         one.data = only(one.data, settings.condition, classes)
@@ -264,8 +266,8 @@ def keep_classes(one: Material, classes: list[int] | None) -> None:
         if classes and settings.classifier.conditional:
             one.judge_data = only(one.judge_data, settings.condition, classes)
         one.judge_data.check_classes(name)
-    if one.data and one.judges:
-        check_judges(one.judges, settings.classifier_from, one.data, settings.condition, bool(settings.ruler))
+    if one.data and one.panel:
+        check_panel(one.panel, settings.classifier_from, one.data, settings.condition, bool(settings.ruler))
     elif one.data:
         one.data.check_classes(name)
 
@@ -300,27 +302,27 @@ def check_classes(prior: Prior, classes: list[int] | None) -> None:
         raise ValueError(f"classes must be {what}; got {classes}.")
 
 
-def check_classifier(judges: Judges, folder: str, control: str, prior: Prior) -> None:
+def check_classifier(panel: Panel, folder: str, control: str, prior: Prior) -> None:
     """Refuse a classifier of another control, of images of another size, or of latents the prior does not have."""
     shape = prior.image_shape
-    if judges.latent and not prior.codec:
+    if panel.latent and not prior.codec:
         raise ValueError(f"the classifier in {folder} looks at latents, and this prior has none. Fit it with --prior.")
-    if judges.control != control or judges.shape != shape:
+    if panel.control != control or panel.shape != shape:
         raise ValueError(
-            f"the classifier in {folder} is of {judges.control!r} on images of {judges.shape}; needed: {control!r} on "
+            f"the classifier in {folder} is of {panel.control!r} on images of {panel.shape}; needed: {control!r} on "
             f"{shape}. Fit it with ctrl classifier --prior."
         )
 
 
-def check_judges(judges: Judges, folder: str, data: LabelledImages, condition: str | None, ruler: bool) -> None:
+def check_panel(panel: Panel, folder: str, data: LabelledImages, condition: str | None, ruler: bool) -> None:
     """Refuse a classifier that lacks its judge, or reads other classes; a reader nobody asked for is left aside."""
-    if judges.judge is None and not ruler:
+    if panel.judge is None and not ruler:
         raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
-    if condition is None and judges.classifier.conditional:
+    if condition is None and panel.classifier.conditional:
         raise ValueError(f"the classifier in {folder} is p̂(y | x, c). Name the column of c with --condition.")
     if condition is None:
-        judges.reader = judges.reader_accuracy = None
-    elif (judges.condition, judges.condition_values) != (condition, data.values[condition]):
+        panel.reader = panel.reader_accuracy = None
+    elif (panel.condition, panel.condition_values) != (condition, data.values[condition]):
         raise ValueError(
             f"the classifier in {folder} has no reader of {condition!r} for the classes "
             f"{', '.join(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
@@ -346,7 +348,7 @@ def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | No
 
 
 @torch.no_grad()
-def dependences(materials: list[Material], judges: dict[str, Judges], prior: Prior) -> dict[str, dict[str, float]]:
+def dependences(materials: list[ControlInputs], panels: dict[str, Panel], prior: Prior) -> dict[str, dict[str, float]]:
     """Where two controls were read from one dataset, what their labels say about each other once x is known.
 
     Warns:
@@ -360,7 +362,7 @@ def dependences(materials: list[Material], judges: dict[str, Judges], prior: Pri
         if any(m.data.on_scale(m.settings.name) for m in (one, other)):
             continue
         looked = (
-            (judges[name], m.data.through(prior.encode) if judges[name].latent else m.data)
+            (panels[name], m.data.through(prior.encode) if panels[name].latent else m.data)
             for name, m in zip(names, (one, other), strict=True)
         )
         log_p = tuple(judge.log_prob(data) for judge, data in looked)

@@ -28,12 +28,12 @@ from ..data.digits import MEASURES, RULERS
 from ..data.labels import Labels, places
 from ..evaluate.certificate import certify, gamma_within
 from ..evaluate.evaluation import Evaluation, leaves, warn_if_left
-from ..evaluate.judge import Judge, Look, Ruler
+from ..evaluate.judge import Look, Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
 from ..evaluate.scores import Nulled, score_samples, score_target
 from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
-from ..reward.classifiers import Judges
+from ..reward.classifiers import Panel
 from ..reward.reward import FEW, Among, Reward, prior_table
 from ..reward.support import BEYOND
 from ..system import ranks
@@ -43,7 +43,7 @@ from .config import Config, ControlSettings
 from .folder import home
 
 
-def attached(folder: Path, prior: Prior) -> LoRAControl:
+def load_control(folder: Path, prior: Prior) -> LoRAControl:
     """The control of a run folder, on this prior.
 
     Raises:
@@ -53,7 +53,7 @@ def attached(folder: Path, prior: Prior) -> LoRAControl:
         return LoRAControl.load(folder, prior.denoiser)
 
 
-def as_set(prior: Prior, config: Config) -> Prior:
+def configured(prior: Prior, config: Config) -> Prior:
     """A prior with the prompts of a run, or by its null class if it is to be unconditional, where the run puts it."""
     if config.prompts is not None:
         prior = prior.with_prompts(config.prompts, config.guidance, config.negative_prompt)
@@ -74,7 +74,7 @@ class Run:
         config: its settings.
         prior: the pre-trained model.
         policy: the prior with the controls.
-        judges: control → p̂, and what measures y and c.
+        panels: control → p̂, and what measures y and c.
         usually_outside: the share of the prior's samples outside the region p̂ was fitted on, if it was measured; else
             that of real images.
     """
@@ -82,12 +82,12 @@ class Run:
     config: Config
     prior: Prior
     policy: Policy
-    judges: dict[str, Judges]
+    panels: dict[str, Panel]
     usually_outside: float = BEYOND
 
     def __post_init__(self) -> None:
-        for judges in self.judges.values():
-            judges.to(self.prior.denoiser.device)
+        for panel in self.panels.values():
+            panel.to(self.prior.denoiser.device)
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +111,7 @@ class Run:
 
     def reward_at(self, gamma: float) -> Reward:
         """The reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
-        found = {name: judges.classifier for name, judges in self.judges.items()}
+        found = {name: panel.classifier for name, panel in self.panels.items()}
         among = {n: Among(p, self.config.classes) if p.conditional else p for n, p in found.items()}
         return Reward(among, gamma, self.prior.decode if self.prior.codec else None, self.prior.denoiser.device)
 
@@ -122,13 +122,13 @@ class Run:
         return torch.cat([self.prior.decode(part.to(self.prior.denoiser.device)).cpu() for part in x.split(FEW)])
 
     @property
-    def judge(self) -> Judge:
-        """The rulers where there are any, else the judges; with a reader and the judges' own opinions."""
-        return Judge(
+    def judge(self) -> SecondOpinion:
+        """The rulers where there are any, else the panel; with a reader and the panels' own opinions."""
+        return SecondOpinion(
             {control.name: self.ruler(control) for control in self.config.controls if control.ruler},
-            next((judges.reader for judges in self.judges.values() if judges.reader), None),
-            {name: judges.judge for name, judges in self.judges.items() if judges.judge},
-            self.outside if all(judges.support for judges in self.judges.values()) else None,
+            next((panel.reader for panel in self.panels.values() if panel.reader), None),
+            {name: panel.judge for name, panel in self.panels.items() if panel.judge},
+            self.outside if all(panel.support for panel in self.panels.values()) else None,
             self.prior.decode if self.prior.codec else None,
             self.prior.denoiser.device,
         )
@@ -137,15 +137,15 @@ class Run:
         """What measures the class of a control, or on a scale the nearest level."""
         if not self.policy.controls[settings.name].scale:
             return RULERS[settings.ruler]
-        return lambda x: self.place(settings, x).round().clamp(0, len(self.judges[settings.name].values) - 1).long()
+        return lambda x: self.place(settings, x).round().clamp(0, len(self.panels[settings.name].values) - 1).long()
 
     def place(self, settings: ControlSettings, x: Tensor) -> Tensor:
         """Where each x (n, C, H, W) lies on a control's scale (n,), by its ruler or in the eyes of its judge."""
-        judges = self.judges[settings.name]
+        panel = self.panels[settings.name]
         if settings.ruler:
-            return places(MEASURES[settings.ruler](x), judges.values)
-        scores = judges.judge.scores(x.to(self.prior.denoiser.device))
-        return judges.judge.density(scores, judges.judge.temperature).mean.cpu()
+            return places(MEASURES[settings.ruler](x), panel.values)
+        scores = panel.judge.scores(x.to(self.prior.denoiser.device))
+        return panel.judge.density(scores, panel.judge.temperature).mean.cpu()
 
     @torch.no_grad()
     def follow(self, n: int, phase: Phase = silent) -> dict[str, tuple[Tensor, Tensor]]:
@@ -167,7 +167,7 @@ class Run:
 
     def outside(self, x_0: Tensor, images: Tensor) -> Tensor:
         """Whether each sample (n, *), with its image, lies outside the region some p̂ was fitted on (n,)."""
-        seen = [judges.outside(x_0 if judges.latent else images) for judges in self.judges.values()]
+        seen = [panel.outside(x_0 if panel.latent else images) for panel in self.panels.values()]
         return torch.stack(seen).any(0)
 
     @property
@@ -187,8 +187,8 @@ class Run:
     @property
     def trained(self) -> Conditions:
         """All (c, y) that are trained: labels may be null, but where a control is being added not that one's."""
-        settled = [name for name in self.names if self.policy.controls[name].settled]
-        return Conditions.trained(self.conditions.cond, self.conditions.controls, settled)
+        settled = [name for name in self.names if self.policy.controls[name].fixed]
+        return Conditions.for_training(self.conditions.cond, self.conditions.controls, settled)
 
     def conditions_on(self, names: Sequence[str]) -> Conditions:
         """All (c, y) with labels for some of the controls."""
@@ -213,7 +213,7 @@ class Run:
         return self.prior.denoiser.times(steps, self.config.sigma_end, self.config.time_power)
 
     @classmethod
-    def start(cls, config: Config, prior: Prior, judges: dict[str, Judges]) -> "Run":
+    def start(cls, config: Config, prior: Prior, panels: dict[str, Panel]) -> "Run":
         """A run whose controls are untrained, but for those that are settled."""
         controls = []
         for i, control in enumerate(config.controls):
@@ -221,15 +221,15 @@ class Run:
                 folder = home(Path(control.settled_from), "control", control.name)
                 if not folder.is_dir():
                     raise ValueError(f"{control.name} is taken from {folder}, which is not there. Bring that run back.")
-                controls.append(attached(folder, prior).settle())
+                controls.append(load_control(folder, prior).fix())
             else:
-                mine = judges[control.name]
+                mine = panels[control.name]
                 scale = mine.classifier.head == "gaussian"
                 lora = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
                 controls.append(
                     LoRAControl(control.name, mine.values, prior.denoiser, seed=config.seed + i, scale=scale, **lora)
                 )
-        return cls(config, prior, Policy(prior.denoiser, *controls), judges)
+        return cls(config, prior, Policy(prior.denoiser, *controls), panels)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", trust: bool = False) -> "Run":
@@ -254,10 +254,10 @@ class Run:
         if missing:
             lacks = f"{folder} is an unfinished run: it lacks {', '.join(missing)}"
             raise ValueError(f"{lacks}. Go on with: ctrl train --resume {folder}")
-        judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
-        prior = as_set(open_prior(config.prior, config.size), config)
-        controls = [attached(home(folder, "control", name), prior) for name in config.names]
-        run = cls(config, prior, Policy(prior.denoiser, *controls), judges)
+        panels = {name: Panel.load(home(folder, "classifier", name), trust) for name in config.names}
+        prior = configured(open_prior(config.prior, config.size), config)
+        controls = [load_control(home(folder, "control", name), prior) for name in config.names]
+        run = cls(config, prior, Policy(prior.denoiser, *controls), panels)
         if (folder / "metrics.json").is_file():
             known = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             run.usually_outside = known["prior"].get("outside_support") or BEYOND
@@ -389,12 +389,12 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self, n: int, phase: Phase = silent) -> Evaluation:
-        """Judge the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
+        """Evaluate the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
 
         The certificate is of the training chain. Of several controls also each choice in `parts`, on half the paths.
         """
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for log Z", phase)
-        looked = self.judge.look(x_prior, self.conditions)
+        looked = self.judge.look_at(x_prior, self.conditions)
         evaluation = self.evaluate_on(self.conditions, x_prior, looked, n, "paths to certify", phase)
         for names in self.parts:
             purpose = f"paths with {' and '.join(names)} alone"
@@ -405,7 +405,7 @@ class Run:
     def evaluate_on(
         self, conditions: Conditions, x_prior: Tensor, of_prior: Look, n: int, purpose: str, phase: Phase = silent
     ) -> Evaluation:
-        """Judge the policy under some of its controls; x_prior (G · M, *) are the prior's, which were looked at."""
+        """Evaluate the policy under some of its controls; x_prior (G · M, *) are the prior's, which were looked at."""
         members = len(x_prior) // conditions.groups
         earned, x_0, kl, log_ratio = self.policy_paths(conditions, self.repeats(n, conditions), purpose, phase)
         table = prior_table(self.reward, conditions, x_prior)
@@ -415,7 +415,7 @@ class Run:
         scores = {
             "prior": score_samples(of_prior[uncontrolled], conditions),
             "target": score_target(of_prior, table, conditions),
-            "ctrl": score_samples(self.judge.look(x_0, conditions), conditions),
+            "ctrl": score_samples(self.judge.look_at(x_0, conditions), conditions),
         }
         nulled = {
             name: Nulled.of({kind: score.measured[name] for kind, score in scores.items()}, control.size, table)
@@ -445,5 +445,5 @@ class Run:
             x_0, _, _ = paths(
                 self.policy, len(pair), self.times_of(steps), generator, cond, labels, strength, progress=advance
             )
-            found[kind][value] = score_samples(self.judge.look(x_0, self.conditions), self.conditions)
+            found[kind][value] = score_samples(self.judge.look_at(x_0, self.conditions), self.conditions)
         return found

@@ -1,4 +1,4 @@
-"""The course of a training: its stages, the best control so far, and the states from which it can go on."""
+"""The training of a training: its stages, the best control so far, and the states from which it can go on."""
 
 import json
 import math
@@ -91,7 +91,7 @@ def paired(difference: Tensor) -> tuple[float, float]:
 
 
 @dataclass
-class Course:
+class TrainingState:
     """Where a training stands, and what it takes to go on from there as if nothing had happened.
 
     A learner's paths are not kept. A state is taken only where none of them is left to be used: what comes next is
@@ -125,23 +125,23 @@ class Course:
     begin: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def of(cls, run: Run, checkpoints: Checkpoints) -> "Course":
+    def of(cls, run: Run, checkpoints: Checkpoints) -> "TrainingState":
         """As the newest state has it, or at the beginning; every rank is where rank 0 is."""
-        course = cls(Best(run.policy), checkpoints)
+        training = cls(Best(run.policy), checkpoints)
         if found := ranks.from_first(checkpoints.newest):
             tensors, about = found
-            best, device = course.best, run.policy.device
+            best, device = training.best, run.policy.device
             best.first, best.record = about["first"], about["record"]
             best.log_w, best.earned = tensors.get("log_w"), tensors.get("earned")
-            best.snapshot, course.renoising = (
+            best.snapshot, training.renoising = (
                 [value.to(device) for value in in_turn(name, tensors)] for name in ("best", "renoising")
             )
-            course.within = part_of("within", tensors)
-            course.done, course.records, course.idle = about["done"], about["records"], about["idle"]
-            course.seconds = about["seconds"]
+            training.within = part_of("within", tensors)
+            training.done, training.records, training.idle = about["done"], about["records"], about["idle"]
+            training.seconds = about["seconds"]
             if about["precision"] == str(run.policy.base.precision):  # another has a scale of its own
                 run.policy.base.gradient_scale = about["gradient_scale"]
-        return course
+        return training
 
     @property
     def elapsed(self) -> float:
@@ -205,35 +205,35 @@ def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
     return Backprop(times, b.batch, micro=micro, clip=b.clip, through=b.through)
 
 
-def train(run: Run, phase: Phase = silent, course: Course | None = None) -> Iterator[dict[str, Any]]:
+def train(run: Run, phase: Phase = silent, training: TrainingState | None = None) -> Iterator[dict[str, Any]]:
     """Run the learners one after the other; yields a record of every update and probe.
 
-    The best control of all probes is kept; the last record is that probe's, marked as kept. A `course` that is not at
+    The best control of all probes is kept; the last record is that probe's, marked as kept. A `training` that is not at
     its beginning is gone on with.
     """
     few = -(-64 // run.trained.groups)
     prior_table(run.reward, run.trained, run.prior_samples(few, "rewards"))  # refused if one is not finite
-    course = course or Course(Best(run.policy))
-    best, untrained, learner = course.best, run.policy.snapshot(), None
+    training = training or TrainingState(Best(run.policy))
+    best, untrained, learner = training.best, run.policy.snapshot(), None
     run.policy.restore(best.snapshot or untrained)
     for number, (stage, name, updates) in enumerate(stages_of(run.config)):
-        if number < course.done:
+        if number < training.done:
             continue
         settings, learner = getattr(run.config, name), learner or learner_of(run, name, phase)
         if stage == RENOISING:
             run.policy.restore(untrained)
             even = replace(learner, even=True)
-            yield from train_stage(run, stage, even, settings, updates, phase, course)
-            course.renoising = run.policy.snapshot()
+            yield from train_stage(run, stage, even, settings, updates, phase, training)
+            training.renoising = run.policy.snapshot()
             run.policy.restore(best.snapshot or untrained)
         else:
             if isinstance(learner, Weighted) and settings.renoising:
-                learner.renoising = course.renoising
-            yield from train_stage(run, stage, learner, settings, updates, phase, course, best)
+                learner.renoising = training.renoising
+            yield from train_stage(run, stage, learner, settings, updates, phase, training, best)
             learner = None
             best.restore()
             phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
-        course.pass_on()
+        training.pass_on()
     yield {**best.record, "kept": True}
 
 
@@ -244,7 +244,7 @@ def train_stage(
     settings: LearnerSettings,
     updates: int,
     phase: Phase,
-    course: Course,
+    training: TrainingState,
     best: Best | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One learner from the policy as it is to averaged weights; a record of every update and probe.
@@ -253,11 +253,11 @@ def train_stage(
     below what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
     Without `best` nobody compares the probes, only the last is taken, and not to be finite is an error.
     """
-    config, few, begin = run.config, -(-PROBE_PATHS // run.trained.pairs), part_of("fit", course.within)
+    config, few, begin = run.config, -(-PROBE_PATHS // run.trained.pairs), part_of("fit", training.within)
     generator = stream(config.seed, stage)
     if begin:
-        generator.set_state(course.within["generator"])
-    carried = [value.to(run.policy.device) for value in in_turn("carried", course.within)]
+        generator.set_state(training.within["generator"])
+    carried = [value.to(run.policy.device) for value in in_turn("carried", training.within)]
     steps = learner(run.policy, run.reward, run.trained, generator, carried)
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = between_probes(config, updates) if best else updates
@@ -267,7 +267,7 @@ def train_stage(
         figures, log_w, earned = run.probe(few)
         record = {**record, **figures}
         if best:
-            course.idle = 0 if best.see(record, log_w, earned) else course.idle + 1
+            training.idle = 0 if best.see(record, log_w, earned) else training.idle + 1
         return record
 
     record = {"stage": stage, "update": int(begin["counts"][0]) if begin else 0}
@@ -285,16 +285,16 @@ def train_stage(
             if update.number % every == 0 and update.number < updates:
                 record = probed(record)
                 note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
-                if best and (reason := best.reason_to_stop(record, course.idle, config.patience)):
+                if best and (reason := best.reason_to_stop(record, training.idle, config.patience)):
                     yield {**record, "stopped": reason}
                     return
             advance(1, note)
             yield record
             due = due or "J" in record or update.number - saved >= config.checkpoint
-            if update.state and course.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
+            if update.state and training.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
                 here = {f"fit.{name}": value for name, value in update.state().items()}
                 here |= {"generator": generator.get_state(), **numbered("carried", ranks.joined(carried))}
-                course.reach(here, due)
+                training.reach(here, due)
                 taken, saved, due = update.number, update.number if due else saved, False
     except FloatingPointError as error:
         if best is None or not best.improved:
@@ -319,26 +319,26 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
     untrained, log, may_halve = run.policy.snapshot(), folder / LOG, True
     while True:
         run.policy.restore(untrained)
-        course = Course.of(run, Checkpoints(folder / CHECKPOINT))
-        past = "".join(map(line_of, course.records))
+        training = TrainingState.of(run, Checkpoints(folder / CHECKPOINT))
+        past = "".join(map(line_of, training.records))
         ranks.from_first(lambda past=past: write_text(log, past))
-        tracking.begin(course.records)
+        tracking.begin(training.records)
         try:
             with log.open("a", encoding="utf-8") if ranks.is_first() else nullcontext() as file:
-                for record in map(finite, train(run, phase, course)):
-                    course.records.append(record)
+                for record in map(finite, train(run, phase, training)):
+                    training.records.append(record)
                     tracking.tell(record)
                     if file:
                         print(line_of(record), end="", file=file, flush=True)
-            return course.records, round(course.elapsed, 1)
+            return training.records, round(training.elapsed, 1)
         except KeyboardInterrupt:
-            course.save()
+            training.save()
             raise
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        course.save()
-        stage = getattr(run.config, list(stages_of(run.config))[course.done][1])
+        training.save()
+        stage = getattr(run.config, list(stages_of(run.config))[training.done][1])
         at_once = run.config.micro_batch or stage.batch
         if not may_halve or at_once == 1 or ranks.count() > 1:  # other ranks wait where they had memory enough
             raise MemoryError(

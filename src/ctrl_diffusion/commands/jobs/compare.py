@@ -34,7 +34,7 @@ from ...data.labelled import LabelledImages
 from ...data.labels import Labels
 from ...evaluate.certificate import certify
 from ...evaluate.fidelity import Yardstick
-from ...evaluate.judge import Judge, Look
+from ...evaluate.judge import Look, SecondOpinion
 from ...evaluate.scores import score_samples, score_target
 from ...guide.method import Method
 from ...guide.steered import Guidance
@@ -44,7 +44,7 @@ from ...reward.classifiers import WITH_RULER, fit_posterior, rounds_of
 from ...reward.reward import FEW
 from ...run.config import ControlSettings, check_code
 from ...run.prepare import encoder_of, only, read_data
-from ...run.run import Run, as_set
+from ...run.run import Run, configured
 from ...run.stages import train
 from ...system.files import write_json
 from ...system.folders import check_room, clear
@@ -104,7 +104,7 @@ class Comparison:
                 "controls were trained together."
             )
         self.data = {c.name: read_again(run, c, c.data) for c in run.config.controls}
-        self.judge: Judge = replace(run.judge, outside=None)
+        self.judge: SecondOpinion = replace(run.judge, outside=None)
         self.repeats = run.repeats(self.n, run.conditions)
 
     @cached_property
@@ -115,7 +115,7 @@ class Comparison:
     @cached_property
     def of_prior(self) -> Look:
         """What the judge sees of them."""
-        return self.judge.look(self.x_prior, self.run.conditions)
+        return self.judge.look_at(self.x_prior, self.run.conditions)
 
     @cached_property
     @torch.no_grad()
@@ -135,7 +135,7 @@ class Comparison:
             for data in known:
                 group = data.labels[settings.condition] if settings.condition else torch.zeros(len(data)).long()
                 few = torch.arange(len(data)).split(FEW if run.prior.codec else 1024)
-                looks += [judge.glance(data.x[rows].to(judge.device), group[rows]) for rows in few]
+                looks += [judge.look_at_once(data.x[rows].to(judge.device), group[rows]) for rows in few]
                 groups.append(group)
         if not looks:
             raise ValueError("no data say the prior's condition c: there is nothing real to compare with. --condition.")
@@ -174,22 +174,22 @@ class Comparison:
             there = Run.load(folder, self.run.config.device, self.trust)
             return Cell(there, data, parts, self.x_prior, n, phase=self.phase)
         config = self.run.config.model_copy(deep=True, update={"seed": seed})
-        prior, judges, seconds = as_set(open_prior(config.prior, config.size), config), {}, {}
+        prior, panels, seconds = configured(open_prior(config.prior, config.size), config), {}, {}
         with timed(seconds, "classifier"):
             for settings in config.controls:
                 name, condition = settings.name, settings.condition if settings.classifier.conditional else None
                 advance = self.phase(f"classifier of {name}", rounds_of(settings.classifier, images[name][0], name))
-                judges[name], _, _ = fit_posterior(
+                panels[name], _, _ = fit_posterior(
                     images[name], name, condition, settings.classifier, seed, advance, encode=encoder_of(prior),
                     device=prior.denoiser.device,
                 )  # fmt: skip
-                if not judges[name].informed:
+                if not panels[name].informed:
                     warnings.warn(
                         f"{n} labels, seed {seed}: p̂ of {name!r} is not clearly better than chance. Training would "
                         "refuse it; what follows it is compared all the same.",
                         stacklevel=2,
                     )
-        cell = Cell(Run.start(config, prior, judges), data, parts, self.x_prior, n, seconds, self.phase)
+        cell = Cell(Run.start(config, prior, panels), data, parts, self.x_prior, n, seconds, self.phase)
         with timed(seconds, "ctrl"):
             for _ in train(cell.run, self.phase):
                 pass
@@ -220,7 +220,7 @@ class Comparison:
         begin = time.perf_counter()
         found = method(denoiser, run.reward, labels, cond, times, generator, strength)
         seconds = time.perf_counter() - begin
-        look = self.judge.look(found.x_0, conditions)
+        look = self.judge.look_at(found.x_0, conditions)
         score, near, cost = score_samples(look, conditions), self.yardstick.fidelity(look.features), found.cost
         has_gap = with_gap and isinstance(method, Guidance)
         gap = self.gap(cell, method, denoiser, strength) if has_gap else (None, None)
@@ -263,9 +263,9 @@ class Comparison:
             "seed": cell.seed,
             "target_accuracy": target.accuracy,
             "target_class_accuracy": target.class_accuracy,
-            "classifier_accuracy": {name: judges.quality.accuracy for name, judges in cell.run.judges.items()},
-            "classifier_nll": {name: judges.quality.nll for name, judges in cell.run.judges.items()},
-            "uninformed": [name for name, judges in cell.run.judges.items() if not judges.informed],
+            "classifier_accuracy": {name: panel.quality.accuracy for name, panel in cell.run.panels.items()},
+            "classifier_nll": {name: panel.quality.nll for name, panel in cell.run.panels.items()},
+            "uninformed": [name for name, panel in cell.run.panels.items() if not panel.informed],
             "seconds": {name: round(seconds, 1) for name, seconds in cell.seconds.items()},
         }
 
@@ -329,7 +329,7 @@ class Comparison:
 
 def read_again(run: Run, settings: ControlSettings, source: str) -> LabelledImages:
     """Labelled images of a run's control, as its training read them."""
-    data = read_data(source, settings, run.prior, run.judges[settings.name].values)
+    data = read_data(source, settings, run.prior, run.panels[settings.name].values)
     return only(data, settings.condition, run.config.classes) if settings.condition else data
 
 

@@ -15,12 +15,12 @@ from ...chain.noise import stream
 from ...chain.paths import at_once, paths
 from ...data.labelled import RAREST, LabelledImages
 from ...learn.weighted import RENOISING
-from ...reward.classifiers import BATCH, Judges, fit_judges
+from ...reward.classifiers import BATCH, Panel, fit_panel
 from ...run.config import Config
 from ...run.measure import STRENGTHS, step_counts
-from ...run.prepare import Job, Material, encoder_of, prepare
+from ...run.prepare import ControlInputs, PreparedTraining, encoder_of, prepare
 from ...run.run import Run
-from ...run.stages import PROBE_PATHS, Best, Course, between_probes, stages_of, train
+from ...run.stages import PROBE_PATHS, Best, TrainingState, between_probes, stages_of, train
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
 from ...system.progress import Phase, silent
@@ -53,7 +53,7 @@ def estimate_job(
     return estimated(replace(job, config=job.config.quick()) if quick else job, phase)
 
 
-def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
+def estimated(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
     """Evaluations, time and memory of a training, by part.
 
     Classifiers are fitted twice, for a few updates and for more; every learner takes the updates of two batches of
@@ -69,14 +69,14 @@ def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
         forward and backward); a guided call counts as two.
     """
     config, prior = job.config, job.prior
-    judges, fits = {}, 0.0
+    panels, fits = {}, 0.0
     for one in job.materials:
         name = one.settings.name
-        judges[name], seconds = (one.judges, 0.0) if one.judges else fitted(one, job, phase)
+        panels[name], seconds = (one.panel, 0.0) if one.panel else fitted(one, job, phase)
         fits += seconds
     if prior.codec:
         prior.codec.vae.cpu()  # as a training begins
-    run = Run.start(in_miniature(config), prior, judges)
+    run = Run.start(in_miniature(config), prior, panels)
     stages, samples = trained(run, config, phase), evaluations_of_samples(run, config)
     seconds = {
         "classifiers": fits,
@@ -92,7 +92,7 @@ def estimated(job: Job, phase: Phase = silent) -> dict[str, Any]:
     }
 
 
-def fitted(one: Material, job: Job, phase: Phase) -> tuple[Judges, float]:
+def fitted(one: ControlInputs, job: PreparedTraining, phase: Phase) -> tuple[Panel, float]:
     """Classifiers of a control after a few updates, and the seconds that all of their updates will take.
 
     What does not grow with the updates, a backbone's look at every image and the reader of c, grows with the images.
@@ -106,14 +106,14 @@ def fitted(one: Material, job: Job, phase: Phase) -> tuple[Judges, float]:
     for taken in (few, 3 * few):
         settings = control.classifier.model_copy(update={"updates": taken})
         begin = time.perf_counter()
-        judges, _ = fit_judges(
+        panel, _ = fit_panel(
             data, control.name, control.condition, bool(control.ruler), settings, job.config.seed, silent, judge_data,
             encoder_of(job.prior), job.prior.denoiser.device, check=False,
         )  # fmt: skip
         seconds.append(time.perf_counter() - begin)
         advance()
     each = max(0.0, seconds[1] - seconds[0]) / (2 * few)
-    return judges, (seconds[0] - few * each) * len(one.data) / len(data) + updates * each
+    return panel, (seconds[0] - few * each) * len(one.data) / len(data) + updates * each
 
 
 def some(data: LabelledImages, columns: list[str]) -> LabelledImages:
@@ -145,7 +145,7 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
     seconds: dict[str, list[float]] = {}
     with TemporaryDirectory() as scratch:
         begin = time.perf_counter()
-        for record in train(run, phase, Course(Best(run.policy), Checkpoints(Path(scratch)))):
+        for record in train(run, phase, TrainingState(Best(run.policy), Checkpoints(Path(scratch)))):
             if "loss" in record:
                 seconds.setdefault(record["stage"], []).append(time.perf_counter() - begin)
             begin = time.perf_counter()
@@ -206,11 +206,11 @@ def seconds_of_evaluation(run: Run, phase: Phase) -> float:
     return seconds / (n * calls(run.prior) * (2 * run.config.steps + 1))
 
 
-def memory(run: Run, config: Config, job: Job) -> dict[str, float]:
+def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     """Bytes by part, and all of them: those the process has needed so far, or its accelerator, and samples to come."""
     prior, policy, one_x = run.prior, run.policy, 4 * math.prod(run.policy.shape)
-    learned = sum(p.nbytes for p in policy.trained())
-    networks = [prior.denoiser.network, *(judges.classifier for judges in run.judges.values())]
+    learned = sum(p.nbytes for p in policy.trainable())
+    networks = [prior.denoiser.network, *(panel.classifier for panel in run.panels.values())]
     weights = sum(p.nbytes for network in networks for p in network.parameters()) - learned
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
     held, drawn = (

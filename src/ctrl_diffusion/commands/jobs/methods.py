@@ -30,7 +30,7 @@ from ...reward.fit import AUGMENTATIONS
 from ...reward.reward import prior_table
 from ...reward.scorer import Classifier
 from ...run.prepare import encoder_of
-from ...run.run import Run, as_set
+from ...run.run import Run, configured
 from ...system.folders import clear
 from ...system.progress import Phase, silent, timed
 
@@ -135,8 +135,8 @@ class Cell:
         """Write p̂ and the control as a run folder that appears whole."""
         part = folder.with_name(f".{folder.name}.part")
         clear(part, ("*",))
-        for name, judges in self.run.judges.items():
-            judges.save(self.run.room(part, "classifier", name))
+        for name, panel in self.run.panels.items():
+            panel.save(self.run.room(part, "classifier", name))
         self.run.save_controls(part)
         self.run.config.write(part / "config.yaml")
         os.replace(part, folder)
@@ -153,7 +153,7 @@ class Cell:
 
     def noise_aware(self, name: str) -> NoisyClassifier:
         """The network of p̂ but as deep as shapes need, since it has to see through noise; else as p̂ is fitted."""
-        run, p_hat = self.run, self.run.judges[name].classifier
+        run, p_hat = self.run, self.run.panels[name].classifier
         if p_hat.conditional:
             raise ValueError(f"the classifier of {name!r} is p̂(y | x, c), of which there is no noise-aware kind here.")
         settings = run.config.settings_of(name).classifier
@@ -212,4 +212,4 @@ class Cell:
 def fresh(run: Run) -> Run:
     """The same prior and p̂ with untrained controls, on networks of their own: adapters stay where they are put."""
     config = run.config.model_copy(deep=True)
-    return Run.start(config, as_set(open_prior(config.prior, config.size), config), run.judges)
+    return Run.start(config, configured(open_prior(config.prior, config.size), config), run.panels)

@@ -14,7 +14,7 @@ from ...data.labelled import LabelledImages, write_imagefolder
 from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
 from ...report.run import write_report
-from ...reward.classifiers import Judges, fit_judges
+from ...reward.classifiers import Panel, fit_panel
 from ...run.config import Config, ControlSettings, check_code, listed
 from ...run.folder import (
     BEGUN,
@@ -30,8 +30,17 @@ from ...run.folder import (
     is_finished,
 )
 from ...run.measure import STRENGTHS, Shown, classifier_metrics, follows, step_counts, sweep_metrics
-from ...run.prepare import Job, Material, check_batches, dependences, encoder_of, keep_classes, material, prepare
-from ...run.run import Run, as_set
+from ...run.prepare import (
+    ControlInputs,
+    PreparedTraining,
+    check_batches,
+    dependences,
+    encoder_of,
+    keep_classes,
+    material,
+    prepare,
+)
+from ...run.run import Run, configured
 from ...run.stages import train_in
 from ...system import ranks
 from ...system.files import write_json, write_text, writing
@@ -51,7 +60,7 @@ def classifier_job(
     overwrite: bool = False,
     phase: Phase = silent,
     size: tuple[int, int] | None = None,
-) -> Judges:
+) -> Panel:
     """Fit p̂, the judge, and the reader of a condition on labelled images, and report them.
 
     Args:
@@ -76,14 +85,14 @@ def classifier_job(
     model = open_prior(prior, size).placed() if prior else None
     one = material(settings, model, phase)
     keep_classes(one, one.data.labels[condition].unique().tolist() if condition else None)
-    judges, held_out = fit_judges(
+    panel, held_out = fit_panel(
         one.data, name, condition, settings=settings.classifier, seed=seed, phase=phase, judge_data=one.judge_data,
         encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
     )  # fmt: skip
     clear(out, CLASSIFIER_FILES)
-    judges.save(out)
-    write_classifier_report(out, judges, held_out)
-    return judges
+    panel.save(out)
+    write_classifier_report(out, panel, held_out)
+    return panel
 
 
 @contextmanager
@@ -177,7 +186,7 @@ def add_job(
 
 
 def execute(
-    job: Job, folder: Path, quick: bool, command: str | None, phase: Phase, own_data: Path | None = None
+    job: PreparedTraining, folder: Path, quick: bool, command: str | None, phase: Phase, own_data: Path | None = None
 ) -> dict[str, Any]:
     """Do a prepared training in a run folder; `own_data` holds datasets that become the run's.
 
@@ -186,25 +195,25 @@ def execute(
     accelerators are alike, but not to the bit, and ranks that decide differently would wait for each other for ever.
     """
     config, device, seconds = job.config.quick() if quick else job.config, job.prior.denoiser.device, {}
-    judges: dict[str, Judges] = {}
+    panels: dict[str, Panel] = {}
     held_out: dict[str, LabelledImages] = {}
     with timed(seconds, "classifier"):
         for one in job.materials:
             name = one.settings.name
 
-            def fitted(one: Material = one, name: str = name) -> Judges:
+            def fitted(one: ControlInputs = one, name: str = name) -> Panel:
                 s = config.settings_of(name)
-                found, held_out[name] = fit_judges(
+                found, held_out[name] = fit_panel(
                     one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data,
                     encoder_of(job.prior), device,
                 )  # fmt: skip
                 return found.to("cpu")
 
-            judges[name] = one.judges or ranks.from_first(fitted).to(device)
-    shared = dependences(job.materials, judges, job.prior)
+            panels[name] = one.panel or ranks.from_first(fitted).to(device)
+    shared = dependences(job.materials, panels, job.prior)
     if job.prior.codec:
         job.prior.codec.vae.cpu()  # it comes back when there is something to decode
-    run = Run.start(config, job.prior, judges)
+    run = Run.start(config, job.prior, panels)
     if config.kl_budget:
         run.spend(config.kl_budget, phase)
 
@@ -218,9 +227,9 @@ def execute(
         for one in job.materials:
             name = one.settings.name
             place = run.room(folder, "classifier", name)
-            judges[name].save(place)
+            panels[name].save(place)
             if name in held_out:
-                write_classifier_report(place, judges[name], held_out[name])
+                write_classifier_report(place, panels[name], held_out[name])
             for page, content in one.pages.items():
                 with writing(place / page) as temporary:
                     temporary.write_bytes(content)
@@ -279,7 +288,7 @@ def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[s
         **({"dependence": shared} if shared else {}),
         "training": {"kept": kept, "stages": stages},
         "sweep": sweep_metrics(sweep, evaluation),
-        "classifier": classifier_metrics(run.judges),
+        "classifier": classifier_metrics(run.panels),
         "labels": begun["labels"],
         "seconds": {name: round(s, 1) for name, s in {**seconds, "total": sum(seconds.values())}.items()},
         "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
@@ -343,6 +352,8 @@ def resume_job(
                 raise Interrupted("interrupted before training began: the same command goes on.") from None
         check_batches(config)
         ranks.from_first(lambda: check_unchanged(config, folder))
-        judges = {name: Judges.load(home(folder, "classifier", name), trust) for name in config.names}
+        panels = {name: Panel.load(home(folder, "classifier", name), trust) for name in config.names}
         ranks.from_first(lambda: clear(folder, RESULTS))
-        return finish(Run.start(config, as_set(open_prior(config.prior, config.size), config), judges), folder, phase)
+        return finish(
+            Run.start(config, configured(open_prior(config.prior, config.size), config), panels), folder, phase
+        )
