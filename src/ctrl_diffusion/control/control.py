@@ -28,7 +28,7 @@ class Control(nn.Module, ABC):
         scale: whether y is on a scale.
     """
 
-    settled = False  # whether it stays as it is while others are trained beside it
+    fixed = False  # whether it stays as it is while others are trained beside it
 
     def __init__(self, name: str, values: Sequence[str], scale: bool = False) -> None:
         super().__init__()
