@@ -96,7 +96,7 @@ def test_every_learner_works_elsewhere_as_on_the_cpu(folders, elsewhere, learner
 
 @pytest.mark.parametrize("learner", ["adjoint", "ppo"])
 def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folders, elsewhere, monkeypatch, learner):
-    kept, module = {}, sys.modules[f"ctrl_diffusion.learn.on_policy.{learner}"]
+    kept, module = {}, sys.modules[f"ctrl_diffusion.learn.{learner}"]
     revisit = module.revisit
 
     def watched(policy, path, *given):

@@ -20,10 +20,11 @@ import pytest
 import torch
 import yaml
 
+from ctrl_diffusion.commands.jobs import testbed
 from ctrl_diffusion.commands.jobs import train as job
 from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.commands.jobs.train import resume_job
-from ctrl_diffusion.control import control
+from ctrl_diffusion.control import lora
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward import scorer as classifier
 from ctrl_diffusion.run import stages
@@ -239,7 +240,7 @@ def refused(path):
     raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
-@pytest.mark.parametrize("part", [classifier, control])
+@pytest.mark.parametrize("part", [classifier, lora])
 def test_weights_that_may_not_be_read_are_not_damaged_ones(ctrl_here, quick_run, monkeypatch, tmp_path, part):
     monkeypatch.setattr(part, "read_tensors", refused)
     done = ctrl_here("sample", quick_run, "--out", tmp_path / "out", "--quiet")
@@ -271,7 +272,7 @@ def test_memory_is_short_in_many_words(monkeypatch, ctrl_here, tmp_path, text):
     def fails(*_):
         raise RuntimeError(text)
 
-    monkeypatch.setattr(job, "exact_job", fails)
+    monkeypatch.setattr(testbed, "exact_job", fails)
     done = ctrl_here("exact", "--out", tmp_path / "exact")
     assert (done.returncode, done.stderr.split(".")[0]) == (2, "ctrl: out of memory")
 

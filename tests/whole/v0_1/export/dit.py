@@ -1,0 +1,30 @@
+"""DiT (Peebles & Xie 2023): `DiTPipeline` on latents, or without a VAE on pixels, conditioned on a class."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .denoise import ControlSite
+from .pretrained import Family, fixed
+from .latents import Codec, factor_of
+
+
+def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
+    """The network of a pipeline; cond is `c` (B,), the null class is the number of classes."""
+    network, vae = pipeline.transformer, getattr(pipeline, "vae", None)
+    config, side, codec = network.config, network.config.sample_size, None
+    if vae is not None:
+        codec = Codec(vae, (factor_of(vae) * side,) * 2)
+    fixed(size, codec.image_shape[1:] if codec else (side, side))
+
+    def call(x_t: Tensor, timestep: Tensor, c: Tensor) -> Tensor:
+        return network(x_t, timestep, class_labels=c, return_dict=False)[0]
+
+    blocks = range(config.num_layers)
+    site = ControlSite(
+        embeddings=tuple(f"transformer_blocks.{i}.norm1.emb" for i in blocks),
+        width=config.num_attention_heads * config.attention_head_dim,
+        targets=("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "proj_out_1", "proj_out_2"),
+    )
+    classes = config.num_embeds_ada_norm
+    return Family(network, call, (config.in_channels, side, side), site, classes, null=classes, codec=codec)

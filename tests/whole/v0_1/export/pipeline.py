@@ -1,0 +1,180 @@
+"""A pipeline of diffusers with the controls of a run: what `ctrl export` leaves, and what runs where it is loaded.
+
+An exported folder carries a copy of this file as its pipeline.py, and of what it imports: it needs diffusers and peft,
+and nothing of ours.
+"""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import numpy_to_pil
+from torch import Tensor
+
+from .control import LoRAControl, Policy
+from .pretrained import FAMILIES, PARTS_ALONE, Prior, quiet
+from .rollout import normal, rollout
+
+CONTROLS = "controls"  # the folder they are in
+PARTS = (
+    "scheduler", "unet", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
+    "text_encoder_3", "tokenizer_3",
+)  # fmt: skip
+
+
+class ControlledPipeline(DiffusionPipeline):
+    """Samples of p(x | c, y): `pipe("a horse", controls={"texture": "checks"}, control_strength=1.2)`.
+
+    Args:
+        scheduler, unet, …, tokenizer_3: the parts of the pipeline the controls were trained on.
+        base: the name of that pipeline's class.
+        flags: of that pipeline, such as what SDXL takes for no text.
+        chain: of the run: steps, sigma_end, time_power, guidance, negative_prompt, size, unconditional, controls.
+        id2label: names of the classes.
+    """
+
+    _optional_components = list(PARTS[1:])  # noqa: RUF012 — diffusers reads it off the class
+
+    def __init__(
+        self, scheduler: Any, unet: Any = None, transformer: Any = None, vae: Any = None, text_encoder: Any = None,
+        tokenizer: Any = None, text_encoder_2: Any = None, tokenizer_2: Any = None, text_encoder_3: Any = None,
+        tokenizer_3: Any = None, base: str = "", flags: dict[str, bool] | None = None,
+        chain: dict[str, Any] | None = None, id2label: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.register_modules(
+            scheduler=scheduler, unet=unet, transformer=transformer, vae=vae, text_encoder=text_encoder,
+            tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+        )  # fmt: skip
+        self.register_to_config(base=base, flags=flags, chain=chain, id2label=id2label)
+        self._ready: tuple[Prior, Policy] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The prior with its controls, attached when they are first asked for."""
+        return self._opened()[1]
+
+    def _opened(self) -> tuple[Prior, Policy]:
+        if self._ready is None:
+            chain = self.config.chain
+            prior = Prior.of_pipeline(self._parts(), self.config.base, chain["size"], self.config.id2label)
+            if prior.text:
+                prior = prior.with_prompts([""], chain["guidance"], chain["negative_prompt"])
+            if chain["unconditional"]:
+                prior = prior.unconditional()
+            folder = self._folder() / CONTROLS
+            controls = [LoRAControl.load(folder / name, prior.denoiser) for name in chain["controls"]]
+            self._ready = prior, Policy(prior.denoiser, *controls)
+        return self._ready
+
+    def _parts(self) -> Any:
+        """The pipeline the controls were trained on, or its parts where these will do."""
+        if FAMILIES[self.config.base] in PARTS_ALONE:
+            return SimpleNamespace(**self.components)
+        kind = getattr(diffusers, self.config.base)
+        wanted = inspect.signature(kind).parameters
+        needed = [name for name, p in wanted.items() if p.default is p.empty or name in self.components]
+        with quiet():
+            return kind(**{name: self.components.get(name) for name in needed}, **(self.config.flags or {}))
+
+    def _folder(self) -> Path:
+        name = self.config._name_or_path
+        if Path(name).is_dir():
+            return Path(name)
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=f"{CONTROLS}/*"))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        controls: dict[str, str | float] | None = None,
+        control_strength: float = 1.0,
+        class_labels: Sequence[int | str] | int | str | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw samples.
+
+        Args:
+            prompt: or prompts, of a model that is given text.
+            controls: name → value, as `ctrl sample --set` takes them; one left out is null.
+            control_strength: 0 the prior, 1 as trained, more extrapolates.
+            class_labels: of a model that is given classes, by number or name.
+            num_images_per_prompt: of each prompt or class.
+            num_inference_steps: of the reverse process; as trained if None.
+            generator: of all noise.
+            output_type: "pil", "np" (n, H, W, C) or "pt" (n, C, H, W), the last two in [0, 1].
+
+        Raises:
+            ValueError: an unknown control, value or class; a prompt or class missing or not wanted.
+        """
+        prior, policy = self._opened()
+        asked = prompt if prior.text else class_labels
+        other = class_labels if prior.text else prompt
+        if (asked is None) != (prior.classes is None) or other is not None:
+            wants = "a prompt" if prior.text else "no condition" if prior.classes is None else "class_labels"
+            raise ValueError(f"this model takes {wants}.")
+        cond, n = {}, num_images_per_prompt
+        if asked is not None:
+            rows = [asked] if isinstance(asked, (str, int)) else list(asked)
+            c = torch.tensor([self._class(str(row)) for row in rows]).repeat_interleave(num_images_per_prompt)
+            cond, n = {"c": c}, len(c)
+        labels = {name: torch.full((n,), self._label(name, value)) for name, value in (controls or {}).items()}
+        chain = self.config.chain
+        times = prior.denoiser.times(num_inference_steps or chain["steps"], chain["sigma_end"], chain["time_power"])
+        x_1 = normal((n, *policy.shape), policy, generator)
+        path = rollout(
+            policy, x_1, times, generator=generator, cond=cond, labels=labels or None, strength=control_strength
+        )  # fmt: skip
+        images = formatted(prior.decode(path.x_0).clamp(-1, 1), output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _class(self, asked: str) -> int:
+        try:
+            return self._opened()[0].number_of(asked)
+        except ValueError as error:
+            raise ValueError(f"class_labels {error}") from error
+
+    def _label(self, name: str, value: str | float) -> int | float:
+        controls = self.policy.controls
+        if name not in controls:
+            raise ValueError(f"unknown control {name!r}; this pipeline has: {', '.join(controls)}.")
+        return controls[name].label_of(value)
+
+
+def formatted(x: Tensor, kind: str) -> Any:
+    """Images (n, C, H, W) in [−1, 1] as diffusers gives them."""
+    if kind == "pt":
+        return (x + 1) / 2
+    pixels: np.ndarray = ((x + 1) / 2).permute(0, 2, 3, 1).cpu().float().numpy()
+    return pixels if kind == "np" else numpy_to_pil(pixels)
+
+
+# diffusers looks here for the files it has to copy
+from .files import __doc__ as _  # noqa: F401
+from .schedule import __doc__ as _  # noqa: F401
+from .denoise import __doc__ as _  # noqa: F401
+from .transition import __doc__ as _  # noqa: F401
+from .scale import __doc__ as _  # noqa: F401
+from .control import __doc__ as _  # noqa: F401
+from .rollout import __doc__ as _  # noqa: F401
+from .pretrained import __doc__ as _  # noqa: F401
+from .latents import __doc__ as _  # noqa: F401
+from .text import __doc__ as _  # noqa: F401
+from .unet import __doc__ as _  # noqa: F401
+from .dit import __doc__ as _  # noqa: F401
+from .stable_diffusion import __doc__ as _  # noqa: F401
+from .stable_diffusion_3 import __doc__ as _  # noqa: F401
+from .flux import __doc__ as _  # noqa: F401
