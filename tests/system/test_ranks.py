@@ -120,13 +120,13 @@ def simulated():
 
 def without_the_sum():
     """Embeddings of every rank after updates whose gradients of the embedding stay each rank's own."""
-    whole = ranks.sum_gradients
-    ranks.sum_gradients = lambda parameters: whole(parameters[1:])
+    whole = ranks.all_reduce_gradients
+    ranks.all_reduce_gradients = lambda parameters: whole(parameters[1:])
     policy, reward, conditions, times = model("ring", None)
     assert policy.trainable()[0] is policy.controls["side"].table.weight
     stream = Backprop(times, 4)(policy, reward, conditions, torch.Generator().manual_seed(2))
     list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
-    ranks.sum_gradients = whole
+    ranks.all_reduce_gradients = whole
     return policy.controls["side"].table.weight.detach()
 
 
@@ -138,8 +138,8 @@ def refusal(what):
 
 
 def only_first():
-    assert ranks.is_first()
-    assert ranks.count() == 1, "alone"
+    assert ranks.is_main()
+    assert ranks.world_size() == 1, "alone"
     raise ValueError("nothing to write to")
 
 
@@ -147,11 +147,11 @@ def everything(root):
     """All that is compared."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    found = {"refused": refusal(lambda: ranks.from_first(only_first))}
+    found = {"refused": refusal(lambda: ranks.broadcast(only_first))}
     found |= {pair: training(*pair, root) for pair in TRAININGS}
     found["embedding"] = without_the_sum()
     found["paths"] = simulated()
-    found["small"] = refusal(lambda: ranks.share_of_batch(1))
+    found["small"] = refusal(lambda: ranks.rank_rows(1))
     return found
 
 
@@ -177,14 +177,14 @@ def in_step(root, trainings):
         labels = {"side": pair % 2, "tone": torch.where(pair < 5, -1, pair % 2)}
         how = {"compare": True, "batch": 4, "strength": 1.5}
         found["paths"] += paths(policy, n, times, torch.Generator().manual_seed(4), {}, labels, **how)
-    found["uneven"] = refusal(lambda: ranks.share_of_batch(3))
+    found["uneven"] = refusal(lambda: ranks.rank_rows(3))
     return found
 
 
 def rank_of_two(rank, port, root, work):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    assert ranks.count() == 2
+    assert ranks.world_size() == 2
     torch.save(work(root), root / f"{rank}.pt")
 
 
@@ -389,7 +389,7 @@ def test_a_training_loop_that_comes_first_is_shared_all_the_same():
         "from ctrl_diffusion.system import ranks\nfrom ctrl_diffusion.exact.task import Task, new_policy\n"
         "from ctrl_diffusion.learn.fit import fit\n"
         "list(fit(new_policy(Task('vp', 'logistic', steps=4)), iter([]), 1, {'embedding': 1.0, 'adapter': 1.0}))\n"
-        "print(ranks.count())"
+        "print(ranks.world_size())"
     )
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     both = [

@@ -63,7 +63,7 @@ def paths(
         kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
         return path.x_0.cpu(), kl.cpu(), log_ratio.cpu()
 
-    mine = batches[ranks.share(len(batches))]
+    mine = batches[ranks.rank_slice(len(batches))]
     for rows in batches:
         shape = (rows.stop - rows.start, *denoiser.shape)
         # what is drawn for other ranks is drawn here as well
@@ -72,7 +72,7 @@ def paths(
             found.append(simulated(rows, noise))
         if progress:
             progress(shape[0])
-    if ranks.sharded() and len(mine) * ranks.count() < len(batches):  # others have one more
+    if ranks.sharded() and len(mine) * ranks.world_size() < len(batches):  # others have one more
         simulated(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in times])
     x_0, kl, log_ratio = map(torch.cat, zip(*found, strict=True)) if found else [torch.empty(0)] * 3
-    return ranks.gathered(x_0), ranks.gathered(kl), ranks.gathered(log_ratio)
+    return ranks.all_gather(x_0), ranks.all_gather(kl), ranks.all_gather(log_ratio)

@@ -61,7 +61,7 @@ def exact_samples(
         mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
         x, _, log_ratio = paths(denoiser, pool, times, generator, given, mine, strength, compare=True, progress=advance)
         earned = reward(x, mine, given)
-        log_w = ranks.from_first(lambda earned=earned: earned) - log_ratio
+        log_w = ranks.broadcast(lambda earned=earned: earned) - log_ratio
         if not log_w.isfinite().all():
             raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
         w = log_w.softmax(0)

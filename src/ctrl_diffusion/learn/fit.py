@@ -97,8 +97,8 @@ def fit(
             if f"step.{i}" in begin:
                 step, *moments = (begin[f"{name}.{i}"] for name in MOMENTS)  # AdamW counts on the CPU
                 optimizer.state[p] = dict(zip(MOMENTS, (step, *(m.to(p.device) for m in moments)), strict=True))
-    if ranks.count() > 1:
-        policy.restore(ranks.from_first(lambda: [value.cpu() for value in policy.snapshot()]))
+    if ranks.world_size() > 1:
+        policy.restore(ranks.broadcast(lambda: [value.cpu() for value in policy.snapshot()]))
     while number < updates:
         number += 1
         told: list[dict[str, float | Tensor]] = []
@@ -112,9 +112,9 @@ def fit(
         summed: Counter[str] = Counter()
         for part in told:
             summed.update({name: float(value) for name, value in part.items()})  # a Counter adds up
-        metrics = ranks.sum_figures(summed)
+        metrics = ranks.all_reduce_metrics(summed)
         loss = metrics.pop("")
-        ranks.sum_gradients(parameters)
+        ranks.all_reduce_gradients(parameters)
         ranks.reshard(policy)
         for p in parameters if policy.gradient_scale != 1.0 else ():
             if p.grad is not None:

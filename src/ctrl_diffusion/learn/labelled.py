@@ -50,7 +50,7 @@ class Labelled:
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
     ) -> Iterator[Step]:
         """Losses without end."""
-        mine = ranks.share_of_batch(self.batch)
+        mine = ranks.rank_rows(self.batch)
         while True:
             row = torch.randint(len(self.x_0), (self.batch,), generator=generator)
             labels, row = rows_of(self.dropped(rows_of(self.labels, row), generator), mine), row[mine]

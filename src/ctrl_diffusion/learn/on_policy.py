@@ -52,7 +52,7 @@ class OnPolicy:
     @property
     def mine(self) -> slice:
         """This rank's rows of the batch."""
-        return ranks.share_of_batch(self.batch)
+        return ranks.rank_rows(self.batch)
 
     @property
     def weight(self) -> float:
@@ -91,7 +91,7 @@ def pulled_back(policy: Policy, value: Tensor, x_t: Tensor) -> Tensor:
     """∇value at x_t (B, *), scaled on its way as far as half precision needs and bears."""
     scale = policy.gradient_scale
     (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
-    while scale > 1 and ranks.any_of(not gradient.isfinite().all()):
+    while scale > 1 and ranks.any_rank(not gradient.isfinite().all()):
         scale /= 16
         (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
     return gradient / scale

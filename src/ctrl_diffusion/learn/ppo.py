@@ -107,8 +107,8 @@ class PPO(OnPolicy):
             path, labels, cond = joined(drawn)
             pair = torch.cat([pair for _, pair, _, _ in drawn])
             del drawn  # or what is joined would be held twice
-            g = ranks.gathered(rewards_to_go(path, earned), dim=1)
-            advantage = baseline.advantages(g, ranks.gathered(pair), conditions.pairs)[:, self.mine]
+            g = ranks.all_gather(rewards_to_go(path, earned), dim=1)
+            advantage = baseline.advantages(g, ranks.all_gather(pair), conditions.pairs)[:, self.mine]
             carried[:] = [baseline.mean]
             visited = islice(visits(self.steps, self.batch, self.surrogates, generator, self.mine), self.reuse)
             for used, (i, row) in enumerate(visited, start=1):

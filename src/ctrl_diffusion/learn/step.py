@@ -54,7 +54,7 @@ def renoised(
     Returns:
         x_t (n, *); t and σ_t (n,), float64.
     """
-    steps, n, mine = len(times) - 1, batch, ranks.share_of_batch(batch)
+    steps, n, mine = len(times) - 1, batch, ranks.rank_rows(batch)
     offset = torch.rand((), generator=generator)
     place = torch.randperm(n, generator=generator) + offset
     t = torch.tensor(times, dtype=torch.float64)[(place * steps / n).long().clamp(max=steps - 1)][mine]

@@ -64,7 +64,7 @@ class Weighted:
             weights = (torch.zeros_like(table) if self.even else table).softmax(1)  # (G, M, K)
         # for each pair the cumulated weights over its condition's samples
         cumulated, members = weights.transpose(1, 2).flatten(0, 1).double().cumsum(1), weights.shape[1]
-        mine = ranks.share_of_batch(self.batch)
+        mine = ranks.rank_rows(self.batch)
         while True:
             pair = conditions.draw(self.batch, generator)[mine]
             labels, cond = conditions.of(pair)

@@ -5,7 +5,7 @@ from functools import partial
 from torch import nn
 
 from ..chain.denoise import NetworkDenoiser
-from ..system.ranks import count, gathered, state
+from ..system.ranks import all_gather, state, world_size
 
 
 def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
@@ -23,7 +23,7 @@ def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # a second of import
 
-    mesh, network = init_device_mesh(state().device.type, (count(),)), denoiser.network
+    mesh, network = init_device_mesh(state().device.type, (world_size(),)), denoiser.network
     for name in denoiser.site.embeddings:  # some networks call one from outside of the block it is in
         fully_shard(network.get_submodule(name), mesh=mesh)
     for child in network.children():
@@ -33,4 +33,4 @@ def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
         elif any(isinstance(module, nn.ModuleList) for module in child.modules()):
             fully_shard(child, mesh=mesh)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    denoiser.together = partial(gathered, dim=1)
+    denoiser.together = partial(all_gather, dim=1)

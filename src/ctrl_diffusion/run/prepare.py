@@ -289,7 +289,7 @@ def check_batches(config: Config) -> None:
     """
     for name in config.learners:
         try:
-            ranks.share_of_batch(getattr(config, name).batch)
+            ranks.rank_rows(getattr(config, name).batch)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

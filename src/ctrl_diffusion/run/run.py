@@ -350,7 +350,7 @@ class Run:
         """Lower γ until the target lies within `budget` nats of the prior; returns it."""
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for γ", phase)
         table = prior_table(self.reward_at(1.0), self.conditions, x_prior)
-        gamma = ranks.from_first(lambda: gamma_within(table, budget, self.config.gamma))
+        gamma = ranks.broadcast(lambda: gamma_within(table, budget, self.config.gamma))
         self.config.gamma = float(f"{gamma:.4g}")
         return self.config.gamma
 
@@ -373,7 +373,7 @@ class Run:
                 self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
             )
         earned = self.reward(x_0, labels, cond)
-        return ranks.from_first(lambda: earned), x_0, kl, log_ratio
+        return ranks.broadcast(lambda: earned), x_0, kl, log_ratio
 
     @torch.no_grad()
     def probe(self, repeats: int) -> tuple[dict[str, float], Tensor, Tensor]:

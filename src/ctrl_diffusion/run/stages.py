@@ -128,7 +128,7 @@ class TrainingState:
     def of(cls, run: Run, checkpoints: Checkpoints) -> "TrainingState":
         """As the newest state has it, or at the beginning; every rank is where rank 0 is."""
         training = cls(Best(run.policy), checkpoints)
-        if found := ranks.from_first(checkpoints.newest):
+        if found := ranks.broadcast(checkpoints.newest):
             tensors, about = found
             best, device = training.best, run.policy.device
             best.first, best.record = about["first"], about["record"]
@@ -169,7 +169,7 @@ class TrainingState:
 
     def save(self) -> None:
         """Write the last state, if it is not written yet; of several ranks rank 0 does."""
-        if self.latest and ranks.is_first():
+        if self.latest and ranks.is_main():
             self.checkpoints.write(*self.latest)
             self.latest = None
 
@@ -293,7 +293,7 @@ def train_stage(
             due = due or "J" in record or update.number - saved >= config.checkpoint
             if update.state and training.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
                 here = {f"fit.{name}": value for name, value in update.state().items()}
-                here |= {"generator": generator.get_state(), **numbered("carried", ranks.joined(carried))}
+                here |= {"generator": generator.get_state(), **numbered("carried", ranks.gather_lists(carried))}
                 training.reach(here, due)
                 taken, saved, due = update.number, update.number if due else saved, False
     except FloatingPointError as error:
@@ -321,10 +321,10 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
         run.policy.restore(untrained)
         training = TrainingState.of(run, Checkpoints(folder / CHECKPOINT))
         past = "".join(map(line_of, training.records))
-        ranks.from_first(lambda past=past: write_text(log, past))
+        ranks.broadcast(lambda past=past: write_text(log, past))
         tracking.begin(training.records)
         try:
-            with log.open("a", encoding="utf-8") if ranks.is_first() else nullcontext() as file:
+            with log.open("a", encoding="utf-8") if ranks.is_main() else nullcontext() as file:
                 for record in map(finite, train(run, phase, training)):
                     training.records.append(record)
                     tracking.tell(record)
@@ -340,7 +340,7 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
         training.save()
         stage = getattr(run.config, list(stages_of(run.config))[training.done][1])
         at_once = run.config.micro_batch or stage.batch
-        if not may_halve or at_once == 1 or ranks.count() > 1:  # other ranks wait where they had memory enough
+        if not may_halve or at_once == 1 or ranks.world_size() > 1:  # other ranks wait where they had memory enough
             raise MemoryError(
                 f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}) or batch, or set "
                 f"mixed_precision. Then go on with: ctrl train --resume {folder}"

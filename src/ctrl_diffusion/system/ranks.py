@@ -1,15 +1,15 @@
-"""One job on several processes (ranks), as accelerate starts them; of one process nothing here asks anything.
+"""Share one job among several processes (ranks), as accelerate starts them; with one process everything is a no-op.
 
-Every rank draws the random numbers of the whole batch from the same stream and runs the network on its own rows. So a
-draw is keyed by seed, step and the sample's place in the whole batch, and knows nothing of the number of ranks. A loss
-is a sum over rows divided by their whole number; the sum of the ranks' gradients is therefore that of the batch. This
-is what DistributedDataParallel computes. Its wrapper is not used: it wants one forward pass before each backward pass,
-where a chain makes many, and what is trained is small enough for one sum.
+Every rank draws the random numbers of the whole batch from the same stream and runs the network on its own rows. A draw
+therefore depends on seed, step and the sample's index in the whole batch, not on the number of ranks. A loss is a sum
+over rows divided by the size of the whole batch, so the sum of the ranks' gradients is the gradient of the batch: what
+DistributedDataParallel computes. Its wrapper is not used because it expects one forward pass before each backward pass;
+a chain makes many, and the trained parameters are few enough for one all-reduce.
 
-The prior's own weights may be sharded (`shard`): as accelerate asks for it by FSDP. A block's weights are then gathered
-from all ranks whenever it is called, forward and back, and every rank must call the network as often as the others.
+The prior's weights may be sharded (`prior.sharding`) if accelerate is launched with FSDP. Each block's weights are then
+gathered from all ranks for every forward and backward pass, so every rank must call the network equally often.
 
-What only one may do (fit, decide, write) rank 0 does, and the others are given what came of it, an error included.
+Work that must happen once (fit, decide, write) is done by rank 0 and its result, or its error, is broadcast.
 """
 
 import os
@@ -25,16 +25,16 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from torch import Tensor, nn
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)  # while rank 0 fits or writes; a process that dies is noticed at once
+TIMEOUT = timedelta(hours=12)  # rank 0 may fit or write for long; a process that dies is noticed at once
 FSDP = "ACCELERATE_USE_FSDP"
 _alone = _sharded = False
 
 
 def state() -> PartialState:
-    """What accelerate knows of this process; without CUDA ranks talk as CPUs do.
+    """Return accelerate's state of this process; without CUDA, ranks communicate by gloo on CPUs.
 
     Raises:
-        ValueError: it was launched to shard the model in another way than by FSDP2.
+        ValueError: the launcher asks for a way of sharding other than FSDP2.
     """
     global _sharded
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
@@ -42,30 +42,30 @@ def state() -> PartialState:
     if parse_flag_from_env(FSDP):
         if os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("a model is sharded by FSDP2 here. Launch with --use_fsdp --fsdp_version 2.")
-        # or accelerate would prepare what is trained as if it were the model, and transformers load no weights
+        # else accelerate would shard the control as if it were the model, and transformers would load no weights
         _sharded, os.environ[FSDP] = True, "false"
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=PATIENCE)
+    return PartialState(cpu=cpu, timeout=TIMEOUT)
 
 
-def count() -> int:
-    """How many ranks share the work."""
+def world_size() -> int:
+    """Return the number of ranks that share the work."""
     return 1 if _alone else state().num_processes
 
 
 def sharded() -> bool:
-    """Whether the ranks each have a part of the prior's weights, and so call its network in step."""
-    return count() > 1 and _sharded
+    """Return whether each rank holds a shard of the prior's weights, so that all must call its network in step."""
+    return world_size() > 1 and _sharded
 
 
-def is_first() -> bool:
-    """Whether this is the rank that writes, and talks to the user."""
+def is_main() -> bool:
+    """Return whether this is rank 0, which writes files and talks to the user."""
     return state().is_main_process
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, nothing is shared with the other ranks, which need not come here."""
+    """Act as the only process inside: no collective call waits for other ranks."""
     global _alone
     before, _alone = _alone, True
     try:
@@ -75,95 +75,100 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def first_speaks() -> Iterator[None]:
-    """Inside, only rank 0 warns."""
+def main_warns() -> Iterator[None]:
+    """Silence warnings inside on every rank but 0."""
     with warnings.catch_warnings():
-        if not is_first():
+        if not is_main():
             warnings.simplefilter("ignore")
         yield
 
 
-def share(n: int) -> slice:
-    """This rank's of n things in a row; what is left over falls to the first ranks."""
-    rank = 0 if _alone else state().process_index
-    return slice(-(-n * rank // count()), -(-n * (rank + 1) // count()))
+def rank_slice(n: int) -> slice:
+    """Return this rank's contiguous part of n items; the first ranks take the remainder."""
+    rank, size = 0 if _alone else state().process_index, world_size()
+    return slice(-(-n * rank // size), -(-n * (rank + 1) // size))
 
 
-def share_of_batch(n: int) -> slice:
-    """This rank's rows of a batch of n.
+def rank_rows(n: int) -> slice:
+    """Return this rank's rows of a batch of n.
 
     Raises:
-        ValueError: some rank would have none; or not as many as the others, where these must go in step.
+        ValueError: a rank would have no row; or, with sharded weights, the ranks would have unequally many.
     """
-    if n < count():
-        raise ValueError(f"a batch of {n} cannot be shared by {count()} processes. Raise batch, or launch fewer.")
-    if sharded() and n % count():
-        raise ValueError(f"sharded weights: batch must be a multiple of the {count()} processes, got {n}.")
-    return share(n)
+    size = world_size()
+    if n < size:
+        raise ValueError(f"a batch of {n} cannot be shared by {size} processes. Raise batch, or launch fewer.")
+    if sharded() and n % size:
+        raise ValueError(f"sharded weights: batch must be a multiple of the {size} processes, got {n}.")
+    return rank_slice(n)
 
 
-def joined(mine: list[Tensor]) -> list[Tensor]:
-    """The lists of all ranks, which may be of different lengths, as one."""
-    return mine if count() == 1 else gather_object([value.cpu() for value in mine])
+def gather_lists(values: list[Tensor]) -> list[Tensor]:
+    """Concatenate the lists of all ranks, which may differ in length, on the CPU."""
+    return values if world_size() == 1 else gather_object([value.cpu() for value in values])
 
 
-def gathered(mine: Tensor, dim: int = 0) -> Tensor:
-    """The shares of all ranks, one after the other; a share may be empty, of any shape."""
-    if count() == 1:
-        return mine
-    return torch.cat([share for share in joined([mine]) if share.numel()], dim).to(mine.device)
+def all_gather(rows: Tensor, dim: int = 0) -> Tensor:
+    """Concatenate the tensors of all ranks in order of rank; an empty one may have any shape."""
+    if world_size() == 1:
+        return rows
+    return torch.cat([part for part in gather_lists([rows]) if part.numel()], dim).to(rows.device)
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What rank 0 makes, alone, for every rank; what it makes is to be on the CPU. An error of it is everybody's."""
-    if count() == 1:
+def broadcast(make: Callable[[], T]) -> T:
+    """Call `make` on rank 0 alone and return its result, which must be on the CPU, on every rank.
+
+    Raises:
+        Exception: whatever `make` raised on rank 0, on every rank.
+    """
+    if world_size() == 1:
         return make()
-    answer: list = [None, None]
-    if is_first():
+    result: list = [None, None]
+    if is_main():
         try:
             with alone():
-                answer[0] = make()
+                result[0] = make()
         except Exception as error:
-            answer[1] = error
-    broadcast_object_list(answer)
+            result[1] = error
+    broadcast_object_list(result)
     state().wait_for_everyone()
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
-def any_of(mine: bool) -> bool:
-    """Whether it is so on any of the ranks that go in step; on this one if they do not."""
-    return bool(summed(torch.tensor(float(mine)))) if sharded() else mine
+def any_rank(flag: bool) -> bool:
+    """Return whether the flag is set on any rank where ranks call the network in step, else this rank's flag."""
+    return bool(all_reduce(torch.tensor(float(flag)))) if sharded() else flag
 
 
-def summed(mine: Tensor) -> Tensor:
-    """The sum over ranks of a tensor, where it is."""
-    return mine if count() == 1 else reduce(mine.to(state().device), "sum").to(mine.device)
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum a tensor over ranks; the result is on the tensor's device."""
+    return tensor if world_size() == 1 else reduce(tensor.to(state().device), "sum").to(tensor.device)
 
 
-def sum_figures(figures: dict[str, float]) -> dict[str, float]:
-    """The sum over ranks of figures that all of them have, in the same order."""
-    if count() == 1:
-        return figures
-    whole = summed(torch.tensor(list(figures.values()), dtype=torch.float64))
-    return dict(zip(figures, whole.tolist(), strict=True))
+def all_reduce_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Sum metrics over ranks, which must all have the same keys in the same order."""
+    if world_size() == 1:
+        return metrics
+    sums = all_reduce(torch.tensor(list(metrics.values()), dtype=torch.float64))
+    return dict(zip(metrics, sums.tolist(), strict=True))
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Give every rank the sum of all ranks' gradients, in one message; a parameter that none has one of keeps none."""
-    if count() == 1:
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over ranks in one message; a parameter without a gradient on any rank keeps None."""
+    if world_size() == 1:
         return
-    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    there = own[0].new_tensor([p.grad is not None for p in parameters])
-    flat = [gradient.flatten() for gradient in (*own, there)]
-    *sums, there = summed(torch.cat(flat)).split([len(part) for part in flat])
-    for p, whole, ranks in zip(parameters, sums, there.tolist(), strict=True):
-        p.grad = whole.view_as(p) if ranks else None
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    counts = gradients[0].new_tensor([p.grad is not None for p in parameters])
+    flat = [gradient.flatten() for gradient in (*gradients, counts)]
+    *sums, counts = all_reduce(torch.cat(flat)).split([len(part) for part in flat])
+    for p, total, count in zip(parameters, sums, counts.tolist(), strict=True):
+        p.grad = total.view_as(p) if count else None
 
 
 def reshard(network: nn.Module) -> None:
-    """Drop what is gathered of a sharded network; FSDP does not where a step is computed again on the way back."""
+    """Free the gathered weights of a sharded network, which FSDP keeps where a step is recomputed on the way back."""
     for module in network.modules() if sharded() else ():
         if hasattr(module, "reshard"):
             module.reshard()

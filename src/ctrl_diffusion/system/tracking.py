@@ -55,7 +55,7 @@ class Tracking:
         """
         self.close()
         self.updates = sum("loss" in record for record in records)
-        if not self.names or not ranks.is_first():
+        if not self.names or not ranks.is_main():
             return
         place = self.folder / TRACKED
         again = place.is_dir()

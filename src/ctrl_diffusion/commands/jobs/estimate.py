@@ -47,7 +47,7 @@ def estimate_job(
     Raises:
         ValueError: what `train_job` would refuse before it fits anything, or several processes.
     """
-    if ranks.count() > 1:
+    if ranks.world_size() > 1:
         raise ValueError("--dry-run: one process measures what one takes. Start it without accelerate launch.")
     job = prepare(given, phase, trust)
     return estimated(replace(job, config=job.config.quick()) if quick else job, phase)

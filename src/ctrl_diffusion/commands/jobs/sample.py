@@ -86,7 +86,7 @@ def sample_job(
     elif run.prior.classes is not None:
         classes = torch.tensor(run.config.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)]
-    ranks.from_first(lambda: check_room(out, SAMPLE_FILES[-1], overwrite))
+    ranks.broadcast(lambda: check_room(out, SAMPLE_FILES[-1], overwrite))
     generator = torch.Generator().manual_seed(seed)
     how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": phase}
     x_0 = run.sample(y, **how, **cond, latents=True)
@@ -109,4 +109,4 @@ def sample_job(
         save_figure(out / "grid.png", sheet_figure(images))
         write_json(out / "sample.json", asked)
 
-    ranks.from_first(write)
+    ranks.broadcast(write)

@@ -113,8 +113,8 @@ def occupied(out: Path, overwrite: bool) -> Iterator[None]:
         stack.enter_context(locked(out))
 
     try:
-        with ExitStack() as stack, ranks.first_speaks():
-            ranks.from_first(enter)
+        with ExitStack() as stack, ranks.main_warns():
+            ranks.broadcast(enter)
             yield
     except KeyboardInterrupt:
         command = "the same command" + (" with --overwrite" if (out / RUN_FILES[-1]).is_file() else "")
@@ -209,7 +209,7 @@ def execute(
                 )  # fmt: skip
                 return found.to("cpu")
 
-            panels[name] = one.panel or ranks.from_first(fitted).to(device)
+            panels[name] = one.panel or ranks.broadcast(fitted).to(device)
     shared = dependences(job.materials, panels, job.prior)
     if job.prior.codec:
         job.prior.codec.vae.cpu()  # it comes back when there is something to decode
@@ -242,7 +242,7 @@ def execute(
         }
         write_text(folder / CHECKPOINT / BEGUN, json.dumps(begun))  # its figures to the bit
 
-    ranks.from_first(lay_out)
+    ranks.broadcast(lay_out)
     return finish(run, folder, phase)
 
 
@@ -266,10 +266,10 @@ def finish(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
 def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[str, Any]:
     """The contents of metrics.json, when all is done that `finish` has to do."""
     config = run.config
-    begun = ranks.from_first(lambda: json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8")))
+    begun = ranks.broadcast(lambda: json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8")))
     seconds, shared = begun["seconds"], begun["dependence"]
     records, seconds["train"] = train_in(folder, run, phase, tracking)
-    ranks.from_first(lambda: run.save_controls(folder))
+    ranks.broadcast(lambda: run.save_controls(folder))
     with timed(seconds, "sample"):
         evaluation = run.evaluate(config.evaluation.paths, phase)
         followed = run.follow(config.evaluation.paths // 2, phase)
@@ -277,7 +277,7 @@ def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[s
         pair = run.conditions.all(1)
         labels, cond = run.conditions.of(pair)
         samples = labelled(run, run.sample(labels, **cond), labels, cond)
-        ranks.from_first(lambda: write_imagefolder(folder / "samples", samples))
+        ranks.broadcast(lambda: write_imagefolder(folder / "samples", samples))
         shown = Shown.of(run)
     kept = {"stage": records[-1]["stage"], "update": records[-1]["update"], "averaged": "averaged" in records[-1]}
     stages = [record for record in records[:-1] if "averaged" in record or "stopped" in record]
@@ -303,7 +303,7 @@ def finished(run: Run, folder: Path, phase: Phase, tracking: Tracking) -> dict[s
         clear(folder, [f"{CHECKPOINT}/{BEGUN}", CHECKPOINT])
         return metrics
 
-    return ranks.from_first(close)
+    return ranks.broadcast(close)
 
 
 def resume_job(
@@ -338,8 +338,8 @@ def resume_job(
         clear_unfinished(folder)
         return None, (folder / CHECKPOINT / BEGUN).is_file()
 
-    with ExitStack() as stack, ranks.first_speaks():
-        metrics, has_begun = ranks.from_first(enter)
+    with ExitStack() as stack, ranks.main_warns():
+        metrics, has_begun = ranks.broadcast(enter)
         if metrics:
             return metrics
         config = Config.read(folder / "config.yaml")
@@ -351,9 +351,9 @@ def resume_job(
             except KeyboardInterrupt:
                 raise Interrupted("interrupted before training began: the same command goes on.") from None
         check_batches(config)
-        ranks.from_first(lambda: check_unchanged(config, folder))
+        ranks.broadcast(lambda: check_unchanged(config, folder))
         panels = {name: Panel.load(home(folder, "classifier", name), trust) for name in config.names}
-        ranks.from_first(lambda: clear(folder, RESULTS))
+        ranks.broadcast(lambda: clear(folder, RESULTS))
         return finish(
             Run.start(config, configured(open_prior(config.prior, config.size), config), panels), folder, phase
         )
