@@ -30,7 +30,7 @@ def test_a_classifier_is_fitted_as_the_config_of_a_training_says(tmp_path, monke
     (tmp_path / "mine.yaml").write_text(text)
 
     def fitted(data, name, condition, **rest):
-        found = data.on_scale(name), condition, len(rest["judge_data"]), rest["settings"].updates
+        found = data.space(name).scale, condition, len(rest["judge_data"]), rest["settings"].updates
         raise ValueError(f"{found}")
 
     monkeypatch.setattr(job, "fit_panel", fitted)

@@ -10,7 +10,6 @@ from PIL import Image
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import write_imagefolder
-from ctrl_diffusion.data.labels import number_at
 from ctrl_diffusion.data.read import in_order, read_images
 
 CLASSES = {"digit": {str(c): c for c in range(10)}, "ink": {str(y + 1): y for y in range(4)}}
@@ -110,7 +109,7 @@ def test_numbers_of_many_values_are_a_scale(tmp_path):
     assert (len(data.values["ink"]), data.values["ink"][0], data.values["ink"][-1]) == (9, "0.04", "0.76")
     y = data.labels["ink"]
     torch.testing.assert_close(y, (torch.arange(81) / 100 - 0.04) / 0.72 * 8)
-    assert number_at(float(y[50]), data.values["ink"]) == pytest.approx(0.5)
+    assert data.space("ink").number_at(float(y[50])) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="row 1: ink must be one of low, high, got '0.0'"):
         read_images(tmp_path, {"ink": {"low": 0, "high": 1}}, SHAPE)
     few = read_images(tmp_path, {"digit": None}, SHAPE)

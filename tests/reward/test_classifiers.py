@@ -6,6 +6,7 @@ import torch
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
+from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import score_samples
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel, joined, open_choices
@@ -80,12 +81,12 @@ def test_a_classifier_no_better_than_chance_is_refused():
 
 def test_what_is_left_open_is_tried():
     everything = ClassifierSettings()
-    assert len(open_choices(everything, ("low", "high"))) == 3
-    assert len(open_choices(everything, ("1", "2", "3"))) == 6
-    assert {choice["head"] for choice in open_choices(everything, ("1", "2"))} == {"categorical"}
-    assert open_choices(FAST, ("1", "2", "3")) == [{"head": "ordinal", "grid": 1, "depth": 1}]
-    assert len(open_choices(ClassifierSettings(backbone="eyes"), ("1", "2", "3"))) == 4
-    assert open_choices(ClassifierSettings(factory="mine:net"), ("1", "2", "3")) == [{}]
+    assert len(open_choices(everything, LabelSpace(("low", "high")))) == 3
+    assert len(open_choices(everything, LabelSpace(("1", "2", "3")))) == 6
+    assert {choice["head"] for choice in open_choices(everything, LabelSpace(("1", "2")))} == {"categorical"}
+    assert open_choices(FAST, LabelSpace(("1", "2", "3"))) == [{"head": "ordinal", "grid": 1, "depth": 1}]
+    assert len(open_choices(ClassifierSettings(backbone="eyes"), LabelSpace(("1", "2", "3")))) == 4
+    assert open_choices(ClassifierSettings(factory="mine:net"), LabelSpace(("1", "2", "3"))) == [{}]
 
 
 def flipped(n, seed):

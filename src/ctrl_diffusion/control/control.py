@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..data.labels import NULL, is_number, places
+from ..data.labels import NULL, LabelSpace
 
 
 class Control(nn.Module, ABC):
@@ -32,7 +32,22 @@ class Control(nn.Module, ABC):
 
     def __init__(self, name: str, values: Sequence[str], scale: bool = False) -> None:
         super().__init__()
-        self.name, self.values, self.size, self.scale = name, tuple(values), len(values), scale
+        self.name, self.space = name, LabelSpace(tuple(values), scale)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of the classes or levels, in order."""
+        return self.space.values
+
+    @property
+    def size(self) -> int:
+        """The number of classes or levels."""
+        return self.space.size
+
+    @property
+    def scale(self) -> bool:
+        """Whether y is on a scale."""
+        return self.space.scale
 
     def fix(self) -> "Control":
         """Never train it again, whatever is trained beside it."""
@@ -42,20 +57,12 @@ class Control(nn.Module, ABC):
         return self
 
     def label_of(self, value: str | float) -> int | float:
-        """The class number of a value by its name, or its place on a scale.
+        """Return the label of a value, as the user writes it.
 
         Raises:
             ValueError: there is no such value.
         """
-        text = str(value)
-        if self.scale:
-            place = float(places(float(text), self.values)) if is_number(text) else NULL
-            if not 0 <= place <= self.size - 1:
-                raise ValueError(f"{self.name} must be a number in {self.values[0]} … {self.values[-1]}, got {text!r}.")
-            return place
-        if text not in self.values:
-            raise ValueError(f"{self.name} must be one of {', '.join(self.values)}, got {text!r}.")
-        return self.values.index(text)
+        return self.space.label_of(value, self.name)
 
     @abstractmethod
     def active(self, y: Tensor) -> AbstractContextManager[None]:

@@ -99,13 +99,7 @@ class Policy(Denoiser):
             if name not in self.controls:
                 known = ", ".join(self.controls) or "none"
                 raise ValueError(f"unknown control {name!r}; this policy has: {known}.")
-            size = self.controls[name].size
-            if y.min() < NULL or y.max() > size - 1 or ((y < 0) & (y != NULL)).any():
-                raise ValueError(
-                    f"labels of {name!r} must lie in 0 … {size - 1} (−1 for null), got {y.min():g} … {y.max():g}."
-                )
-            if y.is_floating_point() and not self.controls[name].scale:
-                raise ValueError(f"labels of {name!r} are classes: whole numbers, got {y.dtype}.")
+            self.controls[name].space.check(y, name)
         return labels
 
     def snapshot(self) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..system.files import write_text, writing
 from .images import Images
+from .labels import LabelSpace
 
 RAREST = 10  # examples of a class, below which some part of a split would hardly see it
 
@@ -82,9 +83,9 @@ class LabelledImages:
         x = torch.cat([encode(self.x[rows]) for rows in torch.arange(len(self)).split(16)])
         return LabelledImages(x, self.labels, self.values)
 
-    def on_scale(self, column: str) -> bool:
-        """Whether a label is a place on a scale."""
-        return self.labels[column].is_floating_point()
+    def space(self, column: str) -> LabelSpace:
+        """Return what the labels of a column are: classes, or places on a scale where they are floats."""
+        return LabelSpace(self.values[column], self.labels[column].is_floating_point())
 
     def digests(self) -> list[bytes]:
         """A digest of every picture (n,), the same where every pixel is, whatever its file is called."""
@@ -94,7 +95,7 @@ class LabelledImages:
     def strata(self, column: str) -> Tensor:
         """What a split is stratified by (n,): the classes, or the quarters of a scale."""
         y = self.labels[column]
-        return y.argsort().argsort() * 4 // len(y) if self.on_scale(column) else y
+        return y.argsort().argsort() * 4 // len(y) if self.space(column).scale else y
 
     def check_classes(self, column: str) -> None:
         """Refuse what nobody could learn from.
@@ -103,7 +104,7 @@ class LabelledImages:
             ValueError: one class only, or a class too rare to stand in every part of a split.
         """
         values = self.values[column]
-        if self.on_scale(column):
+        if self.space(column).scale:
             if len(self) < 4 * RAREST:
                 raise ValueError(f"{column} has {len(self)} examples. Bring at least {4 * RAREST} of a scale.")
             return

@@ -1,7 +1,8 @@
 """Say what a label is: a class, a place on a scale, or null."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -12,26 +13,89 @@ Labels = dict[str, Tensor]
 LEVELS = 9
 
 
-def levels_of(texts: Sequence[str]) -> tuple[str, ...]:
-    """Names of evenly spaced levels over the central 90 % of numbers."""
-    low, high = np.quantile([float(text) for text in texts], [0.05, 0.95])
-    return tuple(f"{value:.4g}" for value in np.linspace(low, high, LEVELS))
+@dataclass(frozen=True)
+class LabelSpace:
+    """Describe what a label y is: one of a few classes, or a place on a scale.
 
+    The label of a class is its number 0 … size − 1. A scale has evenly spaced levels 0 … size − 1 and its label is a
+    float between them. NULL (−1) is no label, in both.
 
-def places(numbers: Tensor | float, levels: Sequence[str]) -> Tensor | float:
-    """Where numbers (n,), or one, lie on a scale: 0 at its first level, K − 1 at its last."""
-    first, last = float(levels[0]), float(levels[-1])
-    return (numbers - first) / (last - first) * (len(levels) - 1)
+    Args:
+        values: what the user calls the classes or levels, in order; levels are numbers.
+        scale: whether y is on a scale.
+    """
 
+    values: tuple[str, ...]
+    scale: bool = False
 
-def number_at(place: float, levels: Sequence[str]) -> float:
-    """The number at a place on a scale."""
-    first, last = float(levels[0]), float(levels[-1])
-    return first + place / (len(levels) - 1) * (last - first)
+    @classmethod
+    def from_numbers(cls, texts: Iterable[str]) -> "LabelSpace":
+        """Build the scale whose levels are spread over the central 90 % of numbers."""
+        low, high = np.quantile([float(text) for text in texts], [0.05, 0.95])
+        return cls(tuple(f"{value:.4g}" for value in np.linspace(low, high, LEVELS)), scale=True)
+
+    @property
+    def size(self) -> int:
+        """K, the number of classes or levels."""
+        return len(self.values)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The numbers of a scale's first and last level."""
+        return float(self.values[0]), float(self.values[-1])
+
+    def places(self, numbers: Tensor | float) -> Tensor | float:
+        """Return where numbers (n,), or one, lie on the scale: 0 at its first level, K − 1 at its last."""
+        first, last = self.ends
+        return (numbers - first) / (last - first) * (self.size - 1)
+
+    def number_at(self, place: float) -> float:
+        """Return the number at a place on the scale."""
+        first, last = self.ends
+        return first + place / (self.size - 1) * (last - first)
+
+    def label_of(self, value: str | float, name: str) -> int | float:
+        """Return the label of a value, as the user writes it; `name` is what an error calls the label.
+
+        Raises:
+            ValueError: no such class, no number, or a number off the scale.
+        """
+        text = str(value)
+        if self.scale:
+            place = float(self.places(float(text))) if is_number(text) else NULL
+            if not 0 <= place <= self.size - 1:
+                raise ValueError(f"{name} must be a number in {self.values[0]} … {self.values[-1]}, got {text!r}.")
+            return place
+        if text not in self.values:
+            raise ValueError(f"{name} must be one of {', '.join(self.values)}, got {text!r}.")
+        return self.values.index(text)
+
+    def text_of(self, label: float) -> str:
+        """Return the text of a label: its class, its number on the scale, blank for null."""
+        if label == NULL:
+            return ""
+        return f"{self.number_at(label):.6g}" if self.scale else self.values[label]
+
+    def nearest(self, y: Tensor) -> Tensor:
+        """Return the class number, or the number of the nearest level, of labels y (n,), none of them null."""
+        return y.round().clamp(0, self.size - 1).long() if self.scale else y
+
+    def check(self, y: Tensor, name: str) -> None:
+        """Refuse labels (n,) that are no classes, or off the scale; null is allowed.
+
+        Raises:
+            ValueError: it names the label and the range that is wrong.
+        """
+        if y.min() < NULL or y.max() > self.size - 1 or ((y < 0) & (y != NULL)).any():
+            raise ValueError(
+                f"labels of {name!r} must lie in 0 … {self.size - 1} (−1 for null), got {y.min():g} … {y.max():g}."
+            )
+        if y.is_floating_point() and not self.scale:
+            raise ValueError(f"labels of {name!r} are classes: whole numbers, got {y.dtype}.")
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a finite number."""
+    """Return whether a text is a finite number."""
     try:
         return math.isfinite(float(text))
     except ValueError:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..system.progress import Phase, patient, silent
 from .images import MODES, as_x, blank, is_grey, open_image, to_array
 from .labelled import LabelledImages
-from .labels import is_number, levels_of, places
+from .labels import LabelSpace, is_number
 from .rules import Rule, label_by, load_rule
 from .tables import Table, open_table
 
@@ -104,7 +104,8 @@ def read_images(
     tell(table, bad, resized, shape)
     labels, values = {}, {}
     for name, known in columns.items():
-        values[name], labels[name] = numbered(table, name, [texts[name][i] for i in kept], known, scales.get(name))
+        space, labels[name] = numbered(table, name, [texts[name][i] for i in kept], known, scales.get(name))
+        values[name] = space.values
     return LabelledImages(as_x(pixels[: len(kept)]), labels, values)
 
 
@@ -195,8 +196,8 @@ def tell(
 
 def numbered(
     table: Table, name: str, texts: list[str], known: Known | None, scale: bool | None
-) -> tuple[tuple[str, ...], Tensor]:
-    """What the classes or levels of a label are called, and every row's number."""
+) -> tuple[LabelSpace, Tensor]:
+    """Return what a label is, and the label of every row."""
     if scale is None and known is None and len(set(texts)) > MOST_CLASSES:
         scale = all(map(is_number, texts))
         if not scale:
@@ -205,11 +206,11 @@ def numbered(
                 "it into a few."
             )
     if scale:
-        levels = tuple(known) if known else levels_of(texts)
-        if float(levels[0]) == float(levels[-1]):
-            raise ValueError(f"{table.name}: {name} is {levels[0]} nearly everywhere, no scale to be controlled.")
-        return levels, places(torch.tensor([float(text) for text in texts]), levels)
+        space = LabelSpace(tuple(known), scale=True) if known else LabelSpace.from_numbers(texts)
+        if space.ends[0] == space.ends[1]:
+            raise ValueError(f"{table.name}: {name} is {space.values[0]} nearly everywhere, no scale to be controlled.")
+        return space, space.places(torch.tensor([float(text) for text in texts]))
     numbers = known if known is not None else {text: i for i, text in enumerate(in_order(texts))}
     # a class may have several names; the first is what it is called
     first = {index: text for text, index in reversed(numbers.items())}
-    return tuple(first[i] for i in range(len(first))), torch.tensor([numbers[text] for text in texts])
+    return LabelSpace(tuple(first[i] for i in range(len(first)))), torch.tensor([numbers[text] for text in texts])

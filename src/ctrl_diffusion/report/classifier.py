@@ -76,11 +76,11 @@ def confusion_figure(confusion: Tensor, values: Sequence[str], asked: str, came:
 def write_classifier_report(folder: Path, panel: Panel, held_out: LabelledImages) -> None:
     """Write reliability.png, confusion.png and a self-contained report.html about p̂."""
     truth, log_p = held_out.labels[panel.control], panel.log_prob(held_out)
-    nearest = truth.round().clamp(0, len(panel.values) - 1) if held_out.on_scale(panel.control) else truth
+    nearest = held_out.space(panel.control).nearest(truth)
     confusion = confusion_matrix(nearest, log_p.argmax(1), labels=range(len(panel.values)), normalize="true")
     figures = {
         "reliability": intervals_figure(*panel.intervals(held_out))
-        if held_out.on_scale(panel.control)
+        if held_out.space(panel.control).scale
         else reliability_figure(log_p.exp(), truth),
         "confusion": confusion_figure(
             torch.from_numpy(confusion), panel.values, f"true {panel.control}", "classifier says", "Held-out data, %"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..data.images import joined_x
 from ..data.labelled import LabelledImages
+from ..data.labels import LabelSpace
 from ..system.files import undamaged
 from ..system.progress import Advance, Phase, silent
 from ..system.strict import Strict
@@ -106,6 +107,11 @@ class Panel:
     condition: str | None = None
     condition_values: tuple[str, ...] = ()
     support: Support | None = None
+
+    @property
+    def space(self) -> LabelSpace:
+        """What y is."""
+        return LabelSpace(self.values, self.classifier.head == "gaussian")
 
     @property
     def latent(self) -> bool:
@@ -226,7 +232,7 @@ def fit_calibrated(
     found, (x, *labels) = [], examples(fitting, column, condition, trunk)
     mine = (trunk.fit(x) if trunk else x, *labels)
     seen, sizes = examples(calibration, column, condition, trunk), sizes_of(fitting, column, condition)
-    for choice in open_choices(settings, fitting.values[column], fitting.on_scale(column)):
+    for choice in open_choices(settings, fitting.space(column)):
         watch = seen if settings.early_stopping else None
         classifier = fit_on(mine, sizes, choice, settings, seed, advance, trunk, watch, device)
         found.append((calibrated_nll(classifier, *seen), len(found), classifier, choice))
@@ -238,7 +244,7 @@ def sizes_of(data: LabelledImages, column: str, condition: str | None) -> tuple[
     return len(data.values[column]), len(data.values[condition]) if condition else 0
 
 
-def open_choices(settings: ClassifierSettings, values: tuple[str, ...], scale: bool = False) -> list[Choice]:
+def open_choices(settings: ClassifierSettings, space: LabelSpace) -> list[Choice]:
     """Head, grid and depth where the settings leave them open; the decay of a head on a backbone.
 
     An ordinal head needs three or more numbers as names. Few convolutions averaged over the image see amounts, a grid
@@ -246,9 +252,9 @@ def open_choices(settings: ClassifierSettings, values: tuple[str, ...], scale: b
     """
     if settings.factory:
         return [{}]
-    heads = ("categorical", "ordinal") if are_numbers(values) and len(values) > 2 else ("categorical",)
+    heads = ("categorical", "ordinal") if are_numbers(space.values) and space.size > 2 else ("categorical",)
     heads = heads if settings.head == "auto" else (settings.head,)
-    heads = ("gaussian",) if scale else heads
+    heads = ("gaussian",) if space.scale else heads
     if settings.backbone:
         return [{"head": head, "weight_decay": decay} for head, decay in product(heads, DECAYS)]
     trunks: set[tuple[int, int | None]] = {
@@ -297,9 +303,7 @@ def fit_on(
 def accuracy(classifier: Scorer, data: LabelledImages, column: str, condition: str | None = None) -> float:
     """Share of a column's labels that the classifier finds."""
     x, y, *c = examples(data, column, condition)
-    if data.on_scale(column):  # which level is nearest
-        y = y.round().clamp(0, len(data.values[column]) - 1)
-    return float((classifier.log_prob(x, *c).argmax(1).cpu() == y).float().mean())
+    return float((classifier.log_prob(x, *c).argmax(1).cpu() == data.space(column).nearest(y)).float().mean())
 
 
 def joined(*parts: LabelledImages) -> LabelledImages:
@@ -310,7 +314,7 @@ def joined(*parts: LabelledImages) -> LabelledImages:
 
 def rounds_of(settings: ClassifierSettings, fitting: LabelledImages, control: str) -> int:
     """Rounds through the fitting part that `fit_posterior` takes in all."""
-    choices = open_choices(settings, fitting.values[control], fitting.on_scale(control))
+    choices = open_choices(settings, fitting.space(control))
     return len(choices) * epochs_of(settings, fitting)
 
 
@@ -391,7 +395,7 @@ def fit_panel(
     settings = settings or ClassifierSettings()
     if settings.latents and encode is None:
         raise ValueError("classifier.latents: p̂ looks at latents, but there is no prior on latents. Leave it out.")
-    if data.on_scale(control) and (settings.balanced or settings.factory):
+    if data.space(control).scale and (settings.balanced or settings.factory):
         raise ValueError(f"{control!r} is on a scale: classifier.balanced and classifier.factory are for classes.")
     if settings.conditional and condition is None:
         raise ValueError("classifier.conditional: p̂(y | x, c) needs the column of c. Name it with --condition.")

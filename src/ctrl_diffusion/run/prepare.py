@@ -242,17 +242,15 @@ def material(
         check_classifier(panel, handed, settings.name, prior)
     values = panel and panel.values
     data = read_data(settings.data, settings, prior, values, phase=phase)
-    on_scale = data.on_scale(settings.name)
-    if settings.ruler and not on_scale and data.values[settings.name] != VALUES[settings.ruler]:
+    space = data.space(settings.name)
+    if settings.ruler and not space.scale and space.values != VALUES[settings.ruler]:
         raise ValueError(
             f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
         )
     judge_data = None
     if settings.judge_data and not panel:
-        known = settings.model_copy(update={"kind": "scale" if on_scale else "classes"})
-        judge_data = read_data(
-            settings.judge_data, known, prior, data.values[settings.name], settings.classifier.conditional, phase
-        )
+        known = settings.model_copy(update={"kind": "scale" if space.scale else "classes"})
+        judge_data = read_data(settings.judge_data, known, prior, space.values, settings.classifier.conditional, phase)
     warn_of_copies(settings.data, data, judge_data)
     return ControlInputs(settings, data, panel, pages, judge_data)
 
@@ -359,7 +357,7 @@ def dependences(materials: list[ControlInputs], panels: dict[str, Panel], prior:
         names = one.settings.name, other.settings.name
         if one.settings.data != other.settings.data or len(one.data) != len(other.data):
             continue
-        if any(m.data.on_scale(m.settings.name) for m in (one, other)):
+        if any(m.data.space(m.settings.name).scale for m in (one, other)):
             continue
         looked = (
             (panels[name], m.data.through(prior.encode) if panels[name].latent else m.data)

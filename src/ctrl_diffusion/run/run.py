@@ -25,7 +25,7 @@ from ..control.conditions import Conditions
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
 from ..data.digits import MEASURES, RULERS
-from ..data.labels import Labels, places
+from ..data.labels import Labels
 from ..evaluate.certificate import certify, gamma_within
 from ..evaluate.evaluation import Evaluation, leaves, warn_if_left
 from ..evaluate.judge import Look, Ruler, SecondOpinion
@@ -135,15 +135,14 @@ class Run:
 
     def ruler(self, settings: ControlSettings) -> Ruler:
         """What measures the class of a control, or on a scale the nearest level."""
-        if not self.policy.controls[settings.name].scale:
-            return RULERS[settings.ruler]
-        return lambda x: self.place(settings, x).round().clamp(0, len(self.panels[settings.name].values) - 1).long()
+        space = self.policy.controls[settings.name].space
+        return (lambda x: space.nearest(self.place(settings, x))) if space.scale else RULERS[settings.ruler]
 
     def place(self, settings: ControlSettings, x: Tensor) -> Tensor:
         """Where each x (n, C, H, W) lies on a control's scale (n,), by its ruler or in the eyes of its judge."""
         panel = self.panels[settings.name]
         if settings.ruler:
-            return places(MEASURES[settings.ruler](x), panel.values)
+            return panel.space.places(MEASURES[settings.ruler](x))
         scores = panel.judge.scores(x.to(self.prior.denoiser.device))
         return panel.judge.density(scores, panel.judge.temperature).mean.cpu()
 
@@ -224,11 +223,9 @@ class Run:
                 controls.append(load_control(folder, prior).fix())
             else:
                 mine = panels[control.name]
-                scale = mine.classifier.head == "gaussian"
                 lora = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
-                controls.append(
-                    LoRAControl(control.name, mine.values, prior.denoiser, seed=config.seed + i, scale=scale, **lora)
-                )
+                more = {"seed": config.seed + i, "scale": mine.space.scale, **lora}
+                controls.append(LoRAControl(control.name, mine.values, prior.denoiser, **more))
         return cls(config, prior, Policy(prior.denoiser, *controls), panels)
 
     @classmethod

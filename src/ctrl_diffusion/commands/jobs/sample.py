@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...data.labelled import LabelledImages, write_imagefolder
-from ...data.labels import NULL, number_at
+from ...data.labels import NULL
 from ...report.style import save_figure, sheet_figure
 from ...run.run import Run
 from ...system import ranks
@@ -22,11 +22,9 @@ def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, T
     values, numbers = {}, {}
     for name, control in run.policy.controls.items():
         y = labels.get(name, torch.full((len(x_0),), NULL))
-        values[name], numbers[name] = (*control.values, ""), y  # class −1 picks the last name, the blank
-        if y.is_floating_point():
-            texts = ["" if place == NULL else f"{number_at(place, control.values):.6g}" for place in y.tolist()]
-            values[name] = tuple(dict.fromkeys(texts))
-            numbers[name] = torch.tensor([values[name].index(text) for text in texts])
+        texts = [control.space.text_of(label) for label in y.tolist()]
+        values[name] = tuple(dict.fromkeys(texts))
+        numbers[name] = torch.tensor([values[name].index(text) for text in texts])
     if not cond:
         return LabelledImages(x_0, numbers, values)
     column = next((control.condition for control in run.config.controls if control.condition), "c")
