@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from ctrl_diffusion.commands.app import phases, quiet_dependencies
+from ctrl_diffusion.commands.app import quiet_dependencies
 from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.options import job_options
 
 
 def parsed(settings: list[str]) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def parsed(settings: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     quiet_dependencies()
-    with TemporaryDirectory() as folder, phases(quiet=False) as phase:
-        metrics = demo_job(parsed(sys.argv[1:]), Path(folder) / "run", phase=phase)
+    with TemporaryDirectory() as folder, job_options(quiet=False) as options:
+        metrics = demo_job(parsed(sys.argv[1:]), Path(folder) / "run", options)
     ctrl, gap = metrics["ctrl"], metrics["certificate"]
     print(
         f"{' '.join(sys.argv[1:]) or 'default'}: accuracy {ctrl['accuracy']:.3f} (target "

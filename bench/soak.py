@@ -14,8 +14,9 @@ from tempfile import TemporaryDirectory
 
 from race import keep, resident
 
-from ctrl_diffusion.commands.app import phases
 from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.options import job_options
+from ctrl_diffusion.system.progress import JobOptions
 
 UPDATES, EVERY, WINDOW = 2000, 10, 20  # readings are medians over WINDOW, of every tenth update
 BATCH = {"batch": 16}
@@ -30,10 +31,10 @@ SETTINGS = {
 
 def main() -> None:
     readings: dict[str, list[tuple[float, int]]] = {}
-    with TemporaryDirectory() as folder, phases("--quiet" in sys.argv) as shown:
+    with TemporaryDirectory() as folder, job_options("--quiet" in sys.argv) as shown:
 
         def phase(what: str, total: int):  # noqa: ANN202
-            advance, done, mine = shown(what, total), 0, readings.setdefault(what, [])
+            advance, done, mine = shown.phase(what, total), 0, readings.setdefault(what, [])
 
             def step(n: int = 1, note: str = "") -> None:
                 nonlocal done
@@ -44,7 +45,7 @@ def main() -> None:
 
             return step
 
-        demo_job(SETTINGS, Path(folder) / "run", phase=phase)
+        demo_job(SETTINGS, Path(folder) / "run", JobOptions(phase))
     rows = [row for stage in ("weighted", "adjoint") for row in readings[f"learner: {stage}"]]
     megabytes, files = zip(*rows, strict=True)
     first, last = (statistics.median(part) for part in (megabytes[:WINDOW], megabytes[-WINDOW:]))

@@ -7,6 +7,7 @@ from ctrl_diffusion.commands.jobs import train as job
 from ctrl_diffusion.commands.jobs.train import classifier_job
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.run.config import ControlSettings
+from ctrl_diffusion.system.progress import JobOptions
 
 
 def test_a_classifier_is_not_written_over_somebody_elses_files(tmp_path, tmp_path_factory):
@@ -16,7 +17,7 @@ def test_a_classifier_is_not_written_over_somebody_elses_files(tmp_path, tmp_pat
     (tmp_path / "thesis.txt").write_text("mine")
     for overwrite, message in ((False, "--overwrite"), (True, r"no classifier\.json of ours")):
         with pytest.raises(ValueError, match=message):
-            classifier_job(settings, tmp_path, overwrite=overwrite)
+            classifier_job(settings, tmp_path, options=JobOptions(overwrite=overwrite))
     with pytest.raises(ValueError, match="is a file"):
         classifier_job(settings, tmp_path / "thesis.txt" / "under")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]

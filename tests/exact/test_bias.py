@@ -25,6 +25,7 @@ from ctrl_diffusion.exact.bias import (
 from ctrl_diffusion.exact.mixtures import posterior
 from ctrl_diffusion.exact.task import SCHEDULES, Answers, Task
 from ctrl_diffusion.guide.reconstruction import DPS
+from ctrl_diffusion.system.progress import JobOptions
 
 GUIDED = [PLUG_IN, "classifier guidance", "DPS", "MPGD", "classifier-free guidance", LEARNER]
 CHOOSING = ["TDS", "Feynman–Kac", "importance", "best of K"]
@@ -34,7 +35,7 @@ CHOOSING = ["TDS", "Feynman–Kac", "importance", "best of K"]
 def found(tmp_path_factory):
     """What the quick job leaves: its folder and rows."""
     folder = tmp_path_factory.mktemp("bias") / "run"
-    rows = bias_job(folder, quick=True, command="as typed")
+    rows = bias_job(folder, options=JobOptions(quick=True, command="as typed"))
     assert len(json.loads((folder / "bias.json").read_text())["rows"]) == len(rows)
     return folder, rows
 

@@ -19,6 +19,7 @@ from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.read import read_images
 from ctrl_diffusion.run import prepare, stages
 from ctrl_diffusion.run.run import Run
+from ctrl_diffusion.system.progress import JobOptions
 
 REQUIRED = {
     "prior": {"accuracy"},
@@ -480,7 +481,7 @@ def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
         (True, "no progress.jsonl"),
     ):
         with pytest.raises(ValueError, match=message):
-            demo_job(TINY, tmp_path, overwrite)
+            demo_job(TINY, tmp_path, JobOptions(overwrite=overwrite))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     run = tmp_path / "run"
     demo_job(TINY, run)
@@ -489,9 +490,9 @@ def test_a_run_is_replaced_when_asked_and_nothing_else_goes(tmp_path):
     with pytest.raises(ValueError, match="--overwrite"):
         demo_job(TINY, run)
     with pytest.raises(ValueError, match="gamma"):
-        demo_job({**TINY, "gamma": -1.0}, run, overwrite=True)
+        demo_job({**TINY, "gamma": -1.0}, run, JobOptions(overwrite=True))
     assert (run / "control" / "control.safetensors").read_bytes() == before, "a mistake costs nothing"
-    demo_job({**TINY, "seed": 1}, run, overwrite=True)
+    demo_job({**TINY, "seed": 1}, run, JobOptions(overwrite=True))
     assert (run / "notes.txt").read_text() == "mine"
     assert (run / "control" / "control.safetensors").read_bytes() != before
 

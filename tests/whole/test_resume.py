@@ -15,6 +15,7 @@ import torch
 from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.commands.jobs.train import resume_job
 from ctrl_diffusion.run.folder import is_finished
+from ctrl_diffusion.system.progress import JobOptions
 
 SETTINGS = {
     "classifier": {"updates": 150, "head": "ordinal", "grid": 1, "depth": 1},
@@ -52,7 +53,7 @@ def go_on(folder, killed_in_save=0):
     if (folder / "config.yaml").is_file():
         resume_job(folder)
     else:
-        demo_job(SETTINGS, folder, overwrite=True)
+        demo_job(SETTINGS, folder, JobOptions(overwrite=True))
 
 
 def started(folder, killed_in_save=0):

@@ -46,4 +46,4 @@ def add(
     controls = asked(data, control, condition, classifier, skip_bad)
     told = {"learners": learner and learner.split(","), "track": track and track.split(",")}
     given = {"seed": seed, **told, **controls}
-    learn(partial(add_job, run), given, config, out, trust, quiet, overwrite=overwrite, quick=quick)
+    learn(partial(add_job, run), given, config, out, quiet, trust, overwrite, quick)

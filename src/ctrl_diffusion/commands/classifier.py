@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import OTHER, Condition, Control, Overwrite, Quiet, Seed, SkipBad, Trust, phases, whole
+from .options import OTHER, Condition, Control, Overwrite, Quiet, Seed, SkipBad, Trust, job_options, whole
 
 
 def classifier(
@@ -28,8 +28,8 @@ def classifier(
     given = {"control": control, "condition": condition, "data": data, "skip_bad": skip_bad or None}
     settings = listed(whole(given, config, trust))
     mine = ControlSettings.of(settings["controls"][0], str(config))
-    with phases(quiet) as phase:
-        panel = classifier_job(mine, out, prior, seed, overwrite, phase, settings.get("size"))
+    with job_options(quiet, trust, overwrite) as options:
+        panel = classifier_job(mine, out, prior, seed, options, settings.get("size"))
     found = panel.quality
     if not quiet:
         typer.echo(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import OTHER, Overwrite, Quiet, Trust, phases, typed
+from .options import OTHER, Overwrite, Quiet, Trust, job_options
 
 
 def compare(
@@ -31,8 +31,8 @@ def compare(
         out = out or Path("runs/compare-exact")
         if methods or labels or seeds or resume:
             raise ValueError("compare exact: the testbed has its own methods and labels. Leave the other options out.")
-        with phases(quiet) as phase:
-            rows = bias_job(out, quick, 0, overwrite, typed(), phase)
+        with job_options(quiet, trust, overwrite, quick) as options:
+            rows = bias_job(out, options=options)
         if not quiet:
             typer.echo(f"{len(rows)} rows\nreport: {out / 'report.html'}")
         return
@@ -42,10 +42,8 @@ def compare(
         "labels": numbers("labels", labels, int), "strengths": numbers("strengths", strengths, float),
         "seeds": numbers("seeds", seeds, int), "methods": methods.split(",") if methods else [],
     }  # fmt: skip
-    with phases(quiet) as phase:
-        found = compare_job(
-            run, out, **asked, n=n, resume=resume, overwrite=overwrite, command=typed(), phase=phase, trust=trust
-        )
+    with job_options(quiet, trust, overwrite) as options:
+        found = compare_job(run, out, **asked, n=n, resume=resume, options=options)
     if not quiet:
         typer.echo(f"{in_words(found)}\nreport: {(out or run / 'compare') / 'report.html'}")
 

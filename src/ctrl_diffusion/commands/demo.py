@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import OTHER, Learner, Overwrite, Quick, Quiet, Seed, Settings, phases, summary, typed
+from .options import OTHER, Learner, Overwrite, Quick, Quiet, Seed, Settings, job_options, summary
 
 
 def demo(
@@ -26,7 +26,7 @@ def demo(
     given = (read_settings(config) if config else {}) | {"seed": seed}
     check_code(given, {}, False, config)
     given |= {"learners": learner.split(",")} if learner else {}
-    with phases(quiet) as phase:
-        metrics = demo_job(given, out, overwrite, quick, typed(), phase, controls, labels)
+    with job_options(quiet, False, overwrite, quick) as options:
+        metrics = demo_job(given, out, options, controls, labels)
     if not quiet:
         typer.echo(summary(metrics, controls, out))

@@ -6,12 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    OTHER,
-    Quiet,
-    Trust,
-    phases,
-)
+from .options import OTHER, Quiet, Trust, job_options
 
 
 def evaluate(
@@ -28,9 +23,9 @@ def evaluate(
 
     if out is not None:
         check_file(out)
-    with phases(quiet) as phase:
+    with job_options(quiet, trust) as options:
         opened = Run.load(run, trust=trust)
-        metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, phase).metrics()}
+        metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, options.phase).metrics()}
     if OTHER:
         return
     if out is None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import OTHER, Overwrite, Quiet, Seed, phases, typed
+from .options import OTHER, Overwrite, Quiet, Seed, job_options
 
 
 def exact(
@@ -18,7 +18,7 @@ def exact(
     """Race the learners on priors whose exact conditional is known, and report how close they come."""
     from .jobs.testbed import exact_job
 
-    with phases(quiet) as phase:
-        rows = exact_job(out, quick, seed, overwrite, typed(), phase)
+    with job_options(quiet, False, overwrite, quick) as options:
+        rows = exact_job(out, seed, options)
     if not quiet:
         typer.echo(f"{len(rows)} races\nreport: {out / 'report.html'}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import OTHER, Overwrite, Quiet, Trust
+from .options import OTHER, Overwrite, Quiet, Trust, job_options
 
 
 def export(
@@ -20,7 +20,8 @@ def export(
     from .jobs.export import export as write_pipeline
     from .jobs.export import push_to_hub
 
-    write_pipeline(run, out, overwrite, trust)
+    with job_options(quiet, trust, overwrite) as options:
+        write_pipeline(run, out, options)
     if push:
         push_to_hub(out, push)
     if not quiet:

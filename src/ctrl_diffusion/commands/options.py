@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..system.progress import JobOptions
+
 SHOWN = 12  # progress bars
 RANK = os.environ.get("RANK", "0")  # among several processes
 OTHER = RANK != "0"  # not the one that talks, unless something is wrong
@@ -19,16 +21,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closin
 
 
 @contextmanager
-def phases(quiet: bool) -> Iterator:
-    """One progress bar per phase of a job."""
+def job_options(quiet: bool, trust: bool = False, overwrite: bool = False, quick: bool = False) -> Iterator[JobOptions]:
+    """Give a job its options: what the user typed, and one progress bar for each phase while the job runs."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description:<27}"), BarColumn(12), MofNCompleteColumn(),
@@ -44,7 +40,7 @@ def phases(quiet: bool) -> Iterator:
         return lambda n=1, note="": bars.update(task, advance=n, note=note)
 
     try:
-        yield phase
+        yield JobOptions(phase, trust, overwrite, quick, typed())
     finally:
         if bars.tasks:
             bars.stop()
@@ -120,11 +116,12 @@ def whole(given: dict, config: Path | None, trust: bool) -> dict[str, Any]:
 
 
 def learn(
-    job: Callable[..., dict], given: dict, config: Path | None, out: Path, trust: bool, quiet: bool, **options: Any
-) -> None:
+    job: Callable[..., dict], given: dict, config: Path | None, out: Path, quiet: bool, trust: bool, overwrite: bool,
+    quick: bool,
+) -> None:  # fmt: skip
     """Run a training on the settings of a file and those given over them, and say what came of it."""
     settings = whole(given, config, trust)
-    with phases(quiet) as phase:
-        metrics = job(settings, out, command=typed(), phase=phase, trust=trust, **options)
+    with job_options(quiet, trust, overwrite, quick) as options:
+        metrics = job(settings, out, options)
     if not quiet:
         typer.echo(summary(metrics, ", ".join(metrics["labels"]), out))

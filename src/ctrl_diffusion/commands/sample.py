@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import OTHER, Overwrite, Quiet, Seed, Trust, phases
+from .options import OTHER, Overwrite, Quiet, Seed, Trust, job_options
 
 
 def sample(
@@ -28,7 +28,7 @@ def sample(
     from ..run.run import Run
     from .jobs.sample import sample_job
 
-    with phases(quiet) as phase:
-        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, overwrite, phase)
+    with job_options(quiet, trust, overwrite) as options:
+        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, options)
     if not quiet:
         typer.echo(f"{n} samples in {out}")

@@ -16,10 +16,9 @@ from .options import (
     Settings,
     Track,
     asked,
+    job_options,
     learn,
-    phases,
     summary,
-    typed,
     whole,
 )
 
@@ -50,7 +49,7 @@ def train(
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
     from ..run.folder import is_finished
-    from .jobs.train import resume_job, train_job
+    from .jobs.train import resume_job, train_with
 
     given = {
         "prior": prior, "prompts": prompts, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
@@ -61,8 +60,8 @@ def train(
         if out or config or overwrite or quick or dry_run or any(value is not None for value in given.values()):
             raise ValueError(f"--resume takes everything from {resume}. Leave the other options out.")
         done = is_finished(resume)
-        with phases(quiet) as phase:
-            metrics = resume_job(resume, typed(), phase, trust)
+        with job_options(quiet, trust) as options:
+            metrics = resume_job(resume, options.command, options.phase, trust)
         if done and not OTHER:
             typer.echo(f"{resume} is finished: there is nothing to go on with.")
         elif not quiet:
@@ -72,10 +71,10 @@ def train(
         from .jobs.estimate import estimate_job, in_words
 
         settings = whole(given, config, trust)
-        with phases(quiet) as phase:
-            found = estimate_job(settings, quick, phase, trust)
+        with job_options(quiet, trust, quick=quick) as options:
+            found = estimate_job(settings, options)
         typer.echo(in_words(found))
         return
     if out is None:
         raise ValueError("--out is missing. Name the run folder, or a run to go on with by --resume.")
-    learn(train_job, given, config, out, trust, quiet, overwrite=overwrite, quick=quick)
+    learn(train_with, given, config, out, quiet, trust, overwrite, quick)

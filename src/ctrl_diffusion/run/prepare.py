@@ -20,7 +20,7 @@ from ..prior.prior import Prior, open_prior
 from ..reward.classifiers import Panel
 from ..reward.independence import dependence
 from ..system import ranks
-from ..system.progress import Phase, silent
+from ..system.progress import DEFAULT, JobOptions, Phase, silent
 from ..system.tracking import check_trackers
 from .config import Config, ControlSettings, listed, merged, with_paths
 from .defaults import suggested
@@ -137,13 +137,12 @@ class PreparedTraining:
     materials: list[ControlInputs]
 
 
-def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -> PreparedTraining:
+def prepare(given: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTraining:
     """Read prior, data and classifiers; fill in the settings that depend on them.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
-        phase: told of progress.
-        trust: run code that a classifier's folder names.
+        options: progress and trust.
 
     Raises:
         ValueError: whatever is wrong with them.
@@ -160,7 +159,7 @@ def prepare(given: dict[str, Any], phase: Phase = silent, trust: bool = False) -
     if prior.text and wanted.prompts is None:
         wanted.prompts = prompts_of(wanted.controls)
     prior = configured(prior, wanted)
-    materials = [material(settings, prior, phase, trust) for settings in wanted.controls]
+    materials = [material(settings, prior, options) for settings in wanted.controls]
     known = next((m for m in materials if m.data and m.settings.condition), None)
     classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
     check_classes(prior, classes)
@@ -225,9 +224,7 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
     return list(found)
 
 
-def material(
-    settings: ControlSettings, prior: Prior | None, phase: Phase = silent, trust: bool = False
-) -> ControlInputs:
+def material(settings: ControlSettings, prior: Prior | None, options: JobOptions = DEFAULT) -> ControlInputs:
     """Read what a control is made from; without a prior the images as they are.
 
     Raises:
@@ -235,13 +232,13 @@ def material(
     """
     if settings.settled_from:
         folder = home(Path(settings.settled_from), "classifier", settings.name)
-        return ControlInputs(settings, None, Panel.load(folder, trust), pages_of(folder))
+        return ControlInputs(settings, None, Panel.load(folder, options.trust), pages_of(folder))
     panel, pages, handed = None, {}, settings.classifier_from
     if handed:
-        panel, pages = Panel.load(Path(handed), trust), pages_of(Path(handed))
+        panel, pages = Panel.load(Path(handed), options.trust), pages_of(Path(handed))
         check_classifier(panel, handed, settings.name, prior)
     values = panel and panel.values
-    data = read_data(settings.data, settings, prior, values, phase=phase)
+    data = read_data(settings.data, settings, prior, values, phase=options.phase)
     space = data.space(settings.name)
     if settings.ruler and not space.scale and space.values != VALUES[settings.ruler]:
         raise ValueError(
@@ -250,7 +247,8 @@ def material(
     judge_data = None
     if settings.judge_data and not panel:
         known = settings.model_copy(update={"kind": "scale" if space.scale else "classes"})
-        judge_data = read_data(settings.judge_data, known, prior, space.values, settings.classifier.conditional, phase)
+        conditional, phase = settings.classifier.conditional, options.phase
+        judge_data = read_data(settings.judge_data, known, prior, space.values, conditional, phase)
     warn_of_copies(settings.data, data, judge_data)
     return ControlInputs(settings, data, panel, pages, judge_data)
 

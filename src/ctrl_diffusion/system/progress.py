@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 Advance = Callable[..., None]  # (n=1, note="")
 Phase = Callable[[str, int], Advance]  # (what, total)
@@ -11,6 +12,28 @@ Phase = Callable[[str, int], Advance]  # (what, total)
 def silent(what: str, total: int) -> Advance:
     """A phase nobody watches."""
     return lambda n=1, note="": None
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Hold what a job is told beside its settings; no result depends on it but by `quick`.
+
+    Args:
+        phase: told of progress.
+        trust: run code that files name.
+        overwrite: whether what an earlier job of the kind wrote may go.
+        quick: a smoke test: a fraction of the training.
+        command: what the user typed, for the report; None for a command of the same effect.
+    """
+
+    phase: Phase = silent
+    trust: bool = False
+    overwrite: bool = False
+    quick: bool = False
+    command: str | None = None
+
+
+DEFAULT = JobOptions()
 
 
 def patient(phase: Phase, what: str, total: int, seconds: float = 2.0) -> Advance:

@@ -48,7 +48,7 @@ from ...run.run import Run, configured
 from ...run.stages import train
 from ...system.files import write_json
 from ...system.folders import check_room, clear
-from ...system.progress import Phase, silent, timed
+from ...system.progress import DEFAULT, JobOptions, Phase, silent, timed
 from .methods import ENTRANTS, Cell
 
 COMPARE_FILES = ("compare.json", "cells", "pareto.png", "labels.png", "report.html")
@@ -381,10 +381,7 @@ def compare_job(
     seeds: Sequence[int] = (),
     n: int = 1000,
     resume: bool = False,
-    overwrite: bool = False,
-    command: str = "ctrl compare",
-    phase: Phase = silent,
-    trust: bool = False,
+    options: JobOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Compare a run's control with the baselines; see this module.
 
@@ -398,10 +395,7 @@ def compare_job(
         seeds: of fits and noise; the run's if none is named.
         n: samples for each row, at least.
         resume: go on with what is there.
-        overwrite: whether an earlier comparison in `out` may go.
-        command: what was typed.
-        phase: told of progress.
-        trust: run code that the run's files name.
+        options: progress, trust, overwriting, and the command for the report.
 
     Returns:
         The contents of compare.json.
@@ -414,16 +408,18 @@ def compare_job(
     if unknown := [name for name in methods if name not in ENTRANTS]:
         raise ValueError(f"--methods {unknown[0]}: unknown. There are: {', '.join(ENTRANTS)}.")
     if not resume:
-        check_room(out, COMPARE_FILES[0], overwrite)
-    run = Run.load(folder, trust=trust)
-    check_code(run.config.model_dump(), {}, trust, folder / "config.yaml")
+        check_room(out, COMPARE_FILES[0], options.overwrite)
+    run = Run.load(folder, trust=options.trust)
+    check_code(run.config.model_dump(), {}, options.trust, folder / "config.yaml")
     about = {"run": fingerprint(folder), "n": n, "prior_evaluations": len(run.times), "accuracy_by": run.accuracy_by}
     found = {"about": about, "rows": [], "cells": []}
     if resume and (out / COMPARE_FILES[0]).is_file():
         found = json.loads((out / COMPARE_FILES[0]).read_text(encoding="utf-8"))
         if found["about"] != about:
             raise ValueError(f"{out} compares another run, or with another -n. Choose another --out, or --overwrite.")
-    comparison = Comparison(run, out, methods, tuple(strengths), n, phase, found["rows"], found["cells"], trust)
+    comparison = Comparison(
+        run, out, methods, tuple(strengths), n, options.phase, found["rows"], found["cells"], options.trust
+    )
     cells = [(n, seed) for seed in seeds or (run.config.seed,) for n in labels or (comparison.labelled,)]
     for cell in cells:
         if cell != (comparison.labelled, run.config.seed):  # the run itself, whose controls may have unlike numbers
@@ -443,7 +439,8 @@ def compare_job(
         write_json(out / COMPARE_FILES[0], whole())
     written = whole()
     write_json(out / COMPARE_FILES[0], written)
-    write_compare_report(out, averaged(comparison.rows, written["chosen"]), written, command, version("ctrl-diffusion"))
+    rows, command = averaged(comparison.rows, written["chosen"]), options.command or "ctrl compare"
+    write_compare_report(out, rows, written, command, version("ctrl-diffusion"))
     return written
 
 

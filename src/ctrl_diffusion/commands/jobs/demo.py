@@ -24,7 +24,7 @@ from ...data.labelled import LabelledImages, write_imagefolder
 from ...run.config import merged
 from ...run.folder import DATA_FOLDERS
 from ...run.prepare import prepare
-from ...system.progress import Phase, silent
+from ...system.progress import DEFAULT, JobOptions
 from . import demo
 from .train import execute, occupied
 
@@ -101,10 +101,7 @@ def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list
 def demo_job(
     given: dict[str, Any],
     out: str | Path,
-    overwrite: bool = False,
-    quick: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
+    options: JobOptions = DEFAULT,
     controls: str = "ink",
     labels: int | None = None,
 ) -> dict[str, Any]:
@@ -113,7 +110,7 @@ def demo_job(
     if controls not in demo.SETTINGS:
         raise ValueError(f"the demo's controls are {' or '.join(demo.SETTINGS)}; got {controls!r}.")
     settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
-    with occupied(out, overwrite), TemporaryDirectory() as scratch:
+    with occupied(out, options.overwrite), TemporaryDirectory() as scratch:
         drawn = demo.labelled_digits(controls, given.get("seed", 0), labels)
         for control, pair in zip(settings["controls"], drawn, strict=True):
             control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
@@ -121,10 +118,10 @@ def demo_job(
                 folder = Path(kind, control["name"]) if len(drawn) > 1 else Path(kind)
                 write_imagefolder(scratch / folder, data)
                 control[kind] = str(scratch / folder)
-        job = prepare(settings, phase)
+        job = prepare(settings, options)
         for control in job.config.controls:
             control.data, control.judge_data = (
                 str(out.resolve() / Path(name).relative_to(Path(scratch).resolve()))
                 for name in (control.data, control.judge_data)
             )
-        return execute(job, out, quick, command, phase, Path(scratch))
+        return execute(job, out, options, Path(scratch))

@@ -23,7 +23,7 @@ from ...run.run import Run
 from ...run.stages import PROBE_PATHS, Best, TrainingState, between_probes, stages_of, train
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
-from ...system.progress import Phase, silent
+from ...system.progress import DEFAULT, JobOptions, Phase, silent
 from .inspect import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
 
 MANY = 2000  # labelled images
@@ -33,24 +33,20 @@ COPIES = 12
 KEPT = {"weighted": 0, "adjoint": 4, "backprop": 2, "ppo": 2}
 
 
-def estimate_job(
-    given: dict[str, Any], quick: bool = False, phase: Phase = silent, trust: bool = False
-) -> dict[str, Any]:
+def estimate_job(given: dict[str, Any], options: JobOptions = DEFAULT) -> dict[str, Any]:
     """What `train_job` would take with the same settings; nothing is written.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
-        quick: of a twentieth of the training.
-        phase: told of progress.
-        trust: run code that a classifier's folder names.
+        options: see `train_job`.
 
     Raises:
         ValueError: what `train_job` would refuse before it fits anything, or several processes.
     """
     if ranks.world_size() > 1:
         raise ValueError("--dry-run: one process measures what one takes. Start it without accelerate launch.")
-    job = prepare(given, phase, trust)
-    return estimated(replace(job, config=job.config.quick()) if quick else job, phase)
+    job = prepare(given, options)
+    return estimated(replace(job, config=job.config.quick()) if options.quick else job, options.phase)
 
 
 def estimated(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:

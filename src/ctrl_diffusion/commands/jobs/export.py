@@ -18,26 +18,26 @@ from ...run import pipeline as controlled
 from ...run.run import Run
 from ...system.files import read_tensors, write_json, write_tensors, write_text
 from ...system.folders import check_room, clear
+from ...system.progress import DEFAULT, JobOptions
 
 INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
 PACKAGE = Path(__file__).parents[2]
 FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
 
 
-def export(folder: Path, out: Path, overwrite: bool = False, trust: bool = False) -> None:
+def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     """Write a finished run as a pipeline of diffusers.
 
     Args:
         folder: the run.
         out: the folder to write.
-        overwrite: whether an earlier export in `out` may go.
-        trust: run code that the run names (`Run.load`).
+        options: trust and overwriting.
 
     Raises:
         ValueError: no finished run, or a folder that holds something else.
     """
-    check_room(out, INDEX, overwrite)
-    run = Run.load(folder, trust=trust)
+    check_room(out, INDEX, options.overwrite)
+    run = Run.load(folder, trust=options.trust)
     config = run.config
     prior = Path(DIGITS) if config.prior == EMBEDDED else located(config.prior)
     index = json.loads((prior / INDEX).read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from ...run.run import Run
 from ...system import ranks
 from ...system.files import write_json
 from ...system.folders import check_room, clear
-from ...system.progress import Phase, silent
+from ...system.progress import DEFAULT, JobOptions
 
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
 
@@ -61,8 +61,7 @@ def sample_job(
     steps: int | None = None,
     seed: int = 0,
     exact: bool = False,
-    overwrite: bool = False,
-    phase: Phase = silent,
+    options: JobOptions = DEFAULT,
 ) -> None:
     """Write n samples, a sheet of them (`grid.png`) and what was asked for (`sample.json`).
 
@@ -84,9 +83,9 @@ def sample_job(
     elif run.prior.classes is not None:
         classes = torch.tensor(run.config.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)]
-    ranks.broadcast(lambda: check_room(out, SAMPLE_FILES[-1], overwrite))
+    ranks.broadcast(lambda: check_room(out, SAMPLE_FILES[-1], options.overwrite))
     generator = torch.Generator().manual_seed(seed)
-    how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": phase}
+    how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": options.phase}
     x_0 = run.sample(y, **how, **cond, latents=True)
     images = run.images(x_0)
     outside, images = run.outside_share(x_0, images), images.clamp(-1, 1)

@@ -10,7 +10,7 @@ from ...exact.races import Picture, races
 from ...report.testbed import write_bias_report, write_exact_report
 from ...system.files import write_json
 from ...system.folders import check_room, clear
-from ...system.progress import Phase, silent
+from ...system.progress import DEFAULT, JobOptions
 
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
 BIAS_FILES = ("bias.json", "report.html", "bias.png")
@@ -27,14 +27,7 @@ def row_by_row(out: Path, files: tuple[str, ...], found: Iterator[dict[str, Any]
     return rows
 
 
-def exact_job(
-    out: Path,
-    quick: bool = False,
-    seed: int = 0,
-    overwrite: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
-) -> list[dict[str, Any]]:
+def exact_job(out: Path, seed: int = 0, options: JobOptions = DEFAULT) -> list[dict[str, Any]]:
     """Race the learners on the testbed; writes exact.json after every row, then the pictures and report.html.
 
     Returns:
@@ -43,27 +36,20 @@ def exact_job(
     Raises:
         ValueError: a folder that cannot be written, or holds something.
     """
-    check_room(out, EXACT_FILES[0], overwrite)
+    check_room(out, EXACT_FILES[0], options.overwrite)
     pictures: list[Picture] = []
 
     def raced() -> Iterator[dict[str, Any]]:
-        for row, picture in races(quick, seed, phase):
+        for row, picture in races(options.quick, seed, options.phase):
             pictures.extend([picture] if picture else [])
             yield row
 
     rows = row_by_row(out, EXACT_FILES, raced())
-    write_exact_report(out, rows, pictures, command or "ctrl exact", version("ctrl-diffusion"))
+    write_exact_report(out, rows, pictures, options.command or "ctrl exact", version("ctrl-diffusion"))
     return rows
 
 
-def bias_job(
-    out: Path,
-    quick: bool = False,
-    seed: int = 0,
-    overwrite: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
-) -> list[dict[str, Any]]:
+def bias_job(out: Path, seed: int = 0, options: JobOptions = DEFAULT) -> list[dict[str, Any]]:
     """Say where each method's bias comes from; writes bias.json after every row, then bias.png and report.html.
 
     Returns:
@@ -72,7 +58,7 @@ def bias_job(
     Raises:
         ValueError: a folder that cannot be written, or holds something.
     """
-    check_room(out, BIAS_FILES[0], overwrite)
-    rows = row_by_row(out, BIAS_FILES, biases(quick, seed, phase))
-    write_bias_report(out, rows, command or "ctrl compare exact", version("ctrl-diffusion"))
+    check_room(out, BIAS_FILES[0], options.overwrite)
+    rows = row_by_row(out, BIAS_FILES, biases(options.quick, seed, options.phase))
+    write_bias_report(out, rows, options.command or "ctrl compare exact", version("ctrl-diffusion"))
     return rows

@@ -45,7 +45,7 @@ from ...run.stages import train_in
 from ...system import ranks
 from ...system.files import write_json, write_text, writing
 from ...system.folders import check_room, check_writable, clear, clear_unfinished, locked
-from ...system.progress import Interrupted, Phase, silent, timed
+from ...system.progress import DEFAULT, Interrupted, JobOptions, Phase, silent, timed
 from ...system.tracking import Tracking, check_trackers
 from .sample import labelled
 
@@ -57,8 +57,7 @@ def classifier_job(
     out: Path,
     prior: str | None = None,
     seed: int = 0,
-    overwrite: bool = False,
-    phase: Phase = silent,
+    options: JobOptions = DEFAULT,
     size: tuple[int, int] | None = None,
 ) -> Panel:
     """Fit p̂, the judge, and the reader of a condition on labelled images, and report them.
@@ -68,14 +67,13 @@ def classifier_job(
         out: the folder to write.
         prior: a pipeline folder, at whose size the images are read; None takes them as they are.
         seed: of the parts and the fits.
-        overwrite: whether an earlier classifier in `out` may go.
-        phase: told of progress.
+        options: progress and overwriting.
         size: (height, width) of the prior's images, of one that makes any.
 
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
     """
-    check_room(out, CLASSIFIER_FILES[-1], overwrite)
+    check_room(out, CLASSIFIER_FILES[-1], options.overwrite)
     if size is not None and not (isinstance(size, (list, tuple)) and [type(side) for side in size] == [int, int]):
         raise ValueError(f"size must be [height, width], got {size!r}.")
     if size and not prior:
@@ -83,11 +81,11 @@ def classifier_job(
     settings = settings.model_copy(update=dict.fromkeys(("ruler", "classifier_from", "settled_from")))
     name, condition = settings.name, settings.condition
     model = open_prior(prior, size).placed() if prior else None
-    one = material(settings, model, phase)
+    one = material(settings, model, options)
     keep_classes(one, one.data.labels[condition].unique().tolist() if condition else None)
     panel, held_out = fit_panel(
-        one.data, name, condition, settings=settings.classifier, seed=seed, phase=phase, judge_data=one.judge_data,
-        encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
+        one.data, name, condition, settings=settings.classifier, seed=seed, phase=options.phase,
+        judge_data=one.judge_data, encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
     )  # fmt: skip
     clear(out, CLASSIFIER_FILES)
     panel.save(out)
@@ -130,7 +128,7 @@ def train_job(
     phase: Phase = silent,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Train a control, certify it and report it in a run folder.
+    """Train a control, certify it and report it in a run folder; see `JobOptions` for what stands by its own name here.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
@@ -148,20 +146,20 @@ def train_job(
         ValueError: the settings, data or folder are not as they should be, or p̂ is no better than chance.
         Interrupted, MemoryError, OSError: what happened on the way, and how to go on (`resume_job`).
     """
-    out = Path(out)
-    with occupied(out, overwrite):
-        return execute(prepare(given, phase, trust), out, quick, command, phase)
+    return train_with(given, Path(out), JobOptions(phase, trust, overwrite, quick, command))
+
+
+def train_with(given: dict[str, Any], out: Path, options: JobOptions) -> dict[str, Any]:
+    """Train as `train_job` does."""
+    with occupied(out, options.overwrite):
+        return execute(prepare(given, options), out, options)
 
 
 def add_job(
     run: str | Path,
     given: dict[str, Any],
-    out: str | Path,
-    overwrite: bool = False,
-    quick: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
-    trust: bool = False,
+    out: Path,
+    options: JobOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Train one more control on a finished run, whose own controls stay as they are; otherwise as `train_job`.
 
@@ -169,11 +167,11 @@ def add_job(
         run: the run folder; it is not changed.
         given: settings by the names of `Config`: of the new control and its training. Prior, chain, classes and γ are
             the run's.
-        out, overwrite, quick, command, phase, trust: see `train_job`.
+        out: the new run folder.
+        options: see `train_job`.
     """
-    out = Path(out)
-    check_room(out, RUN_FILES[-1], overwrite)
-    old = Run.load(run, trust=trust).config
+    check_room(out, RUN_FILES[-1], options.overwrite)
+    old = Run.load(run, trust=options.trust).config
     for name in ("data", "control"):
         if not given.get(name) and not given.get("controls"):
             raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
@@ -182,19 +180,18 @@ def add_job(
     given = listed(given)
     kept = old.model_dump(include=KEPT)
     whole = {**given, **kept, "controls": [*settled, *given["controls"]]}
-    return train_job(whole, out, overwrite, quick, command, phase, trust)
+    return train_with(whole, out, options)
 
 
-def execute(
-    job: PreparedTraining, folder: Path, quick: bool, command: str | None, phase: Phase, own_data: Path | None = None
-) -> dict[str, Any]:
+def execute(job: PreparedTraining, folder: Path, options: JobOptions, own_data: Path | None = None) -> dict[str, Any]:
     """Do a prepared training in a run folder; `own_data` holds datasets that become the run's.
 
     The folder is not touched before every p̂ has shown that it is worth a training. What is needed from then on to go
     on at any moment lies in its checkpoint/, which goes when the run is finished. Rank 0 fits p̂ for all: fits on
     accelerators are alike, but not to the bit, and ranks that decide differently would wait for each other for ever.
     """
-    config, device, seconds = job.config.quick() if quick else job.config, job.prior.denoiser.device, {}
+    config = job.config.quick() if options.quick else job.config
+    device, seconds = job.prior.denoiser.device, {}
     panels: dict[str, Panel] = {}
     held_out: dict[str, LabelledImages] = {}
     with timed(seconds, "classifier"):
@@ -204,8 +201,8 @@ def execute(
             def fitted(one: ControlInputs = one, name: str = name) -> Panel:
                 s = config.settings_of(name)
                 found, held_out[name] = fit_panel(
-                    one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, one.judge_data,
-                    encoder_of(job.prior), device,
+                    one.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, options.phase,
+                    one.judge_data, encoder_of(job.prior), device,
                 )  # fmt: skip
                 return found.to("cpu")
 
@@ -215,7 +212,7 @@ def execute(
         job.prior.codec.vae.cpu()  # it comes back when there is something to decode
     run = Run.start(config, job.prior, panels)
     if config.kl_budget:
-        run.spend(config.kl_budget, phase)
+        run.spend(config.kl_budget, options.phase)
 
     def lay_out() -> None:
         clear(folder, RUN_FILES if own_data is None else (RUN_FILES[0], *DATA_FOLDERS, *RUN_FILES[1:]))
@@ -234,7 +231,8 @@ def execute(
                 with writing(place / page) as temporary:
                     temporary.write_bytes(content)
         begun = {
-            "command": command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)]),
+            "command": options.command
+            or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)]),
             "seconds": seconds,
             "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
             "dependence": shared,
@@ -243,7 +241,7 @@ def execute(
         write_text(folder / CHECKPOINT / BEGUN, json.dumps(begun))  # its figures to the bit
 
     ranks.broadcast(lay_out)
-    return finish(run, folder, phase)
+    return finish(run, folder, options.phase)
 
 
 def finish(run: Run, folder: Path, phase: Phase) -> dict[str, Any]:
@@ -324,7 +322,7 @@ def resume_job(
         ValueError: there is no run in it, another job is at it, or what it needs is not as it was.
         Interrupted, OSError: as `finish` does.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), JobOptions(phase, trust, command=command)
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} has no run to go on with: it has no config.yaml. Begin one with: ctrl train --out")
 
@@ -347,7 +345,7 @@ def resume_job(
         if not has_begun:
             check_code(config.model_dump(), {}, trust, folder / "config.yaml")
             try:
-                return execute(prepare(config.model_dump(), phase, trust), folder, False, command, phase)
+                return execute(prepare(config.model_dump(), options), folder, options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted before training began: the same command goes on.") from None
         check_batches(config)
