@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
 from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine
+from ctrl_diffusion.control.kinds import KINDS, load_control
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
@@ -228,6 +231,34 @@ def test_side_control_obeys_the_same_laws():
     mixed = policy(x_t, 0.5, labels={"y": y})
     assert torch.equal(mixed[y == NULL], prior(x_t, 0.5)[y == NULL])
     assert (mixed[y != NULL] != prior(x_t, 0.5)[y != NULL]).all()
+
+
+def test_a_new_kind_of_control_is_a_row_of_the_table(monkeypatch, tmp_path):
+    def prior():
+        return GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
+
+    first = prior()
+    policy = Policy(first, SideControl("y", ("a", "b"), first, width=8))
+    x_t, y = torch.randn(5, 1), torch.tensor([0, NULL, 1, 0, NULL])
+    with torch.no_grad():
+        for parameter in policy.controls["y"].parameters():
+            parameter.add_(0.1)
+        expected = policy(x_t, 0.5, labels={"y": y})
+    policy.controls["y"].save(tmp_path)
+    with pytest.raises(ValueError, match=r"is damaged: unknown kind of control 'side', not lora\. Train it again\."):
+        load_control(tmp_path, prior())
+    monkeypatch.setitem(KINDS, "side", SideControl)
+    second = prior()
+    with torch.no_grad():
+        assert torch.equal(Policy(second, load_control(tmp_path, second))(x_t, 0.5, labels={"y": y}), expected)
+
+
+def test_a_control_of_version_0_1_is_a_lora(network, tmp_path):
+    lora(network[0]).save(tmp_path)
+    about = json.loads((tmp_path / "control.json").read_text())
+    assert about.pop("kind") == "lora"
+    (tmp_path / "control.json").write_text(json.dumps(about))
+    assert isinstance(load_control(tmp_path, Prior.from_pretrained(DIGITS).denoiser), LoRAControl)
 
 
 def test_snapshots_of_the_controls_parameters(network):

@@ -9,10 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..chain.denoise import Denoiser
 from ..data.labels import NULL, LabelSpace
 
 
@@ -71,6 +73,19 @@ class Control(nn.Module, ABC):
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by kind ("embedding", "adapter"): they need separate learning rates."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write the control into a folder, with a `control.json` that says its `kind`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: str | Path, denoiser: Denoiser) -> "Control":
+        """Attach a saved control to the prior it was trained on."""
+
+    def lora(self, component: str) -> dict[str, Tensor]:
+        """Return the weights as diffusers loads a LoRA of a pipeline's component; none if the control is no LoRA."""
+        return {}
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

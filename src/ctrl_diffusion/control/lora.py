@@ -183,27 +183,37 @@ class LoRAControl(Control):
         ]
         return {"embedding": [self.table.weight], "adapter": adapter}
 
+    def _adapter(self) -> dict[str, Tensor]:
+        """The adapter's weights by the names of the network's layers."""
+        return get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
+
+    def lora(self, component: str) -> dict[str, Tensor]:
+        scale = (self.alpha or self.rank) / self.rank  # which the format leaves at 1
+        return {
+            f"{component}.{key}": scale * value if "lora_B" in key else value for key, value in self._adapter().items()
+        }
+
     def save(self, folder: str | Path) -> None:
         """Write `control.safetensors` and `control.json` into the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
-        tensors = {f"adapter.{key}": value for key, value in adapter.items()}
+        tensors = {f"adapter.{key}": value for key, value in self._adapter().items()}
         write_tensors(folder / "control.safetensors", {**tensors, "table": self.table.weight})
-        about = ("name", "values", "rank", "scale", "alpha", "targets")
-        write_json(folder / "control.json", {key: getattr(self, key) for key in about})
+        arguments = {key: getattr(self, key) for key in ("name", "values", "rank", "scale", "alpha", "targets")}
+        write_json(folder / "control.json", {"kind": "lora", **arguments})
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
         """Attach a saved control to the prior it was trained on."""
         folder = Path(folder)
-        control = cls(**json.loads((folder / "control.json").read_text()), denoiser=denoiser)
+        arguments = json.loads((folder / "control.json").read_text(encoding="utf-8"))
+        arguments.pop("kind", None)
+        control = cls(**arguments, denoiser=denoiser)
         tensors = read_tensors(folder / "control.safetensors")
         with torch.no_grad():
             control.table.weight.copy_(tensors.pop("table"))
         adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}
-        expected = get_peft_model_state_dict(denoiser.network, adapter_name=control.adapter)
-        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in adapter.items()}:
+        if {k: v.shape for k, v in control._adapter().items()} != {k: v.shape for k, v in adapter.items()}:
             raise ValueError(f"the control in {folder} was trained on another network than this prior's")
         set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.adapter)
         control._silence()

@@ -1,8 +1,10 @@
 """Control a closed-form prior by a small network beside it."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from ..chain.denoise import Denoiser
 from ..control.control import Control
 from ..data.labels import NULL
+from ..system.files import read_tensors, write_json, write_tensors
 
 
 class SideControl(Control):
@@ -39,6 +42,7 @@ class SideControl(Control):
         seed: int = 0,
     ) -> None:
         super().__init__(name, values)
+        self.conditions, self.width = conditions, width
         dim = math.prod(denoiser.shape)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -79,3 +83,15 @@ class SideControl(Control):
         network = [*self.inner.parameters(), *self.outer.parameters()]
         tables = [self.table.weight] if self.of_c is None else [self.table.weight, self.of_c.weight]
         return {"embedding": tables, "adapter": network}
+
+    def save(self, folder: str | Path) -> None:
+        write_tensors(Path(folder) / "control.safetensors", self.state_dict())
+        arguments = {key: getattr(self, key) for key in ("name", "values", "conditions", "width")}
+        write_json(Path(folder) / "control.json", {"kind": "side", **arguments})
+
+    @classmethod
+    def load(cls, folder: str | Path, denoiser: Denoiser) -> "SideControl":
+        arguments = json.loads((Path(folder) / "control.json").read_text(encoding="utf-8"))
+        control = cls(**{key: value for key, value in arguments.items() if key != "kind"}, denoiser=denoiser)
+        control.load_state_dict(read_tensors(Path(folder) / "control.safetensors"))
+        return control

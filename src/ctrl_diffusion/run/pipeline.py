@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..chain.noise import normal
 from ..chain.rollout import rollout
-from ..control.lora import LoRAControl
+from ..control.kinds import load_control
 from ..control.policy import Policy
 from ..prior.families import FAMILIES
 from ..prior.loader import quiet
@@ -74,7 +74,7 @@ class ControlledPipeline(DiffusionPipeline):
             if chain["unconditional"]:
                 prior = prior.unconditional()
             folder = self._folder() / CONTROLS
-            controls = [LoRAControl.load(folder / name, prior.denoiser) for name in chain["controls"]]
+            controls = [load_control(folder / name, prior.denoiser, "Export it again.") for name in chain["controls"]]
             self._ready = prior, Policy(prior.denoiser, *controls)
         return self._ready
 

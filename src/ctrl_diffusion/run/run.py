@@ -22,6 +22,7 @@ from ..chain.noise import stream
 from ..chain.paths import paths
 from ..chain.rollout import Times
 from ..control.conditions import Conditions
+from ..control.kinds import load_control
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
 from ..data.digits import MEASURES, RULERS
@@ -37,20 +38,9 @@ from ..reward.classifiers import Panel
 from ..reward.reward import FEW, Among, Reward, prior_table
 from ..reward.support import BEYOND
 from ..system import ranks
-from ..system.files import undamaged
 from ..system.progress import Phase, silent
 from .config import Config, ControlSettings
 from .folder import home
-
-
-def load_control(folder: Path, prior: Prior) -> LoRAControl:
-    """The control of a run folder, on this prior.
-
-    Raises:
-        ValueError: it is damaged, or of another prior.
-    """
-    with undamaged(folder, "Train it again."):
-        return LoRAControl.load(folder, prior.denoiser)
 
 
 def configured(prior: Prior, config: Config) -> Prior:
@@ -220,7 +210,7 @@ class Run:
                 folder = home(Path(control.settled_from), "control", control.name)
                 if not folder.is_dir():
                     raise ValueError(f"{control.name} is taken from {folder}, which is not there. Bring that run back.")
-                controls.append(load_control(folder, prior).fix())
+                controls.append(load_control(folder, prior.denoiser).fix())
             else:
                 mine = panels[control.name]
                 lora = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
@@ -253,7 +243,7 @@ class Run:
             raise ValueError(f"{lacks}. Go on with: ctrl train --resume {folder}")
         panels = {name: Panel.load(home(folder, "classifier", name), trust) for name in config.names}
         prior = configured(open_prior(config.prior, config.size), config)
-        controls = [load_control(home(folder, "control", name), prior) for name in config.names]
+        controls = [load_control(home(folder, "control", name), prior.denoiser) for name in config.names]
         run = cls(config, prior, Policy(prior.denoiser, *controls), panels)
         if (folder / "metrics.json").is_file():
             known = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

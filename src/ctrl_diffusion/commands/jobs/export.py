@@ -16,7 +16,7 @@ from ...prior.loader import located
 from ...prior.prior import DIGITS, EMBEDDED
 from ...run import pipeline as controlled
 from ...run.run import Run
-from ...system.files import read_tensors, write_json, write_tensors, write_text
+from ...system.files import write_json, write_tensors, write_text
 from ...system.folders import check_room, clear
 from ...system.progress import DEFAULT, JobOptions
 
@@ -57,14 +57,8 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     for name in run.names:
         place = out / controlled.CONTROLS / name
         run.policy.controls[name].save(place)
-        adapter, control = read_tensors(place / "control.safetensors"), run.policy.controls[name]
-        scale = (control.alpha or control.rank) / control.rank  # which the format leaves at 1
-        alone = {
-            key.replace("adapter", component, 1): scale * value if "lora_B" in key else value
-            for key, value in adapter.items()
-            if key != "table"
-        }
-        write_tensors(place / LORA, alone)
+        if lora := run.policy.controls[name].lora(component):
+            write_tensors(place / LORA, lora)
     for name, text in sources().items():
         write_text(out / f"{name}.py", text)
     shutil.copy(folder / "grid.png", out / "grid.png")
