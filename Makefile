@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+FIGURES := demo digit ink,slant add scale own text exact bias
 
 .PHONY: setup demo test lint bench docs prior
 setup: .venv/ready
@@ -21,20 +22,8 @@ lint: setup
 
 bench: setup
 	$(BIN)/python bench/prior.py
-	$(BIN)/python bench/demo.py ink
-	$(BIN)/python bench/demo.py digit
-	$(BIN)/python bench/demo.py ink,slant
-	$(BIN)/python bench/add.py
-	$(BIN)/python bench/scale.py
-	$(BIN)/python bench/own.py
-	$(BIN)/python bench/text.py
-	$(BIN)/python bench/classifiers.py
-	$(BIN)/python bench/exact.py
-	$(BIN)/python bench/bias.py
-	$(BIN)/python bench/results.py
-	$(BIN)/python bench/speed.py
-	$(BIN)/python bench/soak.py
-	$(BIN)/python bench/estimate.py
+	for name in $(FIGURES); do $(BIN)/python bench/figures.py $$name || exit 1; done
+	for name in classifiers floors results speed soak estimate; do $(BIN)/python bench/$$name.py || exit 1; done
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.commands.app utils docs --name ctrl --output docs/commands.md

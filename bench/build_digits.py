@@ -16,8 +16,8 @@ from diffusers.training_utils import EMAModel
 from rich.progress import track
 from torch import Tensor
 
-from ..data.digits import digits, split
-from . import DIGITS
+from ctrl_diffusion.data.digits import digits, split
+from ctrl_diffusion.prior.prior import DIGITS
 
 NULL_CLASS, UNLABELLED = 10, 0.4  # p(x) is harder than p(x | c): it gets many of the examples
 

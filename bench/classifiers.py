@@ -1,13 +1,13 @@
-"""The classifiers' options and the support score on the demos' digits (`make bench`). Writes docs/classifiers.json.
+"""Measure the classifiers' options and the support score on the demos' digits: bench/results/classifiers.json.
 
-Options: p̂ of the demo as it is, balanced, and stopped early, on its own labels and on labels in which the later half of
-the classes is thinned to a fifth; figures on the digits that nobody fitted on, weighted to the labels' frequencies.
-Support: how much of real digits, noise, and digits after gradient ascent on log p̂ lies outside, and who is fooled.
+Options: the demo's p̂ as it is, balanced, and stopped early, on its own labels and on labels in which the later half of
+the classes is thinned to a fifth; measured on digits nothing was fitted on, weighted to the frequencies of the labels.
+Support: the shares of real digits, noise, and digits after gradient ascent on log p̂ that lie outside; whom these fool.
 """
 
-from pathlib import Path
 from typing import Any
 
+import evidence
 import torch
 import torch.nn.functional as F
 from rich import print_json
@@ -16,7 +16,6 @@ from torch import Tensor
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel
-from ctrl_diffusion.system.files import write_json
 
 OPTIONS = {"plain": {}, "balanced": {"balanced": True}, "early_stopping": {"early_stopping": True}}
 RARER = 5
@@ -85,7 +84,7 @@ def main() -> None:
                 )  # fmt: skip
                 if (kind, name) == ("as labelled", "plain"):
                     found[control]["support"] = support(panel, unseen)
-        write_json(Path(__file__).parent.parent / "docs" / "classifiers.json", found)
+        evidence.write("classifiers", found)
     print_json(data=found)
 
 

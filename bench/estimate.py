@@ -1,4 +1,4 @@
-"""What --dry-run says of a training, over what the training then takes, into bench/results.json.
+"""What --dry-run says of a training, over what the training then takes, into bench/results/speed.json.
 
 python bench/estimate.py      (about half an hour on one quiet thread: the digits demo, without the judge of ink)
 

@@ -1,4 +1,4 @@
-"""What an update of every learner takes on text models of real size with random weights: seconds, memory, evaluations.
+"""Measure seconds, memory and evaluations of every learner's update on text models of real size with random weights.
 
 python bench/models.py tiny          (a small Stable Diffusion on the CPU, a minute)
 python bench/models.py sd15          (Stable Diffusion 1.5 at 512 × 512, bf16, 50 steps; needs a GPU)
@@ -6,7 +6,8 @@ python bench/models.py sdxl          (SDXL at 1024 × 1024, bf16, adjoint on a c
 
 Evaluations are rows of the network's batch, two a sample under guidance; a backward pass is not counted as another.
 `rate` is evaluations a second over those of the bare network's own forward passes, at the same batch and precision in
-the same run: 1 if every evaluation were a forward pass and nothing else took time. Writes docs/models-NAME.json.
+the same run: 1 if every evaluation were a forward pass and nothing else took time. Writes
+bench/results/models-NAME.json.
 """
 
 import json
@@ -15,9 +16,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import evidence
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -39,11 +40,10 @@ from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.reward.scorer import Classifier
-from ctrl_diffusion.system.files import rounded, write_json
+from ctrl_diffusion.system.files import rounded
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from pipelines import WIDTH, clip, clip_tokenizer, stable_diffusion  # noqa: E402 — small encoders, made on the spot
+sys.path.insert(0, str(evidence.ROOT / "tests"))
+from pipelines import WIDTH, clip, clip_tokenizer, stable_diffusion
 
 SD = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
 # of the models' own configs
@@ -156,7 +156,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     about = {"model": name, "steps": steps, "batch": batch, "micro_batch": micro, "device": where}
     about["parameters"] = sum(p.numel() for p in network.parameters())
-    write_json(ROOT / "docs" / f"models-{name}.json", {**about, "rows": rows})
+    evidence.write(f"models-{name}", {**about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Measure the embedded digits prior: does it draw the digit asked for, blur, or memorise? (`make bench`)
+"""Measure the embedded digits prior: does it draw the digit asked for, blur, or memorise?
 
-Writes docs/prior.json and docs/prior.png. Samples are those of our 20-step chain. 300 real digits were never shown to
-the prior; distances to and from them are the yardsticks.
+Writes bench/results/prior.json and docs/prior.png. Samples come from the 20-step chain. 300 real digits were never
+shown to the prior; distances to and from them are the yardsticks.
 """
 
 import statistics
 import time
-from pathlib import Path
 
+import evidence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from evidence import DOCS
 from rich import print_json
 
 from ctrl_diffusion.chain.noise import stream
@@ -26,9 +27,6 @@ from ctrl_diffusion.report.style import save_figure, sheet_figure
 from ctrl_diffusion.reward.fit import fit_classifier
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.system.files import write_json
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 def fit_reader() -> Classifier:
@@ -96,7 +94,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in prior.denoiser.network.parameters()),
     }
     print_json(data=figures)
-    write_json(DOCS / "prior.json", figures)
+    evidence.write("prior", figures)
     order = np.arange(len(asked)).reshape(10, 200)[:, :12].ravel()
     save_figure(DOCS / "prior.png", sheet_figure(samples[order], columns=12))
 

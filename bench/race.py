@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import evidence
 import torch
 from torch import Tensor
 
 Command = tuple[str | int | Path, ...]
-RESULTS = Path(__file__).parent / "results.json"
 PROMPTS = ("a cat", "a dog")
 GUIDANCE = 5.0
 RANK = 16
@@ -47,11 +47,8 @@ def resident(peak: bool = False) -> float:
 
 
 def keep(name: str, figures: dict[str, Any]) -> None:
-    """Put figures into bench/results.json, beside what others wrote there meanwhile."""
-    from ctrl_diffusion.system.files import write_json  # a peer's environment has no such thing
-
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    write_json(RESULTS, {**known, name: figures})
+    """Put figures into bench/results/speed.json, beside what others wrote there meanwhile."""
+    evidence.write("speed", {**evidence.read("speed", {}), name: figures})
 
 
 def serve(update: Callable[[], object]) -> None:

@@ -1,10 +1,11 @@
-"""CTRL against the baselines on digits: docs/results.md (hours: docs/results-*.json have the seconds of every fit).
+"""Compare CTRL with the baselines on digits: docs/results.md.
 
-python bench/results.py [ink] [ink,slant]       (both, side by side, if none is named)
+python bench/results.py [ink] [ink,slant]       (hours; both, side by side, if none is named)
+python bench/results.py page                    (write docs/results.md and its picture from bench/results/ again)
 
-Trains a run for each, on more labels than are compared (they are drawn from these anew for every seed), compares it
-with `ctrl compare`, and writes docs/results-*.json, the pictures and docs/results.md from both. What was begun goes on:
-runs/results/ keeps every row and every fit.
+Trains a run for each on more labels than are compared (every seed draws its own from them), compares it with
+`ctrl compare`, and writes bench/results/results-*.json, the pictures and docs/results.md. An interrupted comparison
+goes on: runs/results/ keeps every row and every fit.
 """
 
 import json
@@ -13,12 +14,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import evidence
 import matplotlib
 import yaml
+from evidence import DOCS, RESULTS, ROOT
 from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -26,10 +28,9 @@ from matplotlib.ticker import NullFormatter
 from ctrl_diffusion.commands.jobs.compare import averaged, interval
 from ctrl_diffusion.report.compare import with_error
 from ctrl_diffusion.report.style import STYLE, headline, plain_ticks, save_figure
-from ctrl_diffusion.system.files import write_json, write_text
+from ctrl_diffusion.system.files import write_text
 
-ROOT = Path(__file__).parent.parent
-DOCS, RUNS = ROOT / "docs", ROOT / "runs" / "results"
+RUNS = ROOT / "runs" / "results"
 LABELS, SEEDS = "50,100,200,500", "1,2,3"
 DIFFERENCES = ("accuracy", "diversity_ratio", "frechet", "coverage")
 # fewer updates than the demos have: 24 of these are trained
@@ -151,7 +152,7 @@ def means_of(found: dict[str, Any], method: str, name: str, strength: float | No
 
 
 def in_short() -> str:
-    """bench/results.in-short.md, written for the figures of one run, with those of this."""
+    """bench/results/in-short.md, written for the figures of one run, with those of this."""
     tasks = [of_task(task) for task in TASKS]
     w, one = tasks[0]["chosen"]["ctrl"]["strength"], 1.0
     said: dict[str, Any] = {"w": f"{w:g}"}
@@ -187,7 +188,7 @@ def in_short() -> str:
     said["cost of particles"] = between(costs, 0)
     for task, found in zip(TASKS, tasks, strict=True):
         said[f"diversity {task}"] = between(means_of(found, "ctrl", "diversity_ratio", one), 2)
-    text = Path(__file__).with_suffix(".in-short.md").read_text(encoding="utf-8")
+    text = (RESULTS / "in-short.md").read_text(encoding="utf-8")
     return Template(text, undefined=StrictUndefined).render(said=said).strip()
 
 
@@ -203,14 +204,14 @@ def written(task: str) -> None:
     rows = averaged(found["rows"], found["chosen"])
     about = {k: found[k] for k in ("about", "prior", "chosen", "cells")}
     about["against"] = against(found["rows"], found["chosen"])
-    write_json(DOCS / f"{slug(task)}.json", {**about, "rows": rows})
+    evidence.write(slug(task), {**about, "rows": rows})
     for picture in ("pareto", "labels"):
         shutil.copy(folder / f"{picture}.png", DOCS / f"{slug(task)}-{picture}.png")
 
 
 def of_task(task: str) -> dict[str, Any]:
     """What was written of a task."""
-    return json.loads((DOCS / f"{slug(task)}.json").read_text(encoding="utf-8"))
+    return evidence.read(slug(task))
 
 
 def page() -> str:
@@ -289,7 +290,7 @@ def overview() -> Figure:
 
 
 def main() -> None:
-    tasks = sys.argv[1:] or list(TASKS)
+    tasks = [] if sys.argv[1:] == ["page"] else sys.argv[1:] or list(TASKS)
     started = [compared(task) for task in tasks]
     if any([process.wait() for process in started]):
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""2,000 updates of the digits demo in one process: memory and open files, whose growth goes into bench/results.json.
+"""Measure the growth of memory and open files over 2,000 updates of the digits demo: bench/results/speed.json.
 
 python bench/soak.py      (about a quarter of an hour on one quiet thread)
 

@@ -1,4 +1,4 @@
-"""Where the time of an update goes, and what others take for one: docs/performance.md, bench/results.json.
+"""Where the time of an update goes, and what others take for one: docs/performance.md, bench/results/speed.json.
 
 python bench/speed.py                    (half an hour on one quiet thread; makes the peer's environment the first time)
 python bench/speed.py share_of_limit|vs_reference|vs_trl|vs_before|growth|processes|time_to_gap|traces|options …
