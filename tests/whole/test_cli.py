@@ -53,7 +53,7 @@ def test_demo_leaves_a_whole_run(quick_run):
     assert metrics["ctrl"]["judge_accuracy"] == pytest.approx(metrics["ctrl"]["accuracy"], abs=0.1)
     strengths = {row["strength"]: row for row in metrics["sweep"]["strength"]}
     assert list(strengths) == [0.0, 0.5, 1.0, 1.5, 2.0]
-    assert [row["steps"] for row in metrics["sweep"]["steps"]] == [10, 20, 40]
+    assert [row["steps"] for row in metrics["sweep"]["steps"]] == [5, 10, 20]
     assert strengths[0.0]["accuracy"] < strengths[1.0]["accuracy"]
     assert metrics["certificate"]["gap_nats"] == pytest.approx(
         metrics["certificate"]["log_z_nats"] - metrics["certificate"]["objective_nats"], abs=1e-3
