@@ -117,7 +117,7 @@ def main() -> None:
     prior = prior.placed("auto", "no" if name == "tiny" else "bf16")
     denoiser, network, device = prior.denoiser, prior.denoiser.network, prior.denoiser.device
     classifier = Classifier(3, 4, depth=4, halvings=3).requires_grad_(False).eval().to(device)
-    reward = Reward({"y": classifier}, decode=prior.decode, device=device)
+    reward = Reward({"y": classifier}, codec=prior.codec, device=device)
     conditions = Conditions({"c": torch.arange(2)}, {"y": 4})
     policy = Policy(denoiser, LoRAControl("y", "0123", denoiser, rank=16))
     times = denoiser.times(steps, 0.05, 2.0)

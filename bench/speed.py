@@ -85,7 +85,7 @@ class Setting:
         names = [f"y{i}" for i in range(controls)]
         classes = tuple(map(str, range(CLASSES)))
         attached = [LoRAControl(name, classes, prior.denoiser, rank=RANK) for name in names]
-        reward = Reward({name: Brightness(latent) for name in names}, decode=prior.decode)
+        reward = Reward({name: Brightness(latent) for name in names}, codec=prior.codec)
         conditions = Conditions.for_training({"c": torch.arange(len(PROMPTS))}, {name: CLASSES for name in names})
         times = prior.denoiser.times(steps, 0.05, 2.0)
         return cls(prior, Policy(prior.denoiser, *attached), times, conditions, reward)

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ctrl_diffusion.chain.codec import Codec
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
@@ -116,16 +117,19 @@ def test_a_look_at_many_samples_is_a_look_at_each():
     x, reader = torch.randn(40, 1, 4, 4), Classifier(1, 2, grid=4).eval().requires_grad_(False)
     decoded = []
 
-    def decode(part):
-        decoded.append(len(part))
-        return F.interpolate(part, scale_factor=2)
+    class Doubling(Codec):
+        batch = 16
+
+        def decode(self, part):
+            decoded.append(len(part))
+            return F.interpolate(part, scale_factor=2)
 
     def outside(x_0, images):
         return (x_0[:, 0, 0, 0] > 0) & (images[:, 0, 1, 1] > 0.5)
 
     second = Classifier(1, 2).eval().requires_grad_(False)
     judge = SecondOpinion(
-        {"y": lambda images: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, decode
+        {"y": lambda images: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, Doubling()
     )
     conditions = Conditions({"c": torch.arange(2)}, {"y": 2})
     look = judge.look_at(x, conditions)

@@ -222,7 +222,7 @@ def test_what_a_learner_asks_for_in_half_precision_is_what_it_asks_for_in_full(f
         prior = opened(folders, "SD 2", guidance=1.0).placed("cpu", precision)
         policy = controlled(prior, scale=0.3)
         prior.denoiser.gradient_scale = 1.0  # this steep reward needs none
-        reward = Reward({"ink": Darkness(4)}, decode=prior.decode)
+        reward = Reward({"ink": Darkness(4)}, codec=prior.codec)
         conditions, times = Conditions({"c": torch.arange(2)}, {"ink": 4}), prior.denoiser.times(3, 0.2)
         x_0 = torch.randn(8, *prior.denoiser.shape, generator=torch.Generator().manual_seed(1))
         stream = LEARNERS[learner](times, x_0)(policy, reward, conditions, torch.Generator().manual_seed(2))
@@ -322,7 +322,7 @@ def test_a_step_of_every_learner_is_uphill_and_trains_the_control_alone(folders,
     before = {key: value.clone() for key, value in prior.denoiser.network.state_dict().items() if "lora_" not in key}
     conditions = Conditions({} if prior.classes is None else {"c": torch.arange(2)}, {"dark": 2})
     times = prior.denoiser.times(3, 0.2)
-    reward = Reward({"dark": Darkness()}, decode=prior.decode)
+    reward = Reward({"dark": Darkness()}, codec=prior.codec)
     n = 32 * conditions.groups
     cond = conditions.cond_of(torch.arange(n) * conditions.groups // n)
     x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond)[0]
@@ -400,7 +400,7 @@ def test_large_images_may_be_decoded_in_tiles(folders):
     assert len(tiles) > 1
     images.sum().backward()
     assert z.grad.flatten(2).any(2).all()
-    assert opened(folders, "DDPM").placed("cpu", tiling=True).codec is None
+    assert opened(folders, "DDPM").placed("cpu", tiling=True).latent is False
 
 
 @pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux", "DiT"])

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from ctrl_diffusion.chain.codec import Codec
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
@@ -169,14 +170,17 @@ def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_pa
     # both rewards add, the images are decoded once for the one that needs them
     decoded = []
 
-    def decode(latents):
-        decoded.append(len(latents))
-        return latents[:, :1].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    class Doubling(Codec):
+        latent = True
+
+        def decode(self, latents):
+            decoded.append(len(latents))
+            return latents[:, :1].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
     z, y = torch.randn(5, 3, 4, 4), torch.arange(5) % 4
-    reward = Reward({"latent": again.classifier, "image": panel.judge}, decode=decode)
+    reward = Reward({"latent": again.classifier, "image": panel.judge}, codec=Doubling())
     rows = torch.arange(5)
-    expected = again.classifier.log_prob(z)[rows, y] + panel.judge.log_prob(decode(z))[rows, y]
+    expected = again.classifier.log_prob(z)[rows, y] + panel.judge.log_prob(Doubling().decode(z))[rows, y]
     decoded.clear()
     torch.testing.assert_close(reward(z, {"latent": y, "image": y}), expected)
     assert decoded == [5]

@@ -69,7 +69,7 @@ def job(folder, device, learner):
     policy = Policy(prior.denoiser, LoRAControl("dark", "01", prior.denoiser, rank=2))
     conditions = Conditions({} if prior.classes is None else {"c": torch.arange(2)}, {"dark": 2})
     times = prior.denoiser.times(3, 0.2)
-    reward = Reward({"dark": classifier}, decode=prior.decode, device=place)
+    reward = Reward({"dark": classifier}, codec=prior.codec, device=place)
     n = 4 * conditions.groups
     cond = conditions.cond_of(torch.arange(n) * conditions.groups // n)
     x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond)[0]
@@ -78,7 +78,7 @@ def job(folder, device, learner):
     labels, cond = conditions.of(conditions.all(2))
     generator = torch.Generator().manual_seed(3)
     found = paths(policy, 2 * conditions.pairs, times, generator, cond, labels, compare=True)
-    judge = SecondOpinion({}, None, {"dark": second}, decode=prior.decode, device=place)
+    judge = SecondOpinion({}, None, {"dark": second}, codec=prior.codec, device=place)
     look = judge.look_at(found[0], conditions)
     with torch.no_grad():
         earned = reward(found[0], labels, cond)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..chain.codec import Codec
 from ..chain.rows import parts, rows_of
 from ..control.conditions import Conditions
 from ..data.labels import Labels
-from ..reward.reward import FEW
 from ..reward.scorer import Classifier, Scorer
 
 Ruler = Callable[[Tensor], Tensor]
@@ -29,7 +29,7 @@ class SecondOpinion:
         seconds: control → a classifier of y that p̂ never met, whose opinion stands beside the ruler's.
         outside: samples (n, *) and their images (n, C, H, W) → whether each lies outside the region some p̂ was
             fitted on (n,).
-        decode: samples (n, *) → images, of a latent model; None if samples are images.
+        codec: turns samples (n, *) into images.
         device: where the classifiers are.
     """
 
@@ -37,18 +37,18 @@ class SecondOpinion:
     reader: Classifier | None = None
     seconds: dict[str, Scorer] = field(default_factory=dict)
     outside: Callable[[Tensor, Tensor], Tensor] | None = None
-    decode: Callable[[Tensor], Tensor] | None = None
+    codec: Codec = field(default_factory=Codec)
     device: torch.device | None = None
 
     def look_at(self, x_0: Tensor, conditions: Conditions) -> "Look":
         """Look at samples x_0 (n, *), equally many for each condition in turn, a few at a time: images may be large."""
         group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
-        few = parts(len(x_0), FEW if self.decode else 1024)
+        few = parts(len(x_0), self.codec.batch)
         return Look.joined([self.look_at_once(x_0[rows].to(self.device), group[rows]) for rows in few])
 
     def look_at_once(self, x_0: Tensor, group: Tensor) -> "Look":
         """Look at samples (n, *) of conditions (n,) all at once."""
-        images = self.decode(x_0) if self.decode else x_0
+        images = self.codec.decode(x_0)
         measured, seen = self.measure(images, group)
         adheres = self.reader and (self.reader.log_prob(images).argmax(1).cpu() == group).float()
         outside = self.outside and self.outside(x_0, images).float().cpu()

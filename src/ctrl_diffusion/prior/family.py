@@ -10,9 +10,9 @@ import diffusers
 import torch
 from torch import nn
 
+from ..chain.codec import Codec
 from ..chain.denoise import ControlSite, Network, NetworkDenoiser, Prediction
 from ..chain.schedule import RectifiedFlow, VariancePreserving
-from .latents import Codec
 from .text import TextFamily
 
 
@@ -23,22 +23,20 @@ class Family:
     Args:
         network: the module that holds the weights.
         call: (x_t, timestep (B,), **cond) → prediction.
-        shape: (C, H, W) of one x.
+        codec: its autoencoder; of a network on pixels the identity, `Codec(shape)`.
         site: where a control enters.
         classes: how many classes the condition `c` has, None if unconditional.
         null: the class that stands for none, None if the network was not trained with one.
-        codec: the autoencoder of a latent model.
         text: of a model that is given prompts.
         tokens: of one x of a flow, on which its shift may depend; 0 of others.
     """
 
     network: nn.Module
     call: Network
-    shape: tuple[int, int, int]
+    codec: Codec
     site: ControlSite
-    classes: int | None
+    classes: int | None = None
     null: int | None = None
-    codec: Codec | None = None
     text: TextFamily | None = None
     tokens: int = 0
 
@@ -84,7 +82,7 @@ def denoiser_of(family: Family, scheduler: Any) -> NetworkDenoiser:
     config = scheduler.config
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
         schedule = flow_of(config, family.tokens)
-        return NetworkDenoiser(family.network, family.call, schedule, "flow", family.shape, None, family.site)
+        return NetworkDenoiser(family.network, family.call, schedule, "flow", family.codec.shape, None, family.site)
     if family.tokens:
         raise ValueError(
             f"it is a flow, whose schedule is read from FlowMatchEulerDiscreteScheduler, not {type(scheduler).__name__}"
@@ -101,5 +99,5 @@ def denoiser_of(family: Family, scheduler: Any) -> NetworkDenoiser:
         warnings.warn(f"this prior clips x̂ to ±{clip:g}: saturated pixels give learners no gradient.", stacklevel=3)
     schedule = VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod))
     return NetworkDenoiser(
-        family.network, family.call, schedule, config.prediction_type, family.shape, clip, family.site
+        family.network, family.call, schedule, config.prediction_type, family.codec.shape, clip, family.site
     )

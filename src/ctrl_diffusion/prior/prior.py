@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..chain.codec import Codec
 from ..chain.denoise import NetworkDenoiser
 from .families import FAMILIES
 from .family import denoiser_of
-from .latents import Codec
 from .loader import located, opened
 from .text import Prompted, TextFamily
 
@@ -31,7 +31,7 @@ class Prior:
         classes: number of classes of the condition, None if unconditional; prompts are classes too.
         names: every name a class is known by → its number; the number itself is one, unless they are prompts.
         null: the class that stands for none, None if the network was not trained with one.
-        codec: the autoencoder of a latent model, None if x are the images.
+        codec: turns x into images: the autoencoder of a latent model, else the identity.
         text: of a model that is given prompts.
         pipeline: the name of its pipeline.
     """
@@ -40,7 +40,7 @@ class Prior:
     classes: int | None
     names: dict[str, int]
     null: int | None = None
-    codec: Codec | None = None
+    codec: Codec = field(default_factory=Codec)
     text: TextFamily | None = None
     pipeline: str = ""
 
@@ -51,17 +51,22 @@ class Prior:
         return tuple(called[i] for i in range(self.classes or 0))
 
     @property
+    def latent(self) -> bool:
+        """Whether x are latents of images and not images."""
+        return self.codec.latent
+
+    @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the images, which for a latent model are not the shape of x."""
-        return self.codec.image_shape if self.codec else self.denoiser.shape
+        return self.codec.image_shape or self.denoiser.shape
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) of x (B, *), differentiable; x themselves unless it is a latent model."""
-        return self.codec.decode(x) if self.codec else x
+        """Return the images (B, C, H, W) of x (B, *), differentiable; x itself unless it is a latent model."""
+        return self.codec.decode(x)
 
     def encode(self, images: Tensor) -> Tensor:
-        """x (B, *) of images (B, C, H, W), where these are."""
-        return self.codec.encode(images.to(self.denoiser.device)).to(images.device) if self.codec else images
+        """Return x (B, *) of images (B, C, H, W), where these are."""
+        return self.codec.encode(images, self.denoiser.device)
 
     def placed(self, device: str = "auto", precision: str = "no", tiling: bool = False) -> "Prior":
         """The same prior, its network on a device; the autoencoder follows when it is needed, encoders stay.
@@ -80,8 +85,8 @@ class Prior:
             reason = " ".join(str(error).split())[:100]
             raise ValueError(f"device: {device!r} is not to be had here ({reason}). Use auto.") from error
         self.denoiser = self.denoiser.at(PRECISIONS[precision])
-        if tiling and self.codec:
-            self.codec.vae.enable_tiling()
+        if tiling:
+            self.codec.enable_tiling()
         return self
 
     @classmethod

@@ -1,16 +1,15 @@
 """The reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..chain.codec import Codec
 from ..chain.rows import parts, rows_of
 from ..control.conditions import Conditions
 from ..data.labels import NULL, Labels
-
-FEW = 16  # images decoded at once
 
 
 class Likelihood(Protocol):
@@ -31,7 +30,7 @@ class Reward:
     Args:
         classifiers: one per control.
         gamma: γ ≥ 0; 1 asks for the posterior itself.
-        decode: x_0 → the images p̂ looks at, of a latent model; None if x_0 are what it looks at.
+        codec: turns x_0 into the images p̂ looks at; None for the identity.
         device: where p̂ is; None for where x_0 is.
     """
 
@@ -39,17 +38,17 @@ class Reward:
         self,
         classifiers: dict[str, Likelihood],
         gamma: float = 1.0,
-        decode: Callable[[Tensor], Tensor] | None = None,
+        codec: Codec | None = None,
         device: torch.device | None = None,
     ) -> None:
         if gamma < 0:
             raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
-        self.classifiers, self.gamma, self.decode, self.device = classifiers, gamma, decode, device
+        self.classifiers, self.gamma, self.codec, self.device = classifiers, gamma, codec or Codec(), device
 
     def __call__(self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None) -> Tensor:
         """Reward (B,) of x_0 (B, *) under the prior's conditions, B rows each; a null label earns nothing."""
-        if self.decode and not torch.is_grad_enabled() and len(x_0) > FEW:  # images are many times their latents
-            rows = parts(len(x_0), FEW)
+        if self.codec.latent and not torch.is_grad_enabled() and len(x_0) > self.codec.batch:
+            rows = parts(len(x_0), self.codec.batch)
             return torch.cat([self(x_0[r], rows_of(labels, r), rows_of(cond or {}, r)) for r in rows])
         total = x_0.new_zeros(len(x_0))
         for name, x in self.views(x_0, labels).items():
@@ -66,7 +65,7 @@ class Reward:
         """What the p̂ of each control looks at, of x_0 (B, *): x_0 itself, or the images of a latent model."""
         x = x_0.to(self.device)
         latent = {name for name in names if getattr(self.classifiers[name], "latent", False)}
-        images = self.decode(x) if self.decode and len(latent) < len(names) else x
+        images = self.codec.decode(x) if len(latent) < len(names) else x
         return {name: x if name in latent else images for name in names}
 
     def table(self, name: str, x: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
@@ -119,7 +118,7 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     """
     group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
     tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
-    few = FEW if reward.decode else 1024
+    few = reward.codec.batch
     for part, g in zip(x_0.split(few), group.split(few), strict=True):
         for name, x in reward.views(part, tables).items():
             tables[name].append(reward.table(name, x, conditions.cond_of(g)).to(x_0))

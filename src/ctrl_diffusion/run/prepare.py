@@ -101,7 +101,7 @@ def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledIm
 
 def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
     """What makes latents of images, if the prior has it."""
-    return prior.encode if prior and prior.codec else None
+    return prior.encode if prior and prior.latent else None
 
 
 @dataclass
@@ -301,7 +301,7 @@ def check_classes(prior: Prior, classes: list[int] | None) -> None:
 def check_classifier(panel: Panel, folder: str, control: str, prior: Prior) -> None:
     """Refuse a classifier of another control, of images of another size, or of latents the prior does not have."""
     shape = prior.image_shape
-    if panel.latent and not prior.codec:
+    if panel.latent and not prior.latent:
         raise ValueError(f"the classifier in {folder} looks at latents, and this prior has none. Fit it with --prior.")
     if panel.control != control or panel.shape != shape:
         raise ValueError(

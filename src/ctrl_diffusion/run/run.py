@@ -35,7 +35,7 @@ from ..evaluate.scores import Nulled, score_samples, score_target
 from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
 from ..reward.classifiers import Panel
-from ..reward.reward import FEW, Among, Reward, prior_table
+from ..reward.reward import Among, Reward, prior_table
 from ..reward.support import BEYOND
 from ..system import ranks
 from ..system.progress import Phase, silent
@@ -103,13 +103,12 @@ class Run:
         """The reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
         found = {name: panel.classifier for name, panel in self.panels.items()}
         among = {n: Among(p, self.config.classes) if p.conditional else p for n, p in found.items()}
-        return Reward(among, gamma, self.prior.decode if self.prior.codec else None, self.prior.denoiser.device)
+        return Reward(among, gamma, self.prior.codec, self.prior.denoiser.device)
 
     def images(self, x: Tensor) -> Tensor:
         """What there is to see of samples x (n, *), which may be latents: (n, C, H, W) on the CPU."""
-        if not self.prior.codec:
-            return x
-        return torch.cat([self.prior.decode(part.to(self.prior.denoiser.device)).cpu() for part in x.split(FEW)])
+        codec, device = self.prior.codec, self.prior.denoiser.device
+        return torch.cat([codec.decode(part.to(device)).cpu() for part in x.split(codec.batch)])
 
     @property
     def judge(self) -> SecondOpinion:
@@ -119,7 +118,7 @@ class Run:
             next((panel.reader for panel in self.panels.values() if panel.reader), None),
             {name: panel.judge for name, panel in self.panels.items() if panel.judge},
             self.outside if all(panel.support for panel in self.panels.values()) else None,
-            self.prior.decode if self.prior.codec else None,
+            self.prior.codec,
             self.prior.denoiser.device,
         )
 
@@ -370,7 +369,7 @@ class Run:
         log_w = earned - log_ratio
         figures = {"J": log_w, "probe_reward": earned, "probe_kl": kl}
         if self.judge.outside:
-            parts = [self.outside(part, self.images(part)) for part in x_0.split(FEW if self.prior.codec else 1024)]
+            parts = [self.outside(part, self.images(part)) for part in x_0.split(self.prior.codec.batch)]
             figures["probe_outside"] = torch.cat(parts).float()
         return {name: float(value.mean()) for name, value in figures.items()}, log_w, earned
 

@@ -27,6 +27,7 @@ from scipy.stats import t as student
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ...chain.codec import Codec
 from ...chain.denoise import Denoiser
 from ...chain.noise import stream
 from ...chain.paths import paths
@@ -41,7 +42,6 @@ from ...guide.steered import Guidance
 from ...prior.prior import open_prior
 from ...report.compare import write_compare_report
 from ...reward.classifiers import WITH_RULER, fit_posterior, rounds_of
-from ...reward.reward import FEW
 from ...run.config import ControlSettings, check_code
 from ...run.prepare import encoder_of, only, read_data
 from ...run.run import Run, configured
@@ -125,7 +125,7 @@ class Comparison:
 
     def real(self) -> tuple[Look, Tensor]:
         """What the judge sees of every real image whose c is known, and which c it is."""
-        run, judge, looks, groups = self.run, replace(self.judge, decode=None), [], []
+        run, judge, looks, groups = self.run, replace(self.judge, codec=Codec()), [], []
         for settings in run.config.controls:
             if run.config.classes is not None and not settings.condition:
                 continue
@@ -134,7 +134,7 @@ class Comparison:
                 known.append(read_again(run, settings, settings.judge_data))
             for data in known:
                 group = data.labels[settings.condition] if settings.condition else torch.zeros(len(data)).long()
-                few = torch.arange(len(data)).split(FEW if run.prior.codec else 1024)
+                few = torch.arange(len(data)).split(run.prior.codec.batch)
                 looks += [judge.look_at_once(data.x[rows].to(judge.device), group[rows]) for rows in few]
                 groups.append(group)
         if not looks:

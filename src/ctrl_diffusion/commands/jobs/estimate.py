@@ -70,8 +70,7 @@ def estimated(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
         name = one.settings.name
         panels[name], seconds = (one.panel, 0.0) if one.panel else fitted(one, job, phase)
         fits += seconds
-    if prior.codec:
-        prior.codec.vae.cpu()  # as a training begins
+    prior.codec.cpu()  # as a training begins
     run = Run.start(in_miniature(config), prior, panels)
     stages, samples = trained(run, config, phase), evaluations_of_samples(run, config)
     seconds = {

@@ -29,7 +29,6 @@ from ...reward.classifiers import BATCH, DEEP, epochs_of
 from ...reward.fit import AUGMENTATIONS
 from ...reward.reward import prior_table
 from ...reward.scorer import Classifier
-from ...run.prepare import encoder_of
 from ...run.run import Run, configured
 from ...system.folders import clear
 from ...system.progress import Phase, silent, timed
@@ -128,8 +127,7 @@ class Cell:
 
     def seen(self, data: LabelledImages) -> Tensor:
         """Labelled images as the prior's network has them (n, *): latents, if it is of these."""
-        encode = encoder_of(self.run.prior)
-        return (data.through(encode) if encode else data).x[torch.arange(len(data))]
+        return data.through(self.run.prior.encode).x
 
     def save(self, folder: Path) -> None:
         """Write p̂ and the control as a run folder that appears whole."""

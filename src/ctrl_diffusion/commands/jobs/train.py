@@ -208,8 +208,7 @@ def execute(job: PreparedTraining, folder: Path, options: JobOptions, own_data: 
 
             panels[name] = one.panel or ranks.broadcast(fitted).to(device)
     shared = dependences(job.materials, panels, job.prior)
-    if job.prior.codec:
-        job.prior.codec.vae.cpu()  # it comes back when there is something to decode
+    job.prior.codec.cpu()  # until there is something to decode
     run = Run.start(config, job.prior, panels)
     if config.kl_budget:
         run.spend(config.kl_budget, options.phase)

@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ...chain.codec import Codec
 from ...chain.denoise import ControlSite
 from ..family import Family, fixed
-from ..latents import Codec, factor_of
+from ..latents import Autoencoder, factor_of
 
 ALONE = "transformer"
 
@@ -14,10 +15,9 @@ ALONE = "transformer"
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """The network of a pipeline; cond is `c` (B,), the null class is the number of classes."""
     network, vae = pipeline.transformer, getattr(pipeline, "vae", None)
-    config, side, codec = network.config, network.config.sample_size, None
-    if vae is not None:
-        codec = Codec(vae, (factor_of(vae) * side,) * 2)
-    fixed(size, codec.image_shape[1:] if codec else (side, side))
+    config, side = network.config, network.config.sample_size
+    codec = Codec((config.in_channels, side, side)) if vae is None else Autoencoder(vae, (factor_of(vae) * side,) * 2)
+    fixed(size, codec.image_shape[1:])
 
     def call(x_t: Tensor, timestep: Tensor, c: Tensor) -> Tensor:
         return network(x_t, timestep, class_labels=c, return_dict=False)[0]
@@ -29,4 +29,4 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
         targets=("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "norm1.linear", "proj_out_1", "proj_out_2"),
     )
     classes = config.num_embeds_ada_norm
-    return Family(network, call, (config.in_channels, side, side), site, classes, null=classes, codec=codec)
+    return Family(network, call, codec, site, classes, null=classes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...chain.denoise import ControlSite
 from ..family import Family, default_guidance, sized
-from ..latents import Codec
+from ..latents import Autoencoder
 from ..text import Rows, TextFamily, place_of
 
 TARGETS = (
@@ -25,7 +25,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """The network of a pipeline."""
     network = pipeline.transformer
     size = sized(size, pipeline.default_sample_size, pipeline.vae_scale_factor, PATCH)
-    codec = Codec(pipeline.vae, size)
+    codec = Autoencoder(pipeline.vae, size)
     channels, height, width = codec.shape
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
@@ -49,4 +49,4 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, rank=16)
     text = TextFamily(encode, call, default_guidance(pipeline), distilled=True)
     tokens = height * width // PATCH**2
-    return Family(network, call, codec.shape, site, None, codec=codec, text=text, tokens=tokens)
+    return Family(network, call, codec, site, text=text, tokens=tokens)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...chain.denoise import ControlSite
 from ..family import Family, default_guidance, sized
-from ..latents import Codec
+from ..latents import Autoencoder
 from ..text import Rows, TextFamily, place_of
 
 # linear layers of attention, feed-forward and time, by the endings of their names
@@ -22,7 +22,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     if network.config.time_cond_proj_dim is not None:
         raise ValueError("its UNet is distilled for few steps and is given the guidance, which is not supported")
     size = sized(size, network.config.sample_size, pipeline.vae_scale_factor)
-    codec = Codec(pipeline.vae, size)
+    codec = Autoencoder(pipeline.vae, size)
     if network.config.in_channels != codec.shape[0]:
         raise ValueError(f"its UNet is given {network.config.in_channels} channels, and latents have {codec.shape[0]}")
     large = hasattr(pipeline, "text_encoder_2")
@@ -50,4 +50,4 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
         embeddings=("time_embedding",), width=network.time_embedding.linear_2.out_features, targets=TARGETS, rank=16
     )
     text = TextFamily(encode, call, default_guidance(pipeline))
-    return Family(network, call, codec.shape, site, None, codec=codec, text=text)
+    return Family(network, call, codec, site, text=text)

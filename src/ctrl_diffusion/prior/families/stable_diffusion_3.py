@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...chain.denoise import ControlSite
 from ..family import Family, default_guidance, sized
-from ..latents import Codec
+from ..latents import Autoencoder
 from ..text import Rows, TextFamily, place_of
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -19,7 +19,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     network = pipeline.transformer
     config = network.config
     size = sized(size, config.sample_size, pipeline.vae_scale_factor, config.patch_size)
-    codec = Codec(pipeline.vae, size)
+    codec = Autoencoder(pipeline.vae, size)
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         texts = list(prompts)
@@ -40,6 +40,4 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, rank=16)
     text = TextFamily(encode, call, default_guidance(pipeline))
     patch = config.patch_size**2
-    return Family(
-        network, call, codec.shape, site, None, codec=codec, text=text, tokens=codec.shape[1] * codec.shape[2] // patch
-    )
+    return Family(network, call, codec, site, text=text, tokens=codec.shape[1] * codec.shape[2] // patch)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...chain.codec import Codec
 from ...chain.denoise import ControlSite
 from ..family import Family, fixed
 
@@ -30,4 +31,4 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     site = ControlSite(
         embeddings=("time_embedding",), width=network.time_embedding.linear_2.out_features, targets=TARGETS, rank=16
     )
-    return Family(network, call, (config.in_channels, height, width), site, config.num_class_embeds)
+    return Family(network, call, Codec((config.in_channels, height, width)), site, config.num_class_embeds)
