@@ -40,7 +40,7 @@ _HOME = {
     "Support": "reward.support",
     "TDS": "guide.particles",
     "Weighted": "learn.weighted",
-    "as_denoiser": "chain.denoise",
+    "as_denoiser": "prior.network",
     "calibrate": "reward.fit",
     "certify": "evaluate.certificate",
     "exact_samples": "evaluate.resample",
@@ -70,7 +70,7 @@ def __getattr__(name: str) -> Any:
 _MOVED = {
     "assets": "prior.prior",
     "cli": "commands.app",
-    "denoise": "chain.denoise",
+    "denoise": "prior.network",
     "rules": "data.rules",
     "schedule": "chain.schedule",
 }

@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ctrl_diffusion.chain.denoise import clock
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, VariancePreserving, coefficients
+from ctrl_diffusion.prior.network import clock
 
 SCHEDULERS = [
     {"beta_schedule": "squaredcos_cap_v2"},

@@ -2,10 +2,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, VariancePreserving
 from ctrl_diffusion.chain.transition import Gaussian, step, transition
 from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.prior.network import as_denoiser
 
 STEPS = 20
 KINDS = ["epsilon", "sample", "v_prediction"]

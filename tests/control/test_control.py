@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.kinds import KINDS, load_control
 from ctrl_diffusion.control.lora import LoRAControl
@@ -12,6 +11,7 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
+from ctrl_diffusion.prior.network import as_denoiser
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 
 B = 6

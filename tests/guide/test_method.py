@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 import torch
 
-from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control.policy import Policy
@@ -17,6 +16,7 @@ from ctrl_diffusion.guide.free_guidance import FreeGuidance
 from ctrl_diffusion.guide.particles import TDS, FeynmanKac
 from ctrl_diffusion.guide.reconstruction import DPS, MPGD
 from ctrl_diffusion.guide.selection import BestOf, Importance, Rejection
+from ctrl_diffusion.prior.network import as_denoiser
 from ctrl_diffusion.reward.reward import Reward
 
 STEPS, K, B = 5, 4, 6

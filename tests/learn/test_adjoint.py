@@ -3,7 +3,6 @@ import weakref
 import pytest
 import torch
 
-from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.chain.transition import transition
@@ -13,6 +12,7 @@ from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn import adjoint
 from ctrl_diffusion.learn.adjoint import adjoints_of
 from ctrl_diffusion.learn.on_policy import clip_rows
+from ctrl_diffusion.prior.network import as_denoiser
 
 WEIGHT = 0.4 * torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 PRIORS = {
@@ -103,7 +103,7 @@ def test_a_step_of_the_adjoint_is_gone_before_the_next(monkeypatch, lean):
     """float16 keeps its graph for a second try: two steps' at once would be twice the memory."""
     prior, times = as_denoiser(PRIORS["nonlinear"], Cosine(), (3,)), Cosine().times(4, 0.1)
     policy, labels = Policy(prior, SideControl("y", ("a", "b"), prior).double()), {"y": torch.tensor([0, 1])}
-    prior.gradient_scale = 16.0
+    prior.loss_scale = 16.0
     with torch.no_grad():
         path = rollout(policy, torch.randn(2, 3, dtype=torch.float64), times, labels=labels)
     made = []

@@ -132,7 +132,7 @@ def test_what_half_precision_scales_up_on_the_way_back_is_scaled_down_again():
         trained = policy()
         other = SideControl("z", ("a", "b"), trained.base, width=4)  # never asked for, so without a gradient
         trained = Policy(trained.base, *trained.controls.values(), other)
-        trained.base.gradient_scale = scale
+        trained.base.loss_scale = scale
         list(fit(trained, losses(trained), 10, LR))
         results.append(weights(trained))
     assert torch.equal(*results)
@@ -141,12 +141,12 @@ def test_what_half_precision_scales_up_on_the_way_back_is_scaled_down_again():
 def test_an_update_too_large_for_half_precision_is_left_out():
     """And the scale lowered, until there is none left to blame."""
     trained = policy()
-    trained.base.gradient_scale = 2.0**10
+    trained.base.loss_scale = 2.0**10
 
     def too_large(scale):
         """Its gradient is infinite where the scale is above `scale`."""
         for step in losses(trained):
-            bad = float("inf") if trained.gradient_scale > scale else 0.0
+            bad = float("inf") if trained.base.loss_scale > scale else 0.0
             trained.controls["y"].table.weight.register_hook(lambda g, bad=bad: g + bad)
             yield step
 
@@ -155,7 +155,7 @@ def test_an_update_too_large_for_half_precision_is_left_out():
     first, second = next(updates), next(updates)
     assert [u.gradient_norm for u in (first, second)] == [float("inf")] * 2
     assert torch.equal(weights(trained), before)
-    assert trained.gradient_scale == 4.0
+    assert trained.base.loss_scale == 4.0
 
 
 def test_a_stream_that_ends_ends_the_training():

@@ -145,7 +145,7 @@ def test_what_is_scaled_up_on_the_way_back_comes_out_the_same(name):
 
     def trained(scale):
         policy, reward, conditions, times = toy(RectifiedFlow())
-        policy.base.gradient_scale = scale
+        policy.base.loss_scale = scale
         x_0, _, _ = paths(policy.prior, 50, times, torch.Generator().manual_seed(1))
         learner = {
             "weighted": Weighted(x_0, times, batch=12),

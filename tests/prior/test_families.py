@@ -27,7 +27,8 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
-from ctrl_diffusion.prior.prior import PRECISIONS, Prior
+from ctrl_diffusion.prior.precision import PRECISIONS
+from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run.run import Run
 
@@ -221,7 +222,7 @@ def test_what_a_learner_asks_for_in_half_precision_is_what_it_asks_for_in_full(f
     def gradient(precision):
         prior = opened(folders, "SD 2", guidance=1.0).placed("cpu", precision)
         policy = controlled(prior, scale=0.3)
-        prior.denoiser.gradient_scale = 1.0  # this steep reward needs none
+        prior.denoiser.loss_scale = 1.0  # this steep reward needs none
         reward = Reward({"ink": Darkness(4)}, codec=prior.codec)
         conditions, times = Conditions({"c": torch.arange(2)}, {"ink": 4}), prior.denoiser.times(3, 0.2)
         x_0 = torch.randn(8, *prior.denoiser.shape, generator=torch.Generator().manual_seed(1))
@@ -250,7 +251,7 @@ def test_the_certificate_is_in_full_precision(folders):
         def kl(policy=policy, times=times, cond=cond, labels=labels):
             return paths(policy, 4, times, torch.Generator().manual_seed(0), cond, labels, compare=True)[1].mean()
 
-        with policy.in_full():
+        with policy.base.full_precision():
             found[precision] = kl()
         found[f"{precision}, as trained"] = kl()
     assert found["bf16"] == found["no"] == found["no, as trained"]

@@ -261,7 +261,7 @@ def test_another_precision_begins_with_its_own_scale(interrupted, monkeypatch):
 
     def scale(run, folder, *_):
         assert stages.TrainingState.of(run, checkpoint.Checkpoints(folder / "checkpoint")).best.record
-        return run.policy.gradient_scale
+        return run.policy.base.loss_scale
 
     monkeypatch.setattr(job, "finished", scale)
     assert resume_job(interrupted) == 2**10

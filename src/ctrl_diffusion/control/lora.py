@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..chain.denoise import NetworkDenoiser
+from ..prior.network import NetworkDenoiser
 from ..system.files import read_tensors, write_json, write_tensors
 from .control import Control
 
@@ -143,7 +143,7 @@ class LoRAControl(Control):
     def active(self, y: Tensor) -> Iterator[None]:
         if self._shift is not None:
             raise RuntimeError(f"the control {self.name!r} is active already.")
-        with self._beside() if self._half or self._denoiser[0].together else self._within():
+        with self._beside() if self._half or self._denoiser[0].all_gather else self._within():
             self._shift = self.embedded(self.table, y)
             try:
                 yield

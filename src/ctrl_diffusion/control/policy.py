@@ -1,7 +1,7 @@
 """Combine a frozen prior with its controls."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import torch
@@ -32,23 +32,13 @@ class Policy(Denoiser):
     def prior(self) -> Denoiser:
         return self.base
 
-    @property
-    def gradient_scale(self) -> float:
-        return self.base.gradient_scale
-
-    def lower_scale(self) -> None:
-        self.base.lower_scale()
-
-    def in_full(self) -> AbstractContextManager[None]:
-        return self.base.in_full()
-
     def forward(
         self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor
     ) -> Tensor:
         """x̂ (B, *) under labels; rows whose labels are all null are the prior's, bit for bit at equal batch.
 
-        Where several processes call the prior `together`, each makes the calls that any has rows for: one that has none
-        lends one.
+        Where ranks call a sharded prior in step, each makes the calls that any has rows for, if need be with a dummy
+        row.
 
         Args:
             x_t: (B, *) at time t.
@@ -60,13 +50,14 @@ class Policy(Denoiser):
         Raises:
             ValueError: an unknown control, or a class out of range.
         """
-        labels = {n: y for n, y in self.checked(labels or {}).items() if self.base.together or (y != NULL).any()}
+        all_gather = getattr(self.base, "all_gather", None)  # of sharded weights
+        labels = {n: y for n, y in self.checked(labels or {}).items() if all_gather or (y != NULL).any()}
         if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
         # rows that are controlled alike go together: a control whose label is null must leave no trace
         here = everywhere = torch.stack([y != NULL for y in labels.values()])
-        if self.base.together:
-            everywhere = torch.cat([here, self.base.together(here)], dim=1)
+        if all_gather:
+            everywhere = torch.cat([here, all_gather(here)], dim=1)
         patterns, pattern = everywhere.unique(dim=1, return_inverse=True)
         if strength == 1.0 and patterns.all():
             return self.steered(x_t, t, labels, cond)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..chain.denoise import loss_scale
 from ..chain.schedule import per_sample
 from .method import Asked
 from .steered import Guidance, gradient, of_score
@@ -26,7 +27,7 @@ def looked_ahead(asked: Asked, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, 
     x_t = x_t.detach().requires_grad_()
     x_hat = asked.denoiser(x_t, t, **asked.cond)
     reward = asked.reward(x_hat)
-    toward = of_score(asked.denoiser.schedule, t, x_t) * gradient(reward, x_t, asked.denoiser.gradient_scale)
+    toward = of_score(asked.denoiser.schedule, t, x_t) * gradient(reward, x_t, loss_scale(asked.denoiser))
     return x_hat.detach(), reward.detach(), toward
 
 

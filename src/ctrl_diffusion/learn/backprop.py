@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..chain.denoise import loss_scale
 from ..chain.transition import step_std
 from ..control.conditions import Conditions
 from ..control.policy import Policy
@@ -62,7 +63,7 @@ class Backprop(OnPolicy):
 
         def clip(gradient: Tensor, std: float) -> Tensor:
             # the loss is a mean over the batch, one path's share of the gradient is a B-th
-            gradient, longer = clip_rows(gradient, policy.gradient_scale * self.clip / std / self.batch)
+            gradient, longer = clip_rows(gradient, loss_scale(policy) * self.clip / std / self.batch)
             clipped.append(longer)
             return gradient
 

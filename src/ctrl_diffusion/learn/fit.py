@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ..chain.denoise import loss_scale
 from ..control.policy import Policy
 from ..system import ranks
 from .step import Step
@@ -103,7 +104,7 @@ def fit(
         number += 1
         told: list[dict[str, float | Tensor]] = []
         for step in steps:
-            accelerator.backward(policy.gradient_scale * step.loss)  # finite or not: to know is to wait
+            accelerator.backward(loss_scale(policy) * step.loss)  # finite or not: to know is to wait
             told.append({"": step.loss.detach(), **step.metrics})  # a learner has no figure without a name
             if step.last:
                 break
@@ -116,9 +117,9 @@ def fit(
         loss = metrics.pop("")
         ranks.all_reduce_gradients(parameters)
         ranks.reshard(policy)
-        for p in parameters if policy.gradient_scale != 1.0 else ():
+        for p in parameters if loss_scale(policy) != 1.0 else ():
             if p.grad is not None:
-                p.grad /= policy.gradient_scale
+                p.grad /= loss_scale(policy)
         norm = float(accelerator.clip_grad_norm_(parameters, max_norm))
         if math.isfinite(loss) and math.isfinite(norm):
             i = ema.optimization_step  # updates that were taken
@@ -128,8 +129,9 @@ def fit(
             optimizer.step()
             ema.step(parameters)
             in_turn = 0
-        elif math.isfinite(loss) and policy.gradient_scale > 1:
-            policy.lower_scale()  # too large for float16: this update is left out
+        elif math.isfinite(loss) and loss_scale(policy) > 1:
+            # too large for float16: this update is left out
+            policy.prior.loss_scale = max(1.0, loss_scale(policy) / 16)
         else:
             skipped, in_turn = skipped + 1, in_turn + step.whole
             if in_turn > max_skipped:

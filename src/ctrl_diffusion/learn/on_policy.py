@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..chain.denoise import loss_scale
 from ..chain.noise import EVERY, normal
 from ..chain.rollout import Times, Trajectory, rollout
 from ..chain.rows import parts, rows_of
@@ -89,7 +90,7 @@ def check_gradient(earned: Tensor) -> None:
 
 def pulled_back(policy: Policy, value: Tensor, x_t: Tensor) -> Tensor:
     """∇value at x_t (B, *), scaled on its way as far as half precision needs and bears."""
-    scale = policy.gradient_scale
+    scale = loss_scale(policy)
     (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
     while scale > 1 and ranks.any_rank(not gradient.isfinite().all()):
         scale /= 16

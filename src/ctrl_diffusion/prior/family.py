@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..chain.codec import Codec
-from ..chain.denoise import ControlSite, Network, NetworkDenoiser, Prediction
+from ..chain.denoise import Prediction
 from ..chain.schedule import RectifiedFlow, VariancePreserving
+from .network import Call, ControlSite, NetworkDenoiser
 from .text import TextFamily
 
 
@@ -32,7 +33,7 @@ class Family:
     """
 
     network: nn.Module
-    call: Network
+    call: Call
     codec: Codec
     site: ControlSite
     classes: int | None = None

@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..chain.codec import Codec
-from ..chain.denoise import NetworkDenoiser
 from .families import FAMILIES
 from .family import denoiser_of
 from .loader import located, opened
+from .network import NetworkDenoiser
+from .precision import PRECISIONS
 from .text import Prompted, TextFamily
 
 DIGITS = Path(__file__).parent / "digits"
 EMBEDDED = "digits"  # the prior that ships with the package, by name
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Prior:
         except (RuntimeError, AssertionError) as error:  # torch built without it raises the latter
             reason = " ".join(str(error).split())[:100]
             raise ValueError(f"device: {device!r} is not to be had here ({reason}). Use auto.") from error
-        self.denoiser = self.denoiser.at(PRECISIONS[precision])
+        self.denoiser.set_precision(PRECISIONS[precision])
         if tiling:
             self.codec.enable_tiling()
         return self
@@ -160,7 +160,7 @@ class Prior:
         call = Prompted(self.text, self.text.guidance if guidance is None else guidance, negative)
         call.add(prompts)
         names = {prompt: i for i, prompt in enumerate(prompts)}
-        return replace(self, denoiser=self.denoiser.called(call), classes=len(prompts), names=names)
+        return replace(self, denoiser=self.denoiser.with_call(call), classes=len(prompts), names=names)
 
     def number_of(self, name: str) -> int:
         """The class of a name, or of a prompt, which is encoded if it is a new one.
@@ -191,7 +191,7 @@ class Prior:
         def call(x_t: Tensor, timestep: Tensor) -> Tensor:
             return conditional.call(x_t, timestep, c=torch.full_like(timestep, self.null, dtype=torch.long))
 
-        return replace(self, denoiser=conditional.called(call), classes=None, names={}, null=None)
+        return replace(self, denoiser=conditional.with_call(call), classes=None, names={}, null=None)
 
 
 def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:

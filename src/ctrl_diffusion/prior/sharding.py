@@ -4,8 +4,8 @@ from functools import partial
 
 from torch import nn
 
-from ..chain.denoise import NetworkDenoiser
 from ..system.ranks import all_gather, state, world_size
+from .network import NetworkDenoiser
 
 
 def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
@@ -33,4 +33,4 @@ def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
         elif any(isinstance(module, nn.ModuleList) for module in child.modules()):
             fully_shard(child, mesh=mesh)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    denoiser.together = partial(all_gather, dim=1)
+    denoiser.all_gather = partial(all_gather, dim=1)

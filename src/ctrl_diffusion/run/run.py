@@ -324,7 +324,7 @@ class Run:
         times = self.times_of(steps) if steps else self.times
         cond, n = {} if c is None else {"c": c}, counts.pop()
         if exact:
-            with self.policy.in_full():  # or weights would be of rounding
+            with self.policy.base.full_precision():  # or weights would be of rounding
                 x_0, _ = exact_samples(self.policy, self.reward, times, generator, labels, cond, strength, phase)
         else:
             progress = phase("sampling", n)
@@ -344,7 +344,7 @@ class Run:
         """Independent samples of the prior, `members` for each condition in turn."""
         cond = self.conditions.cond_of(torch.arange(self.conditions.groups).repeat_interleave(members))
         n, generator = members * self.conditions.groups, stream(self.config.seed, purpose)
-        with self.policy.in_full():
+        with self.policy.base.full_precision():
             return paths(self.prior.denoiser, n, self.times, generator, cond, progress=phase(purpose, n))[0]
 
     def policy_paths(
@@ -354,7 +354,7 @@ class Run:
         pair = conditions.all(repeats)
         labels, cond = conditions.of(pair)
         generator, advance = stream(self.config.seed, purpose), phase(purpose, len(pair))
-        with self.policy.in_full():
+        with self.policy.base.full_precision():
             x_0, kl, log_ratio = paths(
                 self.policy, len(pair), self.times, generator, cond, labels, compare=True, progress=advance
             )

@@ -140,7 +140,7 @@ class TrainingState:
             training.done, training.records, training.idle = about["done"], about["records"], about["idle"]
             training.seconds = about["seconds"]
             if about["precision"] == str(run.policy.base.precision):  # another has a scale of its own
-                run.policy.base.gradient_scale = about["gradient_scale"]
+                run.policy.base.loss_scale = about["gradient_scale"]
         return training
 
     @property
@@ -156,7 +156,7 @@ class TrainingState:
         tensors |= {"log_w": best.log_w, "earned": best.earned} if best.snapshot else {}
         about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
         about |= {"first": best.first, "record": best.record}
-        about |= {"precision": str(best.policy.base.precision), "gradient_scale": best.policy.gradient_scale}
+        about |= {"precision": str(best.policy.base.precision), "gradient_scale": best.policy.base.loss_scale}
         self.latest = tensors, about
         if due:
             self.save()

@@ -193,7 +193,7 @@ def seconds_of_evaluation(run: Run, phase: Phase) -> float:
     advance = phase("paths", 2)
     for _ in range(2):
         begin = time.perf_counter()
-        with run.policy.in_full():
+        with run.policy.base.full_precision():
             generator = stream(run.config.seed, "estimate")
             paths(run.policy, n, run.times, generator, cond, labels, compare=True)
         seconds = time.perf_counter() - begin

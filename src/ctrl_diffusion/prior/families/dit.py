@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from ...chain.codec import Codec
-from ...chain.denoise import ControlSite
 from ..family import Family, fixed
 from ..latents import Autoencoder, factor_of
+from ..network import ControlSite
 
 ALONE = "transformer"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...chain.denoise import ControlSite
 from ..family import Family, default_guidance, sized
 from ..latents import Autoencoder
+from ..network import ControlSite
 from ..text import Rows, TextFamily, place_of
 
 TARGETS = (

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...chain.denoise import ControlSite
 from ..family import Family, default_guidance, sized
 from ..latents import Autoencoder
+from ..network import ControlSite
 from ..text import Rows, TextFamily, place_of
 
 # linear layers of attention, feed-forward and time, by the endings of their names

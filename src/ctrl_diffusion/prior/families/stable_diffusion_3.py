@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...chain.denoise import ControlSite
 from ..family import Family, default_guidance, sized
 from ..latents import Autoencoder
+from ..network import ControlSite
 from ..text import Rows, TextFamily, place_of
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

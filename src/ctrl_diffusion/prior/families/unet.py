@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from ...chain.codec import Codec
-from ...chain.denoise import ControlSite
 from ..family import Family, fixed
+from ..network import ControlSite
 
 # linear layers and convolutions of residual and attention blocks, by the endings of their names
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj")

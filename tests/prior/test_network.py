@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ctrl_diffusion.chain.denoise import as_denoiser
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
+from ctrl_diffusion.prior.network import as_denoiser
 
 CASES = [("epsilon", Cosine()), ("sample", Cosine()), ("v_prediction", Cosine())]
 CASES += [("flow", RectifiedFlow()), ("epsilon", RectifiedFlow())]
@@ -39,7 +39,7 @@ def test_full_precision_is_that_of_convolutions_and_products_too():
     for allowed in ([True, False], [True, True]):
         for unit, may in zip(units, allowed, strict=True):
             unit.allow_tf32 = may
-        with denoiser.in_full():
+        with denoiser.full_precision():
             assert [denoiser.precision, *(unit.allow_tf32 for unit in units)] == [None, False, False]
         assert [denoiser.precision, *(unit.allow_tf32 for unit in units)] == [torch.bfloat16, *allowed]
     for unit, may in zip(units, before, strict=True):

@@ -1,0 +1,98 @@
+"""Read a denoiser off a network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..chain.denoise import SMALLEST_ALPHA, Denoiser, Prediction, x_hat_from
+from ..chain.schedule import Schedule, coefficients
+from .precision import MixedPrecision
+
+Call = Callable[..., Tensor]  # (x_t, timestep (B,), **cond) → prediction (B, *)
+
+
+@dataclass(frozen=True)
+class ControlSite:
+    """Name where a control enters a network: facts about its family, not choices.
+
+    Args:
+        embeddings: modules whose output is the time or class embedding; the control's embedding is added to it.
+        width: length of that embedding.
+        targets: PEFT's target modules of the LoRA adapter (names or endings of names).
+        rank: default rank of the adapter.
+    """
+
+    embeddings: tuple[str, ...]
+    width: int
+    targets: tuple[str, ...]
+    rank: int = 64
+
+
+def clock(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the network's timestep, α_t and σ_t, float64, in the shape of t."""
+    return schedule.timestep(t), *schedule(t)
+
+
+class NetworkDenoiser(MixedPrecision, Denoiser):
+    """Read x̂ off a network's prediction.
+
+    Args:
+        network: the module that holds the weights; it is frozen.
+        call: (x_t, timestep (B,), **cond) → prediction (B, *). Extra channels (learned variance) are dropped.
+        schedule: the noise schedule it was trained with.
+        prediction: what it predicts.
+        shape: of one x.
+        clip: clamp x̂ to ±clip, for priors whose own sampler does; saturated pixels then carry no gradient.
+        site: where a control enters; None if only its output can be controlled.
+        precision: of autocast; None for the precision of the weights.
+    """
+
+    # of sharded weights: (K, B) of this rank → (K, B of all ranks); then all ranks must call the network in step
+    all_gather: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        call: Call,
+        schedule: Schedule,
+        prediction: Prediction,
+        shape: tuple[int, ...],
+        clip: float | None = None,
+        site: ControlSite | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.call, self.schedule, self.prediction, self.shape = call, schedule, prediction, shape
+        self.clip, self.site = clip, site
+        self.set_precision(precision)
+        if prediction == "epsilon":
+            # x̂ = (x_t − σ ε)/α divides by almost nothing where α → 0: begin where its error is not yet all there is
+            self.start = schedule.latest(SMALLEST_ALPHA)
+
+    def with_call(self, call: Call) -> "NetworkDenoiser":
+        """Return a denoiser on the same network, called in another way."""
+        other = NetworkDenoiser(
+            self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site, self.precision
+        )
+        other.all_gather = self.all_gather
+        return other
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
+        timestep, alpha, sigma = coefficients(clock, x_t, self.schedule, t)
+        rows = {name: value.to(x_t.device, non_blocking=True) for name, value in cond.items()}
+        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
+            prediction = self.call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
+        prediction = prediction[:, : x_t.shape[1]].to(x_t.dtype)
+        x_hat = x_hat_from(prediction, self.prediction, x_t, alpha, sigma)
+        return x_hat if self.clip is None else x_hat.clamp(-self.clip, self.clip)
+
+
+def as_denoiser(
+    function: Call, schedule: Schedule, shape: tuple[int, ...], prediction: Prediction = "sample"
+) -> NetworkDenoiser:
+    """Return any callable (x_t, timestep, **cond) → prediction as a denoiser."""
+    network = function if isinstance(function, nn.Module) else nn.Module()
+    return NetworkDenoiser(network, function, schedule, prediction, shape)
