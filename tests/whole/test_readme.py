@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, in a folder where `make demo` has been."""
+"""What README and docs say holds: examples run, links lead somewhere, names are where they are said to be."""
 
 import re
 import subprocess
@@ -13,30 +13,63 @@ import ctrl_diffusion
 from ctrl_diffusion.reward.classifiers import ClassifierSettings
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.filterwarnings("ignore:log Z")
-def test_the_example_runs(quick_run, tmp_path, monkeypatch):
+@pytest.fixture
+def demo(quick_run, tmp_path, monkeypatch):
+    """A folder where `make demo` has been."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(quick_run)
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    for long, short in (
-        ("updates=800", "updates=2"),
-        ("1000", "20"),
-        ("10_000", "200"),
-        ("50", "2"),
-        ("2000", "80"),
-        ('(data, "ink")', '(data, "ink", settings=FAST)'),
-    ):
+    return tmp_path
+
+
+def code_of(page, shorter):
+    """The only block of Python on a page, with less to compute."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    for long, short in shorter:
         assert long in code
         code = code.replace(long, short)
+    return code
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_the_readmes_example_runs(demo):
+    tiny = {
+        "classifier": {"updates": 200}, "learners": ["weighted"], "steps": 2, "rank": 2,
+        "weighted": {"updates": 2, "batch": 16, "cache": 8, "renoising": 0},
+        "evaluation": {"prior_samples": 8, "paths": 40, "probes": 1, "sweep_paths": 40},
+    }  # fmt: skip
+    names = {"TINY": tiny}
+    exec(code_of("README.md", [("train_job(settings,", "train_job(settings | TINY,")]), names)
+    assert names["images"].shape == (16, 1, 8, 8)
+    assert (demo / "runs" / "ink" / "report.html").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_the_example_of_all_parts_runs(demo):
+    shorter = {
+        "updates=800": "updates=2", "1000": "20", "10_000": "200", "50": "2", "2000": "80",
+        '(data, "ink")': '(data, "ink", settings=FAST)',
+    }  # fmt: skip
     names = {"FAST": ClassifierSettings(updates=200)}
-    exec(code, names)
+    exec(code_of("docs/python.md", shorter.items()), names)
     assert names["sevens"].shape == (16, 1, 8, 8)
-    assert names["found"].gap > 0
-    assert (tmp_path / "my-control" / "control.safetensors").is_file()
+    assert names["certificate"].gap > 0
+    assert (demo / "my-control" / "control.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["assets:DIGITS", "denoise:as_denoiser", "rules:jpeg_size", "schedule:RectifiedFlow"])
+def test_modules_that_documents_of_0_1_name_are_still_found(name):
+    module, _, attribute = name.partition(":")
+    assert getattr(import_module(f"ctrl_diffusion.{module}"), attribute)
+
+
+@pytest.mark.parametrize("module", ["ctrl_diffusion", "ctrl_diffusion.cli"])
+def test_the_command_line_starts_as_a_module(module):
+    command = [sys.executable, "-m", module, "--version"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said.strip() == version("ctrl-diffusion")
 
 
 def test_the_command_reference_is_the_codes_own(tmp_path):
