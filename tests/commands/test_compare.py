@@ -24,12 +24,11 @@ def run(quick_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     shutil.copytree(quick_run, folder)
     config = Config.read(folder / "config.yaml")
-    for control in config.controls:
-        control.classifier.updates = 300
-    config.classes, config.steps = [3, 8], 4
-    config.learners, config.weighted.updates, config.weighted.renoising, config.weighted.cache = ["weighted"], 2, 0, 20
-    config.evaluation.prior_samples, config.evaluation.probes = 40, 1
-    config.write(folder / "config.yaml")
+    controls = [control.with_(classifier={"updates": 300}).model_dump() for control in config.controls]
+    config.with_(
+        controls=controls, classes=[3, 8], steps=4, learners=["weighted"],
+        weighted={"updates": 2, "renoising": 0, "cache": 20}, evaluation={"prior_samples": 40, "probes": 1},
+    ).write(folder / "config.yaml")  # fmt: skip
     return folder
 
 

@@ -55,7 +55,7 @@ def test_its_parts_are_the_whole(data):
     found = estimate_job({**TINY, "data": str(data), "learners": ["weighted", "adjoint", "adjoint"]})
     assert list(found["stages"]) == ["re-noising", "weighted", "adjoint"]
     assert [stage["updates"] for stage in found["stages"].values()] == [3, 6, 16]
-    said = evaluations(Config.of({**TINY, "data": "-"}))
+    said = evaluations(Config.from_values({**TINY, "data": "-"}))
     assert found["stages"]["weighted"]["evaluations"] == list(said["weighted"]) == [2, 1]
     seconds, memory = found["seconds"], found["memory_mb"]
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
@@ -132,9 +132,9 @@ def test_the_evaluations_of_samples_are_those_made(digits):
         def to(self, device):
             return self
 
-    config = Config.of({**TINY, "data": "-", "classes": [3, 7], "learners": ["weighted", "adjoint"]})
+    config = Config.from_values({**TINY, "data": "-", "classes": [3, 7], "learners": ["weighted", "adjoint"]})
     names = ("ink", "slant")
-    config.controls = [config.controls[0].model_copy(update={"name": name, "ruler": name}) for name in names]
+    config = config.with_(controls=[config.controls[0].model_dump() | {"name": name, "ruler": name} for name in names])
     values = {name: rulers.VALUES[name] for name in names}
     panels = {name: Panel(name, values[name], (1, 8, 8), Even(len(values[name])), None) for name in names}
     run = Run.start(config, digits, panels)

@@ -32,7 +32,7 @@ class Tiny:
 @pytest.mark.parametrize("name", ["offload", "micro_batch"])
 def test_what_is_said_of_memory_reaches_the_learners(digits, name):
     given = {"offload": True, "micro_batch": 3}
-    config = Config.of({"prior": "-", "control": "-", "data": "-", **given})
+    config = Config.from_values({"prior": "-", "control": "-", "data": "-", **given})
     for learner in ("adjoint", "ppo"):
         made = learner_of(Tiny(config, digits), learner, None)
         assert getattr(made, {"micro_batch": "micro"}.get(name, name)) == given[name]
@@ -55,7 +55,7 @@ def test_the_evaluations_said_are_those_made(digits, learner, lean):
     learners = {name: {"batch": 4, "updates": 8} for name in ("weighted", "adjoint", "backprop", "ppo")}
     learners["adjoint"] |= {"lean": lean, "reuse": 4, "regressed": 5}
     learners["ppo"] |= {"reuse": 4, "surrogates": 5}
-    config = Config.of({"prior": "-", "control": "-", "data": "-", "steps": 8, **learners})
+    config = Config.from_values({"prior": "-", "control": "-", "data": "-", "steps": 8, **learners})
     policy = Policy(digits.denoiser, LoRAControl("ink", "01", digits.denoiser, rank=4))
     rows = 0
 

@@ -225,7 +225,7 @@ def test_a_factory_that_cannot_serve_is_one_line(own, factory, message):
 def test_a_factory_has_its_own_head_and_features(also):
     given = {"prior": "digits", "data": "x", "control": "y", "classifier": {"factory": "a:b", **also}}
     with pytest.raises(ValueError, match="factory excludes backbone, conditional and an ordinal head"):
-        Config.of(given)
+        Config.from_values(given)
 
 
 def test_the_command_takes_the_kind_from_a_config(tmp_path, ctrl_here):

@@ -197,7 +197,7 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
         with pytest.warns(RuntimeWarning, match="a and b still depend on each other once x is known"):
             found = dependences(materials, panels, None)
         assert found["a and b"]["nats"] > 0.5, "log 2 less what 600 examples leave open"
-    materials[1].settings.data = "another/table"
+    materials[1].settings = materials[1].settings.with_(data="another/table")
     assert dependences(materials, panels, None) == {}
 
 
@@ -213,7 +213,7 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
 def test_a_batch_that_processes_cannot_share_is_refused_by_its_learner(monkeypatch, batch, parted, said):
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks, "sharded", lambda: parted)
-    config = Config.of({"prior": "-", "control": "-", "data": "-", "adjoint": {"batch": batch}})
+    config = Config.from_values({"prior": "-", "control": "-", "data": "-", "adjoint": {"batch": batch}})
     if said is None:
         check_batches(config)
         return

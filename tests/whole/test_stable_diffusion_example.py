@@ -100,7 +100,7 @@ def test_a_shipped_config_is_a_whole_one(name, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     settings = read_settings(EXAMPLE / name)
     prompts = Path(settings.pop("prompts")).read_text(encoding="utf-8").splitlines()
-    config = Config.of(settings)
+    config = Config.from_values(settings)
     assert (config.steps, config.size, config.gamma) == (50, (512, 512), 1.0)
     assert len(set(prompts)) == len(prompts) == 45
     rules = {control.name: load_rule(control.column) for control in config.controls}

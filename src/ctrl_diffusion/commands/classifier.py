@@ -22,14 +22,14 @@ def classifier(
     quiet: Quiet = OTHER,
 ) -> None:
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
-    from ..run.config import ControlSettings, listed
+    from ..run.config import Config
     from .jobs.train import classifier_job
 
     given = {"control": control, "condition": condition, "data": data, "skip_bad": skip_bad or None}
-    settings = listed(whole(given, config, trust))
-    mine = ControlSettings.of(settings["controls"][0], str(config))
+    values = {**whole(given, config, trust), "prior": "-", "prompts": None}  # of no use here
+    settings = Config.from_values(values, str(config or "settings"))
     with job_options(quiet, trust, overwrite) as options:
-        panel = classifier_job(mine, out, prior, seed, options, settings.get("size"))
+        panel = classifier_job(settings.controls[0], out, prior, seed, options, settings.size)
     found = panel.quality
     if not quiet:
         typer.echo(

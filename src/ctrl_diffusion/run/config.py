@@ -1,9 +1,9 @@
-"""Everything needed to run again; an unknown key is an error."""
+"""Describe a training by one config: everything needed to run it again."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -17,7 +17,7 @@ from ..learn.weighted import WeightedSettings
 from ..prior.prior import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
 from ..system.files import write_text
-from ..system.strict import Strict
+from ..system.strict import Strict, merged
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
 LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
@@ -25,7 +25,14 @@ PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_f
 
 
 class EvaluationSettings(Strict):
-    """Samples of the prior for each of its conditions; paths of the policy over all (c, y), and for each sweep."""
+    """Say how much is sampled to probe, certify and report a control.
+
+    Args:
+        prior_samples: samples of the prior for each of its conditions.
+        paths: paths of the policy, over all (c, y), on which the certificate is computed.
+        probes: how often the control is measured during the training of a learner.
+        sweep_paths: paths for each strength and each number of steps in the report.
+    """
 
     prior_samples: int = Field(1000, ge=8)
     paths: int = Field(2000, ge=1)
@@ -34,24 +41,24 @@ class EvaluationSettings(Strict):
 
 
 class ControlSettings(Strict):
-    """One control and the data it comes from.
+    """Describe one control and its labelled images.
 
     Args:
-        name: of y. NAME:COLUMN is the name and the column, NAME:MODULE:FUNCTION the name and a rule, NAME:COLUMN=TAG
-            the name, the column and the tag.
-        column: of y, if it is called otherwise; or a rule that computes y from the image (`rules`).
-        tag: y is whether the column, which lists any number of tags, has this one: "no" or "yes". Several such controls
-            are the multi-label case.
-        kind: "scale" for numbers to be asked for by value; "auto" takes numbers of more than 64 values for a scale.
-        data: a folder, a table, or a dataset on the hub (`sources`); not read if the control is settled.
-        judge_data: others with the same column, on which the judge is fitted; null keeps a part of the data for it. Not
-            read if `classifier_from` brings a judge.
+        name: the name of y. NAME:COLUMN names the column as well, NAME:MODULE:FUNCTION a rule, NAME:COLUMN=TAG the
+            column and the tag.
+        column: the column of y, if its name is another; or a rule that computes y from the image (`data/rules.py`).
+        tag: makes y "no" or "yes": whether the column, which lists any number of tags, has this one. Several such
+            controls are the multi-label case.
+        kind: "scale" for numbers that are requested by value; "auto" treats more than 64 different numbers as a scale.
+        data: a folder, a table, or a dataset on the hub; not read if `settled_from` is set.
+        judge_data: other images with the same column, on which the judge is fitted; null reserves a part of `data` for
+            it. Not read if `classifier_from` brings a judge.
         condition: the prior's class c, if the data have it: NAME, or NAME:COLUMN.
-        condition_column: of c, if it is called otherwise.
-        skip_bad: leave out rows that cannot be used, and say how many.
-        ruler: a built-in measure of the true y; null asks a judge, fitted on labels of its own.
-        classifier_from: a folder that `ctrl classifier` wrote; null fits one.
-        settled_from: a run that has trained this control already; it is taken from there and stays as it is.
+        condition_column: the column of c, if its name is another.
+        skip_bad: leave out rows that cannot be used, and count them in a warning.
+        ruler: a built-in measure of the true y; null lets a judge measure it, fitted on labels of its own.
+        classifier_from: a folder that `ctrl classifier` wrote; null fits a classifier.
+        settled_from: a run that has trained this control already; its control is loaded and not trained further.
         classifier: how p̂ and the judge are fitted.
     """
 
@@ -72,48 +79,59 @@ class ControlSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _split(cls, values: Any) -> Any:
-        """NAME:COLUMN as a name and a column, NAME:COLUMN=TAG as these and a tag."""
-        return parted(values) if isinstance(values, dict) else values
+        """Accept the columns and the tag within the names."""
+        return split_names(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _tags_are_two_classes(self) -> Self:
-        """A tag is there or not."""
+        """Refuse a tag on a scale."""
         if self.tag and self.kind == "scale":
             raise ValueError("tag excludes kind: scale, a tag is there or not")
         return self
 
 
 class Config(Strict):
-    """Everything needed to run again. In a file, paths are relative to the folder the file is in.
+    """Hold everything needed to run a training again. In a file, paths are relative to the file's folder.
 
     A single control may be written without the list: `control: NAME`, with its other settings beside it.
 
     Args:
-        prior: a pipeline folder, or "digits", the embedded one.
-        unconditional: ask a class-conditional prior for its null class only.
-        prompts: of a prior that is given text, its conditions c; or a file of them, one a line. null takes those the
-            data have in their column of c.
-        guidance: of classifier-free guidance, part of such a prior; null for the pipeline's default, 1 for none.
-        negative_prompt: what the guidance leads away from.
-        size: (height, width) of the images, of a prior that makes any; null for the one it was trained on.
-        controls: the new controls, trained together.
-        classes: the prior's classes that are trained and certified, null for an unconditional prior.
-        kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null leaves γ as it is.
-        patience: a learner stops after so many probes in turn without a better control; null lets it finish.
-        max_skipped: batches in turn that a learner may leave out because a loss, a gradient or a reward is not finite;
-            then it stops, and the best control so far is kept.
-        checkpoint: updates after which a training is saved, so that it can be resumed; each probe brings it as well. A
-            signal saves what was not, but for a tenth as many updates.
-        track: whom the figures of the training are told: tensorboard, wandb and whatever else accelerate knows.
-        device: of prior, p̂ and paths; "auto" takes an accelerator of CUDA if there is one.
-        mixed_precision: of the prior's network in training and sampling, by autocast. Probes and the certificate are in
-            float32: what two predictions differ by is mostly rounding in bfloat16.
-        micro_batch: samples that go through the network at once while a gradient is kept; null for all of an update's.
-            What is trained does not depend on it, memory does.
-        offload: keep the paths that `adjoint` and `ppo` learn from in CPU memory, all but those of a micro-batch.
-        vae_tiling: decode large images in tiles, which are not the whole's to the last digit.
-        rank, lora_alpha, lora_targets: of a control's adapter; its scale is alpha/rank, 1 if null. Names or endings of
-            names of the layers it changes; null for those of the network's family.
+        prior: a pipeline folder, a pipeline on the hub, or "digits", the embedded model.
+        unconditional: use a class-conditional prior by its null class only.
+        prompts: the conditions c of a prior that is given text, or a file with one prompt a line; null takes the
+            prompts in the data's column of c.
+        guidance: scale of classifier-free guidance, which is part of such a prior; null for the pipeline's default, 1
+            for none.
+        negative_prompt: the prompt that guidance leads away from.
+        size: (height, width) of the images, for a prior of any size; null for the size it was trained on.
+        controls: the controls, trained together.
+        classes: the prior's classes that are trained and certified; null for an unconditional prior.
+        seed: of every random number; the same seed gives the same bytes.
+        gamma: γ, the weight of log p̂ in the reward; 1 aims at the posterior itself.
+        kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null keeps γ.
+        steps: steps of the chain that is trained and certified.
+        sigma_end: noise level at which the chain ends and x_0 is read out.
+        time_power: spacing of the chain's times; a larger power puts more steps near the end.
+        device: of all computation; "auto" takes a CUDA accelerator if there is one.
+        mixed_precision: autocast of the prior's network in training and sampling. Probes and the certificate use
+            float32, since the difference of two predictions is mostly rounding in bfloat16.
+        micro_batch: samples that go through the network at once while a gradient is kept; null for the whole batch. It
+            changes the memory needed, not what is trained.
+        offload: keep the paths that `adjoint` and `ppo` learn from in CPU memory, except those of a micro-batch.
+        vae_tiling: decode large images in tiles; the pixels differ slightly from those decoded at once.
+        rank: rank of a control's LoRA adapter.
+        lora_alpha: the adapter's scale is lora_alpha / rank; null for 1.
+        lora_targets: names, or endings of names, of the layers that get an adapter; null for those of the model family.
+        learners: the learners, trained one after the other.
+        ema_decay: decay of the exponential moving average of the weights.
+        patience: stop a learner after so many probes in turn without a better control; null never stops it early.
+        max_skipped: batches in turn that may be skipped because a loss, a gradient or a reward is not finite; one more
+            stops the learner, and the best control so far is kept.
+        checkpoint: save the state of training after so many updates, and at every probe; a signal saves a state that is
+            at most a tenth as many updates old.
+        track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.
+        weighted, adjoint, backprop, ppo: settings of each learner.
+        evaluation: how much is sampled to probe, certify and report.
     """
 
     prior: str
@@ -153,12 +171,13 @@ class Config(Strict):
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_no(cls, value: Any) -> Any:
-        """YAML takes a bare no for false."""
+        """Accept a bare no, which YAML reads as false."""
         return "no" if value is False else value
 
     @classmethod
-    def of(cls, values: Any, source: str = "settings") -> Self:
-        config = super().of(listed(values), source)
+    def from_values(cls, values: Any, source: str = "settings") -> Self:
+        """Check values, which may have a single control without the list; raises ValueError as `Strict` does."""
+        config = super().from_values(list_controls(values), source)
         names = config.names
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{source}: two controls are named {twice.pop()!r}. Name every control once.")
@@ -166,59 +185,60 @@ class Config(Strict):
 
     @property
     def names(self) -> list[str]:
-        """Of the controls, in order."""
+        """The names of the controls, in order."""
         return [control.name for control in self.controls]
 
     def settings_of(self, name: str) -> ControlSettings:
-        """Of the control of that name."""
+        """Return the settings of the control of that name."""
         return next(control for control in self.controls if control.name == name)
 
     @classmethod
     def read(cls, path: Path) -> "Config":
-        """Read a whole config.yaml; raises ValueError as `of` does."""
-        return cls.of(read_settings(path), str(path))
-
-    def quick(self) -> "Config":
-        """A smoke test of the same job: a twentieth of the training, a quarter of the classifiers', fewer samples."""
-        values = self.model_dump()
-        for control in values["controls"]:
-            if not (control["classifier_from"] or control["settled_from"]):
-                control["classifier"]["updates"] = max(1, control["classifier"]["updates"] // 4)
-        for learner in get_args(LearnerName):
-            values[learner]["updates"] = max(1, values[learner]["updates"] // 20)
-        values["weighted"]["renoising"] //= 20
-        values["weighted"]["cache"] = max(1, values["weighted"]["cache"] // 10)
-        values["evaluation"] = {"prior_samples": 200, "paths": 160, "probes": 2, "sweep_paths": 40}
-        return Config.of(values)
+        """Read a whole config.yaml; raises ValueError as `from_values` does."""
+        return cls.from_values(read_settings(path), str(path))
 
     def write(self, path: Path) -> None:
-        """Write it whole; paths inside the file's folder are written relative to it."""
+        """Write every key; paths inside the file's folder become relative to it."""
         folder = path.parent.resolve()
 
-        def shortened(name: str) -> str:
+        def shorten(name: str) -> str:
             return Path(name).relative_to(folder).as_posix() if Path(name).is_relative_to(folder) else name
 
-        write_text(path, yaml.safe_dump(with_paths(self.model_dump(), shortened), sort_keys=False))
+        write_text(path, yaml.safe_dump(map_paths(self.model_dump(), shorten), sort_keys=False))
 
 
-def listed(values: Any) -> Any:
-    """Settings with the keys of a single control, where they are given without the list, put into it.
+def list_controls(values: Any) -> Any:
+    """Return settings with the keys of a single control, where they stand beside the others, moved into `controls`.
 
     Raises:
         ValueError: such keys beside a list of several controls.
     """
     single = ("control", *ControlSettings.model_fields)
-    if not isinstance(values, dict) or not (own := [key for key in single if key in values and key != "name"]):
+    if not isinstance(values, dict) or not (keys := [key for key in single if key in values and key != "name"]):
         return values
     controls = values.get("controls") or [{}]
     if not isinstance(controls, list) or len(controls) > 1:
-        raise ValueError(f"{', '.join(own)}: there are several controls. Give it for each of them, under controls.")
-    given = {"name" if key == "control" else key: values[key] for key in own}
-    return {**{k: v for k, v in values.items() if k not in own}, "controls": [merged(controls[0], given)]}
+        raise ValueError(f"{', '.join(keys)}: there are several controls. Give it for each of them, under controls.")
+    control = {"name" if key == "control" else key: values[key] for key in keys}
+    return {**{k: v for k, v in values.items() if k not in keys}, "controls": [merged(controls[0], control)]}
 
 
-def parted(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a control with the columns and the tag that stand in its names by keys of their own."""
+def check_present(values: dict[str, Any], *names: str) -> None:
+    """Refuse settings with listed controls that lack one of `names`, or a control's data or name.
+
+    Raises:
+        ValueError: the option that gives the first of them.
+    """
+    controls = values.get("controls") or [{}]
+    rows = [row for row in controls if isinstance(row, dict)] if isinstance(controls, list) else []
+    missing = [name for name in names if not values.get(name)]
+    missing += [option for option, key in (("data", "data"), ("control", "name")) if not all(r.get(key) for r in rows)]
+    if missing:
+        raise ValueError(f"--{missing[0]} is missing. Give it, or a --config that has it.")
+
+
+def split_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of a control with the columns and the tag in its names moved to their own keys."""
     values = dict(values)
     for name, column in (("name", "column"), ("condition", "condition_column")):
         if ":" in str(values.get(name) or ""):
@@ -228,50 +248,90 @@ def parted(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def code_of(values: Any) -> set[str]:
-    """What settings name of code that is not ours and that they would run, each MODULE:FUNCTION."""
-    controls = values.get("controls") if isinstance(values := listed(values), dict) else None
-    found: set[str] = set()
-    for one in map(parted, filter(lambda one: isinstance(one, dict), controls if isinstance(controls, list) else [])):
-        classifier = one.get("classifier")
-        factory = classifier.get("factory") if isinstance(classifier, dict) else None
-        columns = [text for key in ("column", "condition_column") if ":" in (text := str(one.get(key) or ""))]
-        found |= {text for text in columns if not text.startswith(OURS)} | ({str(factory)} if factory else set())
-    return found
+def override(values: dict[str, Any], overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file under those of `-o KEY=VALUE`, and both under a command's own options.
+
+    Raises:
+        ValueError: an override of another form, or a place that a list does not have. Unknown keys are the config's to
+            refuse.
+    """
+    values = list_controls({**values, **options})
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ValueError(f"-o {text}: give KEY=VALUE, such as adjoint.clip=5.")
+        try:
+            values = with_key(values, key.split("."), yaml.safe_load(value))
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"-o {text}: {' '.join(str(error).split())}") from error
+    for i, row in enumerate(options.get("controls", [])):
+        for key, value in row.items():
+            values = with_key(values, ["controls", str(i), key], value)
+    return {**values, **{key: value for key, value in options.items() if key != "controls"}}
 
 
-def check_code(values: Any, named: Any, trust: bool, source: Path | None) -> None:
-    """Refuse settings that would run code which the user has not named.
+def with_key(values: Any, keys: list[str], value: Any) -> Any:
+    """Return nested settings with the value at a path of keys replaced, or added."""
+    if not keys:
+        return value
+    key, *rest = keys
+    if isinstance(values, list):
+        if not key.isdecimal() or int(key) >= len(values):
+            raise ValueError(f"{key} must be a number from 0 to {len(values) - 1}, the place in a list.")
+        return [with_key(row, rest, value) if i == int(key) else row for i, row in enumerate(values)]
+    group = values if isinstance(values, dict) else {}
+    return {**group, key: with_key(group.get(key), rest, value)}
+
+
+def named_code(values: Any) -> set[str]:
+    """Return the code that settings name and that is not ours, each MODULE:FUNCTION; it would run."""
+    controls = values.get("controls") if isinstance(values := list_controls(values), dict) else None
+    code: set[str] = set()
+    for row in controls if isinstance(controls, list) else []:
+        if isinstance(row, dict):
+            row = split_names(row)
+            classifier = row.get("classifier")
+            factory = classifier.get("factory") if isinstance(classifier, dict) else None
+            columns = [text for key in ("column", "condition_column") if ":" in (text := str(row.get(key) or ""))]
+            code |= {text for text in columns if not text.startswith(OURS)} | ({str(factory)} if factory else set())
+    return code
+
+
+def check_code(values: Any, options: Any, trust: bool, source: Path | None, overrides: Sequence[str] = ()) -> None:
+    """Refuse settings that would run code which the command line does not name.
 
     Args:
         values: all settings.
-        named: those of the command line.
+        options: those that are a command's own options.
         trust: whether any code may run.
         source: what an error calls the settings.
+        overrides: those given by `-o`.
 
     Raises:
         ValueError: what would run, and how to let it.
     """
-    if not trust and (foreign := code_of(values) - code_of(named)):
-        raise ValueError(f"{source} runs code: {', '.join(sorted(foreign))}. If you know it, pass --trust.")
+    foreign = [] if trust else sorted(named_code(values) - named_code(options))
+    foreign = [code for code in foreign if not any(text.endswith((f"={code}", f":{code}")) for text in overrides)]
+    if foreign:
+        raise ValueError(f"{source} runs code: {', '.join(foreign)}. If you know it, pass --trust.")
 
 
-def with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Settings with every path in them changed, also those of the controls; a name on the hub is no path."""
+def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return settings with every path in them changed, also those of the controls; a name on the hub is no path."""
     out = dict(values)
     for key in PATHS:
         if isinstance(value := values.get(key), str) and value != EMBEDDED:
-            there = change(value)
-            out[key] = value if HUB.fullmatch(value) and not Path(there).exists() else there
+            path = change(value)
+            out[key] = value if HUB.fullmatch(value) and not Path(path).exists() else path
     if isinstance(values.get("classifier"), dict):
-        out["classifier"] = with_paths(values["classifier"], change)
+        out["classifier"] = map_paths(values["classifier"], change)
     if isinstance(out.get("controls"), list):
-        out["controls"] = [with_paths(one, change) if isinstance(one, dict) else one for one in out["controls"]]
+        out["controls"] = [map_paths(row, change) if isinstance(row, dict) else row for row in out["controls"]]
     return out
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file, which need not be all; its paths made absolute.
+    """Read a YAML file of some or all settings; its paths become absolute.
 
     Raises:
         ValueError: not YAML, or no mapping.
@@ -282,12 +342,4 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold KEY: VALUE lines. A fresh run's config.yaml shows every key.")
-    return with_paths(values, lambda name: os.path.abspath(path.parent / name))
-
-
-def merged(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` over `defaults`, group by group."""
-    out = dict(defaults)
-    for key, value in given.items():
-        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
+    return map_paths(values, lambda name: os.path.abspath(path.parent / name))

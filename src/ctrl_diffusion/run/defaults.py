@@ -1,18 +1,19 @@
-"""Suggest settings for a prior and its data."""
+"""Choose settings: for a prior and its data, and for a smoke test."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 from ..learn.adjoint import AdjointSettings
+from .config import Config, LearnerName
 
 
 def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
-    """Settings that depend on prior and data; the rest are the defaults above.
+    """Return the settings that depend on prior and data; all others keep the defaults of `Config`.
 
-    Every (c, y) needs some hundred samples of the prior it can call its own. What there is to learn grows with the
-    pairs; time of an update with batch × dimensions, memory with micro-batch × dimensions; the noise of a learning rate
-    with the size of the network and, for adjoints, with one over the root of the batch. Where x has many dimensions y
-    is decided within a short stretch of the chain, which needs steps.
+    Every (c, y) needs some hundred samples of the prior that it can call its own. What there is to learn grows with the
+    pairs (c, y); the time of an update with batch × dimensions, its memory with micro-batch × dimensions; the noise of
+    an update with the size of the network and, for adjoints, with 1 / √batch, which the learning rate follows. Where x
+    has many dimensions y is decided within a short stretch of the chain, which needs more steps.
 
     Args:
         shape: of one x.
@@ -36,9 +37,21 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "ppo": {"updates": min(800, 160 + 16 * pairs), "batch": batch, **({"lr_adapter": 1.5e-4} if lr else {})},
-        "evaluation": {
-            "prior_samples": cache,
-            "paths": min(2000, max(600, 50 * pairs)),
-            "sweep_paths": 200,
-        },
+        "evaluation": {"prior_samples": cache, "paths": min(2000, max(600, 50 * pairs)), "sweep_paths": 200},
     }
+
+
+def quick(config: Config) -> Config:
+    """Return the settings of a smoke test: a twentieth of the training, a quarter of p̂'s, fewer samples."""
+    controls = [
+        control
+        if control.classifier_from or control.settled_from
+        else control.with_(classifier={"updates": max(1, control.classifier.updates // 4)})
+        for control in config.controls
+    ]
+    learners = {name: {"updates": max(1, getattr(config, name).updates // 20)} for name in get_args(LearnerName)}
+    learners["weighted"] |= {
+        "renoising": config.weighted.renoising // 20, "cache": max(1, config.weighted.cache // 10),
+    }  # fmt: skip
+    evaluation = {"prior_samples": 200, "paths": 160, "probes": 2, "sweep_paths": 40}
+    return config.with_(controls=[control.model_dump() for control in controls], **learners, evaluation=evaluation)

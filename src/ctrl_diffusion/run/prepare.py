@@ -21,8 +21,9 @@ from ..reward.classifiers import Panel
 from ..reward.independence import dependence
 from ..system import ranks
 from ..system.progress import DEFAULT, JobOptions, Phase, silent
+from ..system.strict import merged
 from ..system.tracking import check_trackers
-from .config import Config, ControlSettings, listed, merged, with_paths
+from .config import Config, ControlSettings, check_present, list_controls, map_paths
 from .defaults import suggested
 from .folder import home, pages_of
 from .run import configured
@@ -147,17 +148,16 @@ def prepare(given: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTra
     Raises:
         ValueError: whatever is wrong with them.
     """
-    for name in ("prior", *(() if given.get("controls") else ("data", "control"))):
-        if not given.get(name):
-            raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
-    given = with_paths(listed(given), lambda name: str(Path(name).resolve()))
+    given = list_controls(given)
+    check_present(given, "prior")
+    given = map_paths(given, lambda name: str(Path(name).resolve()))
     if isinstance(given.get("prompts"), str):
         given["prompts"] = read_prompts(Path(given["prompts"]))
-    wanted = Config.of(given)  # mistakes in the settings come before mistakes in the files
+    wanted = Config.from_values(given)  # mistakes in the settings come before mistakes in the files
     check_trackers(wanted.track)
     prior = open_prior(wanted.prior, wanted.size)
     if prior.text and wanted.prompts is None:
-        wanted.prompts = prompts_of(wanted.controls)
+        wanted = wanted.with_(prompts=prompts_of(wanted.controls))
     prior = configured(prior, wanted)
     materials = [material(settings, prior, options) for settings in wanted.controls]
     known = next((m for m in materials if m.data and m.settings.condition), None)
@@ -173,10 +173,10 @@ def prepare(given: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTra
     defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
     guidance = prior.text.guidance if prior.text and wanted.guidance is None else wanted.guidance
     whole = {"classes": classes, "prompts": wanted.prompts, "guidance": guidance}
-    config = Config.of({**merged(defaults, given), **whole})
+    config = Config.from_values({**merged(defaults, given), **whole})
     check_batches(config)
-    while "steps" not in given and config.steps > 1 and not fits(prior, config, config.steps):
-        config.steps -= 1  # a prior of few timesteps
+    if "steps" not in given:  # the prior may have fewer timesteps
+        config = config.with_(steps=next(k for k in range(config.steps, 0, -1) if k == 1 or fits(prior, config, k)))
     prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
     if config.evaluation.prior_samples < math.prod(sizes.values()):
         raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")

@@ -234,8 +234,7 @@ class Run:
             raise ValueError(f"there is no folder {folder}. Make a run with: ctrl train … --out {folder}")
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"{folder} is not a run folder: it has no config.yaml. Make one with: ctrl train")
-        config = Config.read(folder / "config.yaml")
-        config.device = device
+        config = Config.read(folder / "config.yaml").with_(device=device)
         missing = [name for name in ("classifier", "control") if not (folder / name).is_dir()]
         if missing:
             lacks = f"{folder} is an unfinished run: it lacks {', '.join(missing)}"
@@ -337,7 +336,7 @@ class Run:
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for γ", phase)
         table = prior_table(self.reward_at(1.0), self.conditions, x_prior)
         gamma = ranks.broadcast(lambda: gamma_within(table, budget, self.config.gamma))
-        self.config.gamma = float(f"{gamma:.4g}")
+        self.config = self.config.with_(gamma=float(f"{gamma:.4g}"))
         return self.config.gamma
 
     def prior_samples(self, members: int, purpose: str, phase: Phase = silent) -> Tensor:

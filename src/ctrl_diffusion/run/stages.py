@@ -345,7 +345,7 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
                 f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}) or batch, or set "
                 f"mixed_precision. Then go on with: ctrl train --resume {folder}"
             )
-        may_halve, run.config.micro_batch = False, at_once // 2
+        may_halve, run.config = False, run.config.with_(micro_batch=at_once // 2)
         run.config.write(folder / "config.yaml")
         torch.cuda.empty_cache()
         warnings.warn(

@@ -1,27 +1,53 @@
-"""Check settings: an unknown key is an error."""
+"""Check settings: an unknown key is an error, and what is checked does not change."""
 
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
 
 class Strict(BaseModel):
-    """Settings in which an unknown key is an error."""
+    """Hold checked, frozen settings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
-    def of(cls, values: Any, source: str = "settings") -> Self:
-        """Checked settings; `source` is what an error calls them.
+    def from_values(cls, values: Any, source: str = "settings") -> Self:
+        """Check values; `source` is what an error calls them.
 
         Raises:
-            ValueError: one line that names each wrong key.
+            ValueError: one line that names each wrong key, and the nearest one for an unknown key.
         """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-            )
+            wrong = "; ".join(map(cls._line_of, error.errors()))
             raise ValueError(f"{source}: {wrong}. A fresh run's config.yaml shows every key.") from error
+
+    def with_(self, **changes: Any) -> Self:
+        """Return a checked copy with some values changed; of a group by a dict of the keys that change."""
+        return type(self).from_values(merged(self.model_dump(), changes))
+
+    @classmethod
+    def _line_of(cls, error: Any) -> str:
+        """Say in one line what is wrong with a key."""
+        *groups, key = error["loc"] or ("file",)
+        near: list[str] = []
+        if error["type"] == "extra_forbidden":
+            model: Any = cls
+            for group in groups:
+                if isinstance(group, str):  # else the place in a list
+                    kind = model.model_fields[group].annotation
+                    model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Strict))
+            near = get_close_matches(str(key), model.model_fields, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{'.'.join(map(str, (*groups, key)))}: {error['msg']}, got {error['input']!r}{hint}"
+
+
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return nested settings with `changes` over them, group by group."""
+    out = dict(values)
+    for key, value in changes.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out

@@ -11,6 +11,7 @@ ink,slant  two controls from two datasets that share no image; the second does n
 """
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,10 +22,10 @@ from sklearn.model_selection import train_test_split
 
 from ...data.digits import DIGIT, INK, SLANT, UPRIGHT, VALUES, digits, ink_ruler, slant_ruler
 from ...data.labelled import LabelledImages, write_imagefolder
-from ...run.config import merged
 from ...run.folder import DATA_FOLDERS
 from ...run.prepare import prepare
 from ...system.progress import DEFAULT, JobOptions
+from ...system.strict import merged
 from . import demo
 from .train import execute, occupied
 
@@ -119,9 +120,14 @@ def demo_job(
                 write_imagefolder(scratch / folder, data)
                 control[kind] = str(scratch / folder)
         job = prepare(settings, options)
-        for control in job.config.controls:
-            control.data, control.judge_data = (
-                str(out.resolve() / Path(name).relative_to(Path(scratch).resolve()))
-                for name in (control.data, control.judge_data)
+        moved = [
+            control.with_(
+                **{
+                    kind: str(out.resolve() / Path(getattr(control, kind)).relative_to(Path(scratch).resolve()))
+                    for kind in DATA_FOLDERS
+                }
             )
-        return execute(job, out, options, Path(scratch))
+            for control in job.config.controls
+        ]
+        config = job.config.with_(controls=[control.model_dump() for control in moved])
+        return execute(replace(job, config=config), out, options, Path(scratch))

@@ -17,6 +17,7 @@ from ...data.labelled import RAREST, LabelledImages
 from ...learn.weighted import RENOISING
 from ...reward.classifiers import BATCH, Panel, fit_panel
 from ...run.config import Config
+from ...run.defaults import quick
 from ...run.measure import STRENGTHS, step_counts
 from ...run.prepare import ControlInputs, PreparedTraining, encoder_of, prepare
 from ...run.run import Run
@@ -46,7 +47,7 @@ def estimate_job(given: dict[str, Any], options: JobOptions = DEFAULT) -> dict[s
     if ranks.world_size() > 1:
         raise ValueError("--dry-run: one process measures what one takes. Start it without accelerate launch.")
     job = prepare(given, options)
-    return estimated(replace(job, config=job.config.quick()) if options.quick else job, options.phase)
+    return estimated(replace(job, config=quick(job.config)) if options.quick else job, options.phase)
 
 
 def estimated(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
@@ -125,14 +126,13 @@ def some(data: LabelledImages, columns: list[str]) -> LabelledImages:
 
 def in_miniature(config: Config) -> Config:
     """The same training with the updates of two batches of paths, and a smaller cache."""
-    small = config.model_copy(deep=True)
-    small.weighted.cache = min(64, config.weighted.cache)
-    small.weighted.renoising = min(2, config.weighted.renoising)
-    small.evaluation.probes = 1
+    learners: dict[str, dict[str, int]] = {
+        "weighted": {"cache": min(64, config.weighted.cache), "renoising": min(2, config.weighted.renoising)}
+    }
     for name in config.learners:
-        settings = getattr(small, name)
-        settings.updates = 2 * getattr(settings, "reuse", 1)
-    return small
+        updates = 2 * getattr(getattr(config, name), "reuse", 1)
+        learners[name] = {**learners.get(name, {}), "updates": updates}
+    return config.with_(**learners, evaluation={"probes": 1})
 
 
 def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]:

@@ -33,7 +33,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
     parameters = sum(p.numel() for p in denoiser.network.parameters())
     groups = prior.classes or 1
     values = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=min(groups, 20), classes=2)
-    config = Config.of({"prior": "-", "control": "-", "data": "-", **values})
+    config = Config.from_values({"prior": "-", "control": "-", "data": "-", **values})
     control = LoRAControl("probe", ("no", "yes"), denoiser, config.rank)
     trained = sum(p.numel() for group in control.parameter_groups().values() for p in group)
     policy = Policy(denoiser, control)

@@ -15,7 +15,8 @@ from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
 from ...report.run import write_report
 from ...reward.classifiers import Panel, fit_panel
-from ...run.config import Config, ControlSettings, check_code, listed
+from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
+from ...run.defaults import quick
 from ...run.folder import (
     BEGUN,
     CHECKPOINT,
@@ -74,8 +75,6 @@ def classifier_job(
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
     """
     check_room(out, CLASSIFIER_FILES[-1], options.overwrite)
-    if size is not None and not (isinstance(size, (list, tuple)) and [type(side) for side in size] == [int, int]):
-        raise ValueError(f"size must be [height, width], got {size!r}.")
     if size and not prior:
         raise ValueError("size is that of a prior's images. Give --prior, or leave size out.")
     settings = settings.model_copy(update=dict.fromkeys(("ruler", "classifier_from", "settled_from")))
@@ -172,12 +171,10 @@ def add_job(
     """
     check_room(out, RUN_FILES[-1], options.overwrite)
     old = Run.load(run, trust=options.trust).config
-    for name in ("data", "control"):
-        if not given.get(name) and not given.get("controls"):
-            raise ValueError(f"--{name} is missing. Give it, or a --config that has it.")
     here = str(Path(run).resolve())
     settled = [{**control.model_dump(), "settled_from": here} for control in old.controls]
-    given = listed(given)
+    given = list_controls(given)
+    check_present(given)
     kept = old.model_dump(include=KEPT)
     whole = {**given, **kept, "controls": [*settled, *given["controls"]]}
     return train_with(whole, out, options)
@@ -190,7 +187,7 @@ def execute(job: PreparedTraining, folder: Path, options: JobOptions, own_data: 
     on at any moment lies in its checkpoint/, which goes when the run is finished. Rank 0 fits p̂ for all: fits on
     accelerators are alike, but not to the bit, and ranks that decide differently would wait for each other for ever.
     """
-    config = job.config.quick() if options.quick else job.config
+    config = quick(job.config) if options.quick else job.config
     device, seconds = job.prior.denoiser.device, {}
     panels: dict[str, Panel] = {}
     held_out: dict[str, LabelledImages] = {}
@@ -219,7 +216,7 @@ def execute(job: PreparedTraining, folder: Path, options: JobOptions, own_data: 
         if own_data:
             for name in DATA_FOLDERS:
                 shutil.copytree(own_data / name, folder / name)
-        config.write(folder / "config.yaml")
+        run.config.write(folder / "config.yaml")
         for one in job.materials:
             name = one.settings.name
             place = run.room(folder, "classifier", name)
@@ -235,7 +232,7 @@ def execute(job: PreparedTraining, folder: Path, options: JobOptions, own_data: 
             "seconds": seconds,
             "labels": {one.settings.name: len(one.data) for one in job.materials if one.data},
             "dependence": shared,
-            "fixed": fixed(config),
+            "fixed": fixed(run.config),
         }
         write_text(folder / CHECKPOINT / BEGUN, json.dumps(begun))  # its figures to the bit
 
