@@ -211,7 +211,7 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
     ],
 )
 def test_a_batch_that_processes_cannot_share_is_refused_by_its_learner(monkeypatch, batch, parted, said):
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "sharded", lambda: parted)
     config = Config.from_values({"prior": "-", "control": "-", "data": "-", "adjoint": {"batch": batch}})
     if said is None:
