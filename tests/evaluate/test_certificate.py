@@ -80,7 +80,7 @@ def test_a_linear_reward_has_every_figure_in_closed_form(schedule, strength):
     # log w is normal with known spread: so are the errors and, up to 5 of its own errors, the check of log Z
     assert found.objective_stderr == pytest.approx(spread / math.sqrt(N), rel=0.1, abs=1e-6)
     assert found.stderr == pytest.approx(math.hypot(found.objective_stderr, found.log_z_stderr))
-    assert found.stderr_pairs.item() == pytest.approx(found.stderr, rel=1e-4)
+    assert found.pairs.stderr.item() == pytest.approx(found.stderr, rel=1e-4)
     assert found.log_z_policy - true_log_z < 5 * math.sqrt((math.exp(spread**2) - 1) / N) + 1e-5
 
 
@@ -106,7 +106,7 @@ def test_both_log_z_have_the_errors_a_bootstrap_finds():
         draws = torch.randint(n, (400, n), generator=generator)
         spread = torch.stack([samples[:, draw].logsumexp(1) for draw in draws]).std(0)
         # 400 resamplings know a spread to 3.5 %: four of these
-        torch.testing.assert_close(getattr(found, f"{name}_stderr_pairs"), spread, rtol=0.14, atol=0)
+        torch.testing.assert_close(getattr(found.pairs, f"{name}_stderr"), spread, rtol=0.14, atol=0)
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.5])

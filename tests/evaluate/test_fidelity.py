@@ -58,8 +58,8 @@ def test_manifolds_of_equal_far_and_collapsed_sets():
     assert max(recall, coverage) < 0.2, "and hardly any real x where they are"
 
 
-def looked(x, group):
-    return SecondOpinion({"y": lambda x: (x.flatten(1).mean(1) > 0).long()}).look_at_once(x, group)
+def observed(x, group):
+    return SecondOpinion({"y": lambda x: (x.flatten(1).mean(1) > 0).long()}).measure_batch(x, group)
 
 
 def test_fidelity_is_taken_within_what_was_asked_for():
@@ -68,7 +68,7 @@ def test_fidelity_is_taken_within_what_was_asked_for():
     sign = torch.tensor([-1.0, 1.0])
     real = 0.1 * torch.randn(400, 1, 1, 2) + sign[torch.arange(400) % 2].view(-1, 1, 1, 1)
     group = torch.arange(400) // 200
-    yardstick = Yardstick.of(conditions, looked(real, group), group, looked(real, group))
+    yardstick = Yardstick.from_observations(conditions, observed(real, group), group, observed(real, group))
     asked = conditions.all(100) % 2
     right = 0.1 * torch.randn(400, 1, 1, 2) + sign[asked].view(-1, 1, 1, 1)
     deaf = right[torch.randperm(400)]
@@ -87,11 +87,11 @@ def test_fidelity_is_taken_within_what_was_asked_for():
 def test_what_no_sample_of_the_prior_has_is_left_out_of_the_diversity():
     conditions = Conditions({}, {"y": 2})
     x = 1 + 0.1 * torch.rand(50, 1, 1, 2)  # y = 1 everywhere
-    yardstick = Yardstick.of(
+    yardstick = Yardstick.from_observations(
         conditions,
-        looked(torch.cat([x, -x]), torch.zeros(100).long()),
+        observed(torch.cat([x, -x]), torch.zeros(100).long()),
         torch.zeros(100).long(),
-        looked(x, torch.zeros(50).long()),
+        observed(x, torch.zeros(50).long()),
     )
     assert math.isnan(yardstick.diversity[0])
     ratio = yardstick.fidelity(torch.cat([-x, x]).flatten(1)).diversity_ratio
@@ -101,7 +101,9 @@ def test_what_no_sample_of_the_prior_has_is_left_out_of_the_diversity():
 def test_a_label_that_no_real_x_has_is_left_out_of_the_distances():
     conditions = Conditions({}, {"y": 2})
     x, none = 1 + 0.1 * torch.rand(60, 1, 1, 2), torch.zeros(60).long()
-    yardstick = Yardstick.of(conditions, looked(x, none), none, looked(torch.cat([x, -x]), torch.zeros(120).long()))
+    yardstick = Yardstick.from_observations(
+        conditions, observed(x, none), none, observed(torch.cat([x, -x]), torch.zeros(120).long())
+    )
     found = yardstick.fidelity(torch.cat([-x, x]).flatten(1))
     assert found.frechet == pytest.approx(0.0, abs=1e-4)  # of y = 1 alone, whose samples are the real x themselves
     assert found.precision == found.recall == found.coverage == 1.0

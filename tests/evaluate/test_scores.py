@@ -34,8 +34,8 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
     x, reader = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
     judge = SecondOpinion({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, reader if with_reader else None)
     conditions = Conditions({"c": torch.arange(10)}, {"y": 1})
-    target = score_target(judge.look_at(x, conditions), torch.zeros(10, 4, 1), conditions)
-    samples = score_samples(judge.look_at(x, conditions), conditions)
+    target = score_target(judge.measure(x, conditions), torch.zeros(10, 4, 1), conditions)
+    samples = score_samples(judge.measure(x, conditions), conditions)
     assert target.accuracy == samples.accuracy == samples.macro_f1 == 1.0
     torch.testing.assert_close(torch.tensor(target.diversity), torch.tensor(samples.diversity))
     if with_reader:
@@ -48,7 +48,7 @@ def test_a_sharp_reward_picks_what_it_rewards():
     y = rulers.ink_ruler(x := demo.labelled_digits("ink", 0)[0][0].x[:40])
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
     target = score_target(
-        SecondOpinion({"y": rulers.ink_ruler}).look_at(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
+        SecondOpinion({"y": rulers.ink_ruler}).measure(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
     )
     assert target.accuracy > 1 - 1e-6
     assert target.judge_accuracy is None
@@ -58,26 +58,26 @@ def test_a_sharp_reward_picks_what_it_rewards():
 def test_the_second_opinion_is_counted_as_the_rulers_is():
     """A judge that sees what the ruler sees has its accuracy, on samples and on the target alike."""
     x, judge = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
-    both = SecondOpinion({"y": lambda x: judge.log_prob(x).argmax(1)}, seconds={"y": judge})
-    target = score_target(both.look_at(x, Conditions({}, {"y": 4})), torch.randn(1, 40, 4), Conditions({}, {"y": 4}))
-    samples = score_samples(both.look_at(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4}))
+    both = SecondOpinion({"y": lambda x: judge.log_prob(x).argmax(1)}, judges={"y": judge})
+    target = score_target(both.measure(x, Conditions({}, {"y": 4})), torch.randn(1, 40, 4), Conditions({}, {"y": 4}))
+    samples = score_samples(both.measure(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4}))
     for score in (target, samples):
         torch.testing.assert_close(score.judge_accuracy, score.accuracy)
-    alone = SecondOpinion({}, seconds={"y": judge})  # where nothing else measures y
+    alone = SecondOpinion({}, judges={"y": judge})  # where nothing else measures y
     assert (
-        score_samples(alone.look_at(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})).accuracy == samples.accuracy
+        score_samples(alone.measure(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})).accuracy == samples.accuracy
     )
-    blind = SecondOpinion({"y": rulers.ink_ruler}, seconds={"y": judge})
+    blind = SecondOpinion({"y": rulers.ink_ruler}, judges={"y": judge})
     seen = judge.log_prob(x).argmax(1) == torch.arange(4).repeat_interleave(10)
     assert score_samples(
-        blind.look_at(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})
+        blind.measure(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4})
     ).judge_accuracy == pytest.approx(float(seen.float().mean()))
 
 
 def test_confusion_has_what_was_asked_in_its_rows():
     conditions = Conditions({}, {"y": 3})  # six samples, two for each class in turn
     came = torch.tensor([0, 1, 1, 1, 0, 2])
-    score = score_samples(SecondOpinion({"y": lambda x: came}).look_at(torch.zeros(6, 1, 2, 2), conditions), conditions)
+    score = score_samples(SecondOpinion({"y": lambda x: came}).measure(torch.zeros(6, 1, 2, 2), conditions), conditions)
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
     assert score.accuracy == pytest.approx(4 / 6)
 
@@ -86,7 +86,7 @@ def test_what_a_nulled_control_comes_out_as():
     """Two pairs, four samples of the prior weighted by hand; the policy's samples are all of class 1."""
     table = torch.tensor([[[0.0, 0.0], [0.0, -50.0], [-50.0, 0.0], [-50.0, -50.0]]])  # (1, 4, 2)
     measured = {"target": torch.tensor([0, 1, 1, 0]), "prior": torch.tensor([0, 0, 1, 1]), "ctrl": torch.ones(8)}
-    found = Nulled.of({kind: y.long() for kind, y in measured.items()}, 2, table)
+    found = Nulled.from_labels({kind: y.long() for kind, y in measured.items()}, 2, table)
     # each label's weight is even on two samples, one of either class
     torch.testing.assert_close(found.shares["target"], torch.tensor([0.5, 0.5]))
     # per pair Σ w² (1 − ½)² = 2 · ¼ · ¼ = 1/8; the mean of two pairs
@@ -94,21 +94,21 @@ def test_what_a_nulled_control_comes_out_as():
     torch.testing.assert_close(found.shares["prior"], torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(found.stderr["prior"], torch.zeros(2))  # within a pair all were alike
     torch.testing.assert_close(found.shares["ctrl"], torch.tensor([0.0, 1.0]))
-    assert found.away_from("target") == pytest.approx(0.5 / ((2 / 8) ** 0.5 / 2))
+    assert found.stderrs_from("target") == pytest.approx(0.5 / ((2 / 8) ** 0.5 / 2))
 
 
 def test_several_controls_are_counted_each_and_all():
     conditions = Conditions({}, {"ink": 2, "slant": 2})  # labels (0,0) (0,1) (1,0) (1,1), two samples each
     ink, slant = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 1, 0, 0, 1, 1])
     judge = SecondOpinion({"ink": lambda x: ink, "slant": lambda x: slant})
-    score = score_samples(judge.look_at(torch.zeros(8, 1, 2, 2), conditions), conditions)
-    assert score.each == {"ink": 6 / 8, "slant": 7 / 8}
+    score = score_samples(judge.measure(torch.zeros(8, 1, 2, 2), conditions), conditions)
+    assert score.accuracy_of == {"ink": 6 / 8, "slant": 7 / 8}
     assert score.accuracy == 5 / 8
     assert score.confusion.diagonal().tolist() == [1 / 2, 1 / 2, 1, 1 / 2]
     assert score.judge_accuracy is None
     # the same samples as the prior's, weighted evenly: every label sees all eight
-    target = score_target(judge.look_at(torch.zeros(8, 1, 2, 2), conditions), torch.zeros(1, 8, 4), conditions)
-    assert target.each == {"ink": 0.5, "slant": 0.5}
+    target = score_target(judge.measure(torch.zeros(8, 1, 2, 2), conditions), torch.zeros(1, 8, 4), conditions)
+    assert target.accuracy_of == {"ink": 0.5, "slant": 0.5}
     assert target.accuracy == pytest.approx(0.25)
 
 
@@ -132,18 +132,18 @@ def test_a_look_at_many_samples_is_a_look_at_each():
         {"y": lambda images: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, Doubling()
     )
     conditions = Conditions({"c": torch.arange(2)}, {"y": 2})
-    look = judge.look_at(x, conditions)
+    observation = judge.measure(x, conditions)
     assert decoded == [16, 16, 8]
     images = F.interpolate(x, scale_factor=2)
-    assert torch.equal(look.measured["y"], (images.mean((1, 2, 3)) > 0).long())
+    assert torch.equal(observation.labels["y"], (images.mean((1, 2, 3)) > 0).long())
     group = torch.arange(2).repeat_interleave(20)
-    assert torch.equal(look.adheres, (reader.log_prob(images).argmax(1) == group).float())
-    assert torch.equal(look.seen["y"], judge.seconds["y"].log_prob(images).argmax(1))
-    torch.testing.assert_close(look.features, reader.features(images))
-    assert torch.equal(look.outside, (x[:, 0, 0, 0] > 0.5).float())
+    assert torch.equal(observation.adheres, (reader.log_prob(images).argmax(1) == group).float())
+    assert torch.equal(observation.judge_labels["y"], judge.judges["y"].log_prob(images).argmax(1))
+    torch.testing.assert_close(observation.features, reader.features(images))
+    assert torch.equal(observation.outside, (x[:, 0, 0, 0] > 0.5).float())
     rows = torch.tensor([3, 30])
-    assert torch.equal(look[rows].features, look.features[rows])
-    assert torch.equal(look[rows].measured["y"], look.measured["y"][rows])
+    assert torch.equal(observation[rows].features, observation.features[rows])
+    assert torch.equal(observation[rows].labels["y"], observation.labels["y"][rows])
 
 
 @pytest.mark.parametrize(("side", "length"), [(32, 32 * 32), (100, 32 * 32), (8, 64)])

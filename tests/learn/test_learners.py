@@ -92,7 +92,7 @@ def test_learners_reach_the_component_asked_for(schedule, name):
     # log Z of a component label at γ = 1 is the log of its weight: five standard errors of 8,000 samples are 0.085,
     # and the 25-step chain is not quite the mixture
     expected = torch.tensor([0.3, 0.7]).log()
-    torch.testing.assert_close(after.log_z_pairs, expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(after.pairs.log_z, expected, rtol=0, atol=0.1)
     assert after.gap > -3 * after.stderr
     # a perfect learner stays within the discretisation floor: design.md §3 measured up to 0.24 at 25 steps for nearly
     # deterministic labels, the re-noised regression up to 0.25 more; untrained, the gap is some nats

@@ -70,7 +70,9 @@ def test_no_line_of_the_sweep_is_cut_off():
     """The panels share an axis, and either may reach higher."""
 
     def score(diversity):
-        return Score(0.9, 0.01, 0.8, diversity, torch.eye(2))
+        return Score(
+            accuracy=0.9, accuracy_stderr=0.01, class_accuracy=0.8, diversity=diversity, confusion=torch.eye(2)
+        )
 
     sweep = {"strength": {0.0: score(1.0), 1.0: score(1.1)}, "steps": {10: score(0.9), 40: score(1.6)}}
     evaluation = Evaluation(score(1.0), score(1.0), score(1.0), None, 4)

@@ -132,7 +132,7 @@ def test_what_turns_round_with_c_is_learned_given_c(tmp_path):
     # so does whoever scores samples: two for each (c, y) in turn
     rows = torch.cat([((y == k) & (c == g)).nonzero()[:2, 0] for g in (0, 1) for k in (0, 1)])
     score = score_samples(
-        SecondOpinion({}, seconds={"y": again.judge}).look_at(x[rows], Conditions({"c": torch.arange(2)}, {"y": 2})),
+        SecondOpinion({}, judges={"y": again.judge}).measure(x[rows], Conditions({"c": torch.arange(2)}, {"y": 2})),
         Conditions({"c": torch.arange(2)}, {"y": 2}),
     )
     assert score.accuracy == score.judge_accuracy > 0.8

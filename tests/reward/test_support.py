@@ -4,7 +4,7 @@ from classifiers import climbed
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.evaluate.evaluation import warn_if_left
+from ctrl_diffusion.evaluate.evaluation import warn_if_outside
 from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import Score, score_samples, score_target
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
@@ -80,16 +80,18 @@ def test_scores_have_the_share_outside():
     """Of even weights it is the samples' own; of sharp ones that of the rewarded."""
     x, conditions = torch.arange(8.0).view(8, 1, 1, 1), Conditions({}, {"y": 2})
     judge = SecondOpinion({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x, _: x.flatten() > 5)
-    score = score_samples(judge.look_at(x, conditions), conditions)
-    assert score.outside == 2 / 8
+    score = score_samples(judge.measure(x, conditions), conditions)
+    assert score.outside_support == 2 / 8
     assert score.outside_stderr == pytest.approx(float(torch.tensor([0.0] * 6 + [1.0] * 2).std()) / 8**0.5)
-    assert score_target(judge.look_at(x, conditions), torch.zeros(1, 8, 2), conditions).outside == pytest.approx(2 / 8)
+    assert score_target(
+        judge.measure(x, conditions), torch.zeros(1, 8, 2), conditions
+    ).outside_support == pytest.approx(2 / 8)
     table = torch.zeros(1, 8, 2)
     table[0, 7] = 50.0
-    assert score_target(judge.look_at(x, conditions), table, conditions).outside == pytest.approx(1.0)
+    assert score_target(judge.measure(x, conditions), table, conditions).outside_support == pytest.approx(1.0)
     blind = SecondOpinion(judge.rulers)
-    assert score_samples(blind.look_at(x, conditions), conditions).outside is None
-    assert score_target(blind.look_at(x, conditions), table, conditions).outside is None
+    assert score_samples(blind.measure(x, conditions), conditions).outside_support is None
+    assert score_target(blind.measure(x, conditions), table, conditions).outside_support is None
 
 
 @pytest.mark.parametrize(
@@ -102,12 +104,22 @@ def test_scores_have_the_share_outside():
     ],
 )
 def test_who_leaves_is_told(recwarn, prior, ctrl, warned):
-    prior, ctrl = (Score(0.5, 0.0, None, 1.0, torch.eye(2), outside=s, outside_stderr=e) for s, e in (prior, ctrl))
+    prior, ctrl = (
+        Score(
+            accuracy=0.5,
+            accuracy_stderr=0.0,
+            diversity=1.0,
+            confusion=torch.eye(2),
+            outside_support=s,
+            outside_stderr=e,
+        )
+        for s, e in (prior, ctrl)
+    )
     if warned:
         with pytest.warns(
             RuntimeWarning, match=r"leave the region .* \(30.0% lie outside, of the prior's 5.0%\); comp"
         ):
-            warn_if_left(prior, ctrl)
+            warn_if_outside(prior, ctrl)
     else:
-        warn_if_left(prior, ctrl)
+        warn_if_outside(prior, ctrl)
     assert not recwarn.list

@@ -79,10 +79,16 @@ def job(folder, device, learner):
     generator = torch.Generator().manual_seed(3)
     found = paths(policy, 2 * conditions.pairs, times, generator, cond, labels, compare=True)
     judge = SecondOpinion({}, None, {"dark": second}, codec=prior.codec, device=place)
-    look = judge.look_at(found[0], conditions)
+    observation = judge.measure(found[0], conditions)
     with torch.no_grad():
         earned = reward(found[0], labels, cond)
-        figures = [*found, earned, prior_table(reward, conditions, x_0), look.features, look.measured["dark"]]
+        figures = [
+            *found,
+            earned,
+            prior_table(reward, conditions, x_0),
+            observation.features,
+            observation.labels["dark"],
+        ]
     assert not any(isinstance(figure, There) for figure in figures)
     return [*(p.detach().cpu() for p in policy.trainable()), *figures, torch.tensor([u.loss for u in updates])]
 

@@ -1,4 +1,4 @@
-"""How far the policy is from the exact conditional, in nats, and what a perfect learner would score.
+"""Bound how far the policy is from the exact conditional, in nats.
 
     J(g)    = E_g[γ log p̂(y | x_0)] − KL(P_g ‖ P_pre)
     log Z   = log E_pre[p̂(y | x_0)^γ]
@@ -17,6 +17,7 @@ they do not, no error estimate from the same samples is to be trusted; for log Z
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,61 +25,70 @@ from torch import Tensor
 from ..chain.schedule import bisect
 from ..control.conditions import Conditions
 
+Value = TypeVar("Value", float, Tensor)
+
+
+# metrics.json's names of the estimates
+KEYS = {
+    "objective": "objective_nats", "objective_stderr": "objective_stderr", "log_z": "log_z_nats",
+    "log_z_stderr": "log_z_stderr", "log_z_policy": "log_z_policy_nats", "log_z_policy_stderr": "log_z_policy_stderr",
+    "gap": "gap_nats", "stderr": "gap_stderr", "ess": "ess_fraction",
+}  # fmt: skip
+
 
 @dataclass
-class Certificate:
-    """The gap and its parts in nats, uniform means over pairs (c, y); `*_pairs` are per pair (G · K,).
+class Estimates(Generic[Value]):
+    """Hold the gap and its parts in nats, with standard errors.
 
     Args:
-        objective: J.
-        log_z: from independent samples of the prior.
-        log_z_policy: from the policy's paths.
-        gap: log_z − objective, an upper bound of the KL between the policy's and the exact x_0.
-        stderr, objective_stderr, log_z_stderr, log_z_policy_stderr: of gap, J and both log Z.
-        kl: KL(P_g ‖ P_pre).
-        ess: effective share of the policy's paths under w, the smallest over the pairs.
-        ess_prior: effective share of the prior's samples under p̂^γ, the smallest over the pairs.
-        objective_pairs, objective_stderr_pairs, log_z_pairs, log_z_stderr_pairs, log_z_policy_pairs,
-            log_z_policy_stderr_pairs, ess_pairs: the same per pair; ess is the paths'.
+        objective, objective_stderr: J.
+        log_z, log_z_stderr: from independent samples of the prior.
+        log_z_policy, log_z_policy_stderr: from the policy's paths.
+        gap, stderr: log_z − objective, an upper bound of the KL between the policy's and the exact x_0.
+        ess: effective share of the policy's paths under w.
     """
 
-    objective: float
-    log_z: float
-    log_z_policy: float
-    gap: float
-    stderr: float
-    objective_stderr: float
-    log_z_stderr: float
-    log_z_policy_stderr: float
+    objective: Value
+    objective_stderr: Value
+    log_z: Value
+    log_z_stderr: Value
+    log_z_policy: Value
+    log_z_policy_stderr: Value
+    gap: Value
+    stderr: Value
+    ess: Value
+
+
+@dataclass
+class Certificate(Estimates[float]):
+    """Hold the estimates as uniform means over pairs (c, y), and pair by pair; `ess` is the smallest.
+
+    Args:
+        kl: KL(P_g ‖ P_pre) in nats.
+        ess_prior: effective share of the prior's samples under p̂^γ, the smallest over the pairs.
+        pairs: the estimates (G · K,) of each pair, y running fastest.
+    """
+
     kl: float
-    ess: float
     ess_prior: float
-    objective_pairs: Tensor
-    objective_stderr_pairs: Tensor
-    log_z_pairs: Tensor
-    log_z_stderr_pairs: Tensor
-    log_z_policy_pairs: Tensor
-    log_z_policy_stderr_pairs: Tensor
-    ess_pairs: Tensor
+    pairs: Estimates[Tensor]
 
-    @property
-    def gap_pairs(self) -> Tensor:
-        """The gap of each pair."""
-        return self.log_z_pairs - self.objective_pairs
-
-    @property
-    def stderr_pairs(self) -> Tensor:
-        """The standard error of each pair's gap."""
-        return torch.hypot(self.log_z_stderr_pairs, self.objective_stderr_pairs)
+    def metrics(self) -> dict[str, Any]:
+        """Return the figures by the names metrics.json uses."""
+        return {
+            **{key: getattr(self, name) for name, key in KEYS.items()},
+            "ess_prior_fraction": self.ess_prior,
+            "pairs": {key: getattr(self.pairs, name).tolist() for name, key in KEYS.items()},
+        }
 
 
 def log_mean_exp(a: Tensor, dim: int) -> Tensor:
-    """log of the mean of exp(a)."""
+    """Compute the log of the mean of exp(a)."""
     return a.logsumexp(dim) - math.log(a.shape[dim])
 
 
 def log_z(table: Tensor) -> tuple[Tensor, float]:
-    """log Z per pair and the standard error of its mean, by the delta method.
+    """Estimate log Z per pair and the standard error of its mean, by the delta method.
 
     Args:
         table: (G, M, K), reward of every class on M samples of each of G conditions.
@@ -94,13 +104,13 @@ def log_z(table: Tensor) -> tuple[Tensor, float]:
 
 
 def tilt_kl(table: Tensor, gamma: float) -> float:
-    """KL of the target from the prior in nats at γ, from rewards (G, M, K) at γ = 1: the mean over (c, y)."""
+    """Estimate KL(target ‖ prior) in nats at γ, the mean over (c, y), from rewards (G, M, K) at γ = 1."""
     tilted = gamma * table
     return float(((tilted.softmax(1) * tilted).sum(1) - log_mean_exp(tilted, dim=1)).mean())
 
 
 def gamma_within(table: Tensor, budget: float, most: float) -> float:
-    """The largest γ ≤ `most` whose target lies within a KL of `budget` nats of the prior.
+    """Find the largest γ ≤ `most` whose target lies within a KL of `budget` nats of the prior.
 
     The KL grows with γ, so the target with that γ is the nearest to the posterior that the budget buys.
 
@@ -114,13 +124,13 @@ def gamma_within(table: Tensor, budget: float, most: float) -> float:
     return bisect(lambda gamma: tilt_kl(table, gamma) >= budget, 0.0, most)
 
 
-def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, log_ratio: Tensor) -> Certificate:
-    """The certificate from samples of prior and policy.
+def certify(conditions: Conditions, table: Tensor, reward: Tensor, kl: Tensor, log_ratio: Tensor) -> Certificate:
+    """Compute the certificate from samples of prior and policy.
 
     Args:
         conditions: the pairs.
         table: (G, M, K), reward of every class on M independent prior samples of each condition.
-        earned: (P · n,), reward of n policy paths for each pair in turn.
+        reward: (P · n,), of n policy paths for each pair in turn.
         kl, log_ratio: (P · n,), of the same paths.
 
     Warns:
@@ -128,50 +138,52 @@ def certify(conditions: Conditions, table: Tensor, earned: Tensor, kl: Tensor, l
             effective samples of the prior stand behind the log Z of some pair.
     """
     z, z_stderr = log_z(table)
-    log_w = (earned - log_ratio).view(conditions.pairs, -1)  # (P, n)
-    n = log_w.shape[1]
+    log_w = (reward - log_ratio).view(conditions.pairs, -1)  # (P, n)
+    n, members = log_w.shape[1], table.shape[1]
     objective, j_variance = log_w.mean(1), log_w.var(1) / n
     j_stderr = float(j_variance.sum().sqrt() / conditions.pairs)
     z_policy = log_mean_exp(log_w, dim=1)
     # variances of both estimates of log Z per pair by the delta method: the spread of w/Z over its samples
-    w, w_prior, members = log_w.softmax(1), table.softmax(1), table.shape[1]
+    w, w_prior = log_w.softmax(1), table.softmax(1)
     policy_variance, prior_variance = (w * n).var(1) / n, (w_prior * members).var(1).flatten() / members
     policy_stderr = float(policy_variance.sum().sqrt() / conditions.pairs)
     ess, ess_prior = 1 / w.square().sum(1) / n, float((1 / w_prior.square().sum(1)).min())
-    if ess_prior < 30:
-        warnings.warn(
-            f"log Z of the rarest (c, y) rests on {ess_prior:.0f} effective samples of the prior and is biased low: "
-            "raise evaluation.prior_samples.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
     # to second order the log of a mean is low by half its variance
     difference = float((z_policy + policy_variance / 2 - z - prior_variance / 2).mean())
-    stderr = math.hypot(z_stderr, policy_stderr)
+    warn_of_log_z(ess_prior, difference, math.hypot(z_stderr, policy_stderr))
+    pairs = Estimates(
+        objective, j_variance.sqrt(), z, prior_variance.sqrt(), z_policy, policy_variance.sqrt(), gap=z - objective,
+        stderr=torch.hypot(prior_variance.sqrt(), j_variance.sqrt()), ess=ess,
+    )  # fmt: skip
+    return Certificate(
+        objective=float(objective.mean()),
+        objective_stderr=j_stderr,
+        log_z=float(z.mean()),
+        log_z_stderr=z_stderr,
+        log_z_policy=float(z_policy.mean()),
+        log_z_policy_stderr=policy_stderr,
+        gap=float(z.mean() - objective.mean()),
+        stderr=math.hypot(j_stderr, z_stderr),
+        ess=float(ess.min()),
+        kl=float(kl.mean()),
+        ess_prior=ess_prior / members,
+        pairs=pairs,
+    )
+
+
+def warn_of_log_z(ess: float, difference: float, stderr: float) -> None:
+    """Warn where log Z of the prior's samples is not to be trusted, or the policy's paths do not confirm it."""
+    if ess < 30:
+        warnings.warn(
+            f"log Z of the rarest (c, y) rests on {ess:.0f} effective samples of the prior and is biased low: "
+            "raise evaluation.prior_samples.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     if abs(difference) > 3 * stderr:
         warnings.warn(
             f"log Z from the policy's paths differs from the prior's by {difference:+.3f} nats, more than three "
             f"standard errors ({stderr:.3f}): trust the prior's; the policy misses modes or its weights are uneven.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Certificate(
-        objective=float(objective.mean()),
-        log_z=float(z.mean()),
-        log_z_policy=float(z_policy.mean()),
-        gap=float(z.mean() - objective.mean()),
-        stderr=math.hypot(j_stderr, z_stderr),
-        objective_stderr=j_stderr,
-        log_z_stderr=z_stderr,
-        log_z_policy_stderr=policy_stderr,
-        kl=float(kl.mean()),
-        ess=float(ess.min()),
-        ess_prior=ess_prior / members,
-        objective_pairs=objective,
-        objective_stderr_pairs=j_variance.sqrt(),
-        log_z_pairs=z,
-        log_z_stderr_pairs=prior_variance.sqrt(),
-        log_z_policy_pairs=z_policy,
-        log_z_policy_stderr_pairs=policy_variance.sqrt(),
-        ess_pairs=ess,
-    )

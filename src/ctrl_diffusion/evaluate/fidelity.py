@@ -1,25 +1,26 @@
-"""How near samples are to real x that have the labels asked for, and how different from each other they are.
+"""Measure how near samples are to real x with the same labels, and how different from each other they are.
 
-All distances are taken within what was asked for: a sampler that ignores y draws from the right x over all, and from
-the wrong ones for each y. The space is that of the features a judge measures diversity in, the reader's or pixels, each
-divided by its standard deviation over real x.
+All distances are taken within y: a sampler that ignores y draws from the right x over all, and from the wrong ones for
+each y. The space is that of the features diversity is measured in, the reader's or pixels, each divided by its standard
+deviation over real x.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..control.conditions import Conditions
-from .judge import Look
+from .judge import Observation
 from .scores import weighted_diversity
 
 NEIGHBOURS = 5
 
 
-class Given(nn.Module):
-    """Features that were computed already, in the form torchmetrics asks for.
+class Precomputed(nn.Module):
+    """Pass features through that were computed already, in the form torchmetrics expects.
 
     Args:
         width: F.
@@ -34,68 +35,73 @@ class Given(nn.Module):
 
 
 def frechet_distance(real: Tensor, samples: Tensor) -> float:
-    """Fréchet distance (Heusel et al. 2017) between two sets of features (n, F) and (m, F)."""
+    """Compute the Fréchet distance (Heusel et al. 2017) between two sets of features (n, F) and (m, F)."""
     width = real.shape[1]
-    metric = FrechetInceptionDistance(feature=Given(width), input_img_size=(width,), normalize=True)
+    metric = FrechetInceptionDistance(feature=Precomputed(width), input_img_size=(width,), normalize=True)
     metric.update(real, real=True)
     metric.update(samples, real=False)
     return float(metric.compute())
 
 
 def nearest_distance(x: Tensor, reference: Tensor) -> Tensor:
-    """Euclidean distance in pixels of each x (n, *) to its nearest neighbour in the reference (m, *): (n,)."""
+    """Compute the Euclidean distance in pixels of each x (n, *) to its nearest reference (m, *): (n,)."""
     return torch.cdist(x.flatten(1), reference.flatten(1)).min(1).values
 
 
 def kernel_distance(real: list[Tensor], samples: list[Tensor]) -> float:
-    """Kernel distance (Bińkowski et al. 2018) between two mixtures: the unbiased MMD² of a cubic kernel.
+    """Compute the kernel distance (Bińkowski et al. 2018) between two mixtures: the unbiased MMD² of a cubic kernel.
 
     Args:
-        real, samples: features (n_c, F) of each part c of the mixtures, which all weigh the same, two at least. Drawn
-            part by part they are no independent draws of the mixture, so that x of one part are compared within it.
+        real, samples: features (n_c, F), n_c ≥ 2, of each part c of the mixtures, all of one weight. Drawn part by part
+            they are no independent draws of the mixture, so that x of one part are compared within it.
     """
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.mT / x.shape[1] + 1) ** 3
 
     def means(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        """The mean kernel of each part with each other."""
+        """Compute the mean kernel of each part with each other."""
         return torch.stack([torch.stack([kernel(a.double(), b.double()).mean() for b in y]) for a in x])
 
-    def fellows(x: list[Tensor]) -> Tensor:
-        """The mean kernel of two different ones of a mixture."""
+    def within(x: list[Tensor]) -> Tensor:
+        """Compute the mean kernel of two different x of a mixture."""
         mean = means(x, x)
         for i, part in enumerate(x):
             k = kernel(part.double(), part.double())
             mean[i, i] = (k.sum() - k.diagonal().sum()) / (len(part) * (len(part) - 1))
         return mean.mean()
 
-    return float(fellows(real) + fellows(samples) - 2 * means(real, samples).mean())
+    return float(within(real) + within(samples) - 2 * means(real, samples).mean())
 
 
-def manifolds(real: Tensor, samples: Tensor, k: int = NEIGHBOURS) -> tuple[float, float, float]:
-    """Precision and recall (Kynkäänniemi et al. 2019) and coverage (Naeem et al. 2020) of features (n, F) and (m, F).
+class Manifolds(NamedTuple):
+    """Hold shares: samples in the real manifold, real x in the samples', real balls with a sample in them."""
 
-    A set's manifold is the union of the balls about its points that reach to their k-th nearest fellow.
+    precision: float
+    recall: float
+    coverage: float
 
-    Returns:
-        The share of samples in the real manifold, of real x in the samples' manifold, and of real balls with a sample.
+
+def manifolds(real: Tensor, samples: Tensor, k: int = NEIGHBOURS) -> Manifolds:
+    """Compute precision, recall (Kynkäänniemi et al. 2019) and coverage (Naeem et al. 2020) of features (n, F), (m, F).
+
+    A set's manifold is the union of the balls about its points that reach to their k-th nearest neighbour.
     """
     distances = torch.cdist(real, samples)
 
-    def reach(x: Tensor) -> Tensor:
-        """Distance of each x to its k-th nearest fellow; the nearest of all is itself."""
+    def radius(x: Tensor) -> Tensor:
+        """Compute the distance of each x to its k-th nearest neighbour; the nearest of all is itself."""
         return torch.cdist(x, x).kthvalue(min(k + 1, len(x)), dim=1).values
 
-    inside = distances <= reach(real)[:, None]
+    inside = distances <= radius(real)[:, None]
     precision, coverage = inside.any(0), inside.any(1)
-    recall = (distances <= reach(samples)[None]).any(1)
-    return tuple(float(share.float().mean()) for share in (precision, recall, coverage))
+    recall = (distances <= radius(samples)[None]).any(1)
+    return Manifolds(*(float(share.float().mean()) for share in (precision, recall, coverage)))
 
 
 @dataclass
 class Fidelity:
-    """Means over what was asked for; see `Yardstick`."""
+    """Hold means over labels y; see `Yardstick`."""
 
     frechet: float
     kernel: float
@@ -107,13 +113,13 @@ class Fidelity:
 
 @dataclass
 class Yardstick:
-    """Real x with each (c, y), and how different samples of the prior are that happen to have it.
+    """Compare samples with real x of each (c, y), and their diversity with that of prior samples that have y.
 
     Args:
         conditions: the pairs (c, y).
         real: features (n, F) of real x of each pair; few or none of a rare one, which is left out.
         scale: (F,), what features are divided by.
-        diversity: (P,), mean distance of two samples of the prior that have y; NaN where fewer than two were seen.
+        diversity: (P,), mean distance of two prior samples that have y; NaN where fewer than two have it.
     """
 
     conditions: Conditions
@@ -122,42 +128,43 @@ class Yardstick:
     diversity: Tensor
 
     @classmethod
-    def of(cls, conditions: Conditions, real: Look, group: Tensor, of_prior: Look) -> "Yardstick":
-        """From a look at real x, with the condition (n,) of each, and one at M samples of the prior for each condition.
+    def from_observations(
+        cls, conditions: Conditions, real: Observation, group: Tensor, prior: Observation
+    ) -> "Yardstick":
+        """Make it from observations of real x, of conditions (n,), and of M prior samples for each condition in turn.
 
-        y of both is what the judge measures, as for the samples that are compared.
+        y of both is measured as that of the samples that are compared.
         """
-        pair = group * conditions.classes + conditions.label_of(real.measured)
-        members = len(of_prior.features) // conditions.groups
-        has = conditions.label_of(of_prior.measured).view(conditions.groups, members, 1)
-        w = (has == torch.arange(conditions.classes)).double()
-        w = w / w.sum(1, keepdim=True)  # NaN where nothing has y
-        seen = (w > 0).sum(1) > 1
+        pair = group * conditions.classes + conditions.label_of(real.labels)
+        members = len(prior.features) // conditions.groups
+        label = conditions.label_of(prior.labels).view(conditions.groups, members, 1)
+        w = (label == torch.arange(conditions.classes)).double()
+        w = w / w.sum(1, keepdim=True)  # NaN where no sample has y
+        enough = (w > 0).sum(1) > 1
         scale = real.features.std(0).clamp(min=1e-6)
-        features = (of_prior.features / scale).view(conditions.groups, members, -1).double()
-        spread = torch.where(seen, weighted_diversity(features, w.nan_to_num()), torch.nan)
-        return cls(
-            conditions, [real.features[pair == p] / scale for p in range(conditions.pairs)], scale, spread.flatten()
-        )
+        features = (prior.features / scale).view(conditions.groups, members, -1).double()
+        diversity = torch.where(enough, weighted_diversity(features, w.nan_to_num()), torch.nan)
+        by_pair = [real.features[pair == p] / scale for p in range(conditions.pairs)]
+        return cls(conditions, by_pair, scale, diversity.flatten())
 
     def fidelity(self, features: Tensor) -> Fidelity:
-        """Of features (P · n, F) of samples, n for each pair in turn.
+        """Compute the fidelity of samples from their features (P · n, F), n for each pair in turn.
 
         Distances are taken within each y that real x have, since a pair has few; every c that occurs with y weighs the
         same.
         """
-        of_pair = (features / self.scale).view(self.conditions.pairs, -1, features.shape[1])
-        within = []
+        by_pair = (features / self.scale).view(self.conditions.pairs, -1, features.shape[1])
+        by_label = []
         for label in range(self.conditions.classes):
-            known = [p for p in range(label, self.conditions.pairs, self.conditions.classes) if len(self.real[p]) > 1]
-            if not known:
+            pairs = [p for p in range(label, self.conditions.pairs, self.conditions.classes) if len(self.real[p]) > 1]
+            if not pairs:
                 continue
-            real, samples = [self.real[p] for p in known], [of_pair[p] for p in known]
+            real, samples = [self.real[p] for p in pairs], [by_pair[p] for p in pairs]
             most = max(len(x) for x in real)
-            even = torch.cat([x[torch.arange(most) % len(x)] for x in real])  # torchmetrics knows no weights
-            whole = torch.cat(samples)
-            distances = frechet_distance(even, whole), kernel_distance(real, samples)
-            within.append((*distances, *manifolds(torch.cat(real), whole)))
-        even = torch.full((*of_pair.shape[:2], 1), 1 / of_pair.shape[1])
-        ratio = weighted_diversity(of_pair, even).squeeze(1) / self.diversity
-        return Fidelity(*torch.tensor(within, dtype=torch.float64).mean(0).tolist(), float(ratio.nanmean()))
+            even = torch.cat([x[torch.arange(most) % len(x)] for x in real])  # torchmetrics has no weights
+            mixture = torch.cat(samples)
+            distances = frechet_distance(even, mixture), kernel_distance(real, samples)
+            by_label.append((*distances, *manifolds(torch.cat(real), mixture)))
+        even = torch.full((*by_pair.shape[:2], 1), 1 / by_pair.shape[1])
+        ratio = weighted_diversity(by_pair, even).squeeze(1) / self.diversity
+        return Fidelity(*torch.tensor(by_label, dtype=torch.float64).mean(0).tolist(), float(ratio.nanmean()))

@@ -1,4 +1,4 @@
-"""Draw exact samples by weighing the policy's paths."""
+"""Draw exact samples by importance resampling of the policy's paths."""
 
 import warnings
 
@@ -29,10 +29,10 @@ def exact_samples(
     strength: float = 1.0,
     phase: Phase = silent,
 ) -> tuple[Tensor, float]:
-    """Samples of the chain tilted by the reward, in the limit of many paths: importance resampling.
+    """Draw samples of the chain tilted by the reward, exact in the limit of many paths.
 
-    For every (c, y) among the rows POOL paths of the policy are drawn for each sample, SMALLEST_POOL at least, and from
-    them the samples, by w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
+    For every (c, y) among the rows, POOL paths of the policy are simulated for each sample, SMALLEST_POOL at least, and
+    the samples drawn from them with importance weights w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
 
     Args:
         denoiser: the policy.
@@ -40,28 +40,28 @@ def exact_samples(
         times: the chain's grid, any.
         generator: of all noise.
         labels, cond: n rows each.
-        strength: w of the control; any is exact, one near the target wastes fewer paths.
-        phase: told of progress.
+        strength: of the control; any is exact, one near the target wastes fewer paths.
+        phase: reports progress.
 
     Returns:
         x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y). It is estimated from
         the paths themselves, and too high where hardly any of them lies where the target does.
 
     Raises:
-        ValueError: an effective share below 0.5 %: what would come is a handful of paths again and again.
+        ValueError: an effective share below 0.5 %: samples would repeat a handful of paths.
 
     Warns:
         RuntimeWarning: an effective share below 5 %.
     """
     cond = cond or {}
     pairs = alike(labels, cond)
-    pools = [max(POOL * len(asked), SMALLEST_POOL) for asked in pairs]
+    pools = [max(POOL * len(rows), SMALLEST_POOL) for rows in pairs]
     advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
-    for asked, pool in zip(pairs, pools, strict=True):
-        mine, given = ({name: row[asked[:1]].expand(pool) for name, row in rows.items()} for rows in (labels, cond))
-        x, _, log_ratio = paths(denoiser, pool, times, generator, given, mine, strength, compare=True, progress=advance)
-        earned = reward(x, mine, given)
-        log_w = ranks.broadcast(lambda earned=earned: earned) - log_ratio
+    for rows, pool in zip(pairs, pools, strict=True):
+        y, c = ({name: row[rows[:1]].expand(pool) for name, row in values.items()} for values in (labels, cond))
+        x, _, log_ratio = paths(denoiser, pool, times, generator, c, y, strength, compare=True, progress=advance)
+        r = reward(x, y, c)
+        log_w = ranks.broadcast(lambda r=r: r) - log_ratio
         if not log_w.isfinite().all():
             raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
         w = log_w.softmax(0)
@@ -72,7 +72,7 @@ def exact_samples(
                 "from. Train the control further, or sample without --exact."
             )
         x_0 = x.new_empty(sum(map(len, pairs)), *x.shape[1:]) if x_0 is None else x_0
-        x_0[asked] = x[w.multinomial(len(asked), replacement=True, generator=generator)]
+        x_0[rows] = x[w.multinomial(len(rows), replacement=True, generator=generator)]
     if smallest < WARNED_SHARE:
         warnings.warn(
             f"exact sampling: {smallest:.1%} of the policy's paths count under their weights; samples repeat. The more "

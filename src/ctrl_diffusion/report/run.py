@@ -235,8 +235,8 @@ def write_report(
 
 def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:
     """J, log Z, gap and its standard error for each class, averaged over the prior's conditions."""
-    certificate = evaluation.certificate
-    tables = (certificate.objective_pairs, certificate.log_z_pairs, certificate.stderr_pairs.square())
+    pairs = evaluation.certificate.pairs
+    tables = (pairs.objective, pairs.log_z, pairs.stderr.square())
     objective, log_z, variance = (table.view(-1, classes) for table in tables)
     stderr = (variance.mean(0) / len(variance)).sqrt()
     objective, log_z = objective.mean(0), log_z.mean(0)

@@ -28,8 +28,8 @@ from ..control.policy import Policy
 from ..data.digits import MEASURES, RULERS
 from ..data.labels import Labels
 from ..evaluate.certificate import certify, gamma_within
-from ..evaluate.evaluation import Evaluation, leaves, warn_if_left
-from ..evaluate.judge import Look, Ruler, SecondOpinion
+from ..evaluate.evaluation import Evaluation, leaves_region, warn_if_outside
+from ..evaluate.judge import Observation, Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
 from ..evaluate.scores import Nulled, score_samples, score_target
 from ..prior.prior import Prior, open_prior
@@ -267,7 +267,7 @@ class Run:
         if not self.judge.outside:
             return None
         share, usual = float(self.outside(x_0, images).float().mean()), self.usually_outside
-        if leaves(share, usual, (usual * (1 - usual) / len(x_0)) ** 0.5):
+        if leaves_region(share, usual, (usual * (1 - usual) / len(x_0)) ** 0.5):
             warnings.warn(
                 f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's "
                 f"{usual:.0%}: there p̂ has seen no labels. Compare the judge in report.html.",
@@ -379,7 +379,7 @@ class Run:
         The certificate is of the training chain. Of several controls also each choice in `parts`, on half the paths.
         """
         x_prior = self.prior_samples(self.config.evaluation.prior_samples, "prior samples for log Z", phase)
-        looked = self.judge.look_at(x_prior, self.conditions)
+        looked = self.judge.measure(x_prior, self.conditions)
         evaluation = self.evaluate_on(self.conditions, x_prior, looked, n, "paths to certify", phase)
         for names in self.parts:
             purpose = f"paths with {' and '.join(names)} alone"
@@ -388,7 +388,13 @@ class Run:
         return evaluation
 
     def evaluate_on(
-        self, conditions: Conditions, x_prior: Tensor, of_prior: Look, n: int, purpose: str, phase: Phase = silent
+        self,
+        conditions: Conditions,
+        x_prior: Tensor,
+        of_prior: Observation,
+        n: int,
+        purpose: str,
+        phase: Phase = silent,
     ) -> Evaluation:
         """Evaluate the policy under some of its controls; x_prior (G · M, *) are the prior's, which were looked at."""
         members = len(x_prior) // conditions.groups
@@ -400,17 +406,17 @@ class Run:
         scores = {
             "prior": score_samples(of_prior[uncontrolled], conditions),
             "target": score_target(of_prior, table, conditions),
-            "ctrl": score_samples(self.judge.look_at(x_0, conditions), conditions),
+            "ctrl": score_samples(self.judge.measure(x_0, conditions), conditions),
         }
         nulled = {
-            name: Nulled.of({kind: score.measured[name] for kind, score in scores.items()}, control.size, table)
+            name: Nulled.from_labels({kind: score.labels[name] for kind, score in scores.items()}, control.size, table)
             for name, control in self.policy.controls.items()
             if name not in conditions.controls
         }
         evaluation = Evaluation(
             **scores, certificate=certify(conditions, table, earned, kl, log_ratio), n=len(x_0), nulled=nulled
         )
-        warn_if_left(evaluation.prior, evaluation.ctrl)
+        warn_if_outside(evaluation.prior, evaluation.ctrl)
         return evaluation
 
     @torch.no_grad()
@@ -430,5 +436,5 @@ class Run:
             x_0, _, _ = paths(
                 self.policy, len(pair), self.times_of(steps), generator, cond, labels, strength, progress=advance
             )
-            found[kind][value] = score_samples(self.judge.look_at(x_0, self.conditions), self.conditions)
+            found[kind][value] = score_samples(self.judge.measure(x_0, self.conditions), self.conditions)
         return found

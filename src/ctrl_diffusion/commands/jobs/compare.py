@@ -35,7 +35,7 @@ from ...data.labelled import LabelledImages
 from ...data.labels import Labels
 from ...evaluate.certificate import certify
 from ...evaluate.fidelity import Yardstick
-from ...evaluate.judge import Look, SecondOpinion
+from ...evaluate.judge import Observation, SecondOpinion
 from ...evaluate.scores import score_samples, score_target
 from ...guide.method import Method
 from ...guide.steered import Guidance
@@ -113,17 +113,17 @@ class Comparison:
         return self.run.prior_samples(self.run.config.evaluation.prior_samples, "prior samples for log Z", self.phase)
 
     @cached_property
-    def of_prior(self) -> Look:
+    def of_prior(self) -> Observation:
         """What the judge sees of them."""
-        return self.judge.look_at(self.x_prior, self.run.conditions)
+        return self.judge.measure(self.x_prior, self.run.conditions)
 
     @cached_property
     @torch.no_grad()
     def yardstick(self) -> Yardstick:
         """What is real, and how different the prior's samples are."""
-        return Yardstick.of(self.run.conditions, *self.real(), self.of_prior)
+        return Yardstick.from_observations(self.run.conditions, *self.real(), self.of_prior)
 
-    def real(self) -> tuple[Look, Tensor]:
+    def real(self) -> tuple[Observation, Tensor]:
         """What the judge sees of every real image whose c is known, and which c it is."""
         run, judge, looks, groups = self.run, replace(self.judge, codec=Codec()), [], []
         for settings in run.config.controls:
@@ -135,11 +135,11 @@ class Comparison:
             for data in known:
                 group = data.labels[settings.condition] if settings.condition else torch.zeros(len(data)).long()
                 few = torch.arange(len(data)).split(run.prior.codec.batch)
-                looks += [judge.look_at_once(data.x[rows].to(judge.device), group[rows]) for rows in few]
+                looks += [judge.measure_batch(data.x[rows].to(judge.device), group[rows]) for rows in few]
                 groups.append(group)
         if not looks:
             raise ValueError("no data say the prior's condition c: there is nothing real to compare with. --condition.")
-        return Look.joined(looks), torch.cat(groups)
+        return Observation.cat(looks), torch.cat(groups)
 
     @property
     def labelled(self) -> int:
@@ -220,7 +220,7 @@ class Comparison:
         begin = time.perf_counter()
         found = method(denoiser, run.reward, labels, cond, times, generator, strength)
         seconds = time.perf_counter() - begin
-        look = self.judge.look_at(found.x_0, conditions)
+        look = self.judge.measure(found.x_0, conditions)
         score, near, cost = score_samples(look, conditions), self.yardstick.fidelity(look.features), found.cost
         has_gap = with_gap and isinstance(method, Guidance)
         gap = self.gap(cell, method, denoiser, strength) if has_gap else (None, None)
