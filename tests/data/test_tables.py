@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl_diffusion.data import tables as sources
 from ctrl_diffusion.data.read import read_images
+from ctrl_diffusion.data.tables import open_table
 
 N = 12
 SHAPE = (1, 8, 8)
@@ -141,11 +141,11 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path):
         ("", "has no metadata.csv"),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            sources.open_table(tmp_path / source)
+            open_table(tmp_path / source)
         assert "\n" not in str(error.value)
 
 
 def test_a_table_keeps_its_images_inside(tmp_path):
     datasets.Dataset.from_dict({"path": ["../a.png"], "ink": ["1"]}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=r"'\.\./a\.png' lies outside the dataset's folder"):
-        sources.open_table(tmp_path / "t.parquet").image(0)
+        open_table(tmp_path / "t.parquet").image(0)

@@ -159,7 +159,7 @@ def whole_and_sharded(root, trainings):
     """Trainings of a prior whose weights every rank has (False), and of one whose weights are sharded (True)."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    LoRAControl._within = LoRAControl._beside  # as where weights are sharded: W + BA would round otherwise
+    LoRAControl._merged = LoRAControl._unmerged  # as where weights are sharded: W + BA would round otherwise
     found = {False: in_step(root, trainings)}
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     found[True] = in_step(root, trainings)

@@ -1,4 +1,4 @@
-"""The conditions (c, y) a control is trained, certified and judged on."""
+"""Number the conditions (c, y) that a control is trained, certified and measured on."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ..data.labels import NULL, Labels
 
 @dataclass
 class Conditions:
-    """Every pair (c, y): G conditions of the prior times K labels y.
+    """Number every pair (c, y): G conditions of the prior times K labels y.
 
     Pair p stands for condition p // K and label p % K. With several controls a label is one class of each, and the last
     control's class runs fastest.
@@ -30,10 +30,10 @@ class Conditions:
 
     @classmethod
     def for_training(
-        cls, cond: dict[str, Tensor], controls: dict[str, int], settled: Collection[str] = ()
+        cls, cond: dict[str, Tensor], controls: dict[str, int], fixed: Collection[str] = ()
     ) -> "Conditions":
-        """What one model that serves every choice of controls is trained on; where some are settled, of the others."""
-        return cls(cond, controls, (settled or controls) if len(controls) > 1 else ())
+        """Let any controls be null but not all; where some are fixed, only these, so that the others are trained."""
+        return cls(cond, controls, (fixed or controls) if len(controls) > 1 else ())
 
     @cached_property
     def combinations(self) -> Tensor:
@@ -64,39 +64,39 @@ class Conditions:
         return [(choice.repeat(self.groups) == i).nonzero().squeeze(1) for i in choice.unique()]
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """n pairs (n,): each choice of controls as often as the others, and each of its pairs, but for the remainder.
+        """Draw n pairs (n,): each choice of controls equally often, and each of its pairs, but for the remainder.
 
-        One control alone has few pairs of its own, and would be seen seldom if all pairs were alike.
+        A choice of one control has few pairs, and would be rare if all pairs were equally frequent.
         """
         count, rest = divmod(n, len(self.choices))
         first = int(torch.randint(len(self.choices), (), generator=generator)) if rest else 0
-        drawn = []
+        parts = []
         for i, pairs in enumerate(self.choices):
-            mine = count + ((i - first) % len(self.choices) < rest)
-            rounds = -(-mine // len(pairs))
-            order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(rounds)])[:mine]
-            drawn.append(pairs[order])
-        return torch.cat(drawn)
+            share = count + ((i - first) % len(self.choices) < rest)
+            rounds = -(-share // len(pairs))
+            order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(rounds)])[:share]
+            parts.append(pairs[order])
+        return torch.cat(parts)
 
     def group_of(self, pair: Tensor) -> Tensor:
-        """Row of the condition for pairs (B,)."""
+        """Return the condition's row for pairs (B,)."""
         return pair // self.classes
 
     def all(self, repeats: int) -> Tensor:
-        """Every pair `repeats` times in a row: (pairs · repeats,)."""
+        """List every pair `repeats` times in a row: (pairs · repeats,)."""
         return torch.arange(self.pairs).repeat_interleave(repeats)
 
     def cond_of(self, group: Tensor) -> dict[str, Tensor]:
-        """The prior's conditions for groups (B,)."""
+        """Return the prior's conditions for groups (B,)."""
         return rows_of(self.cond, group)
 
     def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
-        """Labels and conditions of pairs (B,)."""
+        """Return labels and conditions of pairs (B,)."""
         classes = self.combinations[pair % self.classes]
         return dict(zip(self.controls, classes.unbind(1), strict=True)), self.cond_of(self.group_of(pair))
 
     def label_of(self, labels: Labels) -> Tensor:
-        """The label 0 … K − 1 (B,) that has these classes; only where no control is nullable."""
+        """Return the label 0 … K − 1 (B,) that has these classes; only where no control is nullable."""
         label = torch.zeros((), dtype=torch.long)
         for name, size in self.controls.items():
             label = label * size + labels[name]

@@ -1,8 +1,8 @@
-"""Policy = frozen prior + controls; everything a control does vanishes when its label is null.
+"""Declare what a control is. Policy = frozen prior + controls; where its label is null, a control leaves no trace.
 
-A control adds to the prior where the prior's family lets it: one PEFT LoRA adapter, and one zero-initialised embedding
-added to the network's time/class embedding by a forward hook. While a control is active its layers have the weights
-W + BA; outside, the prior's own: no second copy, and bit-identical to the bare network.
+The one the package trains (`lora.py`) is a PEFT LoRA adapter and a zero-initialised embedding, which a forward hook
+adds to the network's time/class embedding. While it is active its layers have the weights W + BA, else the prior's:
+there is no second copy, and the prior is bit-identical to the bare network.
 """
 
 from abc import ABC, abstractmethod
@@ -19,10 +19,7 @@ from ..data.labels import NULL, LabelSpace
 
 
 class Control(nn.Module, ABC):
-    """One control y with classes 0 … size − 1; NULL (−1) means uncontrolled.
-
-    y may also be on a scale: its values are then evenly spaced levels 0 … size − 1, and a label is a place between
-    them, a float.
+    """Steer a prior by one label y, a class or a place on a scale (`LabelSpace`); NULL (−1) means uncontrolled.
 
     Args:
         name: the label's name.
@@ -30,29 +27,18 @@ class Control(nn.Module, ABC):
         scale: whether y is on a scale.
     """
 
-    fixed = False  # whether it stays as it is while others are trained beside it
+    fixed = False  # whether it keeps its parameters while other controls are trained
 
     def __init__(self, name: str, values: Sequence[str], scale: bool = False) -> None:
         super().__init__()
         self.name, self.space = name, LabelSpace(tuple(values), scale)
 
-    @property
-    def values(self) -> tuple[str, ...]:
-        """The names of the classes or levels, in order."""
-        return self.space.values
-
-    @property
-    def size(self) -> int:
-        """The number of classes or levels."""
-        return self.space.size
-
-    @property
-    def scale(self) -> bool:
-        """Whether y is on a scale."""
-        return self.space.scale
+    values = property(lambda self: self.space.values)
+    size = property(lambda self: self.space.size)
+    scale = property(lambda self: self.space.scale)
 
     def fix(self) -> "Control":
-        """Never train it again, whatever is trained beside it."""
+        """Keep the parameters from now on, whatever other control is trained; return the control."""
         self.fixed = True
         for p in chain.from_iterable(self.parameter_groups().values()):
             p.requires_grad_(False)
@@ -68,11 +54,11 @@ class Control(nn.Module, ABC):
 
     @abstractmethod
     def active(self, y: Tensor) -> AbstractContextManager[None]:
-        """A context within which the prior it is attached to obeys y (B,)."""
+        """Return a context in which the prior it is attached to obeys y (B,)."""
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters by kind ("embedding", "adapter"): they need separate learning rates."""
+        """Return the parameters by kind ("embedding", "adapter"): they need separate learning rates."""
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
@@ -89,18 +75,18 @@ class Control(nn.Module, ABC):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Inside, the parameters must not change, and nobody asks for their gradient: only for that of x."""
-        asked = [(p, p.requires_grad) for group in self.parameter_groups().values() for p in group]
-        for p, _ in asked:
+        """Take no gradient of the parameters inside, only that of x; they must not change there."""
+        before = [(p, p.requires_grad) for group in self.parameter_groups().values() for p in group]
+        for p, _ in before:
             p.requires_grad_(False)
         try:
             yield
         finally:
-            for p, before in asked:
-                p.requires_grad_(before)
+            for p, requires_grad in before:
+                p.requires_grad_(requires_grad)
 
     def embedded(self, table: nn.Embedding, y: Tensor) -> Tensor:
-        """Rows (B, width) of a table for labels y: null is the last, which stays zero; between levels on a line."""
+        """Return rows (B, width) of a table for labels y: the last, zero, for null; interpolated between levels."""
         y = y.to(table.weight.device, non_blocking=True)
         if not y.is_floating_point():
             return table(torch.where(y == NULL, self.size, y))

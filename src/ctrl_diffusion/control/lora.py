@@ -19,15 +19,15 @@ from .control import Control
 
 
 @dataclass
-class Kept:
-    """What a control computes once while its parameters stay as they are: W + BA of the prior's W, BA for any other."""
+class MergeCache:
+    """Keep what is computed once while the parameters stay as they are: W + BA of the prior's W, BA for any other."""
 
     sums: list[Tensor] | None = None
     differences: list[Tensor] | None = None
 
 
 class LoRAControl(Control):
-    """One LoRA adapter and one zero-initialised embedding table on a pre-trained network.
+    """Control a pre-trained network by one LoRA adapter and one zero-initialised embedding table.
 
     Args:
         name: the label's name, also the adapter's.
@@ -44,53 +44,60 @@ class LoRAControl(Control):
     """
 
     def __init__(
-        self,
-        name: str,
-        values: Sequence[str],
-        denoiser: NetworkDenoiser,
-        rank: int = 64,
-        seed: int = 0,
-        scale: bool = False,
-        alpha: float | None = None,
-        targets: Sequence[str] | None = None,
-    ) -> None:
+        self, name: str, values: Sequence[str], denoiser: NetworkDenoiser, rank: int = 64, seed: int = 0,
+        scale: bool = False, alpha: float | None = None, targets: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(name, values, scale)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
         self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
         # modules are named after it, and a module cannot be called "type" or have a dot in its name
         self.adapter = "control_" + re.sub(r"\W", "_", name)
-        if any(isinstance(m, LoraLayer) and self.adapter in m.lora_A for m in denoiser.network.modules()):
-            raise ValueError(f"this prior already carries a control {name!r}. Load the prior again for another one.")
-        others = [(p, p.requires_grad) for key, p in denoiser.network.named_parameters() if "lora_" in key]
-        config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets or denoiser.site.targets))
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
-            torch.default_generator.manual_seed(seed)
-            names = [key for key, _ in denoiser.network.named_modules()]
-            for target in targets or ():
-                if not any(f".{key}".endswith(f".{target}") for key in names):
-                    raise ValueError(f"lora_targets: the network has no layer whose name is or ends in {target!r}.")
-            try:
-                inject_adapter_in_model(config, denoiser.network, adapter_name=self.adapter)
-            except ValueError as error:
-                raise ValueError(f"lora_targets: {' '.join(str(error).split())[:200]}") from error
-            self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
-        self.to(denoiser.device)
-        for p, before in others:  # peft takes every adapter but the newest for finished
-            p.requires_grad_(before)
-        nn.init.zeros_(self.table.weight)
-        denoiser.network.eval()
-        # not a registered child: the prior owns its network, the control only its own parameters
+        # not registered children: the prior owns its network, the control only its own parameters
         self._denoiser, self._network = [denoiser], [denoiser.network]
-        self._layers = [m for m in denoiser.network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
+        if self._own_layers():
+            raise ValueError(f"this prior already carries a control {name!r}. Load the prior again for another one.")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self._inject()
+            self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
+        nn.init.zeros_(self.table.weight)
+        self.to(denoiser.device)
+        denoiser.network.eval()
+        self._layers = self._own_layers()
         for p in self.parameter_groups()["adapter"] if self._half else ():
             p.data = p.data.float()  # peft makes them as the layers are
         self._shift: Tensor | None = None
-        self._kept: Kept | None = None
+        self._cache: MergeCache | None = None
         for site in denoiser.site.embeddings:
             denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
-        self._silence()
+        self._switch_off()
+
+    def _own_layers(self) -> list[LoraLayer]:
+        """List the network's layers that carry the adapter."""
+        return [m for m in self._network[0].modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
+
+    def _inject(self) -> None:
+        """Put the adapter into the network, and leave those of other controls as they are.
+
+        Raises:
+            ValueError: the network has no such layers.
+        """
+        network, targets = self._network[0], self.targets or self._denoiser[0].site.targets
+        names = [key for key, _ in network.named_modules()]
+        for target in self.targets or ():
+            if not any(f".{key}".endswith(f".{target}") for key in names):
+                raise ValueError(f"lora_targets: the network has no layer whose name is or ends in {target!r}.")
+        others = [(p, p.requires_grad) for key, p in network.named_parameters() if "lora_" in key]
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha or self.rank, target_modules=list(targets))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+            try:
+                inject_adapter_in_model(config, network, adapter_name=self.adapter)
+            except ValueError as error:
+                raise ValueError(f"lora_targets: {' '.join(str(error).split())[:200]}") from error
+        for p, requires_grad in others:  # peft freezes every adapter but the newest
+            p.requires_grad_(requires_grad)
 
     def _add_shift(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if self._shift is None:
@@ -98,14 +105,14 @@ class LoRAControl(Control):
         # a guided network is called with the rows twice, without and with the prompt: the control acts in both
         return output + self._shift.repeat(len(output) // len(self._shift), 1).to(output)
 
-    def _silence(self) -> None:
+    def _switch_off(self) -> None:
         # the layers' own way of adding the adapter; peft's enable_adapters() would also flip requires_grad
         for layer in self._layers:
             layer._disable_adapters = True
 
     def fix(self) -> "LoRAControl":
         super().fix()
-        self._kept = Kept()
+        self._cache = MergeCache()
         return self
 
     @property
@@ -113,37 +120,21 @@ class LoRAControl(Control):
         """Whether the network computes in half precision, by its weights or by autocast."""
         return self._denoiser[0].stored is not None or self._denoiser[0].precision is not None
 
-    def _differences(self) -> list[Tensor]:
-        """BA of every layer."""
-        return [layer.get_delta_weight(self.adapter) for layer in self._layers]
-
-    def _changed(self, own: list[Tensor]) -> list[Tensor]:
-        """W + BA of every layer whose weight is W: the prior's, or what other controls made of it."""
-        kept = self._kept
-        if kept is None:
-            return added(own, self._differences())
-        with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
-            if all(isinstance(weight, nn.Parameter) for weight in own):
-                kept.sums = kept.sums or added(own, self._differences())
-                return kept.sums
-            kept.differences = kept.differences or self._differences()
-        return added(own, kept.differences)
-
     @contextmanager
     def frozen(self) -> Iterator[None]:
         with super().frozen():
-            outer = self._kept
-            self._kept = outer or Kept()
+            outer = self._cache
+            self._cache = outer or MergeCache()
             try:
                 yield
             finally:
-                self._kept = outer
+                self._cache = outer
 
     @contextmanager
     def active(self, y: Tensor) -> Iterator[None]:
         if self._shift is not None:
             raise RuntimeError(f"the control {self.name!r} is active already.")
-        with self._beside() if self._half or self._denoiser[0].all_gather else self._within():
+        with self._unmerged() if self._half or self._denoiser[0].all_gather else self._merged():
             self._shift = self.embedded(self.table, y)
             try:
                 yield
@@ -151,9 +142,8 @@ class LoRAControl(Control):
                 self._shift = None
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Wx + B(Ax), as PEFT adds it: for W that is in parts on several ranks, or in half precision, in which W + BA
-        rounds to W."""
+    def _unmerged(self) -> Iterator[None]:
+        """Compute Wx + B(Ax) inside, as PEFT does: where ranks hold parts of W, or where W + BA would round to W."""
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self._layers]
         for layer, (off, active) in zip(self._layers, before, strict=True):
             layer._disable_adapters = False
@@ -165,61 +155,74 @@ class LoRAControl(Control):
                 layer._disable_adapters, layer._active_adapter = off, active
 
     @contextmanager
-    def _within(self) -> Iterator[None]:
-        """(W + BA)x: the same as Wx + B(Ax), but with many rows to a layer far fewer products (docs/lab-notes.md)."""
-        homes = [layer.get_base_layer()._parameters for layer in self._layers]
-        own = [home["weight"] for home in homes]
+    def _merged(self) -> Iterator[None]:
+        """Compute (W + BA)x inside: the same, but with many rows to a layer far fewer products (docs/lab-notes.md)."""
+        parameters = [layer.get_base_layer()._parameters for layer in self._layers]
+        weights = [p["weight"] for p in parameters]
         try:
-            for home, weight in zip(homes, self._changed(own), strict=True):
-                home["weight"] = weight
+            for p, weight in zip(parameters, self._sums(weights), strict=True):
+                p["weight"] = weight
             yield
         finally:
-            for home, weight in zip(homes, own, strict=True):
-                home["weight"] = weight
+            for p, weight in zip(parameters, weights, strict=True):
+                p["weight"] = weight
+
+    def _sums(self, weights: list[Tensor]) -> list[Tensor]:
+        """Return W + BA of every layer whose weight is W: the prior's, or what other controls made of it."""
+        cache = self._cache
+        if cache is None:
+            return added(weights, self._differences())
+        with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+            if all(isinstance(weight, nn.Parameter) for weight in weights):
+                cache.sums = cache.sums or added(weights, self._differences())
+                return cache.sums
+            cache.differences = cache.differences or self._differences()
+        return added(weights, cache.differences)
+
+    def _differences(self) -> list[Tensor]:
+        """Return BA of every layer."""
+        return [layer.get_delta_weight(self.adapter) for layer in self._layers]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        adapter = [
-            p for layer in self._layers for ab in (layer.lora_A, layer.lora_B) for p in ab[self.adapter].parameters()
-        ]
-        return {"embedding": [self.table.weight], "adapter": adapter}
+        halves = [half[self.adapter] for layer in self._layers for half in (layer.lora_A, layer.lora_B)]
+        return {"embedding": [self.table.weight], "adapter": [p for half in halves for p in half.parameters()]}
 
-    def _adapter(self) -> dict[str, Tensor]:
-        """The adapter's weights by the names of the network's layers."""
+    def _state(self) -> dict[str, Tensor]:
+        """Return the adapter's weights by the names of the network's layers."""
         return get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
 
     def lora(self, component: str) -> dict[str, Tensor]:
         scale = (self.alpha or self.rank) / self.rank  # which the format leaves at 1
-        return {
-            f"{component}.{key}": scale * value if "lora_B" in key else value for key, value in self._adapter().items()
-        }
+        return {f"{component}.{key}": scale * p if "lora_B" in key else p for key, p in self._state().items()}
 
     def save(self, folder: str | Path) -> None:
         """Write `control.safetensors` and `control.json` into the folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"adapter.{key}": value for key, value in self._adapter().items()}
-        write_tensors(folder / "control.safetensors", {**tensors, "table": self.table.weight})
+        tensors = {f"adapter.{key}": value for key, value in self._state().items()}
+        write_tensors(Path(folder) / "control.safetensors", {**tensors, "table": self.table.weight})
         arguments = {key: getattr(self, key) for key in ("name", "values", "rank", "scale", "alpha", "targets")}
-        write_json(folder / "control.json", {"kind": "lora", **arguments})
+        write_json(Path(folder) / "control.json", {"kind": "lora", **arguments})
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
-        """Attach a saved control to the prior it was trained on."""
-        folder = Path(folder)
-        arguments = json.loads((folder / "control.json").read_text(encoding="utf-8"))
+        """Attach a saved control to the prior it was trained on.
+
+        Raises:
+            ValueError: it was trained on another network.
+        """
+        arguments = json.loads((Path(folder) / "control.json").read_text(encoding="utf-8"))
         arguments.pop("kind", None)
         control = cls(**arguments, denoiser=denoiser)
-        tensors = read_tensors(folder / "control.safetensors")
+        tensors = read_tensors(Path(folder) / "control.safetensors")
         with torch.no_grad():
             control.table.weight.copy_(tensors.pop("table"))
         adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}
-        if {k: v.shape for k, v in control._adapter().items()} != {k: v.shape for k, v in adapter.items()}:
+        if {k: p.shape for k, p in control._state().items()} != {k: p.shape for k, p in adapter.items()}:
             raise ValueError(f"the control in {folder} was trained on another network than this prior's")
         set_peft_model_state_dict(denoiser.network, adapter, adapter_name=control.adapter)
-        control._silence()
+        control._switch_off()
         return control
 
 
 def added(weights: list[Tensor], differences: list[Tensor]) -> list[Tensor]:
-    """W + BA, layer by layer."""
+    """Return W + BA, layer by layer."""
     return [weight + difference for weight, difference in zip(weights, differences, strict=True)]

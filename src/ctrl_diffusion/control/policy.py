@@ -1,8 +1,9 @@
 """Combine a frozen prior with its controls."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,41 @@ from ..data.labels import NULL, Labels
 from .control import Control
 
 
+class RowGroup(NamedTuple):
+    """Rows of a batch on which the same controls act.
+
+    Args:
+        active: whether each control acts (K,).
+        rows: their numbers (n,); that of any row if this is a dummy.
+        places: where their results belong (n,), behind the whole batch if this is a dummy.
+    """
+
+    active: Tensor
+    rows: Tensor
+    places: Tensor
+
+
+def row_groups(active: Tensor, all_gather: Callable[[Tensor], Tensor] | None) -> list[RowGroup]:
+    """Group a batch's rows by the controls that act on them: one whose label is null must leave no trace.
+
+    Args:
+        active: whether each control acts on each row (K, B).
+        all_gather: joins the columns of all ranks where they must call the network together. Each then has every group
+            that any rank has rows for, and where it has none itself, a dummy row.
+    """
+    columns = torch.cat([active, all_gather(active)], dim=1) if all_gather else active
+    patterns, pattern = columns.unique(dim=1, return_inverse=True)
+    batch, groups = active.shape[1], []
+    for i, controls in enumerate(patterns.unbind(1)):
+        rows = places = (pattern[:batch] == i).nonzero().squeeze(1)
+        if controls.any() and not len(rows):
+            rows, places = rows.new_zeros(1), rows.new_full((1,), batch)
+        groups.append(RowGroup(controls, rows, places))
+    return groups
+
+
 class Policy(Denoiser):
-    """The prior with controls: itself a denoiser, so every sampler takes it.
+    """Combine the prior with controls: itself a denoiser, so every sampler takes it.
 
     Args:
         prior: the pre-trained denoiser.
@@ -35,10 +69,7 @@ class Policy(Denoiser):
     def forward(
         self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor
     ) -> Tensor:
-        """x̂ (B, *) under labels; rows whose labels are all null are the prior's, bit for bit at equal batch.
-
-        Where ranks call a sharded prior in step, each makes the calls that any has rows for, if need be with a dummy
-        row.
+        """Return x̂ (B, *) under labels; rows whose labels are all null are the prior's, bit for bit at equal batch.
 
         Args:
             x_t: (B, *) at time t.
@@ -54,47 +85,44 @@ class Policy(Denoiser):
         labels = {n: y for n, y in self.checked(labels or {}).items() if all_gather or (y != NULL).any()}
         if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
-        # rows that are controlled alike go together: a control whose label is null must leave no trace
-        here = everywhere = torch.stack([y != NULL for y in labels.values()])
-        if all_gather:
-            everywhere = torch.cat([here, all_gather(here)], dim=1)
-        patterns, pattern = everywhere.unique(dim=1, return_inverse=True)
-        if strength == 1.0 and patterns.all():
+        groups = row_groups(torch.stack([y != NULL for y in labels.values()]), all_gather)
+        if strength == 1.0 and all(group.active.all() for group in groups):
             return self.steered(x_t, t, labels, cond)
-        x_hat_pre = None if strength == 1.0 and patterns.any(0).all() else self.base(x_t, t, **cond)
-        places, parts = [], []
-        for i, on in enumerate(patterns.unbind(1)):
-            row = place = (pattern[: len(x_t)] == i).nonzero().squeeze(1)
-            if on.any() and not len(row):
-                row, place = row.new_zeros(1), row.new_full((1,), len(x_t))  # lent, and behind all others
-            places.append(place)
-            if not on.any():
-                parts.append(x_hat_pre[row])
+        needs_prior = strength != 1.0 or not all(group.active.any() for group in groups)
+        x_hat_pre = self.base(x_t, t, **cond) if needs_prior else None
+        parts = []
+        for active, rows, _ in groups:
+            if not active.any():
+                parts.append(x_hat_pre[rows])
                 continue
-            mine = {name: y[row] for (name, y), wanted in zip(labels.items(), on, strict=True) if wanted}
-            own = {name: given[row] for name, given in cond.items()}
-            x_hat = self.steered(x_t[row], t[row] if isinstance(t, Tensor) and t.ndim else t, mine, own)
-            parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[row], x_hat, strength))
-        return torch.cat(parts)[torch.cat(places).argsort()[: len(x_t)]]
+            y = {name: y[rows] for (name, y), acts in zip(labels.items(), active, strict=True) if acts}
+            t_rows = t[rows] if isinstance(t, Tensor) and t.ndim else t
+            x_hat = self.steered(x_t[rows], t_rows, y, {name: value[rows] for name, value in cond.items()})
+            parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[rows], x_hat, strength))
+        return torch.cat(parts)[torch.cat([group.places for group in groups]).argsort()[: len(x_t)]]
 
     def steered(self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor]) -> Tensor:
-        """x̂ (B, *) with the controls of these labels active in every row."""
+        """Return x̂ (B, *) with the controls of these labels active in every row."""
         with ExitStack() as stack:
             for name, y in labels.items():
                 stack.enter_context(self.controls[name].active(y))
             return self.base(x_t, t, **cond)
 
     def checked(self, labels: Labels) -> Labels:
-        """The labels, or a ValueError that names the control and the value that is wrong."""
+        """Return the labels, or refuse those of an unknown control and those that are none of its labels.
+
+        Raises:
+            ValueError: it names the control and what is wrong.
+        """
         for name, y in labels.items():
             if name not in self.controls:
-                known = ", ".join(self.controls) or "none"
-                raise ValueError(f"unknown control {name!r}; this policy has: {known}.")
+                names = ", ".join(self.controls) or "none"
+                raise ValueError(f"unknown control {name!r}; this policy has: {names}.")
             self.controls[name].space.check(y, name)
         return labels
 
     def snapshot(self) -> list[Tensor]:
-        """A copy of the controls' parameters."""
+        """Copy the controls' parameters."""
         return [p.detach().clone() for p in self.trainable()]
 
     @torch.no_grad()
@@ -105,13 +133,13 @@ class Policy(Denoiser):
 
     @contextmanager
     def holding(self, snapshot: list[Tensor]) -> Iterator[None]:
-        """Inside, the controls have the parameters of a snapshot. Not between a forward pass and its backward pass."""
-        own = self.snapshot()
+        """Use the parameters of a snapshot inside. Not between a forward pass and its backward pass."""
+        before = self.snapshot()
         self.restore(snapshot)
         try:
             yield
         finally:
-            self.restore(own)
+            self.restore(before)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -121,15 +149,13 @@ class Policy(Denoiser):
             yield
 
     def trainable(self) -> list[nn.Parameter]:
-        """Parameters of all controls that are not settled, in one order."""
+        """Return the parameters of all controls that are not fixed, in one order."""
         return list(chain.from_iterable(self.parameter_groups().values()))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters of all controls that are not settled, by kind."""
+        """Return the parameters of all controls that are not fixed, by kind."""
         groups: dict[str, list[nn.Parameter]] = {}
         for control in self.controls.values():
-            if control.fixed:
-                continue
-            for kind, parameters in control.parameter_groups().items():
+            for kind, parameters in () if control.fixed else control.parameter_groups().items():
                 groups.setdefault(kind, []).extend(parameters)
         return groups

@@ -16,7 +16,7 @@ IMAGE_COLUMNS = ("file_name", "image", "path")
 
 @dataclass
 class Table:
-    """A dataset before its images are opened.
+    """Describe a dataset whose images are not opened yet.
 
     Args:
         name: what an error calls it.
@@ -34,56 +34,118 @@ class Table:
     rows: int
     cache: tempfile.TemporaryDirectory | None = None
 
-    def check_columns(self, wanted: Iterable[str]) -> None:
+    @classmethod
+    def from_file(cls, path: Path) -> "Table":
+        """Read a CSV or JSON-lines file, every value as stripped text.
+
+        Raises:
+            ValueError: no rows, a line that is not JSON, text that is not UTF-8.
+        """
+        rows: list[dict] = []
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            try:
+                rows += csv.DictReader(file) if path.suffix == ".csv" else (dict(json.loads(line)) for line in file)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+            except (ValueError, TypeError, csv.Error) as error:
+                raise ValueError(f"{path} line {len(rows) + 1} cannot be read: {error}") from error
+        if not rows:
+            raise ValueError(f"{path} has no rows. Write one line per image.")
+        columns = [str(name) for name in rows[0]]
+
+        def texts(column: str) -> list[str]:
+            return [as_text(row.get(column)) for row in rows]
+
+        names = texts(image_column(columns, str(path)))
+        return cls(str(path), columns, texts, lambda i: (path_inside(path.parent, names[i]), names[i]), len(rows))
+
+    @classmethod
+    def from_dataset(cls, dataset: Any, name: str, root: Path | None) -> "Table":
+        """Read a `datasets.Dataset`; paths in it are relative to root, or as they are in the hub's cache.
+
+        Raises:
+            ValueError: no rows, no column of images.
+        """
+        from datasets import ClassLabel, Image
+
+        columns = list(dataset.column_names)
+        if not len(dataset):
+            raise ValueError(f"{name} has no rows.")
+        images = image_column(columns, name)
+        if isinstance(dataset.features[images], Image):
+            dataset = dataset.cast_column(images, Image(decode=False))
+
+        def texts(column: str) -> list[str]:
+            feature, values = dataset.features[column], dataset[column]
+            if isinstance(feature, ClassLabel):
+                return ["" if value is None else feature.int2str(value) for value in values]
+            return [as_text(value) for value in values]
+
+        def image(i: int) -> tuple[Path | bytes, str]:
+            value = dataset[i][images]
+            if not isinstance(value, dict):
+                value = {"bytes" if isinstance(value, bytes) else "path": value}
+            path = str(value.get("path") or "its image")
+            if value.get("bytes") is not None:
+                return value["bytes"], path
+            return (Path(path) if root is None else path_inside(root, path)), path
+
+        return cls(name, columns, texts, image, len(dataset))
+
+    def check_columns(self, names: Iterable[str]) -> None:
         """Refuse a table that lacks columns.
 
         Raises:
             ValueError: those it lacks, and those it has.
         """
-        if missing := set(wanted) - set(self.columns):
+        if missing := set(names) - set(self.columns):
             raise ValueError(
                 f"{self.name} has no column {', '.join(sorted(missing))}; it has: {', '.join(self.columns)}."
             )
 
 
 def open_table(source: str | Path) -> Table:
-    """A dataset by its path, or by its name on the hub.
+    """Open a dataset by its path, or by its name on the hub.
 
     Raises:
-        ValueError: there is none, or it is not as it should be.
+        ValueError: there is none, or it cannot be read as a table of images.
     """
-    path = Path(source)
+    path, name = Path(source), str(source)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         from datasets import load_from_disk
 
-        return of_dataset(one_split(read_with(lambda: load_from_disk(str(path)), path), path), str(path), path)
+        return Table.from_dataset(one_split(load(lambda: load_from_disk(str(path)), path), path), str(path), path)
     if path.is_dir():
-        table = next((path / name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None)
-        if table is None:
+        file = next((path / name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None)
+        if file is None:
             raise ValueError(
                 f"{path} has no metadata.csv or metadata.jsonl. Write one with file_name and one column per label."
             )
-        return of_rows(table)
+        return Table.from_file(file)
     if path.suffix == ".parquet" and path.is_file():
         from datasets import Dataset
 
         cache = tempfile.TemporaryDirectory()  # on disk: images in a table may be more than memory holds
-        found = read_with(lambda: Dataset.from_parquet(str(path), cache_dir=cache.name), path)
-        return replace(of_dataset(found, str(path), path.parent), cache=cache)
+        dataset = load(lambda: Dataset.from_parquet(str(path), cache_dir=cache.name), path)
+        return replace(Table.from_dataset(dataset, str(path), path.parent), cache=cache)
     if path.is_file():
         if path.suffix not in (".csv", ".jsonl"):
             raise ValueError(f"{path} is no table: .csv, .jsonl and .parquet are read, and folders.")
-        return of_rows(path)
-    if HUB.fullmatch(str(source)):
+        return Table.from_file(path)
+    if HUB.fullmatch(name):
         from datasets import load_dataset
 
-        found = read_with(lambda: load_dataset(str(source), split="train"), f"{source} is no folder or file here, and")
-        return of_dataset(found, str(source), None)
+        dataset = load(lambda: load_dataset(name, split="train"), f"{name} is no folder or file here, and")
+        return Table.from_dataset(dataset, name, None)
     raise ValueError(f"there is no folder or file {source}, and it is no OWNER/NAME of a dataset on the hub.")
 
 
-def read_with(reader: Callable[[], Any], source: str | Path) -> Any:
-    """What `datasets` makes of a source, without its bars and its walls of text."""
+def load(reader: Callable[[], Any], source: str | Path) -> Any:
+    """Read a source by the library `datasets`, without its progress bars; of its error keep one line.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -94,92 +156,42 @@ def read_with(reader: Callable[[], Any], source: str | Path) -> Any:
         raise ValueError(f"{source} cannot be read: {' '.join(str(cause).split())[:200]}") from error
 
 
-def one_split(found: Any, path: Path) -> Any:
-    """A dataset, or the `train` split of several, or the only one.
+def one_split(dataset: Any, path: Path) -> Any:
+    """Choose the `train` split of several, or the only one.
 
     Raises:
         ValueError: several, and none is called train.
     """
-    if not isinstance(found, dict):
-        return found
-    if "train" not in found and len(found) > 1:
-        raise ValueError(f"{path} has the splits {', '.join(found)} and none called train. Save the one to be used.")
-    return found.get("train") or next(iter(found.values()))
-
-
-def of_rows(table: Path) -> Table:
-    """A CSV or JSON-lines file, every value as stripped text.
-
-    Raises:
-        ValueError: no rows, a line that is not JSON, text that is not UTF-8.
-    """
-    rows: list[dict] = []
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows += csv.DictReader(file) if table.suffix == ".csv" else (dict(json.loads(line)) for line in file)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{table} is not UTF-8: {error}. Save it as UTF-8.") from error
-        except (ValueError, TypeError, csv.Error) as error:
-            raise ValueError(f"{table} line {len(rows) + 1} cannot be read: {error}") from error
-    if not rows:
-        raise ValueError(f"{table} has no rows. Write one line per image.")
-    columns = [str(name) for name in rows[0]]
-    of_images = image_column(columns, str(table))
-
-    def texts(column: str) -> list[str]:
-        return [as_text(row.get(column)) for row in rows]
-
-    names = texts(of_images)
-    return Table(str(table), columns, texts, lambda i: (inside(table.parent, names[i]), names[i]), len(rows))
-
-
-def of_dataset(found: Any, name: str, root: Path | None) -> Table:
-    """A `datasets.Dataset`; paths in it are relative to root, or as they are in the hub's cache."""
-    from datasets import ClassLabel, Image
-
-    columns = list(found.column_names)
-    if not len(found):
-        raise ValueError(f"{name} has no rows.")
-    of_images = image_column(columns, name)
-    if isinstance(found.features[of_images], Image):
-        found = found.cast_column(of_images, Image(decode=False))
-
-    def texts(column: str) -> list[str]:
-        feature, values = found.features[column], found[column]
-        if isinstance(feature, ClassLabel):
-            return ["" if value is None else feature.int2str(value) for value in values]
-        return [as_text(value) for value in values]
-
-    def image(i: int) -> tuple[Path | bytes, str]:
-        value = found[i][of_images]
-        value = value if isinstance(value, dict) else {"bytes": value} if isinstance(value, bytes) else {"path": value}
-        called = str(value.get("path") or "its image")
-        if value.get("bytes") is not None:
-            return value["bytes"], called
-        return (Path(called) if root is None else inside(root, called)), called
-
-    return Table(name, columns, texts, image, len(found))
+    if not isinstance(dataset, dict):
+        return dataset
+    if "train" not in dataset and len(dataset) > 1:
+        raise ValueError(f"{path} has the splits {', '.join(dataset)} and none called train. Save the one to be used.")
+    return dataset.get("train") or next(iter(dataset.values()))
 
 
 def as_text(value: Any) -> str:
-    """A label as text, blank where there is none; of a list its members, joined as a table would have them."""
+    """Write a label as text, blank where there is none; a list as a table would have it, joined by semicolons."""
     if isinstance(value, list):
         return ";".join(map(as_text, value))
     return "" if value is None else str(value).strip()
 
 
 def image_column(columns: list[str], name: str) -> str:
-    """The column that has the images."""
-    found = next((column for column in IMAGE_COLUMNS if column in columns), None)
-    if found is None:
+    """Return the column that has the images.
+
+    Raises:
+        ValueError: there is none.
+    """
+    column = next((column for column in IMAGE_COLUMNS if column in columns), None)
+    if column is None:
         raise ValueError(
             f"{name} has no column {' or '.join(IMAGE_COLUMNS)} for the images; it has: {', '.join(columns)}."
         )
-    return found
+    return column
 
 
-def inside(root: Path, name: str) -> Path:
-    """The path of a file that must lie inside a folder.
+def path_inside(root: Path, name: str) -> Path:
+    """Return the path of a file that must lie inside a folder.
 
     Raises:
         ValueError: it does not.
