@@ -56,9 +56,9 @@ def main() -> None:
     seen, unseen = (x[torch.as_tensor(rows)] for rows in split())
     times = prior.denoiser.times(settings.steps, settings.sigma_end, settings.time_power)
     asked = torch.arange(10).repeat_interleave(200)
-    samples, _, _ = paths(prior.denoiser, len(asked), times, stream(0, "bench"), {"c": asked})
+    samples = paths(prior.denoiser, len(asked), times, stream(0, "bench"), {"c": asked}).x_0
     samples = samples.clamp(-1, 1)
-    without_c, _, _ = paths(prior.unconditional().denoiser, len(asked), times, stream(0, "without c"))
+    without_c = paths(prior.unconditional().denoiser, len(asked), times, stream(0, "without c")).x_0
     as_written, bare_as_written = (
         torch.from_numpy(to_pixels(x)).float().unsqueeze(1) / 127.5 - 1 for x in (samples, without_c)
     )

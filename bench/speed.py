@@ -335,7 +335,7 @@ def time_to_gap(folder: Path) -> dict[str, Any]:
         prior = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, Cosine(), torch.tensor([0.3, 0.7]))
         policy, times = Policy(prior, SideControl("y", ("a", "b"), prior)), prior.schedule.times(25, 0.1)
         setting = {"reward": Reward({"y": ComponentLabel(prior)}), "conditions": Conditions({}, {"y": 2})}
-        x_prior, _, _ = paths(prior, 8000, times, torch.Generator().manual_seed(1))
+        x_prior = paths(prior, 8000, times, torch.Generator().manual_seed(1)).x_0
         table = prior_table(*setting.values(), x_prior)
         learner = {
             "weighted": lambda t=times, x=x_prior: Weighted(x, t, 256), "adjoint": lambda t=times: Adjoint(t, 128),

@@ -27,7 +27,7 @@ def test_resampling_by_weight_makes_any_policy_exact(schedule):
     n = 2000
     y = torch.tensor([0, 1]).repeat(n)
     x_0, share = exact_samples(policy, reward, times, torch.Generator().manual_seed(0), {"y": y})
-    before, _, _ = paths(policy.prior, 20_000, times, torch.Generator().manual_seed(1))
+    before = paths(policy.prior, 20_000, times, torch.Generator().manual_seed(1)).x_0
     variance = float(before.var())
     # a normal tilted by a slope of one: the effective share is exp(−variance), known to a tenth from 32,000 paths
     assert share == pytest.approx(math.exp(-variance), rel=0.1)

@@ -57,7 +57,7 @@ def test_a_linear_reward_has_every_figure_in_closed_form(schedule, strength):
     b, times = 1.5, schedule.times(10, 0.1)
     prior = GaussianMixture(torch.zeros(1, 1), 1.0, schedule)
     policy = TiltedGaussian(prior, times, b)
-    x_prior, _, _ = paths(prior, N, times, torch.Generator().manual_seed(0))
+    x_prior = paths(prior, N, times, torch.Generator().manual_seed(0)).x_0
     labels = {"y": torch.zeros(N, dtype=torch.long)}
     x_0, kl, log_ratio = paths(
         policy, N, times, torch.Generator().manual_seed(1), labels=labels, strength=strength, compare=True

@@ -76,7 +76,7 @@ def setting(schedule):
 def test_at_strength_0_it_is_the_prior_bit_for_bit(schedule, name):
     policy, reward, labels, times = setting(schedule)
     found = METHODS[name](policy, reward, labels, None, times, torch.Generator().manual_seed(0), strength=0.0)
-    prior, _, _ = paths(policy.prior, B, times, torch.Generator().manual_seed(0))
+    prior = paths(policy.prior, B, times, torch.Generator().manual_seed(0)).x_0
     assert torch.equal(found.x_0, prior)
     assert found.cost.network == STEPS + 1
     assert found.cost.classifier == 0
@@ -87,7 +87,7 @@ def test_at_strength_0_it_is_the_prior_bit_for_bit(schedule, name):
 def test_a_row_whose_label_is_null_is_the_priors(schedule, name):
     policy, reward, labels, times = setting(schedule)
     found = METHODS[name](policy, reward, labels, None, times, torch.Generator().manual_seed(0), strength=2.0)
-    prior, _, _ = paths(policy.prior, B, times, torch.Generator().manual_seed(0))
+    prior = paths(policy.prior, B, times, torch.Generator().manual_seed(0)).x_0
     asked = labels["y"] != NULL
     torch.testing.assert_close(found.x_0[~asked], prior[~asked])
     assert (found.x_0[asked] - prior[asked]).abs().min() > 1e-4
@@ -182,6 +182,6 @@ def test_a_guided_denoiser_has_a_certificate_as_a_policy_has():
     assert kl.min() > 0
     # both estimate KL(P_g ‖ P_pre); they differ by a martingale of variance 2 KL
     assert float((log_ratio - kl).mean().abs()) < 5 * float((2 * kl.mean() / 1000).sqrt())
-    prior, _, _ = paths(policy.prior, 1000, times, torch.Generator().manual_seed(1))
+    prior = paths(policy.prior, 1000, times, torch.Generator().manual_seed(1)).x_0
     log_z = reward(prior, labels).exp().mean().log()
     assert float((reward(x_0, labels) - kl).mean()) < float(log_z)

@@ -86,7 +86,7 @@ def test_a_particle_of_its_own_is_a_sample_of_the_prior(name):
     """One has nobody to be chosen from, whatever it earns; of a shared population some would be drawn twice."""
     prior = GaussianMixture(torch.tensor([[-1.0], [0.8]]), 0.4, Cosine())
     labels, times = {"y": torch.ones(500, dtype=torch.long)}, Cosine().times(6, 0.1)
-    plain, _, _ = paths(prior, 500, times, torch.Generator().manual_seed(0), batch=1024)
+    plain = paths(prior, 500, times, torch.Generator().manual_seed(0), batch=1024).x_0
     for shared in (False, True):
         method = type(SAMPLERS[name])(particles=1, batch=1024, shared=shared)
         reward = Reward({"y": Logistic(torch.ones(1))})

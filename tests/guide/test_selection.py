@@ -20,7 +20,7 @@ def test_the_best_of_one_is_the_prior():
     prior, likelihood, times = setting()
     labels = {"y": torch.ones(9, dtype=torch.long)}
     found = BestOf(n=1)(prior, Reward({"y": likelihood}), labels, None, times, torch.Generator().manual_seed(0))
-    plain, _, _ = paths(prior, 9, times, torch.Generator().manual_seed(0))
+    plain = paths(prior, 9, times, torch.Generator().manual_seed(0)).x_0
     assert torch.equal(found.x_0, plain)
 
 
@@ -29,7 +29,7 @@ def test_the_best_of_n_is_the_maximum():
     prior, likelihood, times = setting()
     labels, n = {"y": torch.ones(4000, dtype=torch.long)}, 3
     found = BestOf(n=n)(prior, Reward({"y": likelihood}), labels, None, times, torch.Generator().manual_seed(0)).x_0
-    plain, _, _ = paths(prior, 40_000, times, torch.Generator().manual_seed(1))
+    plain = paths(prior, 40_000, times, torch.Generator().manual_seed(1)).x_0
     for x in (-0.5, 0.3, 1.0):
         share = float((plain <= x).double().mean())
         # a share of 4,000 is known to 0.008 at most, the prior's of 40,000, to the power of 3, to 3 · 0.0025

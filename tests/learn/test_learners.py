@@ -32,7 +32,7 @@ def toy(schedule):
 
 
 def judge(policy, reward, conditions, times):
-    x_prior, _, _ = paths(policy.prior, 4 * N, times, torch.Generator().manual_seed(2))
+    x_prior = paths(policy.prior, 4 * N, times, torch.Generator().manual_seed(2)).x_0
     pair = conditions.all(N)
     labels, _ = conditions.of(pair)
     x_0, kl, log_ratio = paths(policy, 2 * N, times, torch.Generator().manual_seed(3), labels=labels, compare=True)
@@ -55,7 +55,7 @@ def test_what_renoising_alone_does_is_taken_off(schedule):
     prior = Careless(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, schedule)
     policy, conditions = Policy(prior, SideControl("y", ("a", "b"), prior)), Conditions({}, {"y": 2})
     reward, times = Reward({"y": ComponentLabel(prior)}, gamma=0.0), schedule.times(25, 0.1)
-    cache, _, _ = paths(prior, 4000, times, torch.Generator().manual_seed(1))
+    cache = paths(prior, 4000, times, torch.Generator().manual_seed(1)).x_0
 
     def kl_after(learner, seed):
         for _ in fit(policy, learner(policy, reward, conditions, torch.Generator().manual_seed(seed)), 400, LR):
@@ -78,7 +78,7 @@ def test_learners_reach_the_component_asked_for(schedule, name):
     torch.manual_seed(0)
     policy, reward, conditions, times = toy(schedule)
     if name == "weighted":
-        cache, _, _ = paths(policy.prior, 4000, times, torch.Generator().manual_seed(1))
+        cache = paths(policy.prior, 4000, times, torch.Generator().manual_seed(1)).x_0
         learner, updates = Weighted(cache, times, batch=256), 600
     elif name == "backprop":
         learner, updates = Backprop(times, batch=64), 150
@@ -112,7 +112,7 @@ def test_micro_batches_add_up_to_the_whole(name, micro):
     with torch.no_grad():
         for i, p in enumerate(policy.trainable()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    x_0, _, _ = paths(policy.prior, 50, times, torch.Generator().manual_seed(1))
+    x_0 = paths(policy.prior, 50, times, torch.Generator().manual_seed(1)).x_0
     learners = {
         "weighted": lambda size: Weighted(x_0, times, batch=12, micro=size),
         "adjoint": lambda size: Adjoint(times, 12, micro=size, regressed=3, reuse=2),
@@ -146,7 +146,7 @@ def test_what_is_scaled_up_on_the_way_back_comes_out_the_same(name):
     def trained(scale):
         policy, reward, conditions, times = toy(RectifiedFlow())
         policy.base.loss_scale = scale
-        x_0, _, _ = paths(policy.prior, 50, times, torch.Generator().manual_seed(1))
+        x_0 = paths(policy.prior, 50, times, torch.Generator().manual_seed(1)).x_0
         learner = {
             "weighted": Weighted(x_0, times, batch=12),
             "adjoint": Adjoint(times, 12, clip=0.5),

@@ -123,7 +123,7 @@ def test_a_classifier_without_gradient_will_do():
         {"embedding": 5e-3, "adapter": 3e-3},
     ):  # fmt: skip
         pass
-    x_prior, _, _ = paths(prior, 8000, times, torch.Generator().manual_seed(2))
+    x_prior = paths(prior, 8000, times, torch.Generator().manual_seed(2)).x_0
     table = torch.stack([reward(x_prior, {"y": torch.full((8000,), k)}) for k in (0, 1)])
     log_z = float(table.exp().mean(1).log().mean())
     # it closes four fifths of what there is to close; the floor of 15 steps is some hundredths of a nat

@@ -249,7 +249,7 @@ def test_the_certificate_is_in_full_precision(folders):
         times = prior.denoiser.times(5, 0.2)
 
         def kl(policy=policy, times=times, cond=cond, labels=labels):
-            return paths(policy, 4, times, torch.Generator().manual_seed(0), cond, labels, compare=True)[1].mean()
+            return paths(policy, 4, times, torch.Generator().manual_seed(0), cond, labels, compare=True).kl.mean()
 
         with policy.base.full_precision():
             found[precision] = kl()
@@ -326,7 +326,7 @@ def test_a_step_of_every_learner_is_uphill_and_trains_the_control_alone(folders,
     reward = Reward({"dark": Darkness()}, codec=prior.codec)
     n = 32 * conditions.groups
     cond = conditions.cond_of(torch.arange(n) * conditions.groups // n)
-    x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond)[0]
+    x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond).x_0
 
     def stream():
         return LEARNERS[learner](times, x_0)(policy, reward, conditions, torch.Generator().manual_seed(2))

@@ -90,7 +90,7 @@ def training(name, learner, root, learners=LEARNERS):
     """Weights, losses, gradient norms and figures of a few updates."""
     policy, reward, conditions, times = model(name, root)
     cond = conditions.cond_of(torch.arange(8) * conditions.groups // 8)
-    x_0, _, _ = paths(policy.prior, 8, times, torch.Generator().manual_seed(1), cond)
+    x_0 = paths(policy.prior, 8, times, torch.Generator().manual_seed(1), cond).x_0
     stream = learners[learner](times, x_0, "side", cond)(policy, reward, conditions, torch.Generator().manual_seed(2))
     updates = list(fit(policy, stream, UPDATES, {"embedding": LR, "adapter": LR}, warmup=1))
     assert all(p.grad is None for p in policy.trainable())

@@ -72,7 +72,7 @@ def job(folder, device, learner):
     reward = Reward({"dark": classifier}, codec=prior.codec, device=place)
     n = 4 * conditions.groups
     cond = conditions.cond_of(torch.arange(n) * conditions.groups // n)
-    x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond)[0]
+    x_0 = paths(prior.denoiser, n, times, torch.Generator().manual_seed(1), cond).x_0
     stream = LEARNERS[learner](times, x_0)(policy, reward, conditions, torch.Generator().manual_seed(2))
     updates = list(fit(policy, stream, 2, {"embedding": 1e-3, "adapter": 1e-3}, warmup=1))
     labels, cond = conditions.of(conditions.all(2))

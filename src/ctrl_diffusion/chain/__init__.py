@@ -1,1 +1,1 @@
-"""The prior's sampler as a chain of Gaussian steps: schedule, denoiser, transition, rollout, batches of paths."""
+"""Sample the prior as a chain of Gaussian steps: schedule, denoiser, transition, rollout, batches of paths."""

@@ -14,9 +14,9 @@ EVERY = slice(None)
 def normal(
     shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None, rows: slice = EVERY
 ) -> Tensor:
-    """Standard normal noise where `like` is, drawn where the generator is: a seed means the same on every device.
+    """Draw standard normal noise of a shape and return some of its rows on the device of `like`.
 
-    Some rows of it are what they are among all.
+    It is drawn on the generator's device, the CPU by default, so that a seed gives the same values on every device.
     """
     dtype = like.dtype if isinstance(like, Tensor) else None
     source = generator.device if generator else "cpu"
@@ -24,6 +24,6 @@ def normal(
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:
-    """An independent random stream for each purpose."""
+    """Return an independent random stream for a purpose."""
     state = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> 1))

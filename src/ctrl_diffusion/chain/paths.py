@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,23 @@ from .noise import EVERY, normal
 from .rollout import Times, rollout
 from .rows import parts, rows_of
 
-Progress = Callable[[int], None]
+
+class Paths(NamedTuple):
+    """Hold the ends of n paths on the CPU.
+
+    Args:
+        x_0: (n, *).
+        kl: of each path against the prior in nats (n,); zero unless compared.
+        log_ratio: log p_g/p_pre of each path in nats (n,); zero unless compared.
+    """
+
+    x_0: Tensor
+    kl: Tensor
+    log_ratio: Tensor
 
 
-def at_once(denoiser: Denoiser) -> int:
-    """Paths that go through a denoiser together: 256, or fewer of many dimensions."""
+def default_batch(denoiser: Denoiser) -> int:
+    """Return how many paths to simulate together: 256, or fewer of many dimensions."""
     return min(256, max(8, 2**18 // math.prod(denoiser.shape)))
 
 
@@ -32,47 +45,45 @@ def paths(
     compare: bool = False,
     eta: float = 1.0,
     batch: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Simulate n paths in batches, without a graph. Ranks share the batches, and each has all paths in the end.
+    progress: Callable[[int], None] | None = None,
+) -> Paths:
+    """Simulate n paths in batches, without a graph; ranks share the batches, and each returns all paths.
 
     Args:
         denoiser: prior or policy.
-        n: how many.
+        n: number of paths.
         times: the chain's grid.
         generator: of all noise.
         cond, labels: n rows each.
         strength: w of the control.
         compare: also measure the path's KL against the prior.
         eta: churn.
-        batch: paths at a time; None for `at_once`.
+        batch: paths at a time; None for `default_batch`.
         progress: called with the number of paths done since the last call.
-
-    Returns:
-        On the CPU, x_0 (n, C, H, W); KL of each path in nats (n,); log p_g/p_pre of each path in nats (n,). The last
-        two are zero unless compared.
     """
-    batches, found = parts(n, batch or at_once(denoiser)), []
+    batches, results = parts(n, batch or default_batch(denoiser)), []
 
-    def simulated(rows: slice, noise: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        here = rows_of(cond or {}, rows)
+    def simulate(rows: slice, noise: list[Tensor]) -> Paths:
         control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
         with denoiser.frozen():
-            path = rollout(denoiser, noise[0], times, eta, compare=compare, cond=here, noise=noise[1:], **control)
+            path = rollout(
+                denoiser, noise[0], times, eta, compare=compare, cond=rows_of(cond or {}, rows), noise=noise[1:],
+                **control,
+            )  # fmt: skip
         zeros = torch.zeros(len(path.x_0))
         kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
-        return path.x_0.cpu(), kl.cpu(), log_ratio.cpu()
+        return Paths(path.x_0.cpu(), kl.cpu(), log_ratio.cpu())
 
-    mine = batches[ranks.rank_slice(len(batches))]
+    rank_batches = batches[ranks.rank_slice(len(batches))]
     for rows in batches:
         shape = (rows.stop - rows.start, *denoiser.shape)
-        # what is drawn for other ranks is drawn here as well
-        noise = [normal(shape, denoiser, generator, EVERY if rows in mine else slice(0)) for _ in times]
-        if rows in mine:
-            found.append(simulated(rows, noise))
+        # the noise of other ranks' batches is drawn, too, but not moved
+        noise = [normal(shape, denoiser, generator, EVERY if rows in rank_batches else slice(0)) for _ in times]
+        if rows in rank_batches:
+            results.append(simulate(rows, noise))
         if progress:
             progress(shape[0])
-    if ranks.sharded() and len(mine) * ranks.world_size() < len(batches):  # others have one more
-        simulated(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in times])
-    x_0, kl, log_ratio = map(torch.cat, zip(*found, strict=True)) if found else [torch.empty(0)] * 3
-    return ranks.all_gather(x_0), ranks.all_gather(kl), ranks.all_gather(log_ratio)
+    if ranks.sharded() and len(rank_batches) * ranks.world_size() < len(batches):  # other ranks have one batch more
+        simulate(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in times])
+    values = map(torch.cat, zip(*results, strict=True)) if results else [torch.empty(0)] * 3
+    return Paths(*(ranks.all_gather(value) for value in values))

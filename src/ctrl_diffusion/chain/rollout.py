@@ -1,4 +1,4 @@
-"""Simulate the reverse process and keep what the learners and the certificate read off it."""
+"""Simulate the reverse process and keep what the learners and the certificate need of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ from .transition import Gaussian, half_square, transition
 Times = tuple[float, ...]
 PriorStep = Callable[[Tensor], Gaussian]  # of x_t
 # x_t, z, the prior's mean → x_s and the whitened control
-OwnStep = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+ControlledStep = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
 class Trajectory:
-    """N steps of B paths.
+    """Hold N steps of B paths.
 
     Args:
         times: t_0 > … > t_N.
         x: states (N + 1, B, *).
         z: noise of each step (N, B, *), x_{i+1} = mean_i + std_i z_i.
-        x_0: (B, *), the prior's denoiser at the last state; None if not read.
+        x_0: (B, *), the prior's denoiser at the last state; None if not read out.
         kl: (N, B), KL of each step against the prior's in nats; None if not compared.
         log_ratio: (N, B), log p_g/p_pre of each step in nats, same expectation as kl; None if not compared.
     """
@@ -40,28 +40,31 @@ class Trajectory:
     kl: Tensor | None = None
     log_ratio: Tensor | None = None
 
-    def kept(self, device: torch.device) -> "Trajectory":
-        """The same with states and noise, which are nearly all of it, on another device."""
+    def to(self, device: torch.device) -> "Trajectory":
+        """Move states and noise, which are nearly all of it, to another device."""
         return replace(self, x=self.x.to(device), z=self.z.to(device))
 
     @classmethod
-    def joined(cls, parts: "list[Trajectory]") -> "Trajectory":
-        """Paths of one chain as one."""
+    def from_parts(cls, parts: "list[Trajectory]") -> "Trajectory":
+        """Concatenate the paths of micro-batches."""
         if len(parts) == 1:
             return parts[0]
-        rows = {name: [getattr(part, name) for part in parts] for name in ("x", "z", "kl", "log_ratio")}
-        found = {name: None if each[0] is None else torch.cat(each, dim=1) for name, each in rows.items()}
-        read = [part.x_0 for part in parts if part.x_0 is not None]
-        return cls(parts[0].times, x_0=torch.cat(read) if read else None, **found)
+
+        def joined(name: str, dim: int) -> Tensor | None:
+            values = [value for part in parts if (value := getattr(part, name)) is not None]
+            return torch.cat(values, dim) if values else None
+
+        rows = {name: joined(name, 1) for name in ("x", "z", "kl", "log_ratio")}
+        return cls(parts[0].times, x_0=joined("x_0", 0), **rows)
 
 
 def read_out(denoiser: Denoiser, x_end: Tensor, t_end: float, **cond: Tensor) -> Tensor:
-    """x_0 (B, *) from the chain's last state: always the prior's denoiser, part of the reward map."""
+    """Return x_0 (B, *) of the chain's last state: always by the prior's denoiser, as part of the reward."""
     return denoiser.prior(x_end, t_end, **cond)
 
 
 class Checkpointed(torch.autograd.Function):
-    """A step of a chain that keeps its state and noise alone, and is computed again on the way back.
+    """Take a step of a chain that keeps its state and noise alone and is recomputed on the way back.
 
     As `torch.utils.checkpoint` does, but without a hook on every tensor that a network saves (docs/performance.md),
     without a graph on the way there, and on the way back with the graph of one evaluation at a time, the prior's first.
@@ -69,37 +72,37 @@ class Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, own: OwnStep, prior: PriorStep | None, x_t: Tensor, z: Tensor, *trained: Tensor
+        context: Any, step: ControlledStep, prior: PriorStep | None, x_t: Tensor, z: Tensor, *trained: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """x_s and the whitened control; `trained` are the parameters that own has a gradient for."""
-        context.own, context.prior = own, prior
+        """Return x_s and the whitened control; `trained` are the parameters that `step` has a gradient for."""
+        context.step, context.prior = step, prior
         context.save_for_backward(x_t, z, *trained)
         context.set_materialize_grads(False)
-        return own(x_t, z, prior(x_t).mean if prior else None)
+        return step(x_t, z, prior(x_t).mean if prior else None)
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, of_x_s: Tensor | None, of_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient for the state, the noise and the parameters."""
+    def backward(context: Any, grad_x_s: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the state, the noise and the parameters."""
         x_t, z, *trained = context.saved_tensors
-        asked = context.needs_input_grad[2:]
-        x_t, z = (tensor.detach().requires_grad_(need) for tensor, need in zip((x_t, z), asked, strict=False))
-        through_prior = None
-        if context.prior and x_t.requires_grad and of_u is not None:  # u = (mean_g − mean_pre)/std
+        needs = context.needs_input_grad[2:]
+        x_t, z = (tensor.detach().requires_grad_(need) for tensor, need in zip((x_t, z), needs, strict=False))
+        grad_prior = None
+        if context.prior and x_t.requires_grad and grad_u is not None:  # u = (mean_g − mean_pre)/std
             with torch.enable_grad():
                 pre = context.prior(x_t)
-            (through_prior,) = torch.autograd.grad(pre.mean, x_t, -(of_u / pre.std))
+            (grad_prior,) = torch.autograd.grad(pre.mean, x_t, -(grad_u / pre.std))
         with torch.enable_grad():
             # the gradient of u does not depend on where the prior's mean is
-            x_s, u = context.own(x_t, z, x_t.detach() if context.prior else None)
-            # what the prior asks of x_t is the first of the sum, as if both networks were one graph
-            told = [(x_s, of_x_s), (u, of_u), (x_t.view_as(x_t), through_prior)]
+            x_s, u = context.step(x_t, z, x_t.detach() if context.prior else None)
+            # the prior's part of x_t's gradient comes first in the sum, as if both networks were one graph
+            pairs = [(x_s, grad_x_s), (u, grad_u), (x_t.view_as(x_t), grad_prior)]
         # a step whose labels are all null depends on no parameter
-        told = [(y, given) for y, given in told if given is not None and y.requires_grad]
-        wanted = [tensor for tensor, need in zip((x_t, z, *trained), asked, strict=True) if need]
-        outputs, given = zip(*told, strict=True) if told else ((), ())
-        found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in asked)
+        pairs = [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
+        inputs = [tensor for tensor, need in zip((x_t, z, *trained), needs, strict=True) if need]
+        outputs, grads = zip(*pairs, strict=True) if pairs else ((), ())
+        gradients = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+        return None, None, *(next(gradients) if need else None for need in needs)
 
 
 def rollout(
@@ -117,8 +120,8 @@ def rollout(
 ) -> Trajectory:
     """Simulate from noise to data.
 
-    Under a gradient the graph holds the states only: every step is computed again on the way back (checkpointing), with
-    its labels set inside.
+    Under a gradient the graph holds the states only: every step is recomputed on the way back (checkpointing), with its
+    labels set inside.
 
     Args:
         denoiser: prior or policy.
@@ -127,7 +130,7 @@ def rollout(
         eta: churn.
         generator: of the steps' noise.
         compare: also measure each step against the prior (one more evaluation a step).
-        read: whether x_0 is asked for (one evaluation).
+        read: also read out x_0 (one evaluation).
         cond: the prior's own conditions, B rows each.
         at_state: (i, x_i) → x_i, called before every step and at the end; cuts or clips the gradient.
         noise: of each step (B, *); drawn if None.
@@ -136,29 +139,29 @@ def rollout(
     cond = {name: row.to(x_1.device) for name, row in (cond or {}).items()}
     trained = [p for p in denoiser.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
 
-    def own(x_t: Tensor, z: Tensor, mean: Tensor | None, t: float, s: float) -> tuple[Tensor, Tensor | None]:
-        here = transition(denoiser, x_t, t, s, eta, **control, **cond)
-        return here.rsample(z), None if mean is None else here.control(Gaussian(mean, here.std))
+    def controlled(x_t: Tensor, z: Tensor, mean: Tensor | None, t: float, s: float) -> tuple[Tensor, Tensor | None]:
+        step = transition(denoiser, x_t, t, s, eta, **control, **cond)
+        return step.rsample(z), None if mean is None else step.control(Gaussian(mean, step.std))
 
     def prior(x_t: Tensor, t: float, s: float) -> Gaussian:
         return transition(denoiser.prior, x_t, t, s, eta, **cond)
 
-    x_t, states, drawn, kl, log_ratio = x_1, [x_1], [], [], []
+    x_t, states, noises, kl, log_ratio = x_1, [x_1], [], [], []
     for i, (t, s) in enumerate(pairwise(times)):
         z = normal(x_t.shape, x_t, generator) if noise is None else noise[i]
         if at_state:
             x_t = at_state(i, x_t)
-        step = partial(own, t=t, s=s), partial(prior, t=t, s=s) if compare else None
+        step, prior_step = partial(controlled, t=t, s=s), partial(prior, t=t, s=s) if compare else None
         if torch.is_grad_enabled():
-            x_t, u = Checkpointed.apply(*step, x_t, z, *trained)
+            x_t, u = Checkpointed.apply(step, prior_step, x_t, z, *trained)
         else:
-            x_t, u = step[0](x_t, z, step[1](x_t).mean if compare else None)
+            x_t, u = step(x_t, z, prior_step(x_t).mean if compare else None)
         states.append(x_t)
-        drawn.append(z)
+        noises.append(z)
         if u is not None:
             kl.append(half_square(u))
             log_ratio.append(kl[-1] + (u * z).flatten(1).sum(1))
     end = at_state(len(times) - 1, x_t) if at_state else x_t
     x_0 = read_out(denoiser, end, times[-1], **cond) if read else None
     compared = {"kl": torch.stack(kl), "log_ratio": torch.stack(log_ratio)} if compare else {}
-    return Trajectory(times, torch.stack(states), torch.stack(drawn), x_0, **compared)
+    return Trajectory(times, torch.stack(states), torch.stack(noises), x_0, **compared)

@@ -1,7 +1,7 @@
-"""One clock: t in [0, 1], t = 1 is noise, x_t = α_t x_0 + σ_t ε.
+"""Define one clock for every model: t in [0, 1], t = 1 is noise, x_t = α_t x_0 + σ_t ε.
 
 A `Schedule` maps t to (α_t, σ_t). Variance-preserving diffusion and rectified flow are two schedules of one code
-path; nothing downstream asks which one it has. Coefficients are float64, so that differences such as
+path; nothing downstream needs to know which one it has. Coefficients are float64, so that differences such as
 σ_t² − (α_t/α_s)² σ_s² keep their digits on fine grids.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def bisect(late: Callable[[float], bool], low: float, high: float) -> float:
-    """The first time in [low, high] at which `late` holds; it must not hold before and hold ever after."""
+    """Return the first time in [low, high] at which `late` holds; it must not hold before, and hold ever after."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if late(middle) else (middle, high)
@@ -22,18 +22,18 @@ def bisect(late: Callable[[float], bool], low: float, high: float) -> float:
 
 
 class Schedule(ABC):
-    """t → (α_t, σ_t)."""
+    """Map t to (α_t, σ_t)."""
 
     @abstractmethod
     def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t, float64, in the shape of t."""
+        """Return α_t and σ_t, float64, in the shape of t."""
 
     @abstractmethod
     def timestep(self, t: Tensor | float) -> Tensor:
-        """The number the network is given for time t, float64, in the shape of t."""
+        """Return the network's input for time t, float64, in the shape of t."""
 
     def times(self, steps: int, sigma_end: float, start: float = 1.0, power: float = 1.0) -> tuple[float, ...]:
-        """A grid start = t_0 > … > t_N, N = steps, uniform in t^(1/power), that ends where σ first reaches `sigma_end`.
+        """Return a grid start = t_0 > … > t_N, N = steps, uniform in t^(1/power), down to where σ reaches `sigma_end`.
 
         The chain ends at σ > 0 so that every step has noise and every KL is finite (docs: design, one kernel). A power
         above 1 spends more of the steps near the data, where a control of fine detail needs them.
@@ -58,22 +58,22 @@ class Schedule(ABC):
         return grid
 
     def latest(self, alpha: float) -> float:
-        """The time nearest to where α falls to `alpha`; 1 if it never does."""
+        """Return the time nearest to where α falls to `alpha`; 1 if it never does."""
         if float(self(1.0)[0]) >= alpha:
             return 1.0
         return self.snap(bisect(lambda t: float(self(t)[0]) < alpha, 0.0, 1.0))
 
     def snap(self, t: float) -> float:
-        """The nearest time the network was trained on."""
+        """Return the nearest time the network was trained on."""
         return t
 
     def shifted(self, t: float) -> float:
-        """Where the chain's grid puts a time of an even one; keeps 0 and 1."""
+        """Map a time of an even grid to the chain's grid; 0 and 1 stay."""
         return t
 
 
 class VariancePreserving(Schedule):
-    """The discrete schedule of diffusers: T values of ᾱ (`alphas_cumprod`); entry k sits at t = (k + 1)/T.
+    """Interpolate the discrete schedule of diffusers: T values of ᾱ (`alphas_cumprod`), entry k at t = (k + 1)/T.
 
     Between entries ᾱ is linear in t; at entries it is exact. At t = 0 the data are clean.
 
@@ -104,7 +104,7 @@ class VariancePreserving(Schedule):
 
 
 class Cosine(Schedule):
-    """α = cos(πt/2), σ = sin(πt/2): the variance-preserving schedule in closed form, for exact priors."""
+    """Set α = cos(πt/2), σ = sin(πt/2): the variance-preserving schedule in closed form, for exact priors."""
 
     def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         angle = torch.as_tensor(t, dtype=torch.float64) * (torch.pi / 2)
@@ -115,7 +115,7 @@ class Cosine(Schedule):
 
 
 class RectifiedFlow(Schedule):
-    """α = 1 − t, σ = t (Liu et al. 2023; Lipman et al. 2023); the network is given 1000 t, as in diffusers.
+    """Set α = 1 − t, σ = t (Liu et al. 2023; Lipman et al. 2023); the network's input is 1000 t, as in diffusers.
 
     Args:
         shift: k of the grid's t ↦ kt/(1 + (k − 1)t): the larger an image, the more steps belong to its noisy times
@@ -137,27 +137,27 @@ class RectifiedFlow(Schedule):
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """`value`, of shape () or (B,), shaped to multiply `like` (B, *), in its dtype and on its device."""
+    """Shape `value`, () or (B,), to multiply `like` (B, *), in its dtype and on its device."""
     return value.to(like).reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value.to(like)
 
 
 def coefficients(function: Callable[..., tuple[Tensor, ...]], like: Tensor, *arguments: Hashable) -> list[Tensor]:
-    """function(*arguments), values of shape () or (B,), each shaped to multiply `like` (B, *).
+    """Return function(*arguments), values of shape () or (B,), each shaped to multiply `like` (B, *).
 
-    Those of times that are numbers are computed once: a chain meets its times again in every rollout.
+    Coefficients of times that are numbers are cached: every rollout of a chain needs them again.
     """
     if any(isinstance(argument, Tensor) for argument in arguments):
         return [per_sample(value, like) for value in function(*arguments)]
-    return _known(function, arguments, like.dtype, like.device)
+    return _cached(function, arguments, like.dtype, like.device)
 
 
 @lru_cache(maxsize=2**12)
-def _known(
+def _cached(
     function: Callable[..., tuple[Tensor, ...]],
     arguments: tuple[Hashable, ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[Tensor]:
-    """Numbers of times, where and in the precision they are needed: a step neither computes nor moves them."""
-    with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
+    """Return coefficients in the device and precision in which they are needed."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a gradient
         return [value.to(device, dtype) for value in function(*arguments)]

@@ -1,4 +1,4 @@
-"""The Gaussian step of the reverse process; everything else is read off it.
+"""Take the Gaussian step of the reverse process, from which everything else follows.
 
 One step t → s < t with churn η, given x̂ = E[x_0 | x_t] and ε̂ = (x_t − α_t x̂)/σ_t:
 
@@ -26,42 +26,44 @@ from .schedule import Schedule, coefficients
 
 
 class Gaussian(NamedTuple):
-    """A diagonal Gaussian over x (B, *) with one standard deviation per sample, () or (B, 1, …)."""
+    """Describe a diagonal Gaussian over x (B, *) with one standard deviation per sample, () or (B, 1, …)."""
 
     mean: Tensor
     std: Tensor
 
     def rsample(self, noise: Tensor) -> Tensor:
-        """mean + std · noise, differentiable in both."""
+        """Return mean + std · noise, differentiable in both."""
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density in nats, summed over dimensions: (B,)."""
+        """Return the log-density in nats, summed over dimensions: (B,)."""
         log_density = torch.distributions.Normal(self.mean, self.std, validate_args=False).log_prob(x)
         return log_density.flatten(1).sum(1)
 
     def control(self, prior: "Gaussian") -> Tensor:
-        """The whitened control u = (mean − prior.mean)/std (B, *); both must share one std."""
+        """Return the whitened control u = (mean − prior.mean)/std (B, *); both must share one std."""
         return (self.mean - prior.mean) / self.std
 
     def kl(self, prior: "Gaussian") -> Tensor:
-        """KL(self ‖ prior) = ½‖u‖² in nats, summed over dimensions: (B,); both must share one std."""
+        """Return KL(self ‖ prior) = ½‖u‖² in nats, summed over dimensions: (B,); both must share one std."""
         return half_square(self.control(prior))
 
 
 def half_square(u: Tensor) -> Tensor:
-    """½‖u‖² over all but the first dimension: (B,)."""
+    """Return ½‖u‖² over all but the first dimension: (B,)."""
     return 0.5 * u.flatten(1).square().sum(1)
 
 
 def step_std(schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: float = 1.0) -> Tensor:
-    """Standard deviation of the step t → s, float64, in the shape of t."""
+    """Return the standard deviation of the step t → s, float64, in the shape of t."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
     return eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
 
 
-def step_of(schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b, std of the step t → s, whose mean is a x̂ + b x_t; float64, in the shape of t."""
+def step_coefficients(
+    schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a, b, std of the step t → s, whose mean is a x̂ + b x_t; float64, in the shape of t."""
     std = step_std(schedule, t, s, eta)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
     rest = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t  # the weight of σ_t ε̂ = x_t − α_t x̂
@@ -69,17 +71,17 @@ def step_of(schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: float
 
 
 def step(schedule: Schedule, x_hat: Tensor, x_t: Tensor, t: Tensor | float, s: Tensor | float, eta: float) -> Gaussian:
-    """The step t → s from x_t (B, *) when the denoiser said x̂ (B, *)."""
+    """Return the step t → s from x_t (B, *) for the denoiser's x̂ (B, *)."""
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}. Use 1.0 for ancestral sampling.")
-    of_x_hat, of_x_t, std = coefficients(step_of, x_t, schedule, t, s, eta)
-    return Gaussian(of_x_hat * x_hat + of_x_t * x_t, std)
+    a, b, std = coefficients(step_coefficients, x_t, schedule, t, s, eta)
+    return Gaussian(a * x_hat + b * x_t, std)
 
 
 def transition(
     denoiser: Denoiser, x_t: Tensor, t: Tensor | float, s: Tensor | float, eta: float = 1.0, **cond: Tensor
 ) -> Gaussian:
-    """p(x_s | x_t) of a denoiser's reverse process.
+    """Return p(x_s | x_t) of a denoiser's reverse process.
 
     Args:
         denoiser: prior or policy.

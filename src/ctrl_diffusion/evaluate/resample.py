@@ -8,7 +8,7 @@ from torch import Tensor
 from ..chain.denoise import Denoiser
 from ..chain.paths import paths
 from ..chain.rollout import Times
-from ..chain.rows import alike
+from ..chain.rows import equal_rows
 from ..data.labels import Labels
 from ..reward.reward import Reward
 from ..system import ranks
@@ -54,7 +54,7 @@ def exact_samples(
         RuntimeWarning: an effective share below 5 %.
     """
     cond = cond or {}
-    pairs = alike(labels, cond)
+    pairs = equal_rows(labels, cond)
     pools = [max(POOL * len(rows), SMALLEST_POOL) for rows in pairs]
     advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
     for rows, pool in zip(pairs, pools, strict=True):

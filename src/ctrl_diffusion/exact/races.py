@@ -40,7 +40,7 @@ def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> 
     if name in ("weighted", "backprop"):
         members = 10_000
         cond = task.conditions.cond_of(torch.arange(2).repeat_interleave(members))
-        cache, _, _ = paths(task.prior(), 2 * members, times, generator, cond, batch=members)
+        cache = paths(task.prior(), 2 * members, times, generator, cond, batch=members).x_0
         yield Weighted(cache, times, batch=512), updates(1500 if name == "weighted" else 300)
     if name == "adjoint":
         yield Adjoint(times, batch=256), updates(800)
@@ -78,7 +78,7 @@ def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> 
     conditions, reward, times = task.conditions, task.reward(), task.times
     generator = stream(seed, "certificate")
     cond = conditions.cond_of(torch.arange(conditions.groups).repeat_interleave(n))
-    x_prior, _, _ = paths(policy.prior, conditions.groups * n, times, generator, cond, batch=n)
+    x_prior = paths(policy.prior, conditions.groups * n, times, generator, cond, batch=n).x_0
     labels, cond = conditions.of(conditions.all(-(-n // conditions.pairs)))
     total = len(cond["c"])
     x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=n)

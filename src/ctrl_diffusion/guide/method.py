@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..chain.denoise import Denoiser
-from ..chain.paths import at_once, paths
+from ..chain.paths import default_batch, paths
 from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
 from ..data.labels import Labels
@@ -103,7 +103,7 @@ class Asked:
 
     def rewards(self, x_0: Tensor) -> Tensor:
         """The same of many samples, a few at a time: decoded images are many times their latents."""
-        few = parts(len(x_0), at_once(self.denoiser))
+        few = parts(len(x_0), default_batch(self.denoiser))
         return torch.cat([self.rows(rows).reward(x_0[rows]) for rows in few])
 
 
@@ -113,7 +113,7 @@ class Method(ABC):
 
     Args:
         eta: churn of the chain.
-        batch: paths at a time; None for `sample.at_once`.
+        batch: paths at a time; None for `chain.paths.default_batch`.
     """
 
     eta: float = 1.0
@@ -147,7 +147,7 @@ class Method(ABC):
     def of_prior(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
         """Samples x_0 (n, *) of the prior on the CPU, a row each."""
         prior = asked.denoiser.prior
-        return paths(prior, len(asked), times, generator, asked.cond, eta=self.eta, batch=self.batch)[0]
+        return paths(prior, len(asked), times, generator, asked.cond, eta=self.eta, batch=self.batch).x_0
 
     def followed(self, reward: Reward) -> Earned:
         """What the method asks in the reward's place: by default the reward itself."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..chain.noise import normal
-from ..chain.paths import at_once
+from ..chain.paths import default_batch
 from ..chain.rollout import Times, read_out
 from ..chain.rows import parts
 from ..chain.transition import half_square, step
@@ -58,7 +58,7 @@ class Steering(Population):
         denoiser, n = asked.denoiser, len(asked)
         x_t = normal((n, *denoiser.shape), denoiser, generator)
         log_w, given, most = (x_t.new_full((n,), start) for start in (0.0, 0.0, -math.inf))
-        few = parts(n, self.batch or at_once(denoiser))
+        few = parts(n, self.batch or default_batch(denoiser))
         rows_by_size: dict[int, list[Tensor]] = {}
         for group in groups:
             rows_by_size.setdefault(group.stop - group.start, []).append(torch.arange(group.start, group.stop))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..chain.rollout import Times
-from ..chain.rows import alike
+from ..chain.rows import equal_rows
 from .method import Asked, Method
 
 
@@ -40,7 +40,7 @@ class Population(Method):
     shared: bool = True
 
     def sample(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
-        pairs = alike(asked.labels, asked.cond) if self.shared else list(torch.arange(len(asked))[:, None])
+        pairs = equal_rows(asked.labels, asked.cond) if self.shared else list(torch.arange(len(asked))[:, None])
         sizes = [self.particles * len(mine) for mine in pairs]
         ends = list(accumulate(sizes))
         groups = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]

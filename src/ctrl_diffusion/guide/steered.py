@@ -58,7 +58,7 @@ class Guidance(Method):
 
     def sample(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
         guided, control = Steered(self, asked.denoiser, asked.earned), (asked.cond, asked.labels, asked.strength)
-        return paths(guided, len(asked), times, generator, *control, eta=self.eta, batch=self.batch)[0]
+        return paths(guided, len(asked), times, generator, *control, eta=self.eta, batch=self.batch).x_0
 
 
 class Steered(Denoiser):

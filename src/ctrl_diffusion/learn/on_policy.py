@@ -79,7 +79,7 @@ class OnPolicy:
             labels, cond = conditions.of(pair[rows])
             x_1, *noise = (z[rows].to(policy.device) for z in drawn)
             path = rollout(policy, x_1, self.times, self.eta, cond=cond, noise=noise, labels=labels, **options)
-            yield path.kept(home.device), pair[rows], labels, cond
+            yield path.to(home.device), pair[rows], labels, cond
 
 
 def check_gradient(earned: Tensor) -> None:
@@ -111,7 +111,7 @@ def joined(
     """The parts of a rollout as one, with its labels and conditions."""
     paths, _, labels, conds = zip(*drawn, strict=True)
     return (
-        Trajectory.joined(list(paths)),
+        Trajectory.from_parts(list(paths)),
         {name: torch.cat([part[name] for part in labels]) for name in labels[0]},
         {name: torch.cat([part[name] for part in conds]) for name in conds[0]},
     )

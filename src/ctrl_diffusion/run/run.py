@@ -148,7 +148,7 @@ class Run:
                 cond = self.conditions.cond_of(torch.arange(n) % self.conditions.groups)
                 generator = stream(self.config.seed, purpose)
                 labels = {settings.name: asked}
-                x_0, _, _ = paths(self.policy, n, self.times, generator, cond, labels, progress=advance)
+                x_0 = paths(self.policy, n, self.times, generator, cond, labels, progress=advance).x_0
                 came = [self.place(settings, self.images(part)) for part in x_0.split(1024)]
                 found[settings.name] = asked, torch.cat(came)
         return found
@@ -327,7 +327,7 @@ class Run:
                 x_0, _ = exact_samples(self.policy, self.reward, times, generator, labels, cond, strength, phase)
         else:
             progress = phase("sampling", n)
-            x_0, _, _ = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress)
+            x_0 = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress).x_0
         return x_0 if latents else self.images(x_0).clamp(-1, 1)
 
     @torch.no_grad()
@@ -344,7 +344,7 @@ class Run:
         cond = self.conditions.cond_of(torch.arange(self.conditions.groups).repeat_interleave(members))
         n, generator = members * self.conditions.groups, stream(self.config.seed, purpose)
         with self.policy.base.full_precision():
-            return paths(self.prior.denoiser, n, self.times, generator, cond, progress=phase(purpose, n))[0]
+            return paths(self.prior.denoiser, n, self.times, generator, cond, progress=phase(purpose, n)).x_0
 
     def policy_paths(
         self, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent

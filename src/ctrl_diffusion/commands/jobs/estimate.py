@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...chain.noise import stream
-from ...chain.paths import at_once, paths
+from ...chain.paths import default_batch, paths
 from ...data.labelled import RAREST, LabelledImages
 from ...learn.weighted import RENOISING
 from ...reward.classifiers import BATCH, Panel, fit_panel
@@ -188,7 +188,7 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
 
 def seconds_of_evaluation(run: Run, phase: Phase) -> float:
     """Of the network for one sample, while paths of the policy are drawn; a guided call counts as two."""
-    n = at_once(run.policy)
+    n = default_batch(run.policy)
     labels, cond = run.conditions.of(run.conditions.draw(n, stream(run.config.seed, "estimate")))
     advance = phase("paths", 2)
     for _ in range(2):
