@@ -66,7 +66,7 @@ def test_the_evaluations_said_are_those_made(digits, learner, lean):
     conditions = Conditions({"c": torch.tensor([3])}, {"ink": 2})
     made_by = learner_of(Tiny(config, digits), learner, None)
     if learner == "weighted":  # what re-noising alone does is taken off
-        made_by.renoising = policy.snapshot()
+        made_by.learned_renoising = policy.snapshot()
     steps = made_by(policy, Reward({"ink": Ink()}), conditions, torch.Generator().manual_seed(0))
     handle = digits.denoiser.network.register_forward_pre_hook(count, with_kwargs=True)
     for _ in range(8):

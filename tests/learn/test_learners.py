@@ -63,10 +63,10 @@ def test_what_renoising_alone_does_is_taken_off(schedule):
         return judge(policy, reward, conditions, times)[0].kl
 
     start = policy.snapshot()
-    renoised = kl_after(Weighted(cache, times, even=True), seed=0)
+    renoised = kl_after(Weighted(cache, times, 256, even=True), seed=0)
     learned = policy.snapshot()
     policy.restore(start)
-    corrected = kl_after(Weighted(cache, times, renoising=learned), seed=1)
+    corrected = kl_after(Weighted(cache, times, 256, learned_renoising=learned), seed=1)
     assert renoised > 0.4, "the prior is careless enough to tell"
     # what is left is the noise of two independent fits
     assert corrected < 0.1 * renoised

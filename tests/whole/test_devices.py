@@ -105,11 +105,11 @@ def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folders, elsewhere, m
     kept, module = {}, sys.modules[f"ctrl_diffusion.learn.{learner}"]
     revisit = module.revisit
 
-    def watched(policy, path, *given):
+    def watched(policy, rollout, *given):
         held = sys._getframe(1).f_locals  # by the learner, while it learns from the paths
-        rows = [path.x, path.z, *(held[name] for name in ("adjoints", "means") if name in held)]
+        rows = [rollout.path.x, rollout.path.z, *(held[name] for name in ("adjoints", "means") if name in held)]
         kept.setdefault(name, set()).update(map(type, rows))
-        return revisit(policy, path, *given)
+        return revisit(policy, rollout, *given)
 
     monkeypatch.setattr(module, "revisit", watched)
     for name in (learner, f"{learner}, offloaded"):

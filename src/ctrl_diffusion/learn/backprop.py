@@ -1,16 +1,16 @@
-"""Reward backpropagation: differentiate −J through the rollout.
+"""Backpropagate the reward: differentiate −J through the rollout.
 
     −J = E[ Σ_i ½‖u_i‖² − r(x_0) ],      x_{i+1} = mean_g(x_i) + std_i z_i,
 
 with the noise z held fixed, so that the gradient is pathwise (Clark et al. 2024; Prabhudesai et al. 2024). Every step
-is checkpointed by `rollout`. What a path sends back is clipped at every state, per sample: a few steep paths would
-otherwise own the batch. Truncation cuts the reward's way back, never a step's own KL.
+is checkpointed by `rollout`. The gradient of each path is clipped at every state, else a few steep paths would dominate
+the batch. Truncation stops the reward's gradient, never that of a step's own KL.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -22,22 +22,35 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward
 from .on_policy import OnPolicy, check_gradient, clip_rows
-from .step import Carried, LearnerSettings, Step
+from .step import Carried, Evaluations, LearnerSettings, Step
 
 
-@dataclass
 class Backprop(OnPolicy):
-    """The learner.
+    """Learn by reward backpropagation.
 
     Args:
-        times, batch, eta, micro: see `OnPolicy`; one rollout an update.
-        clip: largest norm of std_i ∇J at the state after step i, what one path may ask of the step's control.
-        through: the number of last steps that the reward reaches; None for all.
+        times, batch, eta, micro, settings: see `OnPolicy`; one rollout an update.
     """
 
-    batch: int = 64
-    clip: float = 10.0
-    through: int | None = None
+    class Settings(LearnerSettings):
+        """Settings of `Backprop`.
+
+        Args:
+            clip: largest norm of std_i ∇J at the state after step i, the control that one path may demand of the step.
+            through: the number of last steps that the reward's gradient reaches; None for all.
+        """
+
+        kept_states: ClassVar[int] = 2  # states and noise
+
+        updates: int = Field(200, ge=1)
+        batch: int = Field(64, ge=1)
+        clip: float = Field(10.0, gt=0)
+        through: int | None = Field(None, ge=1)
+
+        def evaluations(self, steps: int) -> Evaluations:
+            return Evaluations(2 * steps, 2 * steps)  # policy and prior, each once more on the way back
+
+    differentiates = True
 
     def __call__(
         self,
@@ -47,11 +60,10 @@ class Backprop(OnPolicy):
         generator: torch.Generator,
         carried: Carried = None,
     ) -> Iterator[Step]:
-        """Losses without end; how many gradients an update clipped is known after its backward pass, so it is logged
-        with the next.
-        """
-        first = 0 if self.through is None else max(0, self.steps - self.through)
+        first = max(0, self.steps - (self.settings.through or self.steps))  # the state that the reward stops at
         stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]
+        # of the last update; how many gradients were clipped is known after the backward pass, so it is logged with
+        # the next update
         clipped = [] if carried is None else carried
 
         def at_state(i: int, x_t: Tensor) -> Tensor:
@@ -63,29 +75,20 @@ class Backprop(OnPolicy):
 
         def clip(gradient: Tensor, std: float) -> Tensor:
             # the loss is a mean over the batch, one path's share of the gradient is a B-th
-            gradient, longer = clip_rows(gradient, loss_scale(policy) * self.clip / std / self.batch)
+            gradient, longer = clip_rows(gradient, loss_scale(policy) * self.settings.clip / std / self.batch)
             clipped.append(longer)
             return gradient
 
         while True:
-            done, before = 0, self.weight * float(torch.cat(clipped).float().mean()) if clipped else 0.0
+            rows, share = 0, self.weight * float(torch.cat(clipped).float().mean()) if clipped else 0.0
             clipped.clear()
             for path, pair, labels, cond in self.fresh_paths(
                 policy, conditions, generator, compare=True, at_state=at_state
             ):
-                earned, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
-                check_gradient(earned)
-                done += len(pair)
-                last = done == self.mine.stop - self.mine.start
-                figures = {"reward": earned.detach().sum() / self.batch, "clipped": before if last else 0.0}
-                figures["kl"] = kl.detach().sum() / self.batch
-                yield Step((kl - earned).sum() / self.batch, figures, last)
-
-
-class BackpropSettings(LearnerSettings):
-    """`learn/backprop.py`; `through` is the number of last steps the reward's gradient reaches, all of them if null."""
-
-    updates: int = Field(200, ge=1)
-    batch: int = Field(64, ge=1)
-    clip: float = Field(10.0, gt=0)
-    through: int | None = Field(None, ge=1)
+                rewards, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
+                check_gradient(rewards)
+                rows += len(pair)
+                last = rows == self.rows.stop - self.rows.start
+                metrics = {"reward": rewards.detach().sum() / self.batch, "clipped": share if last else 0.0}
+                metrics["kl"] = kl.detach().sum() / self.batch
+                yield Step((kl - rewards).sum() / self.batch, metrics, last)

@@ -1,14 +1,14 @@
-"""Simulate the policy's own paths for the learners that learn from them."""
+"""Simulate the policy's own paths, for learners that learn from them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..chain.denoise import loss_scale
-from ..chain.noise import EVERY, normal
+from ..chain.noise import normal
 from ..chain.rollout import Times, Trajectory, rollout
 from ..chain.rows import parts, rows_of
 from ..chain.transition import Gaussian, transition
@@ -16,80 +16,144 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..data.labels import Labels
 from ..system import ranks
+from .step import Learner, LearnerSettings
 
 
-@dataclass
-class OnPolicy:
-    """What learners on the policy's own paths share.
+class Rollout(NamedTuple):
+    """Hold B paths of the policy with their pairs (c, y), numbered as `Conditions` does, labels and conditions."""
+
+    path: Trajectory
+    pair: Tensor  # (B,)
+    labels: Labels
+    cond: dict[str, Tensor]
+
+    @classmethod
+    def from_parts(cls, batches: "list[Rollout]") -> "Rollout":
+        """Concatenate the parts of a rollout."""
+        paths, pairs, *values = zip(*batches, strict=True)
+        labels, cond = ({name: torch.cat([part[name] for part in rows]) for name in rows[0]} for rows in values)
+        return cls(Trajectory.from_parts(list(paths)), torch.cat(pairs), labels, cond)
+
+
+class OnPolicy(Learner):
+    """Share what learners on the policy's own paths need.
 
     Args:
-        times: the chain's grid.
-        batch: paths a rollout.
+        times, batch, micro, settings: see `Learner`; the batch is the paths of a rollout.
         eta: churn of the chain; must be positive.
-        micro: samples that go through the network at once while a gradient is asked for; None for all.
-        offload: keep the paths of a rollout in CPU memory, all but those of a micro-batch.
 
     Raises:
-        ValueError: steps without noise: u = (mean_g − mean_pre)/std would divide by nothing.
+        ValueError: steps without noise: u = (mean_g − mean_pre)/std would be divided by nothing.
     """
 
-    times: Times
-    batch: int
-    eta: float = 1.0
-    micro: int | None = None
-    offload: bool = False
+    offload = False
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.eta <= 1.0:
-            raise ValueError(
-                f"this learner needs noise in every step: eta must lie in (0, 1], got {self.eta}. Use 1.0."
-            )
+    def __init__(self, times: Times, batch: int | None = None, *, eta: float = 1.0, **options: Any) -> None:
+        super().__init__(times, batch, **options)
+        if not 0.0 < eta <= 1.0:
+            raise ValueError(f"this learner needs noise in every step: eta must lie in (0, 1], got {eta}. Use 1.0.")
+        self.eta = eta
 
     @property
     def steps(self) -> int:
-        """Of the chain."""
+        """Steps of the chain."""
         return len(self.times) - 1
 
     @property
-    def mine(self) -> slice:
+    def rows(self) -> slice:
         """This rank's rows of the batch."""
         return ranks.rank_rows(self.batch)
 
     @property
     def weight(self) -> float:
-        """Of a mean over this rank's rows in that over the batch."""
-        return (self.mine.stop - self.mine.start) / self.batch
+        """Weight of a mean over this rank's rows in the mean over the batch."""
+        return (self.rows.stop - self.rows.start) / self.batch
 
-    def home(self, policy: Policy) -> torch.device:
-        """Where paths are kept."""
+    def storage(self, policy: Policy) -> torch.device:
+        """Return the device that keeps the paths."""
         return torch.device("cpu") if self.offload else policy.device
 
     def fresh_paths(
         self, policy: Policy, conditions: Conditions, generator: torch.Generator, **options: Any
-    ) -> Iterator[tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]]:
-        """This rank's paths of the policy from new noise, with their pairs (c, y), labels and conditions; options of
-        `rollout`.
+    ) -> Iterator[Rollout]:
+        """Yield this rank's paths of the policy from new noise, `micro` at a time; their noise does not depend on it.
 
-        `micro` at a time; what is drawn does not depend on it.
+        Options are those of `rollout`.
         """
-        pair, shape = conditions.draw(self.batch, generator)[self.mine], (self.batch, *policy.shape)
-        home = torch.empty(0, device=self.home(policy))
-        drawn = [normal(shape, home, generator, self.mine) for _ in self.times]
+        pair, shape = conditions.draw(self.batch, generator)[self.rows], (self.batch, *policy.shape)
+        like = torch.empty(0, device=self.storage(policy))
+        noises = [normal(shape, like, generator, self.rows) for _ in self.times]
         for rows in parts(len(pair), self.micro):
             labels, cond = conditions.of(pair[rows])
-            x_1, *noise = (z[rows].to(policy.device) for z in drawn)
+            x_1, *noise = (z[rows].to(policy.device) for z in noises)
             path = rollout(policy, x_1, self.times, self.eta, cond=cond, noise=noise, labels=labels, **options)
-            yield path.to(home.device), pair[rows], labels, cond
+            yield Rollout(path.to(like.device), pair[rows], labels, cond)
 
 
-def check_gradient(earned: Tensor) -> None:
-    """Refuse rewards (B,) that know nothing of x: a learner that follows their gradient would see the KL alone."""
-    if torch.is_grad_enabled() and not earned.requires_grad:
+class Visit(NamedTuple):
+    """Name transitions of a rollout: step and path (n,) of each.
+
+    Args:
+        step, row: numbers of the steps and of the paths.
+        last: the update's last part.
+        whole: of the last update from the rollout.
+    """
+
+    step: Tensor
+    row: Tensor
+    last: bool
+    whole: bool
+
+
+class Revisiting(OnPolicy):
+    """Share what learners need that keep the paths of a rollout for several updates (the setting `reuse`).
+
+    Args:
+        times, batch, eta, micro, settings: see `OnPolicy`.
+        offload: keep the paths of a rollout in CPU memory, all but those of a micro-batch.
+    """
+
+    def __init__(self, times: Times, batch: int | None = None, *, offload: bool = False, **options: Any) -> None:
+        super().__init__(times, batch, **options)
+        self.offload = offload
+
+    @classmethod
+    def from_settings(
+        cls, settings: LearnerSettings, times: Times, micro: int | None = None, *, offload: bool = False, **run: Any
+    ) -> Self:
+        return cls(times, micro=micro, offload=offload, **dict(settings))
+
+    def visits(self, share: int, generator: torch.Generator) -> Iterator[Visit]:
+        """Yield the transitions of each update from a rollout, `micro` at a time.
+
+        Every path goes through its steps in a random order of its own, `share` of them an update: each step is visited
+        once before any is visited again, and an update sees all steps.
+        """
+        order = torch.rand(self.steps, self.batch, generator=generator).argsort(0)[:, self.rows]
+        for update in range(self.settings.reuse):
+            step = order[(update * share + torch.arange(share)) % self.steps]
+            row = torch.arange(order.shape[1]).expand_as(step).flatten()
+            for rows in parts(len(row), self.micro):
+                last, whole = rows.stop == len(row), update == self.settings.reuse - 1
+                yield Visit(step.flatten()[rows], row[rows], last, whole)
+
+
+def revisit(policy: Policy, rollout: Rollout, visit: Visit, eta: float) -> Gaussian:
+    """Return the policy's steps from the visited states as it would take them now."""
+    times, row = torch.tensor(rollout.path.times, dtype=torch.float64), visit.row
+    x_t = rollout.path.x[visit.step, row].to(policy.device)
+    labels, cond = rows_of(rollout.labels, row), rows_of(rollout.cond, row)
+    return transition(policy, x_t, times[visit.step], times[visit.step + 1], eta, labels=labels, **cond)
+
+
+def check_gradient(rewards: Tensor) -> None:
+    """Refuse rewards (B,) without a gradient: a learner that follows it would see the KL alone."""
+    if torch.is_grad_enabled() and not rewards.requires_grad:
         raise ValueError("this reward has no gradient, which this learner follows. Train with weighted or ppo.")
 
 
-def pulled_back(policy: Policy, value: Tensor, x_t: Tensor) -> Tensor:
-    """∇value at x_t (B, *), scaled on its way as far as half precision needs and bears."""
+def gradient_at(policy: Policy, value: Tensor, x_t: Tensor) -> Tensor:
+    """Return ∇value at x_t (B, *), with the largest loss scale at which it is finite in half precision."""
     scale = loss_scale(policy)
     (gradient,) = torch.autograd.grad(scale * value, x_t, retain_graph=scale > 1)
     while scale > 1 and ranks.any_rank(not gradient.isfinite().all()):
@@ -99,46 +163,7 @@ def pulled_back(policy: Policy, value: Tensor, x_t: Tensor) -> Tensor:
 
 
 def clip_rows(a: Tensor, limit: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Scale rows of a (B, *) down to norm `limit`; also says which rows (B,) were longer."""
+    """Scale rows of a (B, *) down to norm `limit`; return them and which of them (B,) were longer."""
     norm = a.flatten(1).norm(dim=1)
     factor = (limit / norm.clamp(min=1e-12)).clamp(max=1.0)
     return a * factor.view(-1, *[1] * (a.ndim - 1)), norm > limit
-
-
-def joined(
-    drawn: list[tuple[Trajectory, Tensor, Labels, dict[str, Tensor]]],
-) -> tuple[Trajectory, Labels, dict[str, Tensor]]:
-    """The parts of a rollout as one, with its labels and conditions."""
-    paths, _, labels, conds = zip(*drawn, strict=True)
-    return (
-        Trajectory.from_parts(list(paths)),
-        {name: torch.cat([part[name] for part in labels]) for name in labels[0]},
-        {name: torch.cat([part[name] for part in conds]) for name in conds[0]},
-    )
-
-
-def visits(
-    steps: int, paths: int, share: int, generator: torch.Generator, mine: slice = EVERY
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Transitions of a rollout to learn from, update by update: steps and paths (share · paths,), without end.
-
-    With `mine` those of some of the paths, which are counted among themselves.
-
-    Every path goes through its steps in an order of its own, `share` of them an update, so that each is met once before
-    any is met again and an update sees all steps.
-    """
-    order = torch.rand(steps, paths, generator=generator).argsort(0)[:, mine]
-    row, start = torch.arange(order.shape[1]), 0
-    while True:
-        i = order[(start + torch.arange(share)) % steps]
-        yield i.flatten(), row.expand_as(i).flatten()
-        start += share
-
-
-def revisit(
-    policy: Policy, path: Trajectory, i: Tensor, row: Tensor, labels: Labels, cond: dict[str, Tensor], eta: float
-) -> Gaussian:
-    """The steps i of paths `row` (n,) as the policy would take them now."""
-    t_grid = torch.tensor(path.times, dtype=torch.float64)
-    own = {"labels": rows_of(labels, row), **rows_of(cond, row)}
-    return transition(policy, path.x[i, row].to(policy.device), t_grid[i], t_grid[i + 1], eta, **own)

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation: a policy gradient on transitions that needs no gradient of the reward.
+"""Optimise the policy proximally (PPO): a policy gradient on transitions that needs no gradient of the reward.
 
 Roll out the policy without a graph. With δ_j = log p_g/p_pre of step j along a path,
 
@@ -11,82 +11,97 @@ same paths,
     min( ρ A_i, clip(ρ, 1 − ε, 1 + ε) A_i ),      ρ = p_g/p_old (x_{i+1} | x_i),      A_i = G_i − b_i(c, y).
 
 The baseline b_i(c, y) is a running mean of G_i over paths of the pair: pairs of unlike log Z would drown each other.
-As G_i counts what was sampled and not its mean, it is the same on every path from x_i once the policy is optimal, in
-the limit of small steps: the noise goes as the policy comes.
+As G_i counts the log-ratios of the samples and not their means, it is the same on every path from x_i once the policy
+is optimal, in the limit of small steps: the noise vanishes as the policy improves.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..chain.rollout import Trajectory
-from ..chain.rows import parts
 from ..chain.transition import half_square
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward
 from ..system import ranks
-from .on_policy import OnPolicy, joined, revisit, visits
-from .step import Carried, LearnerSettings, Step
+from .on_policy import Revisiting, Rollout, revisit
+from .step import Carried, Evaluations, LearnerSettings, Step
 
 
-def rewards_to_go(path: Trajectory, earned: Tensor) -> Tensor:
-    """G (N, B): the reward (B,) less the log-ratios of this step and those after it."""
-    return earned - path.log_ratio.flip(0).cumsum(0).flip(0)
+def rewards_to_go(path: Trajectory, rewards: Tensor) -> Tensor:
+    """Return G (N, B): the rewards (B,) less the log-ratios of this step and those after it."""
+    return rewards - path.log_ratio.flip(0).cumsum(0).flip(0)
 
 
 def surrogate(log_rho: Tensor, a: Tensor, clip: float) -> Tensor:
-    """min(ρ a, clip(ρ, 1 − ε, 1 + ε) a) (n,): beyond 1 ± ε a ratio that helps the advantage earns no more."""
+    """Return min(ρ a, clip(ρ, 1 − ε, 1 + ε) a) (n,): beyond 1 ± ε a ratio that helps the advantage gains nothing."""
     rho = log_rho.exp()
     return torch.minimum(rho * a, rho.clamp(1 - clip, 1 + clip) * a)
 
 
 class Baseline:
-    """Running means of G for each step and pair.
+    """Keep running means of G for each step and pair.
 
     Args:
         momentum: of the average over rollouts.
-        mean: so far (N, pairs), None if there is none.
+        mean: the means so far (N, pairs); None if there are none.
     """
 
     def __init__(self, momentum: float = 0.9, mean: Tensor | None = None) -> None:
         self.momentum, self.mean = momentum, mean
 
     def advantages(self, g: Tensor, pair: Tensor, pairs: int) -> Tensor:
-        """G − b (N, B) for paths of pairs (B,), by the mean before these paths; then takes them in.
+        """Return G − b (N, B) for paths of pairs (B,), with the means before these paths; then update the means.
 
-        A pair not met before is given these paths' own mean; a mean that is not finite is not taken in.
+        A pair without a mean takes that of these paths; a mean that is not finite is left out.
         """
         pair = pair.to(g.device)
         count = torch.bincount(pair, minlength=pairs)
         mean = g.new_zeros(len(g), pairs).index_add_(1, pair, g) / count.clamp(min=1)
         if self.mean is None:
             self.mean = torch.full_like(mean, float("nan"))
-        known = torch.where(self.mean.isnan(), mean, self.mean)
-        taken = (count > 0) & mean.isfinite()
-        self.mean = torch.where(taken, self.momentum * known + (1 - self.momentum) * mean, self.mean)
-        return g - known[:, pair]
+        baseline = torch.where(self.mean.isnan(), mean, self.mean)
+        usable = (count > 0) & mean.isfinite()
+        self.mean = torch.where(usable, self.momentum * baseline + (1 - self.momentum) * mean, self.mean)
+        return g - baseline[:, pair]
 
 
-@dataclass
-class PPO(OnPolicy):
-    """The learner.
+class PPO(Revisiting):
+    """Learn by proximal policy optimisation.
 
     Args:
-        times, batch, eta, micro, offload: see `OnPolicy`.
-        surrogates: steps of each path that one update looks at.
-        reuse: updates from one rollout.
-        clip: ε; ratios beyond 1 ± ε earn no more.
+        times, batch, eta, micro, offload, settings: see `Revisiting`.
     """
 
-    batch: int = 160
-    surrogates: int = 5
-    reuse: int = 8
-    clip: float = 0.2
+    class Settings(LearnerSettings):
+        """Settings of `PPO`.
+
+        Args:
+            surrogates: steps of each path that one update takes the surrogate of.
+            reuse: updates from one rollout.
+            clip: ε; ratios beyond 1 ± ε gain nothing.
+        """
+
+        kept_states: ClassVar[int] = 2  # states and noise
+
+        updates: int = Field(800, ge=1)
+        batch: int = Field(160, ge=1)
+        lr_adapter: float = Field(5e-4, gt=0)
+        surrogates: int = Field(5, ge=1)
+        reuse: int = Field(8, ge=1)
+        clip: float = Field(0.2, gt=0, lt=1)
+
+        def rows_kept(self, micro: int | None) -> int:
+            transitions = self.batch * self.surrogates
+            return min(transitions, micro or transitions)
+
+        def evaluations(self, steps: int) -> Evaluations:
+            return Evaluations(math.ceil(2 * steps / self.reuse), self.surrogates)
 
     def __call__(
         self,
@@ -96,42 +111,33 @@ class PPO(OnPolicy):
         generator: torch.Generator,
         carried: Carried = None,
     ) -> Iterator[Step]:
-        """Losses without end."""
-        carried = [] if carried is None else carried
-        seen = self.surrogates * self.batch  # transitions an update, by all ranks
+        carried, settings = [] if carried is None else carried, self.settings
+        transitions = settings.surrogates * self.batch  # of an update, on all ranks
         baseline = Baseline(mean=carried[0] if carried else None)
         while True:
-            with torch.no_grad(), policy.frozen():
-                drawn = list(self.fresh_paths(policy, conditions, generator, compare=True))
-                earned = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in drawn])
-            path, labels, cond = joined(drawn)
-            pair = torch.cat([pair for _, pair, _, _ in drawn])
-            del drawn  # or what is joined would be held twice
-            g = ranks.all_gather(rewards_to_go(path, earned), dim=1)
-            advantage = baseline.advantages(g, ranks.all_gather(pair), conditions.pairs)[:, self.mine]
+            rollout, rewards = self.roll_out(policy, reward, conditions, generator)
+            path, g = rollout.path, ranks.all_gather(rewards_to_go(rollout.path, rewards), dim=1)
+            advantage = baseline.advantages(g, ranks.all_gather(rollout.pair), conditions.pairs)[:, self.rows]
             carried[:] = [baseline.mean]
-            visited = islice(visits(self.steps, self.batch, self.surrogates, generator, self.mine), self.reuse)
-            for used, (i, row) in enumerate(visited, start=1):
-                for rows in parts(len(i), self.micro):
-                    steps, mine = i[rows], row[rows]
-                    here = revisit(policy, path, steps, mine, labels, cond, self.eta)
-                    miss = (path.x[steps + 1, mine].to(policy.device) - here.mean) / here.std
-                    log_rho = half_square(path.z[steps, mine].to(policy.device)) - half_square(miss)
-                    gain = surrogate(log_rho, advantage[steps, mine], self.clip)
-                    beyond = (log_rho.detach().exp() - 1).abs() > self.clip
-                    figures = {"clipped": beyond.float().sum() / seen}
-                    if last := rows.stop == len(i):
-                        kl = self.weight * path.kl.sum(0).mean()
-                        figures |= {"reward": self.weight * earned.mean(), "kl": kl}
-                    yield Step(-self.steps * (gain.sum() / seen), figures, last, used == self.reuse)
+            for visit in self.visits(settings.surrogates, generator):
+                at, after = (visit.step, visit.row), (visit.step + 1, visit.row)
+                step = revisit(policy, rollout, visit, self.eta)
+                noise = (path.x[after].to(policy.device) - step.mean) / step.std
+                log_rho = half_square(path.z[at].to(policy.device)) - half_square(noise)
+                gain = surrogate(log_rho, advantage[at], settings.clip).sum()
+                beyond = (log_rho.detach().exp() - 1).abs() > settings.clip
+                metrics = {"clipped": beyond.float().sum() / transitions}
+                if visit.last:
+                    kl = self.weight * path.kl.sum(0).mean()
+                    metrics |= {"reward": self.weight * rewards.mean(), "kl": kl}
+                yield Step(-self.steps * (gain / transitions), metrics, visit.last, visit.whole)
 
-
-class PPOSettings(LearnerSettings):
-    """`learn/ppo.py`."""
-
-    updates: int = Field(800, ge=1)
-    batch: int = Field(160, ge=1)
-    lr_adapter: float = Field(5e-4, gt=0)
-    surrogates: int = Field(5, ge=1)
-    reuse: int = Field(8, ge=1)
-    clip: float = Field(0.2, gt=0, lt=1)
+    @torch.no_grad()
+    def roll_out(
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+    ) -> tuple[Rollout, Tensor]:
+        """Draw new paths; return them with their rewards (B,)."""
+        with policy.frozen():
+            batches = list(self.fresh_paths(policy, conditions, generator, compare=True))
+            rewards = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in batches])
+        return Rollout.from_parts(batches), rewards

@@ -1,36 +1,73 @@
-"""Say what a learner is: a generator of losses."""
+"""Define what a learner is: settings, their cost, and a generator of losses."""
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from ..chain.noise import normal
 from ..chain.rollout import Times
 from ..chain.schedule import Schedule, per_sample
+from ..control.conditions import Conditions
+from ..control.policy import Policy
+from ..reward.reward import Reward
 from ..system import ranks
 from ..system.strict import Strict
 
 
+class Evaluations(NamedTuple):
+    """Count the network's evaluations for each sample of an update: forward alone, and forward with backward."""
+
+    forward: int
+    with_backward: int
+
+
 class LearnerSettings(Strict):
-    """What every learner has: updates, samples an update, and a peak learning rate for each group of parameters."""
+    """Hold a learner's settings, and derive from them what an update costs.
+
+    Args:
+        updates: how many to take.
+        batch: samples an update, or paths a rollout.
+        lr_embedding, lr_adapter: peak learning rate of each group of parameters.
+    """
+
+    kept_states: ClassVar[int] = 0  # tensors like x_t that are kept of each step of each path
 
     updates: int = Field(ge=1)
     batch: int = Field(ge=1)
     lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1e-3, gt=0)
 
+    def stages(self, name: str) -> dict[str, Self]:
+        """Return the settings of each stage in turn, by its name: the learner's, and any that prepare it."""
+        return {name: self}
+
+    def rows_kept(self, micro: int | None) -> int:
+        """Count the samples of which a gradient keeps a step at once, `micro` of them at most."""
+        return min(self.batch, micro or self.batch)
+
+    def evaluations(self, steps: int) -> Evaluations:
+        """Count the evaluations of an update on a chain of so many steps, for each sample of the batch."""
+        raise NotImplementedError
+
 
 @dataclass
 class Step:
-    """A gradient step's worth, or a part of it: a loss in nats to minimise and figures to log, both of which add up and
-    are read once all of the step is on its way to the device.
+    """Hold a gradient step, or a part of it: a loss in nats to minimise and figures to log.
 
-    Of several ranks each gives the parts of its own rows. The step is taken after its last part. After a `whole` one no
-    paths are left to be used: a stream begun anew, with the generator and what is `carried` (by all ranks) as they are
-    then, goes on with the same losses.
+    Both add up over parts and ranks, each of which has rows of its own, and are read once all parts are computed.
+
+    Args:
+        loss: of this part.
+        metrics: of this part, by name.
+        last: the step is taken after this part.
+        whole: no paths are left to be used after this step: a stream that starts anew with the same generator and the
+            same `carried` continues with the same losses.
     """
 
     loss: Tensor
@@ -39,25 +76,72 @@ class Step:
     whole: bool = True
 
 
-# (policy, reward, conditions, generator, carried) → losses without end; `carried`, which may be left out, is a list in
-# which a learner keeps what it takes along from one batch of paths to the next
+# what a learner keeps from one batch of paths to the next, in a list that it changes in place; None keeps nothing
 Carried = list[Tensor] | None
-Learner = Callable[..., Iterator[Step]]
 
 
-def renoised(
-    x_0: Tensor, times: Times, schedule: Schedule, generator: torch.Generator, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples with the noise of a chain's times, as many of each step as of any other; x_0 (n, *) is this rank's share
-    of a batch.
+class Learner(ABC):
+    """Turn a policy, a reward and conditions into losses without end.
 
-    Returns:
-        x_t (n, *); t and σ_t (n,), float64.
+    A learner is one file and one row of `table.LEARNERS`. Its `Settings` declare each setting once, with its default
+    and bounds.
+
+    Args:
+        times: the chain's grid.
+        batch: samples an update; None for the default of the settings.
+        micro: samples that go through the network at once while a gradient is kept; None for all.
+        settings: the other `Settings`, by name.
     """
-    steps, n, mine = len(times) - 1, batch, ranks.rank_rows(batch)
+
+    Settings: ClassVar[type[LearnerSettings]]
+    differentiates: ClassVar[bool] = False  # whether it needs the gradient of the reward
+
+    def __init__(self, times: Times, batch: int | None = None, *, micro: int | None = None, **settings: Any) -> None:
+        self.times, self.micro = times, micro
+        self.settings = self.Settings(**settings if batch is None else {"batch": batch, **settings})
+
+    @classmethod
+    def from_settings(cls, settings: LearnerSettings, times: Times, micro: int | None = None, **run: Any) -> Self:
+        """Make a learner of settings.
+
+        Args:
+            settings: an instance of `Settings`.
+            times, micro: see the class.
+            run: what a run has to offer: `offload` (see `OnPolicy`), `prior_samples` (see `Weighted`).
+        """
+        return cls(times, micro=micro, **dict(settings))
+
+    @abstractmethod
+    def __call__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        conditions: Conditions,
+        generator: torch.Generator,
+        carried: Carried = None,
+    ) -> Iterator[Step]:
+        """Yield losses without end."""
+
+    @property
+    def batch(self) -> int:
+        """Samples an update."""
+        return self.settings.batch
+
+
+class Noised(NamedTuple):
+    """Hold noised samples x_t (n, *) with t and σ_t (n,), float64."""
+
+    x_t: Tensor
+    t: Tensor
+    sigma: Tensor
+
+
+def renoised(x_0: Tensor, times: Times, schedule: Schedule, generator: torch.Generator, batch: int) -> Noised:
+    """Add noise to this rank's share x_0 (n, *) of a batch, at every step of a chain equally often."""
+    steps, share = len(times) - 1, ranks.rank_rows(batch)
     offset = torch.rand((), generator=generator)
-    place = torch.randperm(n, generator=generator) + offset
-    t = torch.tensor(times, dtype=torch.float64)[(place * steps / n).long().clamp(max=steps - 1)][mine]
+    position = torch.randperm(batch, generator=generator) + offset
+    t = torch.tensor(times, dtype=torch.float64)[(position * steps / batch).long().clamp(max=steps - 1)][share]
     alpha, sigma = schedule(t)
-    noise = normal((n, *x_0.shape[1:]), x_0, generator, mine)
-    return per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise, t, sigma
+    noise = normal((batch, *x_0.shape[1:]), x_0, generator, share)
+    return Noised(per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise, t, sigma)

@@ -1,21 +1,23 @@
-"""Reward-weighted regression: the warm start.
+"""Regress on reward-weighted samples of the prior: the warm start.
 
 Draw x_0 from the prior once. For a pair (c, y) the target is those samples weighted by w = p̂(y | x_0)^γ, so draw from
-them by weight, add noise and regress the denoiser, ½‖(x̂_g(x_t) − x_0)/σ_t‖² at the times of the chain. It costs a plain
-training step and finds every mode (the cross-entropy method of stochastic control). With re-noising taken as the
-reverse of the prior's chain its solution E[x_0 | x_t, c, y] minimises the forward KL of paths.
+them by weight, add noise and regress the denoiser, ½‖(x̂_g(x_t) − x_0)/σ_t‖² at the times of the chain. An update costs
+a plain training step and finds every mode (the cross-entropy method of stochastic control). If re-noising is the
+reverse of the prior's chain, the solution E[x_0 | x_t, c, y] minimises the forward KL of paths.
 
-The weight 1/σ_t² makes it the squared error of v, for diffusion and flow alike. The weights of the forward KL in nats
-have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is left to
-learn (docs/lab-notes.md).
+The weight 1/σ_t² makes the loss the squared error of v, for diffusion and flow alike. The weights of the forward KL in
+nats have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is
+left to learn (docs/lab-notes.md).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from copy import copy
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import Self
 
 from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
@@ -25,30 +27,74 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward, prior_table
 from ..system import ranks
-from .step import Carried, LearnerSettings, Step, renoised
+from .step import Carried, Evaluations, Learner, LearnerSettings, Step, renoised
 
-RENOISING = "re-noising"  # the name of the stage that learns what is taken off
+RENOISING = "re-noising"  # the stage that learns what is subtracted
 
 
-@dataclass
-class Weighted:
-    """The learner.
+class Weighted(Learner):
+    """Learn by reward-weighted regression.
 
     Args:
         x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn.
-        times: the chain's grid.
-        batch: samples an update.
-        even: learn at w ≡ 1 what re-noising alone does to the prior, whatever the label.
-        renoising: a snapshot of the policy's controls that learned it; None takes nothing off.
-        micro: samples that go through the network at once; None for all.
+        times, batch, micro, settings: see `Learner`.
+        even: learn at w ≡ 1 the effect of re-noising alone, which is the same for every label.
+        learned_renoising: a snapshot of the policy's controls that learned it; None subtracts nothing.
     """
 
-    x_0: Tensor
-    times: Times
-    batch: int = 256
-    even: bool = False
-    renoising: list[Tensor] | None = None
-    micro: int | None = None
+    class Settings(LearnerSettings):
+        """Settings of `Weighted`.
+
+        Args:
+            cache: samples of the prior for each of its conditions.
+            renoising: updates at w ≡ 1 that come first; 0 for none.
+        """
+
+        updates: int = Field(700, ge=1)
+        batch: int = Field(128, ge=1)
+        lr_embedding: float = Field(5e-2, gt=0)
+        lr_adapter: float = Field(2e-3, gt=0)
+        cache: int = Field(1000, ge=1)
+        renoising: int = Field(175, ge=0)
+
+        def stages(self, name: str) -> dict[str, Self]:
+            first = self.model_copy(update={"updates": self.renoising, "renoising": 0})
+            return {**({RENOISING: first} if self.renoising else {}), name: self}
+
+        def evaluations(self, steps: int) -> Evaluations:
+            return Evaluations(2 if self.renoising else 0, 1)  # the effect of re-noising: its control less the prior
+
+    def __init__(
+        self,
+        x_0: Tensor,
+        times: Times,
+        batch: int | None = None,
+        *,
+        even: bool = False,
+        learned_renoising: list[Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(times, batch, **options)
+        self.x_0, self.even, self.learned_renoising = x_0, even, learned_renoising
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: LearnerSettings,
+        times: Times,
+        micro: int | None = None,
+        *,
+        prior_samples: Callable[[int], Tensor],
+        **run: Any,
+    ) -> Self:
+        """Make the learner of settings; `prior_samples` draws so many for each condition in turn."""
+        return cls(prior_samples(settings.cache), times, micro=micro, **dict(settings))
+
+    def at_even_weights(self) -> Self:
+        """Return the learner of re-noising alone, on the same samples."""
+        learner = copy(self)
+        learner.even = True
+        return learner
 
     def __call__(
         self,
@@ -58,37 +104,25 @@ class Weighted:
         generator: torch.Generator,
         carried: Carried = None,
     ) -> Iterator[Step]:
-        """Losses without end."""
         with torch.no_grad():
             table = prior_table(reward, conditions, self.x_0)
             weights = (torch.zeros_like(table) if self.even else table).softmax(1)  # (G, M, K)
         # for each pair the cumulated weights over its condition's samples
         cumulated, members = weights.transpose(1, 2).flatten(0, 1).double().cumsum(1), weights.shape[1]
-        mine = ranks.rank_rows(self.batch)
+        share = ranks.rank_rows(self.batch)
         while True:
-            pair = conditions.draw(self.batch, generator)[mine]
+            pair = conditions.draw(self.batch, generator)[share]
             labels, cond = conditions.of(pair)
-            ticket = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[mine]
-            member = torch.searchsorted(cumulated[pair], ticket).squeeze(1).clamp(max=members - 1)
+            quantile = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[share]
+            member = torch.searchsorted(cumulated[pair], quantile).squeeze(1).clamp(max=members - 1)
             x_0 = self.x_0[pair // conditions.classes * members + member].to(policy.device)
             x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator, self.batch)
             for rows in parts(len(pair), self.micro):
                 x, t, target = x_t[rows], times[rows], x_0[rows]
-                own = {"labels": rows_of(labels, rows), **rows_of(cond, rows)}
-                if self.renoising is not None:
-                    with torch.no_grad(), policy.holding(self.renoising):
-                        target = target - policy(x, t, **own) + policy.prior(x, t, **rows_of(cond, rows))
-                miss = half_square((policy(x, t, **own) - target) / per_sample(sigma[rows], x))
-                yield Step(miss.sum() / self.batch, last=rows.stop == len(pair))
-
-
-class WeightedSettings(LearnerSettings):
-    """`learn/weighted.py`; `cache` is the number of prior samples for each of the prior's conditions, `renoising` the
-    updates at w ≡ 1 that come first, 0 for none."""
-
-    updates: int = Field(700, ge=1)
-    batch: int = Field(128, ge=1)
-    lr_embedding: float = Field(5e-2, gt=0)
-    lr_adapter: float = Field(2e-3, gt=0)
-    cache: int = Field(1000, ge=1)
-    renoising: int = Field(175, ge=0)
+                row_cond = rows_of(cond, rows)
+                inputs = {"labels": rows_of(labels, rows), **row_cond}
+                if self.learned_renoising is not None:
+                    with torch.no_grad(), policy.holding(self.learned_renoising):
+                        target = target - policy(x, t, **inputs) + policy.prior(x, t, **row_cond)
+                loss = half_square((policy(x, t, **inputs) - target) / per_sample(sigma[rows], x)).sum()
+                yield Step(loss / self.batch, last=rows.stop == len(pair))

@@ -3,24 +3,20 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.tables import HUB
-from ..learn.adjoint import AdjointSettings
-from ..learn.backprop import BackpropSettings
-from ..learn.ppo import PPOSettings
-from ..learn.weighted import WeightedSettings
+from ..learn.table import LEARNERS, check_learners
 from ..prior.prior import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
 from ..system.files import write_text
 from ..system.strict import Strict, merged
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
-LearnerName = Literal["weighted", "adjoint", "backprop", "ppo"]
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
 
 
@@ -156,16 +152,16 @@ class Config(Strict):
     rank: int = Field(64, ge=1)
     lora_alpha: float | None = Field(None, gt=0)
     lora_targets: list[str] | None = Field(None, min_length=1)
-    learners: list[LearnerName] = Field(["weighted", "adjoint"], min_length=1)
+    learners: Annotated[list[str], AfterValidator(check_learners)] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
     patience: int | None = Field(None, ge=1)
     max_skipped: int = Field(5, ge=0)
     checkpoint: int = Field(50, ge=1)
     track: list[str] = Field(default_factory=list)
-    weighted: WeightedSettings = WeightedSettings()
-    adjoint: AdjointSettings = AdjointSettings()
-    backprop: BackpropSettings = BackpropSettings()
-    ppo: PPOSettings = PPOSettings()
+    weighted: LEARNERS["weighted"].Settings = LEARNERS["weighted"].Settings()
+    adjoint: LEARNERS["adjoint"].Settings = LEARNERS["adjoint"].Settings()
+    backprop: LEARNERS["backprop"].Settings = LEARNERS["backprop"].Settings()
+    ppo: LEARNERS["ppo"].Settings = LEARNERS["ppo"].Settings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @field_validator("mixed_precision", mode="before")

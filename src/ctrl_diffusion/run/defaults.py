@@ -1,10 +1,11 @@
 """Choose settings: for a prior and its data, and for a smoke test."""
 
 import math
-from typing import Any, get_args
+from typing import Any
 
-from ..learn.adjoint import AdjointSettings
-from .config import Config, LearnerName
+from ..learn.adjoint import Adjoint
+from ..learn.table import LEARNERS
+from .config import Config
 
 
 def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache, warm = max(100, min(10_000 // groups, max(1000, 300 * classes))), min(700, 400 + 20 * pairs)
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
-    full = AdjointSettings()
+    full = Adjoint.Settings()
     share = (batch / full.batch) ** 0.5
     adjoint_lr = {name: float(f"{share * getattr(full, name):.2g}") for name in ("lr_embedding", "lr_adapter")}
     return {
@@ -49,7 +50,7 @@ def quick(config: Config) -> Config:
         else control.with_(classifier={"updates": max(1, control.classifier.updates // 4)})
         for control in config.controls
     ]
-    learners = {name: {"updates": max(1, getattr(config, name).updates // 20)} for name in get_args(LearnerName)}
+    learners = {name: {"updates": max(1, getattr(config, name).updates // 20)} for name in LEARNERS}
     learners["weighted"] |= {
         "renoising": config.weighted.renoising // 20, "cache": max(1, config.weighted.cache // 10),
     }  # fmt: skip

@@ -6,20 +6,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..chain.noise import stream
 from ..control.policy import Policy
-from ..learn.adjoint import Adjoint
-from ..learn.backprop import Backprop
 from ..learn.fit import fit
-from ..learn.ppo import PPO
 from ..learn.step import Learner, LearnerSettings
+from ..learn.table import LEARNERS
 from ..learn.weighted import RENOISING, Weighted
 from ..reward.reward import prior_table
 from ..system import ranks
@@ -174,12 +172,19 @@ class TrainingState:
             self.latest = None
 
 
-def stages_of(config: Config) -> Iterator[tuple[str, str, int]]:
-    """The stages of a training: name, learner, updates."""
+class Stage(NamedTuple):
+    """Name a stage of a training, its learner and the settings of both."""
+
+    name: str
+    learner: str
+    settings: LearnerSettings
+
+
+def stages_of(config: Config) -> Iterator[Stage]:
+    """Yield the stages of a training in turn; those that prepare a learner come before it."""
     for learner in config.learners:
-        if learner == "weighted" and config.weighted.renoising:
-            yield RENOISING, learner, config.weighted.renoising
-        yield learner, learner, getattr(config, learner).updates
+        for name, settings in getattr(config, learner).stages(learner).items():
+            yield Stage(name, learner, settings)
 
 
 def between_probes(config: Config, updates: int) -> int:
@@ -187,22 +192,13 @@ def between_probes(config: Config, updates: int) -> int:
     return max(1, updates // config.evaluation.probes)
 
 
-def learner_of(run: Run, stage: str, phase: Phase) -> Learner:
-    """The learner of a stage with the run's settings."""
-    config, times, micro = run.config, run.times, run.config.micro_batch
-    if stage == "weighted":
-        cache = run.prior_samples(config.weighted.cache, "prior samples to learn from", phase)
-        return Weighted(cache, times, config.weighted.batch, micro=micro)
-    if stage == "adjoint":
-        a = config.adjoint
-        more = {"regressed": a.regressed, "reuse": a.reuse, "clip": a.clip, "lean": a.lean}
-        return Adjoint(times, a.batch, micro=micro, offload=config.offload, **more)
-    if stage == "ppo":
-        p = config.ppo
-        more = {"surrogates": p.surrogates, "reuse": p.reuse, "clip": p.clip}
-        return PPO(times, p.batch, micro=micro, offload=config.offload, **more)
-    b = config.backprop
-    return Backprop(times, b.batch, micro=micro, clip=b.clip, through=b.through)
+def learner_of(run: Run, name: str, phase: Phase) -> Learner:
+    """Return the learner of that name with the run's settings."""
+    config = run.config
+    return LEARNERS[name].from_settings(
+        getattr(config, name), run.times, config.micro_batch, offload=config.offload,
+        prior_samples=lambda n: run.prior_samples(n, "prior samples to learn from", phase),
+    )  # fmt: skip
 
 
 def train(run: Run, phase: Phase = silent, training: TrainingState | None = None) -> Iterator[dict[str, Any]]:
@@ -216,20 +212,19 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
     training = training or TrainingState(Best(run.policy))
     best, untrained, learner = training.best, run.policy.snapshot(), None
     run.policy.restore(best.snapshot or untrained)
-    for number, (stage, name, updates) in enumerate(stages_of(run.config)):
+    for number, (stage, name, settings) in enumerate(stages_of(run.config)):
         if number < training.done:
             continue
-        settings, learner = getattr(run.config, name), learner or learner_of(run, name, phase)
+        learner = learner or learner_of(run, name, phase)
         if stage == RENOISING:
             run.policy.restore(untrained)
-            even = replace(learner, even=True)
-            yield from train_stage(run, stage, even, settings, updates, phase, training)
+            yield from train_stage(run, stage, learner.at_even_weights(), settings, phase, training)
             training.renoising = run.policy.snapshot()
             run.policy.restore(best.snapshot or untrained)
         else:
             if isinstance(learner, Weighted) and settings.renoising:
-                learner.renoising = training.renoising
-            yield from train_stage(run, stage, learner, settings, updates, phase, training, best)
+                learner.learned_renoising = training.renoising
+            yield from train_stage(run, stage, learner, settings, phase, training, best)
             learner = None
             best.restore()
             phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
@@ -242,7 +237,6 @@ def train_stage(
     stage: str,
     learner: Learner,
     settings: LearnerSettings,
-    updates: int,
     phase: Phase,
     training: TrainingState,
     best: Best | None = None,
@@ -254,7 +248,7 @@ def train_stage(
     Without `best` nobody compares the probes, only the last is taken, and not to be finite is an error.
     """
     config, few, begin = run.config, -(-PROBE_PATHS // run.trained.pairs), part_of("fit", training.within)
-    generator = stream(config.seed, stage)
+    generator, updates = stream(config.seed, stage), settings.updates
     if begin:
         generator.set_state(training.within["generator"])
     carried = [value.to(run.policy.device) for value in in_turn("carried", training.within)]
@@ -338,8 +332,7 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
             if not out_of_memory(error):
                 raise
         training.save()
-        stage = getattr(run.config, list(stages_of(run.config))[training.done][1])
-        at_once = run.config.micro_batch or stage.batch
+        at_once = run.config.micro_batch or list(stages_of(run.config))[training.done].settings.batch
         if not may_halve or at_once == 1 or ranks.world_size() > 1:  # other ranks wait where they had memory enough
             raise MemoryError(
                 f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}) or batch, or set "

@@ -25,13 +25,11 @@ from ...run.stages import PROBE_PATHS, Best, TrainingState, between_probes, stag
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
 from ...system.progress import DEFAULT, JobOptions, Phase, silent
-from .inspect import MEGABYTE, calls, evaluations, kept_bytes, rows_kept
+from .inspect import MEGABYTE, calls, evaluations, kept_bytes
 
 MANY = 2000  # labelled images
 # of what is trained: itself, gradient, average, two moments; three controls that are kept; the four of a saved state
 COPIES = 12
-# of each step of a path, wherever it is kept: states and noise; adjoints and the prior's means
-KEPT = {"weighted": 0, "adjoint": 4, "backprop": 2, "ppo": 2}
 
 
 def estimate_job(given: dict[str, Any], options: JobOptions = DEFAULT) -> dict[str, Any]:
@@ -145,13 +143,13 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
                 seconds.setdefault(record["stage"], []).append(time.perf_counter() - begin)
             begin = time.perf_counter()
     found, per_sample = {}, evaluations(config)
-    for stage, learner, updates in stages_of(config):
+    for stage, _, settings in stages_of(config):
         taken = seconds[stage]
-        updates += found.get(stage, {"updates": 0})["updates"]  # a learner may come twice
+        updates = settings.updates + found.get(stage, {"updates": 0})["updates"]  # a learner may come twice
         each = mean(taken[len(taken) // 2 :])
         found[stage] = {
             "updates": updates,
-            "batch": getattr(config, learner).batch,
+            "batch": settings.batch,
             "evaluations": [calls(run.prior) * n for n in per_sample[stage]],
             "seconds_per_update": each,
             "seconds": updates * each,
@@ -162,8 +160,8 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
 def probes_of(config: Config) -> int:
     """Of all stages: at the beginning, on the way, and of the averaged weights; re-noising has the last alone."""
     return sum(
-        1 if stage == RENOISING else 2 + (updates - 1) // between_probes(config, updates)
-        for stage, _, updates in stages_of(config)
+        1 if stage == RENOISING else 2 + (settings.updates - 1) // between_probes(config, settings.updates)
+        for stage, _, settings in stages_of(config)
     )
 
 
@@ -208,6 +206,7 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     networks = [prior.denoiser.network, *(panel.classifier for panel in run.panels.values())]
     weights = sum(p.nbytes for network in networks for p in network.parameters()) - learned
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
+    learners = [getattr(config, name) for name in config.learners]
     held, drawn = (
         run.conditions.groups * one_x * (c.evaluation.prior_samples + c.weighted.cache * ("weighted" in c.learners))
         for c in (config, run.config)
@@ -215,8 +214,8 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     found = {
         "weights": weights + max(0, 2 * one - two),  # those that a control changes are there twice
         "control": COPIES * learned,
-        "paths": max(KEPT[name] * getattr(config, name).batch for name in config.learners) * config.steps * one_x,
-        "activations": max(rows_kept(config)[name] for name in config.learners) * (two - one),
+        "paths": max(s.kept_states * s.batch for s in learners) * config.steps * one_x,
+        "activations": max(s.rows_kept(config.micro_batch) for s in learners) * (two - one),
     }
     device = prior.denoiser.device
     if device.type == "cuda":

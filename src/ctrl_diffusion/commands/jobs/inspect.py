@@ -1,6 +1,5 @@
 """What a pre-trained model is, and what training a control on it takes."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ...chain.transition import half_square, transition
 from ...control.lora import LoRAControl
 from ...control.policy import Policy
-from ...learn.weighted import RENOISING
+from ...learn.step import Evaluations
+from ...learn.table import LEARNERS
 from ...prior.prior import Prior
 from ...run.config import Config
 from ...run.defaults import suggested
@@ -57,7 +57,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
             "memory_mb": {
                 "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
                 "control": round(4 * 5 * trained / MEGABYTE, 1),  # itself, its gradient, two moments, the average
-                "activations": round(rows_kept(config)["adjoint"] * (two - one) / MEGABYTE, 1),
+                "activations": round(config.adjoint.rows_kept(config.micro_batch) * (two - one) / MEGABYTE, 1),
             },
         },
     }
@@ -68,34 +68,10 @@ def calls(prior: Prior) -> int:
     return 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
 
 
-def rows_kept(config: Config) -> dict[str, int]:
-    """Of how many samples a gradient keeps a step at once, by learner."""
-
-    def most(samples: int) -> int:
-        return min(samples, config.micro_batch or samples)
-
-    return {
-        "weighted": most(config.weighted.batch),
-        # regressed steps of the policy; or a step of prior and policy, as the adjoint is carried back
-        "adjoint": max(most(config.adjoint.batch * config.adjoint.regressed), 2 * most(config.adjoint.batch)),
-        "backprop": most(config.backprop.batch),
-        "ppo": most(config.ppo.batch * config.ppo.surrogates),
-    }
-
-
-def evaluations(config: Config) -> dict[str, tuple[int, int]]:
-    """Of the network for each sample of an update, forward alone and with backward, by stage."""
-    n, a = config.steps, config.adjoint
-    adjoints = n if a.lean else 2 * n  # through the prior, and unless lean through the policy
-    return {
-        RENOISING: (0, 1),
-        # what re-noising alone does is looked up in its control and the prior
-        "weighted": (2 if config.weighted.renoising else 0, 1),
-        # rollout and adjoints are made once for several updates
-        "adjoint": (math.ceil(n / a.reuse), math.ceil(adjoints / a.reuse) + a.regressed),
-        "backprop": (2 * n, 2 * n),  # policy and prior, each once more on the way back
-        "ppo": (math.ceil(2 * n / config.ppo.reuse), config.ppo.surrogates),
-    }
+def evaluations(config: Config) -> dict[str, Evaluations]:
+    """Count the network's evaluations for each sample of an update, by stage."""
+    stages = (getattr(config, name).stages(name) for name in LEARNERS)
+    return {stage: settings.evaluations(config.steps) for each in stages for stage, settings in each.items()}
 
 
 def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:

@@ -1,0 +1,25 @@
+"""Name the learners: what settings, stages and reports call each of them."""
+
+from difflib import get_close_matches
+
+from .adjoint import Adjoint
+from .backprop import Backprop
+from .ppo import PPO
+from .step import Learner
+from .weighted import Weighted
+
+# a package of one's own may add a row
+LEARNERS: dict[str, type[Learner]] = {"weighted": Weighted, "adjoint": Adjoint, "backprop": Backprop, "ppo": PPO}
+
+
+def check_learners(names: list[str]) -> list[str]:
+    """Return the names; refuse one that no learner has.
+
+    Raises:
+        ValueError: with the nearest name and all of them.
+    """
+    for name in names:
+        if name not in LEARNERS:
+            near = "".join(f" Did you mean {match}?" for match in get_close_matches(name, LEARNERS, 1))
+            raise ValueError(f"no learner is called {name!r}.{near} There are {', '.join(LEARNERS)}")
+    return names
