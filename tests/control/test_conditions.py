@@ -11,9 +11,9 @@ def test_conditions_number_every_pair():
     assert conditions.pairs == 12
     pairs = list(zip(cond["c"].tolist(), labels["ink"].tolist(), strict=True))
     assert pairs == [(c, y) for c in (7, 8, 9) for y in range(4) for _ in range(2)]
-    drawn = conditions.draw(30, torch.Generator().manual_seed(0)).bincount(minlength=12)
-    assert drawn.min() >= 2
-    assert drawn.max() <= 3
+    counts = conditions.draw(30, torch.Generator().manual_seed(0)).bincount(minlength=12)
+    assert counts.min() >= 2
+    assert counts.max() <= 3
 
 
 def test_labels_of_several_controls_run_the_last_fastest():
@@ -39,18 +39,18 @@ def test_a_control_may_be_left_out_but_not_all():
     assert Conditions({}, {"ink": 3}).combinations.tolist() == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize("settled", [(), ("slant",)])
+@pytest.mark.parametrize("fixed", [(), ("slant",)])
 @pytest.mark.parametrize("n", [60, 61])
-def test_every_choice_of_controls_is_drawn_as_often_as_the_others(n, settled):
+def test_every_choice_of_controls_is_drawn_as_often_as_the_others(n, fixed):
     """However many labels it has, and each of these as often as the others."""
-    conditions = Conditions.for_training({"c": torch.tensor([7, 8])}, {"ink": 4, "slant": 2}, settled)
+    conditions = Conditions.for_training({"c": torch.tensor([7, 8])}, {"ink": 4, "slant": 2}, fixed)
     labels, _ = conditions.of(conditions.draw(n, torch.Generator().manual_seed(0)))
-    asked = torch.stack([y != NULL for y in labels.values()], dim=1)
-    choices, counts = asked.unique(dim=0, return_counts=True)
-    assert len(choices) == (2 if settled else 3)
+    active = torch.stack([y != NULL for y in labels.values()], dim=1)
+    choices, counts = active.unique(dim=0, return_counts=True)
+    assert len(choices) == (2 if fixed else 3)
     assert counts.sum() == n
     assert counts.max() - counts.min() <= 1
-    both = asked.all(1)
+    both = active.all(1)
     of_both = (labels["ink"][both] * 2 + labels["slant"][both]).bincount(minlength=8)
     # every (c, y) once before any comes again: two conditions, eight labels
     assert of_both.max() - of_both.min() <= 2

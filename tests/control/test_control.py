@@ -110,8 +110,8 @@ def test_the_weights_of_an_active_control_are_pefts_adapter(network):
         layer._disable_adapters = False
     theirs = denoiser(x_t, 0.5, c=c)
     torch.testing.assert_close(ours, theirs)
-    for one, other in zip(gradients, torch.autograd.grad(theirs.square().sum(), adapter), strict=True):
-        torch.testing.assert_close(one, other)
+    for gradient, expected in zip(gradients, torch.autograd.grad(theirs.square().sum(), adapter), strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_save_and_load(network, tmp_path):
@@ -183,20 +183,20 @@ def test_two_controls_on_one_network_leave_no_trace_where_they_are_null(network)
         torch.testing.assert_close(beyond, 2 * mixed - bare)
 
 
-def test_a_settled_control_is_not_trained_beside_another(network):
+def test_a_fixed_control_is_not_trained_beside_another(network):
     denoiser, x_t, c, _ = network
     old, new = lora(denoiser).fix(), lora(denoiser, "slant")
     policy = Policy(denoiser, old, new)
     y = torch.zeros(B, dtype=torch.long)
     policy(x_t, 0.5, labels={"ink": y, "slant": y}, c=c).square().sum().backward()
-    mine = sum(new.parameter_groups().values(), [])
-    assert {id(p) for p in policy.trainable()} == {id(p) for p in mine}
-    assert all(p.grad.abs().max() > 0 for p in mine)
+    trained = sum(new.parameter_groups().values(), [])
+    assert {id(p) for p in policy.trainable()} == {id(p) for p in trained}
+    assert all(p.grad.abs().max() > 0 for p in trained)
     assert all(p.grad is None and not p.requires_grad for p in sum(old.parameter_groups().values(), []))
     with policy.frozen(), torch.no_grad():
         policy(x_t, 0.5, labels={"ink": y, "slant": y}, c=c)
-    assert all(p.requires_grad for p in mine)
-    assert not any(p.requires_grad for p in sum(old.parameter_groups().values(), [])), "settled for good"
+    assert all(p.requires_grad for p in trained)
+    assert not any(p.requires_grad for p in sum(old.parameter_groups().values(), [])), "fixed for good"
 
 
 def test_a_second_control_leaves_the_first_one_learning(network):
@@ -266,30 +266,30 @@ def test_snapshots_of_the_controls_parameters(network):
     policy = Policy(denoiser, LoRAControl("ink", VALUES, denoiser, rank=4))
     y, untrained = torch.zeros(B, dtype=torch.long), policy.snapshot()
 
-    def says():
+    def predict():
         with torch.no_grad():
             return policy(x_t, 0.5, labels={"ink": y}, c=c)
 
     with torch.no_grad():
         for parameter in policy.trainable():
             parameter.add_(0.3)
-    trained = says()
+    trained = predict()
     assert not torch.isclose(trained, bare, atol=1e-3).flatten(1).all(1).any()
     with policy.holding(untrained):
-        assert torch.equal(says(), bare)
-    assert torch.equal(says(), trained)
+        assert torch.equal(predict(), bare)
+    assert torch.equal(predict(), trained)
     with pytest.raises(RuntimeError), policy.holding(untrained):
         raise RuntimeError
-    assert torch.equal(says(), trained), "an error inside changes nothing"
+    assert torch.equal(predict(), trained), "an error inside changes nothing"
     policy.restore(untrained)
-    assert torch.equal(says(), bare)
+    assert torch.equal(predict(), bare)
     with torch.no_grad():
         policy.trainable()[0].add_(1.0)
     assert not any(p is q for p, q in zip(policy.trainable(), untrained, strict=True))
     assert not torch.equal(policy.trainable()[0], untrained[0]), "a snapshot does not follow"
 
 
-def test_what_is_kept_of_a_control_follows_its_parameters(network):
+def test_what_is_cached_of_a_control_changes_with_its_parameters(network):
     """BA is computed once inside `frozen` and always outside, whoever changed the parameters in between."""
     denoiser, x_t, c, _ = network
     policy, y = Policy(denoiser, lora(denoiser)), {"ink": torch.arange(B) % 4}
@@ -326,7 +326,7 @@ def test_what_is_kept_of_a_control_follows_its_parameters(network):
     assert all(p.requires_grad for p in policy.trainable())
 
 
-def test_a_null_label_is_a_control_left_out_whatever_the_other_says():
+def test_a_null_label_is_a_control_left_out_whatever_the_other_predict():
     prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
     policy = Policy(prior, *(SideControl(name, ("a", "b"), prior, width=8) for name in ("side", "height")))
     with torch.no_grad():
@@ -338,7 +338,7 @@ def test_a_null_label_is_a_control_left_out_whatever_the_other_says():
         assert not torch.equal(policy(x_t, 0.5, labels={"side": y, "height": y}), alone)
 
 
-def test_a_control_that_is_active_already_says_so(network):
+def test_a_control_that_is_active_already_is_refused(network):
     denoiser, *_ = network
     control = lora(denoiser)
     y = torch.zeros(1, dtype=torch.long)

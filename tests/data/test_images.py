@@ -24,8 +24,8 @@ def test_images_on_disk_are_the_floats_they_would_be_in_memory(monkeypatch):
     assert inside.shape == (40, 3, 8, 8)
     assert inside[7, 2, 1, 5] == pixels[7, 1, 5, 2] / 127.5 - 1
     rows = torch.tensor([3, 39, 3])
-    for some in (rows, slice(2, 5), 7):
-        assert torch.equal(outside[some], inside[some])
+    for index in (rows, slice(2, 5), 7):
+        assert torch.equal(outside[index], inside[index])
     parts = [outside.take(torch.arange(0, 40, 2)), outside.take(torch.arange(1, 40, 2))]
     assert torch.equal(parts[1][rows[:1]], inside[7:8])
     assert torch.equal(joined_x(parts)[:], torch.cat([inside[::2], inside[1::2]]))
@@ -35,14 +35,14 @@ def test_classifiers_are_the_same_from_disk_and_from_memory():
     """All that is done with labelled images, on both kinds of x: to the bit."""
     pixels = torch.randint(256, (60, 8, 8, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     y = (pixels.float().mean((1, 2, 3)) > 127).long()
-    found = []
+    reports = []
     for x in (as_x(pixels), Images(pixels)):
         data = LabelledImages(x, {"y": y}, {"y": ("0", "1")})
         first, second = data[torch.arange(40)], data[torch.arange(40, 60)]
         p = fit_classifier(first.x, first.labels["y"], 2, epochs=2, seed=3)
         calibrate(p, second.x, second.labels["y"])
-        found.append(report_classifier(p, second.x, second.labels["y"]))
-    assert found[0] == found[1]
+        reports.append(report_classifier(p, second.x, second.labels["y"]))
+    assert reports[0] == reports[1]
     with pytest.raises(ValueError, match="not clearly better than chance"):
         fit_panel(data, "y", ruler=True, settings=ClassifierSettings(updates=2, head="categorical", grid=1, depth=1))
 
@@ -64,7 +64,7 @@ for i in range(6000):
 (folder / "metadata.csv").write_text("file_name,y\\n" + "".join(f"{{i}}.bmp,{{i % 2}}\\n" for i in range(6000)))
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-read_images(folder, {{"y": None}}, (3, 8, 8))  # what reading loads for good
+read_images(folder, {{"y": None}}, (3, 8, 8))  # imports, which stay
 before = anonymous()
 data = read_images(folder, {{"y": None}}, (3, 64, 64))
 assert isinstance(data.x, images.Images)

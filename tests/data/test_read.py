@@ -26,11 +26,11 @@ def test_imagefolder_round_trip(tmp_path):
     assert back.values == data.values
     for name in CLASSES:
         assert torch.equal(back.labels[name], data.labels[name])
-    # without being told, the classes are those that occur, numbers in their order, and grey images stay grey
-    found = read_images(tmp_path, {"ink": None})
-    assert found.values == {"ink": ("1", "2", "3", "4")}
-    assert torch.equal(found.labels["ink"], data.labels["ink"])
-    assert torch.equal(found.x, back.x)
+    # left out, the classes are those that occur, numbers in their order, and grey images stay grey
+    inferred = read_images(tmp_path, {"ink": None})
+    assert inferred.values == {"ink": ("1", "2", "3", "4")}
+    assert torch.equal(inferred.labels["ink"], data.labels["ink"])
+    assert torch.equal(inferred.x, back.x)
 
 
 def write(folder, rows, size=(8, 8)):
@@ -93,7 +93,7 @@ def test_jsonl_is_read_as_csv_is(tmp_path):
         read_images(tmp_path, CLASSES, SHAPE)
 
 
-def test_images_of_another_size_are_resized_and_it_is_said(tmp_path):
+def test_images_of_another_size_are_resized_with_a_warning(tmp_path):
     write(tmp_path, ["a.png,3,1", "wide.png,3,2"])
     Image.fromarray(np.full((8, 9, 3), 255, np.uint8)).save(tmp_path / "wide.png")
     with pytest.warns(UserWarning, match=r"1 of 2 images are not 8×8 \(row 2 is 9×8\): they were resized"):
@@ -142,14 +142,14 @@ def test_tags_are_controls_of_two_classes(tmp_path):
         read_images(tmp_path, {"hat": None}, SHAPE, {"hat": "ink"}, tags={"hat": "Hat"})
 
 
-def test_rows_that_cannot_be_used_are_skipped_when_asked_and_counted(tmp_path):
+def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
     good = ["c.png,5,2", "e.png,6,2", "f.png,6,3"]
     rows = ["a.png,3,1", "none.png,3,1", "b.png,4,", *good, "d.png,5,9", "a.png,1,1"]
     write(tmp_path, rows)
-    with pytest.warns(UserWarning, match="rows cannot be used") as said:
+    with pytest.warns(UserWarning, match="rows cannot be used") as record:
         data = read_images(tmp_path, CLASSES, SHAPE, skip_bad=True)
     assert data.labels["digit"].tolist() == [3, 5, 6, 6]
-    (message,) = [str(one.message) for one in said]
+    (message,) = [str(warning.message) for warning in record]
     counts = "1 × unreadable images, 1 × blank labels, 1 × unknown labels, 1 × repeated images"
     assert f"4 of 8 rows cannot be used ({counts}; the first: " in message
     assert "row 2: cannot read 'none.png'" in message
@@ -191,7 +191,7 @@ def test_images_as_cameras_and_scanners_leave_them(tmp_path):
         read_images(tmp_path, {"ink": None}, SHAPE)
 
 
-def test_a_million_pixels_are_brought_down_and_it_is_said(tmp_path):
+def test_a_million_pixels_are_brought_down_with_a_warning(tmp_path):
     write(tmp_path, ["a.png,3,1", "big.png,3,2"])
     Image.new("L", (1000, 1000), 255).save(tmp_path / "big.png")
     with pytest.warns(UserWarning, match=r"row 2 is 1000×1000\): they were resized"):

@@ -106,15 +106,15 @@ def test_every_kind_of_table_gives_the_same(kind, tmp_path, capfd):
 
 def test_a_name_on_the_hub(tmp_path, monkeypatch):
     """The code path is the real one; what would be downloaded is a saved folder."""
-    asked = []
+    calls = []
 
     def download(name, split):
-        asked.append((name, split))
+        calls.append((name, split))
         return datasets.load_from_disk(str(saved(tmp_path)))
 
     monkeypatch.setattr(datasets, "load_dataset", download)
     data = read_images("someone/digits-with-ink", {"ink": None}, SHAPE)
-    assert asked == [("someone/digits-with-ink", "train")]
+    assert calls == [("someone/digits-with-ink", "train")]
     assert len(data) == N
 
 
@@ -124,7 +124,7 @@ def test_a_name_on_the_hub_that_cannot_be_reached():
     assert "\n" not in str(error.value)
 
 
-def test_what_is_wrong_with_a_table_is_said(tmp_path):
+def test_what_is_wrong_with_a_table_is_reported(tmp_path):
     (tmp_path / "latin.csv").write_bytes("image,ink\na.png,schwärzer\n".encode("latin-1"))
     datasets.Dataset.from_dict({"picture": ["a.png"], "ink": ["1"]}).to_parquet(tmp_path / "t.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")

@@ -10,13 +10,13 @@ HELD_OUT = 300
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 digits: x (1797, 1, 8, 8) in [−1, 1], white ink on black, and c (1797,) in 0..9."""
+    """Return scikit-learn's 1,797 digits: x (1797, 1, 8, 8) in [−1, 1], white ink on black, and c (1797,) in 0..9."""
     x, c = load_digits(return_X_y=True)
     return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(c)
 
 
 def split() -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `digits()` the prior is trained on, and the rows it never sees."""
+    """Return the rows of `digits()` the prior is trained on, and the rows it never sees."""
     c = digits()[1].numpy()
     return train_test_split(np.arange(len(c)), test_size=HELD_OUT, stratify=c, random_state=0)
 
@@ -27,17 +27,17 @@ UPRIGHT = (0, 1, 2, 3, 4, 5, 8, 9)  # digits that lean either way
 
 
 def on_paper(x: Tensor) -> Tensor:
-    """x (n, C, H, W) in [−1, 1] on the scale 0 … 1; values outside are clipped, as in a file."""
+    """Bring x (n, C, H, W) in [−1, 1] to the scale 0 … 1; values outside are clipped, as in a file."""
     return (x.clamp(-1, 1) + 1) / 2
 
 
 def ink(x: Tensor) -> Tensor:
-    """Mean pixel on the scale 0 … 1: (n,) of x (n, C, H, W) in [−1, 1]."""
+    """Return the mean pixel on the scale 0 … 1: (n,) of x (n, C, H, W) in [−1, 1]."""
     return on_paper(x).flatten(1).mean(1)
 
 
 def slant(x: Tensor) -> Tensor:
-    """Pixels to the right per pixel up, the slope of ink's columns on its rows: (n,) of x (n, C, H, W) in [−1, 1]."""
+    """Return pixels right per pixel up, the slope of ink's columns on its rows: (n,) of x (n, C, H, W) in [−1, 1]."""
     weight = on_paper(x).mean(1)
     height, width = weight.shape[1:]
     up, right = torch.meshgrid(-torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij")
@@ -47,13 +47,13 @@ def slant(x: Tensor) -> Tensor:
 
 
 def ink_ruler(x: Tensor) -> Tensor:
-    """The true ink class 0 … 3 (n,) of x (n, C, H, W)."""
+    """Return the true ink class 0 … 3 (n,) of x (n, C, H, W)."""
     cuts = torch.quantile(ink(digits()[0]), torch.tensor([0.25, 0.5, 0.75]))
     return torch.bucketize(ink(x), cuts, right=True)
 
 
 def slant_ruler(x: Tensor) -> Tensor:
-    """The true slant class 0, 1 (n,) of x (n, C, H, W): right or left of the median of the digits that lean."""
+    """Return the true slant class 0, 1 (n,) of x (n, C, H, W): left or right of the median of the digits that lean."""
     real, c = digits()
     return (slant(x) > slant(real[torch.isin(c, torch.tensor(UPRIGHT))]).median()).long()
 

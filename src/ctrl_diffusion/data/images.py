@@ -1,4 +1,4 @@
-"""Images of any file as pixels of one size, and as many of them as do not fit into memory."""
+"""Read images of any file as pixels of one size, on disk if they are too many for memory."""
 
 import io
 import math
@@ -18,7 +18,7 @@ IN_MEMORY = 2**28  # bytes; what is larger as floats stays on disk as bytes
 
 
 def open_image(file: Path | bytes) -> Image.Image:
-    """One image, upright, as 8-bit grey, RGB or RGBA.
+    """Read one image, upright, as 8-bit grey, RGB or RGBA.
 
     16 bits are scaled to 8, the orientation a camera noted is applied, palettes are looked up.
 
@@ -27,7 +27,7 @@ def open_image(file: Path | bytes) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a bound of our own
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is ours
             image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width}×{image.height} pixels are too many")
@@ -46,13 +46,13 @@ def open_image(file: Path | bytes) -> Image.Image:
 
 
 def is_grey(file: Path | bytes) -> bool:
-    """Whether `open_image` would make it grey, from the file's header; raises OSError if it has none."""
+    """Return whether `open_image` would make it grey, by the file's header; raise OSError if it has none."""
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         return image.mode in ("1", "L") or image.mode.startswith("I")
 
 
 def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """Pixels (H, W, C) of 8 bits: what is transparent lies on white, unless there is a channel for it."""
+    """Resize to pixels (H, W, C) of 8 bits; transparency is put on white, unless there is a channel for it."""
     if image.mode == "RGBA" and channels != 4:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert(MODES[channels]).resize(size, Image.Resampling.BICUBIC)
@@ -60,7 +60,7 @@ def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.nda
 
 
 class Images:
-    """x (n, C, H, W) in [−1, 1] that is read when its rows are asked for.
+    """Hold x (n, C, H, W) in [−1, 1] as bytes; rows become floats when they are indexed.
 
     Args:
         pixels: (N, H, W, C) bytes.
@@ -84,12 +84,12 @@ class Images:
         return self.pixels[self.rows[rows]].movedim(-1, -3).float().div_(127.5).sub_(1).contiguous()
 
     def take(self, rows: Tensor) -> "Images":
-        """Some of them, still unread."""
+        """Return some rows, still as bytes."""
         return Images(self.pixels, self.rows[rows])
 
 
 def blank(n: int, height: int, width: int, channels: int) -> Tensor:
-    """Bytes (n, H, W, C) to be filled: in memory, or if they were too many as floats, in a file that goes with them."""
+    """Allocate bytes (n, H, W, C) in memory or, if they were too many as floats, in a temporary file."""
     shape = n, height, width, channels
     if 4 * math.prod(shape) <= IN_MEMORY:
         return torch.empty(shape, dtype=torch.uint8)
@@ -98,12 +98,12 @@ def blank(n: int, height: int, width: int, channels: int) -> Tensor:
 
 
 def as_x(pixels: Tensor) -> Tensor | Images:
-    """x of bytes (n, H, W, C): floats where they fit into memory."""
+    """Return x of bytes (n, H, W, C): floats where they fit into memory."""
     return Images(pixels) if 4 * pixels.numel() > IN_MEMORY else Images(pixels)[:]
 
 
 def joined_x(parts: Sequence[Tensor | Images]) -> Tensor | Images:
-    """Parts of one set of images as one."""
+    """Concatenate parts of one set of images."""
     if isinstance(parts[0], Images):
         return Images(parts[0].pixels, torch.cat([part.rows for part in parts]))
     return torch.cat(list(parts))

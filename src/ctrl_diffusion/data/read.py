@@ -1,4 +1,4 @@
-"""Read labelled images: a table of any kind becomes `LabelledImages`, or one line says which row is wrong and why."""
+"""Read labelled images: a table of any kind becomes `LabelledImages`, or an error names the row and what is wrong."""
 
 import re
 import warnings
@@ -18,11 +18,11 @@ from .rules import Rule, label_by, load_rule
 from .tables import Table, open_table
 
 MOST_CLASSES = 64
-Known = Mapping[str, int]
+Numbers = Mapping[str, int]  # the class number of every name a label may have, in order
 
 
 def in_order(texts: Iterable[str]) -> tuple[str, ...]:
-    """Distinct labels in order: as numbers if all are, else as text."""
+    """Sort distinct labels: as numbers if all are, else as text."""
     distinct = set(texts)
     try:
         return tuple(sorted(distinct, key=float))
@@ -30,28 +30,23 @@ def in_order(texts: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(distinct))
 
 
-class Bad(Exception):
-    """A row that cannot be used, and in a word why."""
+class BadRow(Exception):
+    """Refuse a row that cannot be used; `kind` says of what kind it is, in a word or two."""
 
-    def __init__(self, why: str, text: str) -> None:
+    def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
-        self.why = why
+        self.kind = kind
 
 
 def read_images(
-    source: str | Path,
-    columns: Mapping[str, Known | None],
-    shape: tuple[int, int, int] | None = None,
-    mapping: Mapping[str, str] | None = None,
-    scales: Mapping[str, bool] | None = None,
-    tags: Mapping[str, str] | None = None,
-    skip_bad: bool = False,
-    phase: Phase = silent,
-) -> LabelledImages:
+    source: str | Path, columns: Mapping[str, Numbers | None], shape: tuple[int, int, int] | None = None,
+    mapping: Mapping[str, str] | None = None, scales: Mapping[str, bool] | None = None,
+    tags: Mapping[str, str] | None = None, skip_bad: bool = False, phase: Phase = silent,
+) -> LabelledImages:  # fmt: skip
     """Read labelled images.
 
     Args:
-        source: a folder, a table or a dataset on the hub (`sources`).
+        source: a folder, a table or a dataset on the hub (`tables`).
         columns: labels to read, each with the class number of every name it may hold, in order; None takes the names
             that occur.
         shape: (C, H, W) the prior makes; images of another size are resized (bicubic) with one warning. None takes the
@@ -70,10 +65,7 @@ def read_images(
     """
     table, mapping, scales = open_table(source), mapping or {}, scales or {}
     rules = {name: load_rule(text) for name, text in mapping.items() if ":" in text}
-    wanted = {name: mapping.get(name, name) for name in columns if name not in rules}
-    table.check_columns(wanted.values())
-    texts = {name: table.texts(column) for name, column in wanted.items()}
-    texts |= {name: tagged(table, wanted[name], texts[name], tag) for name, tag in (tags or {}).items()}
+    texts = read_texts(table, {name: mapping.get(name, name) for name in columns if name not in rules}, tags or {})
     texts |= {name: [""] * table.rows for name in rules}
     if shape and shape[0] not in MODES:
         raise ValueError(
@@ -81,106 +73,111 @@ def read_images(
         )
     shape = shape or shape_of(table)
     pixels, kept, resized, bad = blank(table.rows, *shape[1:], shape[0]), [], [], []
-    met: dict[str, int] = {}
+    first_rows: dict[str, int] = {}
     advance = patient(phase, "reading images", table.rows)
     for i in range(table.rows):
         try:
-            image = opened(table, i, met)
+            image = read_image(table, i, first_rows)
             array = to_array(image, shape[0], shape[:0:-1])
             for name, rule in rules.items():
-                texts[name][i] = ruled(rule, Image.fromarray(array[..., 0] if shape[0] == 1 else array))
-            for name, known in columns.items():
-                check_label(name, texts[name][i], known, scales.get(name))
+                texts[name][i] = apply_rule(rule, Image.fromarray(array[..., 0] if shape[0] == 1 else array))
+            for name, numbers in columns.items():
+                check_label(name, texts[name][i], numbers, scales.get(name))
+        except BadRow as error:
+            text = f"{table.name} row {i + 1}: {error}"
+            if not skip_bad:
+                raise ValueError(text + ".") from error
+            bad.append((error.kind, text))
+        else:
             if image.size != shape[:0:-1]:
                 resized.append((i + 1, image.size))
             pixels[len(kept)] = torch.from_numpy(array.copy())
             kept.append(i)
-        except Bad as error:
-            text = f"{table.name} row {i + 1}: {error}"
-            if not skip_bad:
-                raise ValueError(text + ".") from error
-            bad.append((error.why, text))
         advance()
-    tell(table, bad, resized, shape)
+    warn_of_rows(table, bad, resized, shape)
     labels, values = {}, {}
-    for name, known in columns.items():
-        space, labels[name] = numbered(table, name, [texts[name][i] for i in kept], known, scales.get(name))
+    for name, numbers in columns.items():
+        space, labels[name] = to_labels(table, name, [texts[name][i] for i in kept], numbers, scales.get(name))
         values[name] = space.values
     return LabelledImages(as_x(pixels[: len(kept)]), labels, values)
 
 
+def read_texts(table: Table, columns: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, list[str]]:
+    """Read every row's text of each label from its column; of a label about a tag, whether the column lists the tag.
+
+    Raises:
+        ValueError: a column is missing, or no row has the tag.
+    """
+    table.check_columns(columns.values())
+    texts = {name: table.texts(column) for name, column in columns.items()}
+    for name, tag in tags.items():
+        rows = [{text.strip() for text in re.split("[;,|]", row)} for row in texts[name]]
+        if not any(tag in row for row in rows):
+            counts = Counter(sorted(text for row in rows for text in row if text)).most_common(10)
+            frequent = f"the most frequent are: {', '.join(text for text, _ in counts)}"
+            raise ValueError(f"{table.name}: no row has the tag {tag!r} in {columns[name]}; {frequent}.")
+        texts[name] = ["yes" if tag in row else "no" for row in rows]
+    return texts
+
+
 def shape_of(table: Table) -> tuple[int, int, int]:
-    """(C, H, W) of a table's first image that can be read; three channels unless all are grey."""
+    """Return (C, H, W) of a table's first image that can be read; three channels unless all are grey."""
     grey, size = True, None
     for i in range(table.rows):
         try:
-            size = size or opened(table, i, {}).size
+            size = size or read_image(table, i, {}).size
             grey = grey and is_grey(table.image(i)[0])
-        except (Bad, ValueError, OSError):  # said when the row is read
+        except (BadRow, ValueError, OSError):  # reported when the row is read
             continue
     return (1 if grey else 3, *(size or (1, 1))[::-1])
 
 
-def opened(table: Table, row: int, met: dict[str, int]) -> Image.Image:
-    """The image of a row; `met` has the images before it by path."""
+def read_image(table: Table, row: int, first_rows: dict[str, int]) -> Image.Image:
+    """Open the image of a row; `first_rows` has the row of every path so far, and is given this one's."""
     name = "its image"
     try:
-        file, called = table.image(row)
-        name = repr(called)
+        file, path = table.image(row)
+        name = repr(path)
         image = open_image(file)
     except ValueError as error:
-        raise Bad("unreadable images", f"cannot read {name} ({error}). Mend it or remove the row") from error
+        raise BadRow("unreadable images", f"cannot read {name} ({error}). Mend it or remove the row") from error
     if isinstance(file, Path):
-        if before := met.get(str(file)):
-            raise Bad(
+        if before := first_rows.get(str(file)):
+            raise BadRow(
                 "repeated images", f"{name} is in row {before} too and might stand in two parts of a split. Keep one"
             )
-        met[str(file)] = row + 1
+        first_rows[str(file)] = row + 1
     return image
 
 
-def ruled(rule: Rule, image: Image.Image) -> str:
-    """What a rule says of an image."""
+def apply_rule(rule: Rule, image: Image.Image) -> str:
+    """Label an image by a rule."""
     try:
         return label_by(rule, image)
     except ValueError as error:
-        raise Bad("rules that failed", str(error)) from error
+        raise BadRow("rules that failed", str(error)) from error
 
 
-def tagged(table: Table, column: str, texts: list[str], tag: str) -> list[str]:
-    """Whether each row has a tag; a row without any has a blank column.
-
-    Raises:
-        ValueError: no row has it.
-    """
-    rows = [{found.strip() for found in re.split("[;,|]", text)} for text in texts]
-    if not any(tag in row for row in rows):
-        known = Counter(sorted(found for row in rows for found in row if found))
-        some = ", ".join(found for found, _ in known.most_common(10))
-        raise ValueError(f"{table.name}: no row has the tag {tag!r} in {column}; the most frequent are: {some}.")
-    return ["yes" if tag in row else "no" for row in rows]
-
-
-def check_label(name: str, text: str, known: Known | None, scale: bool | None) -> None:
-    """Refuse a label that is blank, no number on a scale, or none of the known classes."""
+def check_label(name: str, text: str, numbers: Numbers | None, scale: bool | None) -> None:
+    """Refuse a label that is blank, no number on a scale, or none of the classes."""
     if not text:
-        raise Bad("blank labels", f"{name} is blank. Label it or remove the row")
+        raise BadRow("blank labels", f"{name} is blank. Label it or remove the row")
     if scale and not is_number(text):
-        raise Bad("labels that are no numbers", f"{name} must be a number, got {text!r}")
-    if not scale and known is not None and text not in known:
-        raise Bad("unknown labels", f"{name} must be one of {', '.join(list(known)[:10])}, got {text!r}")
+        raise BadRow("labels that are no numbers", f"{name} must be a number, got {text!r}")
+    if not scale and numbers is not None and text not in numbers:
+        raise BadRow("unknown labels", f"{name} must be one of {', '.join(list(numbers)[:10])}, got {text!r}")
 
 
-def tell(
+def warn_of_rows(
     table: Table, bad: list[tuple[str, str]], resized: list[tuple[int, tuple]], shape: tuple[int, int, int]
 ) -> None:
-    """Warn of rows that were left out or resized.
+    """Warn of bad rows (kind, error), which were left out, and of rows (number, size) resized to a shape (C, H, W).
 
     Raises:
         ValueError: more than half of the rows cannot be used.
     """
     if bad:
-        counts = ", ".join(f"{n} × {why}" for why, n in Counter(why for why, _ in bad).items())
+        counts = ", ".join(f"{n} × {kind}" for kind, n in Counter(kind for kind, _ in bad).items())
         text = f"{table.name}: {len(bad)} of {table.rows} rows cannot be used ({counts}; the first: {bad[0][1]})"
         if 2 * len(bad) > table.rows:
             raise ValueError(f"{text}. That is more than half: check the table.")
@@ -194,23 +191,21 @@ def tell(
         )
 
 
-def numbered(
-    table: Table, name: str, texts: list[str], known: Known | None, scale: bool | None
+def to_labels(
+    table: Table, name: str, texts: list[str], numbers: Numbers | None, scale: bool | None
 ) -> tuple[LabelSpace, Tensor]:
-    """Return what a label is, and the label of every row."""
-    if scale is None and known is None and len(set(texts)) > MOST_CLASSES:
+    """Return what a label is, and the label of every row; refuse too many classes, and a scale of one number."""
+    if scale is None and numbers is None and len(set(texts)) > MOST_CLASSES:
         scale = all(map(is_number, texts))
         if not scale:
-            raise ValueError(
-                f"{table.name}: {name} has {len(set(texts))} different values, more than {MOST_CLASSES} classes. Cut "
-                "it into a few."
-            )
+            count = f"{len(set(texts))} different values, more than {MOST_CLASSES} classes"
+            raise ValueError(f"{table.name}: {name} has {count}. Cut it into a few.")
     if scale:
-        space = LabelSpace(tuple(known), scale=True) if known else LabelSpace.from_numbers(texts)
+        space = LabelSpace(tuple(numbers), scale=True) if numbers else LabelSpace.from_numbers(texts)
         if space.ends[0] == space.ends[1]:
             raise ValueError(f"{table.name}: {name} is {space.values[0]} nearly everywhere, no scale to be controlled.")
         return space, space.places(torch.tensor([float(text) for text in texts]))
-    numbers = known if known is not None else {text: i for i, text in enumerate(in_order(texts))}
+    numbers = numbers if numbers is not None else {text: i for i, text in enumerate(in_order(texts))}
     # a class may have several names; the first is what it is called
-    first = {index: text for text, index in reversed(numbers.items())}
-    return LabelSpace(tuple(first[i] for i in range(len(first)))), torch.tensor([numbers[text] for text in texts])
+    names = {number: text for text, number in reversed(numbers.items())}
+    return LabelSpace(tuple(names[i] for i in range(len(names)))), torch.tensor([numbers[text] for text in texts])

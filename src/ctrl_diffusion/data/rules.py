@@ -1,8 +1,7 @@
-"""Labels that a function computes from the image itself: `--control NAME:MODULE:FUNCTION`.
+"""Label images by a function of the image itself: `--control NAME:MODULE:FUNCTION`.
 
-The function is given one PIL image as the prior sees it, after conversion and resizing: only then does a rule say of a
-sample what it said of the data. It returns a label, a text or a number. Its module is installed, or lies where the
-command runs.
+The function is given one PIL image as the prior sees it, after conversion and resizing, so that it labels samples as it
+labels data. It returns a text or a number. Its module is installed, or lies where the command runs.
 """
 
 import io
@@ -19,15 +18,15 @@ KILOBYTES = (60.0, 85.0, 110.0)  # where the reference code of the paper cuts (Z
 
 
 def function_of(name: str) -> Any:
-    """What MODULE:FUNCTION names, None if the module has nothing of that name; raises whatever importing it does."""
+    """Import what MODULE:FUNCTION names, None if the module lacks it; raise whatever importing raises."""
     module, _, function = name.rpartition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no file lying about takes the place of what is installed
+        sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
     return getattr(import_module(module), function, None)
 
 
 def load_rule(name: str) -> Rule:
-    """The function that `MODULE:FUNCTION` names.
+    """Import the function that `MODULE:FUNCTION` names.
 
     Raises:
         ValueError: there is no such module or function, or importing it failed.
@@ -43,10 +42,10 @@ def load_rule(name: str) -> Rule:
 
 
 def label_by(rule: Rule, image: Image.Image) -> str:
-    """What a rule says of an image, as text.
+    """Return the label a rule gives an image, as text.
 
     Raises:
-        ValueError: the rule failed, or said nothing that could be a label.
+        ValueError: the rule failed, or returned nothing that could be a label.
     """
     try:
         label = rule(image)
@@ -58,14 +57,14 @@ def label_by(rule: Rule, image: Image.Image) -> str:
 
 
 def jpeg_kilobytes(image: Image.Image, quality: int = 95) -> float:
-    """Size of the image as a JPEG file in kilobytes of 1,000 bytes."""
+    """Return the size of the image as a JPEG file in kilobytes of 1,000 bytes."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=quality)
     return len(file.getvalue()) / 1000
 
 
 def jpeg_size(image: Image.Image, cuts: Sequence[float] = KILOBYTES) -> int:
-    """The paper's compressibility, 0 … 3: 3 up to 60 kB as a JPEG, 2 up to 85, 1 up to 110, 0 beyond.
+    """Return the paper's compressibility, 0 … 3: 3 up to 60 kB as a JPEG, 2 up to 85, 1 up to 110, 0 beyond.
 
     Its cuts are meant for 512 × 512 pixels; smaller images need others.
     """
