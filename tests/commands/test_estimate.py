@@ -17,7 +17,7 @@ from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.reward.classifiers import Panel, fit_panel
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.run.measure import STRENGTHS, step_counts
+from ctrl_diffusion.run.measure import STRENGTHS, prior_samples, probe, step_counts, sweep
 from ctrl_diffusion.run.prepare import prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.run.stages import train
@@ -155,10 +155,10 @@ def test_the_evaluations_of_samples_are_those_made(digits):
 
     handle = digits.denoiser.network.register_forward_pre_hook(count, with_kwargs=True)
     said = evaluations_of_samples(run, config)
-    assert made(lambda: run.prior_samples(config.weighted.cache, "cache")) == said["cache"]
-    assert probes_of(config) * made(lambda: run.probe(-(-160 // run.trained.pairs))) == said["probes"]
+    assert made(lambda: prior_samples(run, config.weighted.cache, "cache")) == said["cache"]
+    assert probes_of(config) * made(lambda: probe(run, -(-160 // run.training_conditions.pairs))) == said["probes"]
     assert made(lambda: run.evaluate(config.evaluation.paths)) == said["log Z"] + said["certificate"]
-    swept = made(lambda: run.sweep(STRENGTHS, step_counts(run), config.evaluation.sweep_paths))
+    swept = made(lambda: sweep(run, STRENGTHS, step_counts(run), config.evaluation.sweep_paths))
     assert swept == said["strengths and step counts"]
     handle.remove()
 

@@ -25,9 +25,6 @@ class Tiny:
         self.config, self.times = config, prior.denoiser.times(config.steps, 0.1)
         self.shape = prior.denoiser.shape
 
-    def prior_samples(self, members, purpose, phase):
-        return torch.zeros(members, *self.shape)
-
 
 @pytest.mark.parametrize("name", ["offload", "micro_batch"])
 def test_what_is_said_of_memory_reaches_the_learners(digits, name):

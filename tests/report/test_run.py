@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from ctrl_diffusion.commands.jobs import demo
-from ctrl_diffusion.evaluate.evaluation import Evaluation
-from ctrl_diffusion.evaluate.scores import Score
 from ctrl_diffusion.exact.races import Picture
 from ctrl_diffusion.exact.task import GROWING
 from ctrl_diffusion.report.classifier import write_classifier_report
@@ -13,6 +11,7 @@ from ctrl_diffusion.report.run import sweep_figure
 from ctrl_diffusion.report.style import told_apart
 from ctrl_diffusion.report.testbed import write_exact_report
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
+from ctrl_diffusion.run.metrics import SweepPoint
 
 
 @pytest.mark.parametrize(
@@ -69,12 +68,12 @@ def test_the_page_of_a_classifier_shows_its_figures(tmp_path):
 def test_no_line_of_the_sweep_is_cut_off():
     """The panels share an axis, and either may reach higher."""
 
-    def score(diversity):
-        return Score(
-            accuracy=0.9, accuracy_stderr=0.01, class_accuracy=0.8, diversity=diversity, confusion=torch.eye(2)
-        )
+    def point(diversity, strength=None, steps=None):
+        return SweepPoint(strength, steps, 0.9, 0.01, 0.8, diversity)
 
-    sweep = {"strength": {0.0: score(1.0), 1.0: score(1.1)}, "steps": {10: score(0.9), 40: score(1.6)}}
-    evaluation = Evaluation(score(1.0), score(1.0), score(1.0), None, 4)
-    panels = sweep_figure(sweep, evaluation, 10).axes
+    sweep = {
+        "strength": [point(1.0, strength=0.0), point(1.1, strength=1.0)],
+        "steps": [point(0.9, steps=10), point(1.6, steps=40)],
+    }
+    panels = sweep_figure(sweep, 0.9, 10).axes
     assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.6 for axes in panels)

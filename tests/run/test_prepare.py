@@ -14,6 +14,7 @@ from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config, ControlSettings
 from ctrl_diffusion.run.defaults import suggested
 from ctrl_diffusion.run.folder import PAGES
+from ctrl_diffusion.run.measure import probe
 from ctrl_diffusion.run.prepare import ControlInputs, check_batches, conditions_of, dependences, prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system import ranks
@@ -136,8 +137,8 @@ def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_p
     x = one.data.x[:8]
     rows = torch.arange(2).repeat_interleave(4)
     torch.testing.assert_close(run.reward.table("ink", x, cond), run.config.gamma * panel.classifier.log_prob(x, rows))
-    assert run.judge.measure(x, rows)[0]["ink"].shape == labels["ink"].shape
-    assert 0 <= run.probe(2)[0]["probe_outside"] < 0.5, "an untrained policy is the prior"
+    assert run.second_opinion.measure_batch(x, rows).labels["ink"].shape == labels["ink"].shape
+    assert 0 <= probe(run, 2).figures["probe_outside"] < 0.5, "an untrained policy is the prior"
     panel.save(tmp_path)
     for page in PAGES:
         (tmp_path / page).write_bytes(b"page")

@@ -7,12 +7,12 @@ from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.run.stages import Best
+from ctrl_diffusion.run.stages import BestControl
 
 
 def test_a_control_whose_j_is_no_number_is_not_kept():
     prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
-    best = Best(Policy(prior, SideControl("y", ("a", "b"), prior, width=4)))
+    best = BestControl(Policy(prior, SideControl("y", ("a", "b"), prior, width=4)))
     good, bad = torch.randn(2, 160, generator=torch.Generator().manual_seed(0))
     bad[3] = float("nan")
     assert best.see({"stage": "adjoint", "J": 0.0}, good, good)
@@ -37,7 +37,7 @@ def test_a_control_whose_j_is_no_number_is_not_kept():
 def test_the_best_control_is_kept(rewards, averaged, kept):
     prior = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.3, Cosine())
     policy = Policy(prior, SideControl("y", ("a", "b"), prior, width=4))
-    best, noise = Best(policy), torch.randn(160, generator=torch.Generator().manual_seed(0))
+    best, noise = BestControl(policy), torch.randn(160, generator=torch.Generator().manual_seed(0))
     noise -= noise.mean()
     for number, (j, reward) in enumerate(zip((-9.0, -5.0, -3.0, averaged), rewards, strict=True)):
         with torch.no_grad():

@@ -18,6 +18,7 @@ from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.read import read_images
 from ctrl_diffusion.run import prepare, stages
+from ctrl_diffusion.run.measure import outside_share
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.progress import JobOptions
 
@@ -170,20 +171,20 @@ def test_samples_that_leave_the_labelled_region_are_told(quick_run, tmp_path, ct
     real = demo.labelled_digits("ink", 0)[0][1].x[:200]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        within = run.outside_share(real, real)
+        within = outside_share(run, real, real)
     # conformal on 150 calibration and held-out images: 5 % ± 2 %, and three standard errors of 200
     assert within < 0.05 + 2 * 0.02 + 3 * 0.015
     noise = torch.randn(200, 1, 8, 8)
-    assert run.usually_outside == json.loads((quick_run / "metrics.json").read_text())["prior"]["outside_support"]
+    assert run.prior_outside == json.loads((quick_run / "metrics.json").read_text())["prior"]["outside_support"]
     with pytest.warns(RuntimeWarning, match=r"\d+% of the samples lie outside the region .* of the prior's \d+%"):
-        assert run.outside_share(noise, noise) > 0.5
+        assert outside_share(run, noise, noise) > 0.5
     asked = ["sample", quick_run, "--set", "ink=2", "-n", 20, "--quiet", "--out", tmp_path / "drawn"]
     assert ctrl_here(*asked).returncode == 0
     drawn = run.sample(
         torch.full((20,), 1), torch.arange(20) % 10, generator=torch.Generator().manual_seed(0), latents=True
     )  # fmt: skip
     told = json.loads((tmp_path / "drawn" / "sample.json").read_text())["outside_support"]
-    assert told == pytest.approx(run.outside_share(drawn, drawn))
+    assert told == pytest.approx(outside_share(run, drawn, drawn))
 
 
 @pytest.mark.slow

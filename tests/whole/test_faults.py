@@ -29,9 +29,9 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward import scorer as classifier
 from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config, check_code
-from ctrl_diffusion.run.folder import RUN_FILES
+from ctrl_diffusion.run.folder import RUN_FILES, RunFolder
 from ctrl_diffusion.system import checkpoint
-from ctrl_diffusion.system.folders import LOCK, check_room, locked
+from ctrl_diffusion.system.folders import LOCK, locked
 from ctrl_diffusion.system.progress import Interrupted, silent
 
 SETTINGS = {
@@ -65,7 +65,7 @@ def run(begun, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """Go on with a run until it is trained; its records."""
-    monkeypatch.setattr(job, "finished", lambda run, folder, *rest: stages.train_in(folder, run, *rest)[0])
+    monkeypatch.setattr(job, "train_and_report", lambda run, folder, *rest: stages.train_in(folder, run, *rest)[0])
     return resume_job
 
 
@@ -74,7 +74,7 @@ def undisturbed(begun, tmp_path_factory):
     """The log of a training that nothing happens to."""
     folder = shutil.copytree(begun, tmp_path_factory.mktemp("undisturbed") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "finished", lambda run, folder, *rest: stages.train_in(folder, run, *rest)[0])
+        patch.setattr(job, "train_and_report", lambda run, folder, *rest: stages.train_in(folder, run, *rest)[0])
         resume_job(folder)
     return (folder / "progress.jsonl").read_bytes()
 
@@ -260,10 +260,10 @@ def test_another_precision_begins_with_its_own_scale(interrupted, monkeypatch):
     with_settings(interrupted, mixed_precision="fp16")
 
     def scale(run, folder, *_):
-        assert stages.TrainingState.of(run, checkpoint.Checkpoints(folder / "checkpoint")).best.record
+        assert stages.TrainingState.from_checkpoints(run, folder.checkpoints).best.record
         return run.policy.base.loss_scale
 
-    monkeypatch.setattr(job, "finished", scale)
+    monkeypatch.setattr(job, "train_and_report", scale)
     assert resume_job(interrupted) == 2**10
 
 
@@ -289,8 +289,8 @@ def test_an_interrupt_while_the_folder_is_laid_out_says_what_begins_again(monkey
     done = ctrl_here("demo", "--config", tmp_path / "tiny.yaml", "--quiet", "--out", run)
     assert (done.returncode, "the same command with --overwrite begins again" in done.stderr) == (130, True)
     with pytest.raises(ValueError, match="--overwrite"):
-        check_room(run, RUN_FILES[-1], overwrite=False)
-    check_room(run, RUN_FILES[-1], overwrite=True)
+        RunFolder(run).check_free(overwrite=False)
+    RunFolder(run).check_free(overwrite=True)
 
 
 def test_what_comes_after_a_signal_is_what_would_have_come(run, trained, monkeypatch, undisturbed):
@@ -425,7 +425,7 @@ def test_killed_before_p_was_whole_it_is_fitted_again(begun, run, monkeypatch):
     (run / "checkpoint" / "run.json").unlink()
     (run / "classifier" / "classifier.safetensors").unlink()
     (run / "classifier" / ".classifier.json.part.json").write_text("{")
-    monkeypatch.setattr(job, "finish", lambda *_: {})
+    monkeypatch.setattr(job, "finish_training", lambda *_: {})
     resume_job(run)
     for name in ("classifier/classifier.safetensors", "config.yaml", "data/metadata.csv"):
         assert (run / name).read_bytes() == (begun / name).read_bytes()

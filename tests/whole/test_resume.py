@@ -14,7 +14,7 @@ import torch
 
 from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.commands.jobs.train import resume_job
-from ctrl_diffusion.run.folder import is_finished
+from ctrl_diffusion.run.folder import RunFolder
 from ctrl_diffusion.system.progress import JobOptions
 
 SETTINGS = {
@@ -66,7 +66,7 @@ def run_to_the_end(folder):
     process = started(folder)
     process.join()
     assert process.exitcode == 0
-    assert is_finished(folder)
+    assert RunFolder(folder).is_finished
 
 
 def contents(folder):
@@ -81,7 +81,7 @@ def moment(folder):
     """How far a run was, in words."""
     log = folder / "progress.jsonl"
     if not (folder / "checkpoint" / "run.json").is_file():
-        return "finished" if is_finished(folder) else "before training"
+        return "finished" if RunFolder(folder).is_finished else "before training"
     lines = log.read_text().splitlines()
     if lines and '"kept"' in lines[-1]:
         return "certifying"
@@ -101,7 +101,7 @@ def kill_now_and_then(root, kills, seed, whole):
     draw, moments, runs = random.Random(seed), [], 0
     while len(moments) < kills:
         folder, runs = root / f"run-{runs}", runs + 1
-        while len(moments) < kills and not is_finished(folder):
+        while len(moments) < kills and not RunFolder(folder).is_finished:
             in_save = draw.randint(1, 3) if draw.random() < 0.3 else 0
             process, patience = started(folder, in_save), draw.uniform(0.2, 12.0)
             process.join(60 if in_save else patience)
@@ -129,7 +129,7 @@ def test_killed_in_the_middle_of_a_save_and_at_a_random_moment(tmp_path, whole):
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert not is_finished(folder)
+    assert not RunFolder(folder).is_finished
     run_to_the_end(folder)
     assert contents(folder) == whole
 

@@ -48,7 +48,7 @@ def train(
     quiet: Quiet = OTHER,
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
-    from ..run.folder import is_finished
+    from ..run.folder import RunFolder
     from .jobs.train import resume_job, train_with
 
     given = {
@@ -59,7 +59,7 @@ def train(
     if resume:
         if out or config or overwrite or quick or dry_run or any(value is not None for value in given.values()):
             raise ValueError(f"--resume takes everything from {resume}. Leave the other options out.")
-        done = is_finished(resume)
+        done = RunFolder(resume).is_finished
         with job_options(quiet, trust) as options:
             metrics = resume_job(resume, options.command, options.phase, trust)
         if done and not OTHER:

@@ -3,7 +3,6 @@
 import base64
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,22 +11,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluate.evaluation import Evaluation
-from ..evaluate.scores import Score
 from ..learn.weighted import RENOISING
-from ..run.measure import Shown, columns_of
+from ..run.folder import RunFolder
+from ..run.measure import Measurements, PictureSamples, ScaleSamples, columns_of
+from ..run.metrics import RunMetrics, SweepPoint
 from ..run.run import Run
 from .classifier import confusion_figure
-from .style import (
-    CTRL,
-    QUIET,
-    STYLE,
-    embedded,
-    headline,
-    render,
-    shortened,
-    show_grid,
-    told_apart,
-)
+from .style import CTRL, QUIET, STYLE, embedded, headline, render, shortened, show_grid, told_apart
 
 
 def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str], label: str) -> Figure:
@@ -104,12 +94,12 @@ def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str)
     return figure
 
 
-def scale_figure(asked: Tensor, came: Tensor, levels: Sequence[str], control: str) -> Figure:
-    """Values asked for against those that came (n,), places on a scale."""
+def scale_figure(samples: ScaleSamples, levels: Sequence[str], control: str) -> Figure:
+    """Plot measured places on a scale against those requested."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.8, 3.5), layout="constrained")
         axes = figure.subplots()
-        axes.scatter(asked.numpy(), came.numpy(), s=3, alpha=0.4, color=CTRL, linewidths=0)
+        axes.scatter(samples.requested.numpy(), samples.measured.numpy(), s=3, alpha=0.4, color=CTRL, linewidths=0)
         axes.plot([0, len(levels) - 1], [0, len(levels) - 1], color="#333", linewidth=1)
         ticks = range(0, len(levels), 2)
         axes.set_xticks(ticks, [levels[i] for i in ticks])
@@ -119,33 +109,25 @@ def scale_figure(asked: Tensor, came: Tensor, levels: Sequence[str], control: st
     return figure
 
 
-def sweep_figure(sweep: dict[str, dict[float, Score]], evaluation: Evaluation, trained_steps: int) -> Figure:
-    """Accuracy, adherence and diversity as the strength, and as the number of steps, are turned."""
+def sweep_figure(sweep: dict[str, list[SweepPoint]], target_accuracy: float, trained_steps: int) -> Figure:
+    """Plot accuracy, adherence and diversity over the strength and over the number of steps."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (kind, trained) in zip(panels, (("strength", 1.0), ("steps", trained_steps)), strict=True):
-            x, scores = list(sweep[kind]), list(sweep[kind].values())
+            points = sweep[kind]
+            x = [getattr(point, kind) for point in points]
             lines = {
-                "accuracy": ([s.accuracy for s in scores], CTRL, "o"),
-                "still the class asked for": ([s.class_accuracy for s in scores], "#444", "s"),
-                "diversity / target’s": (
-                    [evaluation.diversity_ratio(s) for s in scores],
-                    "#c2661c",
-                    "^",
-                ),
+                "accuracy": ([point.accuracy for point in points], CTRL, "o"),
+                "still the class asked for": ([point.class_accuracy for point in points], "#444", "s"),
+                "diversity / target’s": ([point.diversity_ratio for point in points], "#c2661c", "^"),
             }
             for name, (y, colour, marker) in lines.items():
                 if None not in y:
                     axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
             axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
             axes.axhline(
-                evaluation.target.accuracy,
-                color=CTRL,
-                linewidth=0.8,
-                linestyle="--",
-                zorder=0,
-                label="target’s accuracy",
+                target_accuracy, color=CTRL, linewidth=0.8, linestyle="--", zorder=0, label="target’s accuracy"
             )
             axes.set_xticks(x)
             axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind])
@@ -172,13 +154,11 @@ def plane_figure(run: Run, x: Tensor) -> Figure:
 
 
 def write_report(
-    folder: Path,
+    folder: RunFolder,
     run: Run,
-    metrics: dict[str, Any],
-    evaluation: Evaluation,
-    sweep: dict[str, dict[float, Score]],
-    followed: dict[str, tuple[Tensor, Tensor]],
-    shown: Shown,
+    metrics: RunMetrics,
+    measurements: Measurements,
+    samples: PictureSamples,
     records: list[dict[str, Any]],
     command: str,
 ) -> None:
@@ -187,16 +167,17 @@ def write_report(
     Args:
         folder: the run's; its classifier/ has been reported already.
         run: the finished run.
-        metrics, evaluation, sweep, followed, shown: what was found.
-        records: the training log.
-        command: what was typed.
+        metrics: the figures, as metrics.json has them.
+        measurements: of which they are.
+        samples: to show.
+        records: of the training log.
+        command: that the user typed.
     """
-    control, values, classes = run.name, run.values, run.config.classes
-    condition = next((one.condition for one in run.config.controls if one.condition), None)
+    control, values, classes, evaluation = run.name, run.values, run.config.classes, measurements.evaluation
     column_names = [""] * columns_of(run)
     if classes is not None:
         column_names = [shortened(name, 8) for name in told_apart([run.prior.class_names[c] for c in classes[:10]])]
-    pictures = {f"Prior, which ignores {control}": shown.prior, "CTRL, same noise": shown.ctrl}
+    pictures = {f"Prior, which ignores {control}": samples.prior, "CTRL, same noise": samples.ctrl}
     measured = "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
     figures = {
         "grid": grid_figure(pictures, [shortened(value) for value in values], column_names, control),
@@ -205,32 +186,24 @@ def write_report(
         "confusion": confusion_figure(
             evaluation.ctrl.confusion, values, f"{control} asked for", measured, "Confusion of CTRL, %"
         ),
-        "sweep": sweep_figure(sweep, evaluation, run.config.steps),
+        "sweep": sweep_figure(metrics.sweep, evaluation.target.accuracy, run.config.steps),
     }
-    for name, (asked, came) in followed.items():
-        figures[f"scale-{name}"] = scale_figure(asked, came, run.policy.controls[name].values, name)
-    if shown.plane is not None:
-        figures["plane"] = plane_figure(run, shown.plane)
-    images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
+    for name, scale in measurements.scales.items():
+        figures[f"scale-{name}"] = scale_figure(scale, run.policy.controls[name].values, name)
+    if samples.plane is not None:
+        figures["plane"] = plane_figure(run, samples.plane)
+    images = {name: embedded(folder.picture(name), figure) for name, figure in figures.items()}
     for i, name in enumerate(run.names):
         picture = "reliability" if i == 0 else f"reliability-{name}"
-        shutil.copyfile(run.room(folder, "classifier", name) / "reliability.png", folder / f"{picture}.png")
-        images[picture] = base64.b64encode((folder / f"{picture}.png").read_bytes()).decode()
+        shutil.copyfile(folder.classifier(name) / "reliability.png", folder.picture(picture))
+        images[picture] = base64.b64encode(folder.picture(picture).read_bytes()).decode()
     render(
-        folder / "report.html",
-        "report.html",
-        images=images,
-        metrics=metrics,
-        config=run.config,
+        folder.report, "report.html", images=images, metrics=metrics, config=run.config, control=control,
         conditional=any(panel.classifier.conditional for panel in run.panels.values()),
-        settings=flattened(run.config.model_dump()),
-        control=control,
-        names=run.names,
-        condition=condition,
-        values=values,
-        rows=by_class(evaluation, len(values)),
-        command=command,
-    )
+        settings=flattened(run.config.model_dump()), names=run.names, values=values,
+        condition=next((settings.condition for settings in run.config.controls if settings.condition), None),
+        rows=by_class(evaluation, len(values)), command=command,
+    )  # fmt: skip
 
 
 def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:

@@ -1,58 +1,174 @@
-"""Decide what a run folder holds."""
+"""Name every file of a run folder and of a classifier's, and say in what state a run folder is.
+
+config.yaml     everything needed to run again; an unknown key is an error
+classifier/     p̂(y | x) with its held-out report; the judge of y and the reader of c, where there are any
+control/        the control: adapter and embedding
+                (of several controls both hold one folder for each, by name)
+checkpoint/     until the run is finished: run.json, and the states from which training goes on
+progress.jsonl  one line per probe and update
+metrics.json, samples/, the pictures and report.html
+"""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..system.checkpoint import Checkpoints
+from ..system.files import write_text
+from ..system.folders import check_room, clear, locked
 from ..system.tracking import TRACKED
 from .config import Config
 
-CHECKPOINT, LOG = "checkpoint", "progress.jsonl"  # in a run's folder
-
 PAGES = ("reliability.png", "confusion.png", "report.html")  # about a classifier
-BEGUN = "run.json"  # beside the states, until the run is finished
-# what each job writes; the last tells its folder from anybody else's
+# the last file of each list marks a folder of that kind
 CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
+CHECKPOINT, DATA_FOLDERS = "checkpoint", ("data", "judge_data")  # the latter of a demo
 RESULTS = (
     "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png", "confusion.png",
     "reliability*.png", "sweep.png", "plane.png",
 )  # fmt: skip
-# the settings go first: with them in its folder a run can be gone on with
-RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, LOG)
-DATA_FOLDERS = ("data", "judge_data")  # of a demo
-# the settings of the chain and of what is asked of it
+# the settings are removed first: a folder that has them can be resumed
+RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, "progress.jsonl")
+# the settings of the chain and of its target
 TARGET = {
     "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps", "sigma_end",
     "time_power",
 }  # fmt: skip
-KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # what a run with one control more has of the old one
-FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # what was learned depends on them
+KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # a run with one more control has these of the old run
+FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # training depends on them
 
 
-def is_finished(folder: str | Path) -> bool:
-    """Whether a run folder has all that a training leaves."""
-    folder = Path(folder)
-    return (folder / "report.html").is_file() and not (folder / CHECKPOINT / BEGUN).is_file()
+@dataclass
+class StartRecord:
+    """What was known of a run before its first update: checkpoint/run.json.
+
+    Args:
+        command: that the user typed.
+        seconds: that each part took.
+        labels: the number of labelled images of each control.
+        dependence: of the labels of each pair of controls, for metrics.json.
+        fixed: the settings that may not change any more (`fixed_settings`).
+    """
+
+    command: str
+    seconds: dict[str, float]
+    labels: dict[str, int]
+    dependence: dict[str, Any]
+    fixed: dict[str, Any]
 
 
-def fixed(config: Config) -> dict[str, Any]:
-    """What may not change once training has begun, as JSON has it; paths may, a run may be moved."""
+class RunFolder:
+    """Name the files of a run folder, and tell its state.
+
+    Args:
+        path: of the folder, which need not be there yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
+        self.config, self.log = path / "config.yaml", path / RUN_FILES[-1]
+        self.metrics, self.report, self.samples = path / "metrics.json", path / "report.html", path / "samples"
+        self.start = path / CHECKPOINT / "run.json"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The states from which training can go on."""
+        return Checkpoints(self.path / CHECKPOINT)
+
+    def picture(self, name: str) -> Path:
+        """Return the path of a picture."""
+        return self.path / f"{name}.png"
+
+    def classifier(self, name: str) -> Path:
+        """Return the folder of a control's classifier."""
+        return self._part("classifier", name)
+
+    def control(self, name: str) -> Path:
+        """Return the folder of a control."""
+        return self._part("control", name)
+
+    def _part(self, kind: str, name: str) -> Path:
+        """Return kind/NAME if config.yaml has several controls, else kind/."""
+        several = self.config.is_file() and len(Config.read(self.config).names) > 1
+        return self.path / kind / name if several else self.path / kind
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a training has begun and is not finished."""
+        return self.start.is_file()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether everything a training leaves is there."""
+        return self.report.is_file() and not self.has_begun
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a training has written this folder, so that `--overwrite` may clear it."""
+        return self.log.is_file()
+
+    def missing(self) -> list[str]:
+        """Return the names of the parts that an unfinished run lacks."""
+        return [name for name in ("classifier", "control") if not (self.path / name).is_dir()]
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a folder that holds something, unless that is a run and may be overwritten; see `check_room`."""
+        check_room(self.path, RUN_FILES[-1], overwrite)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other jobs out; see `locked`."""
+        with locked(self.path):
+            yield
+
+    def clear(self, data: bool = False) -> None:
+        """Remove an earlier run, and of a demo its data; mark the folder as a run's."""
+        clear(self.path, (RUN_FILES[0], *(DATA_FOLDERS if data else ()), *RUN_FILES[1:]))
+        self.log.touch()
+
+    def clear_results(self) -> None:
+        """Remove what an interrupted run wrote after its training."""
+        clear(self.path, RESULTS)
+
+    def clear_checkpoint(self) -> None:
+        """Remove the states, first the file whose absence says that the run is finished."""
+        self.start.unlink(missing_ok=True)
+        clear(self.path, [CHECKPOINT])
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Read metrics.json."""
+        return json.loads(self.metrics.read_text(encoding="utf-8"))
+
+    def read_start(self) -> StartRecord:
+        """Read what was known before the first update."""
+        return StartRecord(**json.loads(self.start.read_text(encoding="utf-8")))
+
+    def write_start(self, record: StartRecord) -> None:
+        """Write what is known before the first update, with every digit of its figures."""
+        write_text(self.start, json.dumps(asdict(record)))
+
+    def check_unchanged(self, config: Config) -> None:
+        """Refuse settings that training depends on and did not begin with.
+
+        Raises:
+            ValueError: which changed, and from what.
+        """
+        old, new = self.read_start().fixed, fixed_settings(config)
+        if changed := [f"{name} was {old[name]} and is {new[name]}" for name in new if new[name] != old[name]]:
+            raise ValueError(f"{self.config}: {'; '.join(changed)}. Put it back to go on, or begin a new run.")
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that may not change once training has begun, as JSON; paths may, as a run may be moved."""
     return {"controls": config.names, **config.model_dump(mode="json", include=FIXED)}
 
 
-def check_unchanged(config: Config, folder: Path) -> None:
-    """Refuse to go on with settings that training did not begin with, where what was learned depends on them."""
-    begun, now = json.loads((folder / CHECKPOINT / BEGUN).read_text(encoding="utf-8"))["fixed"], fixed(config)
-    if changed := [f"{name} was {begun[name]} and is {now[name]}" for name in now if now[name] != begun[name]]:
-        raise ValueError(f"{folder}/config.yaml: {'; '.join(changed)}. Put it back to go on, or begin a new run.")
-
-
-def pages_of(folder: Path) -> dict[str, bytes]:
-    """The pages about a classifier, by name."""
+def read_pages(folder: Path) -> dict[str, bytes]:
+    """Read the pages about a classifier, by name."""
     return {name: (folder / name).read_bytes() for name in PAGES}
-
-
-def home(folder: Path, what: str, name: str) -> Path:
-    """Where a run folder has the "control" or "classifier" of a control: a folder of its own if there are several."""
-    own = folder / what / name
-    return own if own.is_dir() else folder / what

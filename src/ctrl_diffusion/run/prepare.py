@@ -25,8 +25,8 @@ from ..system.strict import merged
 from ..system.tracking import check_trackers
 from .config import Config, ControlSettings, check_present, list_controls, map_paths
 from .defaults import suggested
-from .folder import home, pages_of
-from .run import configured
+from .folder import RunFolder, read_pages
+from .run import configured, fits
 
 MOST_CONDITIONS = 20
 MOST_PROMPTS = 64
@@ -231,11 +231,11 @@ def material(settings: ControlSettings, prior: Prior | None, options: JobOptions
         ValueError: whatever is wrong with it.
     """
     if settings.settled_from:
-        folder = home(Path(settings.settled_from), "classifier", settings.name)
-        return ControlInputs(settings, None, Panel.load(folder, options.trust), pages_of(folder))
+        folder = RunFolder(settings.settled_from).classifier(settings.name)
+        return ControlInputs(settings, None, Panel.load(folder, options.trust), read_pages(folder))
     panel, pages, handed = None, {}, settings.classifier_from
     if handed:
-        panel, pages = Panel.load(Path(handed), options.trust), pages_of(Path(handed))
+        panel, pages = Panel.load(Path(handed), options.trust), read_pages(Path(handed))
         check_classifier(panel, handed, settings.name, prior)
     values = panel and panel.values
     data = read_data(settings.data, settings, prior, values, phase=options.phase)
@@ -266,15 +266,6 @@ def keep_classes(one: ControlInputs, classes: list[int] | None) -> None:
         check_panel(one.panel, settings.classifier_from, one.data, settings.condition, bool(settings.ruler))
     elif one.data:
         one.data.check_classes(name)
-
-
-def fits(prior: Prior, config: Config, steps: int) -> bool:
-    """Whether the prior's schedule has a chain of so many steps."""
-    try:
-        prior.denoiser.times(steps, config.sigma_end, config.time_power)
-    except ValueError:
-        return False
-    return True
 
 
 def check_batches(config: Config) -> None:

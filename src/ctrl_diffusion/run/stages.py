@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,8 @@ from ..system.files import rounded, write_text
 from ..system.progress import Phase, silent
 from ..system.tracking import Tracking
 from .config import Config
-from .folder import CHECKPOINT, LOG
+from .folder import RunFolder
+from .measure import prior_samples, probe
 from .run import Run
 
 COLLAPSE = 10.0  # nats
@@ -34,7 +34,7 @@ PROBE_PATHS = 160  # of all (c, y) together, at least
 
 
 @dataclass
-class Best:
+class BestControl:
     """The best control so far, by J on the probes' paths, which share their noise.
 
     What lies within the noise of a probe should cost neither accuracy nor the averaging of weights, so one standard
@@ -111,7 +111,7 @@ class TrainingState:
         begin: of this process's training, by its clock.
     """
 
-    best: Best
+    best: BestControl
     checkpoints: Checkpoints | None = None
     done: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -123,9 +123,9 @@ class TrainingState:
     begin: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def of(cls, run: Run, checkpoints: Checkpoints) -> "TrainingState":
-        """As the newest state has it, or at the beginning; every rank is where rank 0 is."""
-        training = cls(Best(run.policy), checkpoints)
+    def from_checkpoints(cls, run: Run, checkpoints: Checkpoints) -> "TrainingState":
+        """Return the newest state, or the beginning if there is none; the same on every rank."""
+        training = cls(BestControl(run.policy), checkpoints)
         if found := ranks.broadcast(checkpoints.newest):
             tensors, about = found
             best, device = training.best, run.policy.device
@@ -197,7 +197,7 @@ def learner_of(run: Run, name: str, phase: Phase) -> Learner:
     config = run.config
     return LEARNERS[name].from_settings(
         getattr(config, name), run.times, config.micro_batch, offload=config.offload,
-        prior_samples=lambda n: run.prior_samples(n, "prior samples to learn from", phase),
+        prior_samples=lambda n: prior_samples(run, n, "prior samples to learn from", phase),
     )  # fmt: skip
 
 
@@ -207,9 +207,9 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
     The best control of all probes is kept; the last record is that probe's, marked as kept. A `training` that is not at
     its beginning is gone on with.
     """
-    few = -(-64 // run.trained.groups)
-    prior_table(run.reward, run.trained, run.prior_samples(few, "rewards"))  # refused if one is not finite
-    training = training or TrainingState(Best(run.policy))
+    few = -(-64 // run.training_conditions.groups)
+    prior_table(run.reward, run.training_conditions, prior_samples(run, few, "rewards"))  # refused if one is not finite
+    training = training or TrainingState(BestControl(run.policy))
     best, untrained, learner = training.best, run.policy.snapshot(), None
     run.policy.restore(best.snapshot or untrained)
     for number, (stage, name, settings) in enumerate(stages_of(run.config)):
@@ -239,7 +239,7 @@ def train_stage(
     settings: LearnerSettings,
     phase: Phase,
     training: TrainingState,
-    best: Best | None = None,
+    best: BestControl | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One learner from the policy as it is to averaged weights; a record of every update and probe.
 
@@ -247,18 +247,18 @@ def train_stage(
     below what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
     Without `best` nobody compares the probes, only the last is taken, and not to be finite is an error.
     """
-    config, few, begin = run.config, -(-PROBE_PATHS // run.trained.pairs), part_of("fit", training.within)
+    config, few, begin = run.config, -(-PROBE_PATHS // run.training_conditions.pairs), part_of("fit", training.within)
     generator, updates = stream(config.seed, stage), settings.updates
     if begin:
         generator.set_state(training.within["generator"])
     carried = [value.to(run.policy.device) for value in in_turn("carried", training.within)]
-    steps = learner(run.policy, run.reward, run.trained, generator, carried)
+    steps = learner(run.policy, run.reward, run.training_conditions, generator, carried)
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = between_probes(config, updates) if best else updates
     advance, note, skipped, due = phase(f"learner: {stage}", updates), "", {}, False
 
     def probed(record: dict[str, Any]) -> dict[str, Any]:
-        figures, log_w, earned = run.probe(few)
+        figures, log_w, earned = probe(run, few)
         record = {**record, **figures}
         if best:
             training.idle = 0 if best.see(record, log_w, earned) else training.idle + 1
@@ -298,7 +298,7 @@ def train_stage(
     yield probed({"stage": stage, "update": updates, "averaged": True, **skipped})
 
 
-def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[list[dict[str, Any]], float]:
+def train_in(folder: RunFolder, run: Run, phase: Phase, tracking: Tracking) -> tuple[list[dict[str, Any]], float]:
     """Train a run from where the checkpoints in its folder stand; the records of its log, and the seconds it took.
 
     The log is made what it was then. Out of memory, once the micro-batch is halved and training goes on from the last
@@ -310,10 +310,10 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
     Warns:
         RuntimeWarning: the micro-batch was halved.
     """
-    untrained, log, may_halve = run.policy.snapshot(), folder / LOG, True
+    untrained, log, may_halve = run.policy.snapshot(), folder.log, True
     while True:
         run.policy.restore(untrained)
-        training = TrainingState.of(run, Checkpoints(folder / CHECKPOINT))
+        training = TrainingState.from_checkpoints(run, folder.checkpoints)
         past = "".join(map(line_of, training.records))
         ranks.broadcast(lambda past=past: write_text(log, past))
         tracking.begin(training.records)
@@ -335,11 +335,11 @@ def train_in(folder: Path, run: Run, phase: Phase, tracking: Tracking) -> tuple[
         at_once = run.config.micro_batch or list(stages_of(run.config))[training.done].settings.batch
         if not may_halve or at_once == 1 or ranks.world_size() > 1:  # other ranks wait where they had memory enough
             raise MemoryError(
-                f"out of memory. In {folder}/config.yaml turn down micro_batch (now {at_once}) or batch, or set "
+                f"out of memory. In {folder.config} turn down micro_batch (now {at_once}) or batch, or set "
                 f"mixed_precision. Then go on with: ctrl train --resume {folder}"
             )
         may_halve, run.config = False, run.config.with_(micro_batch=at_once // 2)
-        run.config.write(folder / "config.yaml")
+        run.config.write(folder.config)
         torch.cuda.empty_cache()
         warnings.warn(
             f"out of memory: training goes on with micro_batch {at_once // 2} instead of {at_once}; updates see as "

@@ -43,6 +43,7 @@ from ...prior.prior import open_prior
 from ...report.compare import write_compare_report
 from ...reward.classifiers import WITH_RULER, fit_posterior, rounds_of
 from ...run.config import ControlSettings, check_code
+from ...run.measure import prior_samples, repeats_of
 from ...run.prepare import encoder_of, only, read_data
 from ...run.run import Run, configured
 from ...run.stages import train
@@ -104,13 +105,13 @@ class Comparison:
                 "controls were trained together."
             )
         self.data = {c.name: read_again(run, c, c.data) for c in run.config.controls}
-        self.judge: SecondOpinion = replace(run.judge, outside=None)
-        self.repeats = run.repeats(self.n, run.conditions)
+        self.judge: SecondOpinion = replace(run.second_opinion, outside=None)
+        self.repeats = repeats_of(self.n, run.conditions)
 
     @cached_property
     def x_prior(self) -> Tensor:
         """Samples of the prior, equally many for each condition in turn: the same for every row."""
-        return self.run.prior_samples(self.run.config.evaluation.prior_samples, "prior samples for log Z", self.phase)
+        return prior_samples(self.run, self.run.config.evaluation.prior_samples, "prior samples for log Z", self.phase)
 
     @cached_property
     def of_prior(self) -> Observation:

@@ -22,12 +22,12 @@ from sklearn.model_selection import train_test_split
 
 from ...data.digits import DIGIT, INK, SLANT, UPRIGHT, VALUES, digits, ink_ruler, slant_ruler
 from ...data.labelled import LabelledImages, write_imagefolder
-from ...run.folder import DATA_FOLDERS
+from ...run.folder import DATA_FOLDERS, RunFolder
 from ...run.prepare import prepare
 from ...system.progress import DEFAULT, JobOptions
 from ...system.strict import merged
 from . import demo
-from .train import execute, occupied
+from .train import reserved, start_training
 
 # ink does not care where it is nor which side is up, and its classes are ordered
 OF_INK = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
@@ -111,14 +111,15 @@ def demo_job(
     if controls not in demo.SETTINGS:
         raise ValueError(f"the demo's controls are {' or '.join(demo.SETTINGS)}; got {controls!r}.")
     settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
-    with occupied(out, options.overwrite), TemporaryDirectory() as scratch:
+    folder = RunFolder(out)
+    with reserved(folder, options.overwrite), TemporaryDirectory() as scratch:
         drawn = demo.labelled_digits(controls, given.get("seed", 0), labels)
         for control, pair in zip(settings["controls"], drawn, strict=True):
             control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
             for kind, data in zip(DATA_FOLDERS, pair, strict=True):
-                folder = Path(kind, control["name"]) if len(drawn) > 1 else Path(kind)
-                write_imagefolder(scratch / folder, data)
-                control[kind] = str(scratch / folder)
+                path = Path(scratch, kind, control["name"]) if len(drawn) > 1 else Path(scratch, kind)
+                write_imagefolder(path, data)
+                control[kind] = str(path)
         job = prepare(settings, options)
         moved = [
             control.with_(
@@ -130,4 +131,4 @@ def demo_job(
             for control in job.config.controls
         ]
         config = job.config.with_(controls=[control.model_dump() for control in moved])
-        return execute(replace(job, config=config), out, options, Path(scratch))
+        return start_training(replace(job, config=config), folder, options, Path(scratch))

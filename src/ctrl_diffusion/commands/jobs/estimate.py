@@ -18,10 +18,10 @@ from ...learn.weighted import RENOISING
 from ...reward.classifiers import BATCH, Panel, fit_panel
 from ...run.config import Config
 from ...run.defaults import quick
-from ...run.measure import STRENGTHS, step_counts
+from ...run.measure import STRENGTHS, partial_choices, repeats_of, step_counts
 from ...run.prepare import ControlInputs, PreparedTraining, encoder_of, prepare
 from ...run.run import Run
-from ...run.stages import PROBE_PATHS, Best, TrainingState, between_probes, stages_of, train
+from ...run.stages import PROBE_PATHS, BestControl, TrainingState, between_probes, stages_of, train
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
 from ...system.progress import DEFAULT, JobOptions, Phase, silent
@@ -138,7 +138,7 @@ def trained(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]
     seconds: dict[str, list[float]] = {}
     with TemporaryDirectory() as scratch:
         begin = time.perf_counter()
-        for record in train(run, phase, TrainingState(Best(run.policy), Checkpoints(Path(scratch)))):
+        for record in train(run, phase, TrainingState(BestControl(run.policy), Checkpoints(Path(scratch)))):
             if "loss" in record:
                 seconds.setdefault(record["stage"], []).append(time.perf_counter() - begin)
             begin = time.perf_counter()
@@ -167,11 +167,11 @@ def probes_of(config: Config) -> int:
 
 def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     """Of the network, for all samples and paths that are drawn outside the learners, by purpose."""
-    conditions, trained, e, steps = run.conditions, run.trained, config.evaluation, config.steps
+    conditions, trained, e, steps = run.conditions, run.training_conditions, config.evaluation, config.steps
     chain, compared = steps + 1, 2 * steps + 1  # a read-out ends every path
-    certified = [run.repeats(e.paths, conditions) * conditions.pairs]
-    for part in map(run.conditions_on, run.parts):
-        certified.append(run.repeats(e.paths // 2, part) * part.pairs)
+    certified = [repeats_of(e.paths, conditions) * conditions.pairs]
+    for part in map(run.conditions_on, partial_choices(run)):
+        certified.append(repeats_of(e.paths // 2, part) * part.pairs)
     swept = sum(1 + (1 if w in (0.0, 1.0) else 2) * steps for w in STRENGTHS) + sum(k + 1 for k in step_counts(run))
     scales = sum(control.scale for control in run.policy.controls.values())
     found = {
@@ -179,7 +179,7 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
         "probes": probes_of(config) * -(-PROBE_PATHS // trained.pairs) * trained.pairs * compared,
         "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
         "certificate": sum(certified) * compared + scales * (e.paths // 2) * chain,
-        "strengths and step counts": run.repeats(e.sweep_paths, conditions) * conditions.pairs * swept,
+        "strengths and step counts": repeats_of(e.sweep_paths, conditions) * conditions.pairs * swept,
     }
     return {name: calls(run.prior) * n for name, n in found.items()}
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader
 from ...prior.loader import located
 from ...prior.prior import DIGITS, EMBEDDED
 from ...run import pipeline as controlled
+from ...run.folder import RunFolder
 from ...run.run import Run
 from ...system.files import write_json, write_tensors, write_text
 from ...system.folders import check_room, clear
@@ -61,7 +62,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
             write_tensors(place / LORA, lora)
     for name, text in sources().items():
         write_text(out / f"{name}.py", text)
-    shutil.copy(folder / "grid.png", out / "grid.png")
+    shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
     write_text(out / "README.md", model_card(folder, run, index["_class_name"]))
     chain: dict[str, Any] = config.model_dump(
         include={"steps", "sigma_end", "time_power", "guidance", "negative_prompt", "size", "unconditional"}
@@ -136,7 +137,7 @@ def flattened(path: Path) -> tuple[str, list[Path]]:
 
 def model_card(folder: Path, run: Run, base: str) -> str:
     """What a stranger should know before using it."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = RunFolder(folder).read_metrics()
     classifiers = metrics["classifier"] if len(run.names) > 1 else {run.name: metrics["classifier"]}
     asked = {name: control.values[-1] for name, control in run.policy.controls.items()}
     first = "" if run.prior.classes is None else f"class_labels={run.prior.class_names[0]!r}, "

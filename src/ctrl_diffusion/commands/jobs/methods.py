@@ -29,6 +29,7 @@ from ...reward.classifiers import BATCH, DEEP, epochs_of
 from ...reward.fit import AUGMENTATIONS
 from ...reward.reward import prior_table
 from ...reward.scorer import Classifier
+from ...run.folder import RunFolder
 from ...run.run import Run, configured
 from ...system.folders import clear
 from ...system.progress import Phase, silent, timed
@@ -133,10 +134,10 @@ class Cell:
         """Write p̂ and the control as a run folder that appears whole."""
         part = folder.with_name(f".{folder.name}.part")
         clear(part, ("*",))
+        self.run.config.write(RunFolder(part).config)
         for name, panel in self.run.panels.items():
-            panel.save(self.run.room(part, "classifier", name))
-        self.run.save_controls(part)
-        self.run.config.write(part / "config.yaml")
+            panel.save(RunFolder(part).classifier(name))
+        self.run.save_controls(RunFolder(part))
         os.replace(part, folder)
 
     @cached_property
@@ -185,7 +186,7 @@ class Cell:
         cond = {} if config.classes is None else {"c": torch.cat([self.classes_of(name) for name in self.data])}
         updates = sum(getattr(config, learner).updates for learner in config.learners)
         learner = Labelled(x_0, labels, cond, run.times, config.weighted.batch, micro=config.micro_batch)
-        losses = learner(run.policy, run.reward, run.trained, stream(self.seed, "labelled"))
+        losses = learner(run.policy, run.reward, run.training_conditions, stream(self.seed, "labelled"))
         rates = {"embedding": config.weighted.lr_embedding, "adapter": config.weighted.lr_adapter}
         advance = self.phase("classifier-free guidance", updates)
         with timed(self.seconds, "free guidance"):

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...data.labelled import LabelledImages, write_imagefolder
 from ...data.labels import NULL
 from ...report.style import save_figure, sheet_figure
+from ...run.measure import outside_share
 from ...run.run import Run
 from ...system import ranks
 from ...system.files import write_json
@@ -88,7 +89,7 @@ def sample_job(
     how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": options.phase}
     x_0 = run.sample(y, **how, **cond, latents=True)
     images = run.images(x_0)
-    outside, images = run.outside_share(x_0, images), images.clamp(-1, 1)
+    outside, images = outside_share(run, x_0, images), images.clamp(-1, 1)
     asked = {
         "set": settings,
         "class": c,
