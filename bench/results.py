@@ -36,12 +36,12 @@ DIFFERENCES = ("accuracy", "diversity_ratio", "frechet", "coverage")
 # fewer updates than the demos have: 24 of these are trained
 TASKS: dict[str, dict[str, Any]] = {
     "ink": {
-        "title": "Ink, for each of ten digits",
+        "title": "Ink, for each of ten digits", "short": "ink",
         "labels": 1000, "n": 400,
         "settings": {"weighted": {"updates": 300, "renoising": 75}, "adjoint": {"updates": 300}},
     },
     "ink,slant": {
-        "title": "Ink and slant at once, eight digits",
+        "title": "Ink and slant at once, eight digits", "short": "ink and slant",
         "labels": 600, "n": 384,
         "settings": {
             "weighted": {"updates": 400, "renoising": 100, "cache": 1500},
@@ -55,12 +55,15 @@ RIVALS = {
     "mpgd": "MPGD",
 }  # fmt: skip
 COLUMNS = {
-    "accuracy": ("y as asked", 3), "class_accuracy": ("digit read", 3), "diversity_ratio": ("diversity", 2),
+    "accuracy": ("accuracy", 3), "class_accuracy": ("digit read", 3), "diversity_ratio": ("diversity", 2),
     "frechet": ("Fréchet", 2), "kernel": ("kernel", 2), "coverage": ("coverage", 2), "gap_nats": ("gap, nats", 1),
 }  # fmt: skip
+COSTS = {"network_evaluations": "network", "gradient_evaluations": "gradients"}
+STEERED = ("ctrl", *RIVALS)
+PARTICLES = ("tds", "feynman-kac", "importance", "rejection", "best-of")
 
 
-def compared(task: str) -> subprocess.Popen:
+def start(task: str) -> subprocess.Popen:
     """Start the comparison of a task, or what is missing of it, after its run."""
     about, folder = TASKS[task], RUNS / task
     run = folder / "run"
@@ -77,208 +80,240 @@ def compared(task: str) -> subprocess.Popen:
     return subprocess.Popen(["bash", "-c", command], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def cell(row: dict[str, Any], name: str, digits: int) -> str:
-    """A figure with half its interval."""
-    if name not in row:
-        return "–"
-    mean, half = row[name]
-    return f"{mean:.{digits}f}".replace("-", "−") + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def table(rows: list[dict[str, Any]], found: dict[str, Any], labels: int) -> str:
-    """The rows of one number of labels, the chosen settings in bold, as Markdown."""
-    head = ["method", "w", *(title for title, _ in COLUMNS.values()), "network", "gradients"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    unit = found["about"]["prior_evaluations"]
-    for row in (row for row in rows if row["labels"] == labels):
-        settings = " ".join(f"{key} {value}" for key, value in row["settings"].items())
-        name = f"**{row['title']}**" if row["chosen"] else row["title"]
-        settings += f" ({row['seeds']} seeds)" if row["seeds"] < len(SEEDS.split(",")) else ""
-        figures = [cell(row, *column) for column in ((key, digits) for key, (_, digits) in COLUMNS.items())]
-        costs = [f"{row[key][0] / unit:.1f}×" for key in ("network_evaluations", "gradient_evaluations")]
-        lines.append(f"| {f'{name} {settings}'.strip()} | {row['strength']:g} | {' | '.join([*figures, *costs])} |")
-    return "\n".join(lines)
-
-
-def against(rows: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    """CTRL at w = 1, and at the strength its trials chose, less each rival's chosen setting: (mean, half its interval)
-    of the differences on the same labels and noise."""
-    shown = [row for row in rows if not row["trial"]]
-    at = {(row["method"], row["strength"], row["labels"], row["seed"]): row for row in shown}
-    counts, found = sorted({row["labels"] for row in shown}), []
-    for w in dict.fromkeys((1.0, chosen["ctrl"]["strength"])):
-        for rival in RIVALS:
-            theirs = chosen[rival]["strength"]
-            for n in counts:
-                seeds = [seed for (name, s, m, seed) in at if (name, s, m) == ("ctrl", w, n)]
-                pairs = [(at["ctrl", w, n, seed], at[rival, theirs, n, seed]) for seed in seeds]
-                less = {name: [mine[name] - other[name] for mine, other in pairs] for name in DIFFERENCES}
-                found.append({"w": w, "rival": rival, "labels": n} | {k: interval(v) for k, v in less.items()})
-    return found
-
-
-def verdict(found: dict[str, Any]) -> str:
-    """`against` as two tables in Markdown: what CTRL has more of than each rival."""
-    rows, parts = found["against"], []
-    for w in dict.fromkeys(row["w"] for row in rows):
-        cost = "one evaluation a step, the prior's own cost" if w == 1 else "two evaluations a step"
-        counts = sorted({row["labels"] for row in rows})
-        parts.append(f"CTRL at w = {w:g} ({cost}) less the chosen setting of each, share of y as asked (diversity):")
-        lines = [f"| | {' | '.join(f'{n} labels' for n in counts)} |", "|---" * (1 + len(counts)) + "|"]
-        for rival, title in RIVALS.items():
-            mine = sorted((r for r in rows if (r["w"], r["rival"]) == (w, rival)), key=lambda r: r["labels"])
-            cells = [f"{signed(row, 'accuracy', 3)} ({signed(row, 'diversity_ratio', 2)})" for row in mine]
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def signed(row: dict[str, Any], name: str, digits: int) -> str:
-    """A difference with its sign and half its interval."""
-    mean, half = row[name]
-    return f"{mean:+.{digits}f}".replace("-", "−") + ("" if half is None else f" ± {half:.{digits}f}")
-
-
-def between(values: list[float], digits: int) -> str:
-    """The smallest and the largest."""
-    low, high = (f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−") for value in (min(values), max(values)))
-    return low if low == high else f"{low} … {high}"
-
-
-def means_of(found: dict[str, Any], method: str, name: str, strength: float | None = None) -> list[float]:
-    """A figure's means for each number of labels; of the chosen setting, or of a strength."""
-    rows = [row for row in found["rows"] if row["method"] == method and name in row]
-    return [row[name][0] for row in rows if (row["chosen"] if strength is None else row["strength"] == strength)]
-
-
-def in_short() -> str:
-    """bench/results/in-short.md, written for the figures of one run, with those of this."""
-    tasks = [of_task(task) for task in TASKS]
-    w, one = tasks[0]["chosen"]["ctrl"]["strength"], 1.0
-    said: dict[str, Any] = {"w": f"{w:g}"}
-    said["diversity_ratio free-guidance"] = between(
-        [v for found in tasks for v in means_of(found, "free-guidance", "diversity_ratio")], 2
-    )
-    said["gap_nats ctrl"] = between([v for found in tasks for v in means_of(found, "ctrl", "gap_nats", one)], 1)
-    for rival in RIVALS:
-        nearer = []
-        for found in tasks:
-            strengths = {one, found["chosen"][rival]["strength"]}
-            nearer += map(min, zip(*(means_of(found, rival, "gap_nats", at) for at in strengths), strict=True))
-        said[f"gap_nats {rival}"] = between(nearer, 0)
-    for task, found in zip(TASKS, tasks, strict=True):
-        said[f"accuracy {task}"] = between(means_of(found, "ctrl", "accuracy", w), 3)
-    for strength, what in ((one, "trained"), (w, "turned up")):
-        for rival in RIVALS:
-            rows = [r for found in tasks for r in found["against"] if (r["w"], r["rival"]) == (strength, rival)]
-            for name in ("accuracy", "diversity_ratio"):
-                said[f"{name} {what} less {rival}"] = between([row[name][0] for row in rows], 2)
-    below_exact = [
-        mean(cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n) - value
-        for found in tasks
-        for n, value in zip(map(int, LABELS.split(",")), means_of(found, "ctrl", "accuracy", one), strict=True)
-    ]
-    said["below exact"] = between(below_exact, 2)
-    costs = [
-        row["network_evaluations"][0] / found["about"]["prior_evaluations"]
-        for found in tasks
-        for row in found["rows"]
-        if row["method"] in ("tds", "feynman-kac", "importance", "rejection", "best-of")
-    ]
-    said["cost of particles"] = between(costs, 0)
-    for task, found in zip(TASKS, tasks, strict=True):
-        said[f"diversity {task}"] = between(means_of(found, "ctrl", "diversity_ratio", one), 2)
-    text = (RESULTS / "in-short.md").read_text(encoding="utf-8")
-    return Template(text, undefined=StrictUndefined).render(said=said).strip()
-
-
 def slug(task: str) -> str:
-    """A task in the name of a file."""
+    """Return a task as part of a file's name."""
     return f"results-{task.replace(',', '-')}"
 
 
-def written(task: str) -> None:
-    """Copy what came of a task into docs/."""
+def keep(task: str) -> None:
+    """Write bench/results/results-TASK.json and copy the pictures of a comparison to docs/."""
     folder = RUNS / task / "compared"
-    found = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    rows = averaged(found["rows"], found["chosen"])
-    about = {k: found[k] for k in ("about", "prior", "chosen", "cells")}
-    about["against"] = against(found["rows"], found["chosen"])
-    evidence.write(slug(task), {**about, "rows": rows})
+    comparison = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    kept = {key: comparison[key] for key in ("about", "prior", "chosen", "cells")}
+    kept["against"] = differences(comparison["rows"], comparison["chosen"])
+    evidence.write(slug(task), {**kept, "rows": averaged(comparison["rows"], comparison["chosen"])})
     for picture in ("pareto", "labels"):
         shutil.copy(folder / f"{picture}.png", DOCS / f"{slug(task)}-{picture}.png")
 
 
-def of_task(task: str) -> dict[str, Any]:
-    """What was written of a task."""
-    return evidence.read(slug(task))
+def differences(rows: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """Subtract each rival's chosen setting from CTRL at w = 1 and at its chosen strength, on the same labels and noise.
+
+    Returns:
+        a row for each strength, rival and number of labels: (mean, half its interval) of each difference.
+    """
+    rows = [row for row in rows if not row["trial"]]
+    by_key = {(row["method"], row["strength"], row["labels"], row["seed"]): row for row in rows}
+    counts, table = sorted({row["labels"] for row in rows}), []
+    for w in dict.fromkeys((1.0, chosen["ctrl"]["strength"])):
+        for rival in RIVALS:
+            strength = chosen[rival]["strength"]
+            for n in counts:
+                seeds = [seed for (name, s, m, seed) in by_key if (name, s, m) == ("ctrl", w, n)]
+                pairs = [(by_key["ctrl", w, n, seed], by_key[rival, strength, n, seed]) for seed in seeds]
+                less = {name: [ctrl[name] - other[name] for ctrl, other in pairs] for name in DIFFERENCES}
+                table.append({"w": w, "rival": rival, "labels": n} | {k: interval(v) for k, v in less.items()})
+    return table
+
+
+def number(value: float, digits: int, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
+def with_half(row: dict[str, Any], name: str, digits: int, sign: str = "") -> str:
+    """Return a figure with half its interval; a dash if it was not measured."""
+    if name not in row:
+        return "–"
+    mean, half = row[name]
+    return number(mean, digits, sign) + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def span(values: list[float], digits: int) -> str:
+    """Return the smallest and the largest value."""
+    low, high = (number(round(value, digits) + 0.0, digits) for value in (min(values), max(values)))
+    return low if low == high else f"{low} … {high}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def labels_table(result: dict[str, Any], labels: int) -> str:
+    """Return the rows of one number of labels, the chosen settings in bold."""
+    lines, unit = [], result["about"]["prior_evaluations"]
+    for row in (row for row in result["rows"] if row["labels"] == labels):
+        settings = " ".join(f"{key} {value}" for key, value in row["settings"].items())
+        name = f"**{row['title']}**" if row["chosen"] else row["title"]
+        settings += f" ({row['seeds']} seeds)" if row["seeds"] < len(SEEDS.split(",")) else ""
+        figures = [with_half(row, key, digits) for key, (_, digits) in COLUMNS.items()]
+        costs = [f"{row[key][0] / unit:.1f}×" for key in COSTS]
+        lines.append([f"{name} {settings}".strip(), f"{row['strength']:g}", *figures, *costs])
+    return markdown(["method", "w", *(title for title, _ in COLUMNS.values()), *COSTS.values()], lines)
+
+
+def difference_tables(result: dict[str, Any]) -> str:
+    """Return a table for each strength of CTRL: what it has more of than each rival."""
+    rows, parts = result["against"], []
+    counts = sorted({row["labels"] for row in rows})
+    for w in dict.fromkeys(row["w"] for row in rows):
+        cost = "one evaluation a step, the prior's own cost" if w == 1 else "two evaluations a step"
+        lines = []
+        for rival, title in RIVALS.items():
+            of_rival = sorted((r for r in rows if (r["w"], r["rival"]) == (w, rival)), key=lambda r: r["labels"])
+            cells = [
+                f"{with_half(row, 'accuracy', 3, '+')} ({with_half(row, 'diversity_ratio', 2, '+')})"
+                for row in of_rival
+            ]
+            lines.append([title, *cells])
+        parts.append(f"CTRL at w = {w:g} ({cost}) less each rival's chosen setting, accuracy (diversity):")
+        parts.append(markdown(["", *(f"{n} labels" for n in counts)], lines))
+    return "\n\n".join(parts)
+
+
+def rows_of(result: dict[str, Any], method: str, strength: float | None = None) -> list[dict[str, Any]]:
+    """Return a method's rows in the order of labels: those of its chosen setting, or of a strength."""
+    rows = [row for row in result["rows"] if row["method"] == method]
+    rows = [row for row in rows if (row["chosen"] if strength is None else row["strength"] == strength)]
+    return sorted(rows, key=lambda row: row["labels"])
+
+
+def means(rows: list[dict[str, Any]], name: str) -> list[float]:
+    return [row[name][0] for row in rows if name in row]
+
+
+def exact_accuracy(result: dict[str, Any]) -> list[float]:
+    """Return the accuracy of an exact sampler with the same p̂ for each number of labels."""
+    cells = result["cells"]
+    counts = sorted({cell["labels"] for cell in cells})
+    return [mean(cell["target_accuracy"] for cell in cells if cell["labels"] == n) for n in counts]
+
+
+def overview_table(results: list[dict[str, Any]]) -> str:
+    """Return the table the page begins with: every method at its chosen setting, CTRL at w = 1 besides."""
+    lines = []
+    order = ["ctrl", *RIVALS, "tds", "feynman-kac", "importance", "best-of", "rejection"]
+    for method, strength in [("ctrl", 1.0), *((method, None) for method in order)]:
+        groups = [rows_of(result, method, strength) for result in results]
+        every = [row for group in groups for row in group]
+        weights = sorted({row["strength"] for row in every})
+        name = (
+            f"{every[0]['title']}, w = {', '.join(f'{w:g}' for w in weights)}"
+            if method in STEERED
+            else every[0]["title"]
+        )
+        accuracies = [" ".join(number(value, 2) for value in means(group, "accuracy")) for group in groups]
+        gaps = means(every, "gap_nats")
+        unit = results[0]["about"]["prior_evaluations"]
+        costs = [span([value / unit for value in means(every, key)], 0) for key in COSTS]
+        diversity = span(means(every, "diversity_ratio"), 2)
+        lines.append([name, *accuracies, diversity, span(gaps, 1) if gaps else "–", *costs])
+    exact = [" ".join(number(value, 2) for value in exact_accuracy(result)) for result in results]
+    lines.append(["exact sampler", *exact, *["–"] * (2 + len(COSTS))])
+    titles = [f"{about['short']}: accuracy with {LABELS.replace(',', ', ')} labels" for about in TASKS.values()]
+    return markdown(["method", *titles, "diversity", "gap, nats", *COSTS.values()], lines)
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Return bench/results/in-short.md with the figures of these results."""
+    w = results[0]["chosen"]["ctrl"]["strength"]
+    figures: dict[str, Any] = {"w": f"{w:g}", "gap ctrl": span(pooled(results, "ctrl", "gap_nats", 1.0), 1)}
+    figures["diversity free-guidance"] = span(pooled(results, "free-guidance", "diversity_ratio"), 2)
+    lines = []
+    for rival, title in RIVALS.items():
+        nearest = []
+        for result in results:
+            strengths = {1.0, result["chosen"][rival]["strength"]}
+            gaps = [means(rows_of(result, rival, strength), "gap_nats") for strength in strengths]
+            nearest += map(min, zip(*gaps, strict=True))
+        cells = []
+        for strength, name in ((1.0, "accuracy"), (w, "accuracy"), (w, "diversity_ratio")):
+            rows = [r for result in results for r in result["against"] if (r["w"], r["rival"]) == (strength, rival)]
+            cells.append(span([row[name][0] for row in rows], 2))
+        lines.append([title, *cells, span(nearest, 0)])
+    head = ["CTRL less", "accuracy, w = 1", f"accuracy, w = {w:g}", f"diversity, w = {w:g}", "the rival's gap, nats"]
+    figures["differences"] = markdown(head, lines)
+    below = []
+    for task, result in zip(TASKS, results, strict=True):
+        figures[f"accuracy {task}"] = span(means(rows_of(result, "ctrl", w), "accuracy"), 3)
+        ctrl = rows_of(result, "ctrl", 1.0)
+        figures[f"diversity {task}"] = span(means(ctrl, "diversity_ratio"), 2)
+        below += [a - b for a, b in zip(exact_accuracy(result), means(ctrl, "accuracy"), strict=True)]
+    figures["below exact"] = span(below, 2)
+    unit = results[0]["about"]["prior_evaluations"]
+    particles = [row for result in results for row in result["rows"] if row["method"] in PARTICLES]
+    figures["cost of particles"] = span([value / unit for value in means(particles, "network_evaluations")], 0)
+    text = (RESULTS / "in-short.md").read_text(encoding="utf-8")
+    return Template(text, undefined=StrictUndefined).render(figures=figures).strip()
+
+
+def pooled(results: list[dict[str, Any]], method: str, name: str, strength: float | None = None) -> list[float]:
+    """Return a figure's means over all results."""
+    return [value for result in results for value in means(rows_of(result, method, strength), name)]
 
 
 def page() -> str:
-    """docs/results.md: the picture that says it all, then every table."""
+    """Return docs/results.md: the overview, what it says, then every table."""
+    results = [evidence.read(slug(task)) for task in TASKS]
     parts = [
         "# Results: CTRL and the baselines on digits",
-        "What else could be done with the same labels, on one footing ([how it is compared](baselines.md#comparing)). "
-        "Made by `python bench/results.py`; means over three seeds ± half of the 95 % interval, the chosen setting of "
-        "each method in bold. Network and gradients are evaluations of the network, and gradients through it, for each "
-        "sample, in units of a sample of the prior.",
-        "![y as asked, diversity and distance from the conditional against the number of labels](results.png)",
-        in_short(),
+        overview_table(results),
+        "Every method at the setting that trials chose; means over three seeds ± half of the 95 % interval below. "
+        "Network and gradients: evaluations of the network, and gradients through it, in units of a sample of the "
+        "prior. Made by `python bench/results.py`; [how it is compared](baselines.md#comparing).",
+        "![Accuracy, diversity and distance from the conditional against the number of labels](results.png)",
+        summary(results),
     ]
-    for task, about in TASKS.items():
-        found = of_task(task)
-        prior = found["prior"]
+    for (task, about), result in zip(TASKS.items(), results, strict=True):
+        prior = result["prior"]
         parts.append(f"## {about['title']}")
         parts.append(f"![Accuracy against diversity and fidelity]({slug(task)}-pareto.png)")
         parts.append(
-            f"Nobody asked, the prior has y in {prior['accuracy']:.3f}, Fréchet distance {prior['frechet']:.2f}."
+            f"The prior without a control: accuracy {prior['accuracy']:.3f}, Fréchet distance {prior['frechet']:.2f}."
         )
-        parts.append(verdict(found))
-        for n in sorted({row["labels"] for row in found["rows"]}):
-            exact = [cell["target_accuracy"] for cell in found["cells"] if cell["labels"] == n]
-            parts.append(f"**{n} labels** of each control; an exact sampler with the same p̂: {mean(exact):.3f}.")
-            parts.append(table(found["rows"], found, n))
-            for one in found["cells"]:
-                if one["labels"] == n and one["uninformed"]:
-                    parts.append(
-                        f"With seed {one['seed']} p̂ of {' and '.join(one['uninformed'])} is not clearly better "
-                        "than chance on held-out data, and `ctrl train` would refuse it; what follows it is compared "
-                        "all the same."
-                    )
+        parts.append(difference_tables(result))
+        counts = sorted({row["labels"] for row in result["rows"]})
+        for n, exact in zip(counts, exact_accuracy(result), strict=True):
+            parts.append(f"**{n} labels** of each control; an exact sampler with the same p̂: {exact:.3f}.")
+            parts.append(labels_table(result, n))
+            parts += [
+                f"Seed {cell['seed']}: p̂ of {' and '.join(cell['uninformed'])} is not clearly better than chance on "
+                "held-out data. `ctrl train` would refuse it; here everyone uses it."
+                for cell in result["cells"]
+                if cell["labels"] == n and cell["uninformed"]
+            ]
     return "\n\n".join(parts) + "\n"
 
 
-def overview() -> Figure:
-    """What docs/results.md begins with: y, diversity and distance from the conditional against the number of labels, a
-    column for each task; CTRL as it was trained, and at the strength that was chosen."""
-    shown = {"accuracy": "y as asked", "diversity_ratio": "diversity", "gap_nats": "nats from the conditional, at most"}
+def picture() -> Figure:
+    """Draw docs/results.png: accuracy, diversity and gap against the number of labels, a column for each task; CTRL as
+    trained and at its chosen strength."""
+    figures = {"accuracy": "accuracy", "diversity_ratio": "diversity", "gap_nats": "nats from the conditional, at most"}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 8), layout="constrained")
-        panels = figure.subplots(len(shown), len(TASKS), sharex=True, sharey="row")
+        panels = figure.subplots(len(figures), len(TASKS), sharex=True, sharey="row")
         for column, task in enumerate(TASKS):
-            found = of_task(task)
-            w = found["chosen"]["ctrl"]["strength"]
-            drawn = {
+            result = evidence.read(slug(task))
+            w = result["chosen"]["ctrl"]["strength"]
+            lines = {
                 "CTRL as trained, w = 1": ("ctrl", 1.0, {"zorder": 3}),
                 f"CTRL at w = {w:g}": ("ctrl", w, {"zorder": 3, "linestyle": "--"}),
             }
-            drawn |= {title: (rival, found["chosen"][rival]["strength"], {}) for rival, title in RIVALS.items()}
-            for axes, (name, what) in zip(panels[:, column], shown.items(), strict=True):
-                for label, (method, strength, how) in drawn.items():
-                    mine = [r for r in found["rows"] if (r["method"], r["strength"]) == (method, strength)]
-                    mine.sort(key=lambda row: row["labels"])
-                    x, y = [(row["labels"], 0.0) for row in mine], [row[name] for row in mine]
-                    with_error(axes, x, y, method, label=label, **how)
-                if name in found["prior"]:
-                    axes.axhline(
-                        found["prior"][name], color="#999", linewidth=0.8, linestyle=":", label="the prior, not asked"
-                    )
+            lines |= {title: (rival, result["chosen"][rival]["strength"], {}) for rival, title in RIVALS.items()}
+            for axes, (name, title) in zip(panels[:, column], figures.items(), strict=True):
+                for label, (method, strength, style) in lines.items():
+                    rows = rows_of(result, method, strength)
+                    x, y = [(row["labels"], 0.0) for row in rows], [row[name] for row in rows]
+                    with_error(axes, x, y, method, label=label, **style)
+                if name in result["prior"]:
+                    value = result["prior"][name]
+                    axes.axhline(value, color="#999", linewidth=0.8, linestyle=":", label="the prior, no control")
                 axes.set(xscale="log")
-                ticks = sorted({row["labels"] for row in found["rows"]})
+                ticks = sorted({row["labels"] for row in result["rows"]})
                 axes.set_xticks(ticks, [str(n) for n in ticks])
                 axes.xaxis.set_minor_formatter(NullFormatter())
                 if column == 0:
-                    axes.set_ylabel(what)
+                    axes.set_ylabel(title)
             panels[0, column].set(ylim=(0, 1.03))
             panels[1, column].set(ylim=(0, 1.2))
             panels[2, column].set(yscale="log", ylim=(0.3, 2000), xlabel="labels, of each control")
@@ -291,12 +326,11 @@ def overview() -> Figure:
 
 def main() -> None:
     tasks = [] if sys.argv[1:] == ["page"] else sys.argv[1:] or list(TASKS)
-    started = [compared(task) for task in tasks]
-    if any([process.wait() for process in started]):
+    if any([process.wait() for process in [start(task) for task in tasks]]):
         raise SystemExit(1)
     for task in tasks:
-        written(task)
-    save_figure(DOCS / "results.png", overview())
+        keep(task)
+    save_figure(DOCS / "results.png", picture())
     write_text(DOCS / "results.md", page())
 
 
