@@ -19,12 +19,12 @@ class RowGroup(NamedTuple):
     Args:
         active: whether each control acts (K,).
         rows: their numbers (n,); that of any row if this is a dummy.
-        places: where their results belong (n,), behind the whole batch if this is a dummy.
+        positions: where their results belong (n,), behind the whole batch if this is a dummy.
     """
 
     active: Tensor
     rows: Tensor
-    places: Tensor
+    positions: Tensor
 
 
 def row_groups(active: Tensor, all_gather: Callable[[Tensor], Tensor] | None) -> list[RowGroup]:
@@ -39,10 +39,10 @@ def row_groups(active: Tensor, all_gather: Callable[[Tensor], Tensor] | None) ->
     patterns, pattern = columns.unique(dim=1, return_inverse=True)
     batch, groups = active.shape[1], []
     for i, controls in enumerate(patterns.unbind(1)):
-        rows = places = (pattern[:batch] == i).nonzero().squeeze(1)
+        rows = positions = (pattern[:batch] == i).nonzero().squeeze(1)
         if controls.any() and not len(rows):
-            rows, places = rows.new_zeros(1), rows.new_full((1,), batch)
-        groups.append(RowGroup(controls, rows, places))
+            rows, positions = rows.new_zeros(1), rows.new_full((1,), batch)
+        groups.append(RowGroup(controls, rows, positions))
     return groups
 
 
@@ -99,7 +99,7 @@ class Policy(Denoiser):
             t_rows = t[rows] if isinstance(t, Tensor) and t.ndim else t
             x_hat = self.steered(x_t[rows], t_rows, y, {name: value[rows] for name, value in cond.items()})
             parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[rows], x_hat, strength))
-        return torch.cat(parts)[torch.cat([group.places for group in groups]).argsort()[: len(x_t)]]
+        return torch.cat(parts)[torch.cat([group.positions for group in groups]).argsort()[: len(x_t)]]
 
     def steered(self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor]) -> Tensor:
         """Return x̂ (B, *) with the controls of these labels active in every row."""
