@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from copy import deepcopy
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -27,6 +28,7 @@ from ctrl_diffusion.learn.backprop import Backprop
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
+from ctrl_diffusion.prior.families import FAMILIES, unet
 from ctrl_diffusion.prior.precision import PRECISIONS
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward
@@ -345,6 +347,19 @@ def test_a_step_of_every_learner_is_uphill_and_trains_the_control_alone(folders,
     # the half of the adapter that begins at zero, in every layer the network reaches
     half = [value for key, value in after.items() if ".lora_B." in key]
     assert sum(bool(value.any()) for value in half) > len(half) / 2
+
+
+def test_a_family_may_be_added_from_outside(folders, tmp_path, monkeypatch):
+    """One row of FAMILIES; nothing else needs to know."""
+    shutil.copytree(folders["DDPM"][0], tmp_path / "mine")
+    edit(tmp_path / "mine" / "model_index.json", _class_name="MyPipeline")
+    with pytest.raises(ValueError, match="holds a MyPipeline; supported: DDPMPipeline"):
+        Prior.from_pretrained(tmp_path / "mine")
+    monkeypatch.setitem(FAMILIES, "MyPipeline", SimpleNamespace(load=unet.load, PARTS=("unet",), ALONE=True))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        same = Prior.from_pretrained(tmp_path / "mine").denoiser(x, 0.5)
+        assert torch.equal(same, opened(folders, "DDPM").denoiser(x, 0.5))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -1,1 +1,1 @@
-"""The border to diffusers: a pipeline folder as a prior, and the embedded model."""
+"""Turn pipelines of diffusers into priors; the embedded model is one."""

@@ -1,6 +1,5 @@
-"""Describe a model family: what each one says of its pipelines."""
+"""Describe a model family: what its file reads of a pipeline, and the denoiser that follows."""
 
-import inspect
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .text import TextFamily
 
 @dataclass
 class Family:
-    """What a family's file says of a network.
+    """Describe the network of a pipeline.
 
     Args:
         network: the module that holds the weights.
@@ -42,15 +41,10 @@ class Family:
     tokens: int = 0
 
 
-def default_guidance(pipeline: Any) -> float:
-    """The guidance of a pipeline's own default."""
-    return inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-
-
-def sized(
+def image_size(
     size: tuple[int, int] | None, sample_size: int | tuple[int, int], factor: int, patch: int = 1
 ) -> tuple[int, int]:
-    """(H, W) of images: as asked, or of a network's latents.
+    """Return (H, W) of images: `size`, or that of the network's latents, each covering `factor` pixels a side.
 
     Raises:
         ValueError: not a multiple of what one patch of latents covers.
@@ -62,14 +56,14 @@ def sized(
     return height, width
 
 
-def fixed(size: tuple[int, int] | None, own: tuple[int, int]) -> None:
-    """Refuse another size than a network's own."""
-    if size and tuple(size) != tuple(own):
-        raise ValueError(f"size {size[0]}×{size[1]}: it makes images of {own[0]}×{own[1]} only. Leave size out")
+def check_size(size: tuple[int, int] | None, only: tuple[int, int]) -> None:
+    """Refuse a size other than the only one that a network can make."""
+    if size and tuple(size) != tuple(only):
+        raise ValueError(f"size {size[0]}×{size[1]}: it makes images of {only[0]}×{only[1]} only. Leave size out")
 
 
-def flow_of(config: dict[str, Any], tokens: int) -> RectifiedFlow:
-    """The schedule of a flow, its shift as the scheduler would set it for so many tokens."""
+def flow_schedule(config: dict[str, Any], tokens: int) -> RectifiedFlow:
+    """Return the schedule of a flow, with the shift that its scheduler would set for so many tokens."""
     if not config.get("use_dynamic_shifting"):
         return RectifiedFlow(config["shift"])
     few, many = config["base_image_seq_len"], config["max_image_seq_len"]
@@ -78,19 +72,21 @@ def flow_of(config: dict[str, Any], tokens: int) -> RectifiedFlow:
     return RectifiedFlow(math.exp(mu) if config.get("time_shift_type") == "exponential" else mu)
 
 
-def denoiser_of(family: Family, scheduler: Any) -> NetworkDenoiser:
-    """A network under the schedule, prediction type and clipping its scheduler was configured with."""
-    config = scheduler.config
+def make_denoiser(family: Family, scheduler: Any) -> NetworkDenoiser:
+    """Return the denoiser of a network under its scheduler's schedule, prediction type and clipping.
+
+    Raises:
+        ValueError: the scheduler is not supported.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    network, call, shape, site = family.network, family.call, family.codec.shape, family.site
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        schedule = flow_of(config, family.tokens)
-        return NetworkDenoiser(family.network, family.call, schedule, "flow", family.codec.shape, None, family.site)
+        return NetworkDenoiser(network, call, flow_schedule(config, family.tokens), "flow", shape, site=site)
     if family.tokens:
-        raise ValueError(
-            f"it is a flow, whose schedule is read from FlowMatchEulerDiscreteScheduler, not {type(scheduler).__name__}"
-        )
+        raise ValueError(f"it is a flow, whose schedule is read from FlowMatchEulerDiscreteScheduler, not {kind}")
     if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
-        raise ValueError(f"its {type(scheduler).__name__} has no discrete noise schedule to read")
-    known = [kind for kind in get_args(Prediction) if kind != "flow"]
+        raise ValueError(f"its {kind} has no discrete noise schedule to read")
+    known = [prediction for prediction in get_args(Prediction) if prediction != "flow"]
     if config.prediction_type not in known:
         raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}; known: {', '.join(known)}")
     if config.get("thresholding"):
@@ -99,6 +95,4 @@ def denoiser_of(family: Family, scheduler: Any) -> NetworkDenoiser:
     if clip is not None:
         warnings.warn(f"this prior clips x̂ to ±{clip:g}: saturated pixels give learners no gradient.", stacklevel=3)
     schedule = VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod))
-    return NetworkDenoiser(
-        family.network, family.call, schedule, config.prediction_type, family.codec.shape, clip, family.site
-    )
+    return NetworkDenoiser(network, call, schedule, config.prediction_type, shape, clip, site)

@@ -1,4 +1,4 @@
-"""Open a pipeline folder of diffusers, or say in one line why not."""
+"""Load a pipeline folder of diffusers, or say in one line why not."""
 
 import inspect
 import warnings
@@ -14,20 +14,18 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .families import FAMILIES
 
-NO_PICKLE = {"use_safetensors": True}  # which could run any code
-# parts of a pipeline
+NO_PICKLE = {"use_safetensors": True}  # a pickle can run any code
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-NEEDED = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
-def located(source: str | Path) -> Path:
-    """The folder of a pipeline, which may have to come from the hub.
+def find_pipeline(source: str | Path) -> Path:
+    """Return a pipeline's folder, downloaded from the hub if `source` is no path here but OWNER/NAME.
 
     Raises:
         ValueError: there is none.
     """
     folder = Path(source)
-    if folder.exists() or not named_like_hub(str(source)):
+    if folder.exists() or not is_hub_id(str(source)):
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} is no pipeline folder of diffusers: it has no model_index.json.")
         return folder
@@ -39,13 +37,8 @@ def located(source: str | Path) -> Path:
         raise ValueError(f"{source} is no folder here, and the hub does not give it: {reason}") from error
 
 
-def part_of(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline is: in a folder of its own, or as in early pipelines beside the index."""
-    return folder / name if (folder / name).is_dir() else folder
-
-
-def named_like_hub(name: str) -> bool:
-    """Whether a name could be OWNER/NAME on the hub."""
+def is_hub_id(name: str) -> bool:
+    """Return whether a name could be OWNER/NAME on the hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -55,7 +48,7 @@ def named_like_hub(name: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, diffusers and transformers draw no bars and print no advice."""
+    """Silence the progress bars and advice of diffusers and transformers inside."""
     from transformers import logging  # a second of import that pixel models do without
 
     libraries = diffusers.utils.logging, logging
@@ -75,21 +68,15 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def opened(folder: Path, index: dict[str, Any]) -> Any:
-    """A pipeline in float32 on the CPU: its parts, or with text the pipeline itself, which encodes prompts."""
-    if network := FAMILIES[index["_class_name"]].ALONE:
-        parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers"}
-        if network not in parts:
-            raise ValueError(f"it lacks its {network}")
-        kinds = {name: getattr(diffusers, kind) for name, (_, kind) in parts.items()}
-        return SimpleNamespace(
-            **{
-                name: kind.from_pretrained(
-                    part_of(folder, name), **(NO_PICKLE if issubclass(kind, diffusers.ModelMixin) else {})
-                )
-                for name, kind in kinds.items()
-            }
-        )
+def load_pipeline(folder: Path, index: dict[str, Any]) -> Any:
+    """Load a pipeline in float32 on the CPU: its parts, or where it encodes text the pipeline itself.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    family = FAMILIES[index["_class_name"]]
+    if family.ALONE:
+        return load_parts(folder, index, family.PARTS)
     pipeline = getattr(diffusers, index["_class_name"])
     # a part that its authors left out stands as [null, null], or not at all; a flag left out has its default
     absent = {
@@ -99,8 +86,21 @@ def opened(folder: Path, index: dict[str, Any]) -> Any:
         or index.get(name) == [None, None]
         or (index.get(name) is None and parameter.default is parameter.empty)
     }
-    if missing := [name for name in NEEDED if name in absent]:
+    if missing := [name for name in family.PARTS if name in absent]:
         raise ValueError(f"it lacks its {' and '.join(missing)}")
     with quiet():
-        # said, since transformers would keep what half precision a file has
+        # explicit, since transformers would keep the half precision of a file
         return pipeline.from_pretrained(folder, torch_dtype=torch.float32, **NO_PICKLE, **absent)
+
+
+def load_parts(folder: Path, index: dict[str, Any], needed: tuple[str, ...]) -> SimpleNamespace:
+    """Load the parts of a pipeline that diffusers itself defines, without the pipeline."""
+    kinds = {name: part[1] for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers"}
+    if missing := [name for name in needed if name not in kinds]:
+        raise ValueError(f"it lacks its {' and '.join(missing)}")
+    parts = {}
+    for name, kind in kinds.items():
+        part = getattr(diffusers, kind)
+        place = folder / name if (folder / name).is_dir() else folder  # in early pipelines beside the index
+        parts[name] = part.from_pretrained(place, **(NO_PICKLE if issubclass(part, diffusers.ModelMixin) else {}))
+    return SimpleNamespace(**parts)

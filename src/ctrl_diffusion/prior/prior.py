@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..chain.codec import Codec
 from .families import FAMILIES
-from .family import denoiser_of
-from .loader import located, opened
+from .family import make_denoiser
+from .loader import find_pipeline, load_pipeline
 from .network import NetworkDenoiser
 from .precision import PRECISIONS
 from .text import Prompted, TextFamily
@@ -24,16 +24,16 @@ EMBEDDED = "digits"  # the prior that ships with the package, by name
 
 @dataclass
 class Prior:
-    """A pre-trained model.
+    """Hold a pre-trained model.
 
     Args:
         denoiser: E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x.
         classes: number of classes of the condition, None if unconditional; prompts are classes too.
-        names: every name a class is known by → its number; the number itself is one, unless they are prompts.
+        names: every name of a class → its number; the number itself is a name, too, unless classes are prompts.
         null: the class that stands for none, None if the network was not trained with one.
         codec: turns x into images: the autoencoder of a latent model, else the identity.
         text: of a model that is given prompts.
-        pipeline: the name of its pipeline.
+        pipeline: the class of its pipeline.
     """
 
     denoiser: NetworkDenoiser
@@ -46,18 +46,18 @@ class Prior:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name of every class, in order: the first it is known by, else its number."""
-        called = {number: name for name, number in reversed(self.names.items())}
-        return tuple(called[i] for i in range(self.classes or 0))
+        """One name of every class, in order: the first that is not its number, if any."""
+        names = {number: name for name, number in reversed(self.names.items())}
+        return tuple(names[i] for i in range(self.classes or 0))
 
     @property
     def latent(self) -> bool:
-        """Whether x are latents of images and not images."""
+        """Whether x are latents and not images."""
         return self.codec.latent
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the images, which for a latent model are not the shape of x."""
+        """(C, H, W) of the images; x of a latent model has another shape."""
         return self.codec.image_shape or self.denoiser.shape
 
     def decode(self, x: Tensor) -> Tensor:
@@ -65,15 +65,15 @@ class Prior:
         return self.codec.decode(x)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return x (B, *) of images (B, C, H, W), where these are."""
+        """Return x (B, *) of images (B, C, H, W), on their device."""
         return self.codec.encode(images, self.denoiser.device)
 
     def placed(self, device: str = "auto", precision: str = "no", tiling: bool = False) -> "Prior":
-        """The same prior, its network on a device; the autoencoder follows when it is needed, encoders stay.
+        """Move the network to a device and return this prior; the autoencoder follows when needed, text encoders stay.
 
         Args:
-            device: as torch names it; "auto" for an accelerator of CUDA if there is one.
-            precision: of the network's own arithmetic: "no" for that of its weights, "bf16" or "fp16" by autocast.
+            device: as torch names it; "auto" for CUDA if there is an accelerator.
+            precision: "no" for that of the network's weights, "bf16" or "fp16" for autocast.
             tiling: decode large images in tiles.
 
         Raises:
@@ -91,19 +91,17 @@ class Prior:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, size: tuple[int, int] | None = None) -> "Prior":
-        """Load a diffusers pipeline, a folder or a hub id.
-
-        A model that is given text knows no class yet: see `with_prompts`.
+        """Load a diffusers pipeline from a folder or the hub; a model that is given text has no class yet.
 
         Args:
             source: the folder, or OWNER/NAME.
-            size: (H, W) of the images, for families that make any; None for the one it was trained on.
+            size: (H, W) of the images, for families that make any; None for the size it was trained on.
 
         Raises:
             ValueError: no such folder or hub id, not a pipeline, damaged, of a kind that is not supported, or a size it
                 cannot make.
         """
-        folder = located(source)
+        folder = find_pipeline(source)
         try:
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
             name, _ = index["_class_name"], index["scheduler"][1]
@@ -114,7 +112,7 @@ class Prior:
         if not isinstance(name, str) or name not in FAMILIES:
             raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
         try:
-            return cls.from_pipeline(opened(folder, index), name, size, index.get("id2label"))
+            return cls.from_pipeline(load_pipeline(folder, index), name, size, index.get("id2label"))
         except (OSError, ValueError, AttributeError, RuntimeError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{folder} cannot be loaded: {reason}") from error
@@ -123,35 +121,35 @@ class Prior:
     def from_pipeline(
         cls, pipeline: Any, name: str, size: tuple[int, int] | None = None, id2label: dict[str, str] | None = None
     ) -> "Prior":
-        """The prior a pipeline's parts make.
+        """Make a prior of a pipeline's parts.
 
         Args:
-            pipeline: what has them as attributes.
-            name: of its class.
+            pipeline: has the parts as attributes.
+            name: of the pipeline's class.
             size: see `from_pretrained`.
-            id2label: number → names of the classes, by commas.
+            id2label: number → names of the class, separated by commas.
 
         Raises:
-            ValueError: a prior that is not supported.
+            ValueError: it is not supported.
         """
         family = FAMILIES[name].load(pipeline, size)
         names = {
             synonym.strip(): int(number) for number, text in (id2label or {}).items() for synonym in text.split(",")
         }
         names |= {str(i): i for i in range(family.classes or 0)}
-        denoiser = denoiser_of(family, pipeline.scheduler)
+        denoiser = make_denoiser(family, pipeline.scheduler)
         return cls(denoiser, family.classes, names, family.null, family.codec, family.text, name)
 
     def with_prompts(self, prompts: Sequence[str], guidance: float | None = None, negative: str = "") -> "Prior":
-        """The prior of numbered prompts, of a model that is given text.
+        """Return the prior of numbered prompts, of a model that is given text.
 
         Args:
-            prompts: distinct; the classes of the condition `c`.
+            prompts: the classes of the condition `c`.
             guidance: of classifier-free guidance, 1 for none; None for the pipeline's default.
-            negative: what the guidance leads away from.
+            negative: the prompt that the guidance leads away from.
 
         Raises:
-            ValueError: it is given no text, or prompts that are not so.
+            ValueError: it is given no text; or there are no prompts, or equal ones.
         """
         if self.text is None:
             raise ValueError("this prior is given no text. Leave the prompts out.")
@@ -163,10 +161,10 @@ class Prior:
         return replace(self, denoiser=self.denoiser.with_call(call), classes=len(prompts), names=names)
 
     def number_of(self, name: str) -> int:
-        """The class of a name, or of a prompt, which is encoded if it is a new one.
+        """Return the class of a name, or of a prompt, which is encoded if it is new.
 
         Raises:
-            ValueError: the prior, which is given no text, has no class of that name.
+            ValueError: the prior is given no text and has no class of that name.
         """
         if name not in self.names and self.text is None:
             some = ", ".join(list(self.names)[:10])
@@ -178,7 +176,7 @@ class Prior:
         return self.names[name]
 
     def unconditional(self) -> "Prior":
-        """p(x) of a prior of p(x | c): the same network, always asked for its null class.
+        """Return the prior p(x) of a prior p(x | c): the same network under its null class.
 
         Raises:
             ValueError: it is unconditional already, or was not trained with a null class.
@@ -195,5 +193,5 @@ class Prior:
 
 
 def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:
-    """The embedded prior by its name, else a pipeline's folder or hub id."""
+    """Open the embedded prior by its name, else a pipeline's folder or hub id."""
     return Prior.from_pretrained(DIGITS if name == EMBEDDED else name, size)

@@ -1,4 +1,4 @@
-"""Shard a prior's weights over processes, by FSDP2."""
+"""Shard a prior's weights over ranks, by FSDP2."""
 
 from functools import partial
 
@@ -9,14 +9,14 @@ from .network import NetworkDenoiser
 
 
 def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
-    """Leave every rank a part of a prior's weights, by FSDP2, on this rank's device; all call it together from now on.
+    """Leave every rank a shard of a prior's weights, on its own device; all ranks call it in step from now on.
 
-    What is gathered and dropped at a time are the members of the network's lists (transformer blocks, a UNet's stages),
-    children that have such lists (a UNet's middle), and all the rest. A control's own weights come later, and stay
-    whole.
+    The units that are gathered and freed at a time are the members of the network's lists (transformer blocks, a UNet's
+    stages), children that have such lists (a UNet's middle), and all the rest. A control's weights are added later and
+    stay whole.
 
     Raises:
-        ValueError: a device is asked for.
+        ValueError: `device` names one.
     """
     if device != "auto":
         raise ValueError(f"device: sharded weights are where accelerate puts them. Use auto, not {device}.")

@@ -5,7 +5,7 @@ and nothing of ours.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,42 +21,42 @@ from ..chain.noise import normal
 from ..chain.rollout import rollout
 from ..control.kinds import load_control
 from ..control.policy import Policy
-from ..prior.families import FAMILIES
+from ..prior.families import FAMILIES, PARTS
 from ..prior.loader import quiet
 from ..prior.prior import Prior
 
 CONTROLS = "controls"  # the folder they are in
-PARTS = (
-    "scheduler", "unet", "transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
-    "text_encoder_3", "tokenizer_3",
-)  # fmt: skip
+
+
+def with_parts(init: Callable[..., None]) -> Callable[..., None]:
+    """Put the names of PARTS into a constructor's signature, where diffusers looks for them."""
+    *parameters, _ = inspect.signature(init).parameters.values()
+    parts = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in PARTS]
+    init.__signature__ = inspect.Signature([*parameters, *parts])
+    return init
 
 
 class ControlledPipeline(DiffusionPipeline):
     """Samples of p(x | c, y): `pipe("a horse", controls={"texture": "checks"}, control_strength=1.2)`.
 
     Args:
-        scheduler, unet, …, tokenizer_3: the parts of the pipeline the controls were trained on.
+        scheduler: of the pipeline the controls were trained on.
         base: the name of that pipeline's class.
         flags: of that pipeline, such as what SDXL takes for no text.
         chain: of the run: steps, sigma_end, time_power, guidance, negative_prompt, size, unconditional, controls.
         id2label: names of the classes.
+        parts: of that pipeline, by the names in PARTS.
     """
 
-    _optional_components = list(PARTS[1:])  # noqa: RUF012 — diffusers reads it off the class
+    _optional_components = list(PARTS)  # noqa: RUF012 — diffusers reads it off the class
 
+    @with_parts
     def __init__(
-        self, scheduler: Any, unet: Any = None, transformer: Any = None, vae: Any = None, text_encoder: Any = None,
-        tokenizer: Any = None, text_encoder_2: Any = None, tokenizer_2: Any = None, text_encoder_3: Any = None,
-        tokenizer_3: Any = None, base: str = "", flags: dict[str, bool] | None = None,
-        chain: dict[str, Any] | None = None, id2label: dict[str, str] | None = None,
+        self, scheduler: Any, base: str = "", flags: dict[str, bool] | None = None,
+        chain: dict[str, Any] | None = None, id2label: dict[str, str] | None = None, **parts: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.register_modules(
-            scheduler=scheduler, unet=unet, transformer=transformer, vae=vae, text_encoder=text_encoder,
-            tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3,
-            tokenizer_3=tokenizer_3,
-        )  # fmt: skip
+        self.register_modules(scheduler=scheduler, **{name: parts.get(name) for name in PARTS})
         self.register_to_config(base=base, flags=flags, chain=chain, id2label=id2label)
         self._ready: tuple[Prior, Policy] | None = None
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from ...prior.loader import located
+from ...prior import families
+from ...prior.loader import find_pipeline
 from ...prior.prior import DIGITS, EMBEDDED
 from ...run import pipeline as controlled
 from ...run.folder import RunFolder
@@ -40,13 +41,15 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     check_room(out, INDEX, options.overwrite)
     run = Run.load(folder, trust=options.trust)
     config = run.config
-    prior = Path(DIGITS) if config.prior == EMBEDDED else located(config.prior)
+    prior = Path(DIGITS) if config.prior == EMBEDDED else find_pipeline(config.prior)
     index = json.loads((prior / INDEX).read_text(encoding="utf-8"))
-    parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
+    family = families.FAMILIES[index["_class_name"]]
+    if getattr(family, "__package__", "") != families.__name__:
+        raise ValueError(f"{index['_class_name']} was added to FAMILIES: an exported folder would lack its code.")
+    named = {name: index[name] for name in index if name in ("scheduler", *families.PARTS)}
+    parts = {name: part for name, part in named.items() if isinstance(part, list) and part[0] is not None}
     clear(out, FILES)
     for name in parts:
-        if name not in controlled.PARTS:
-            continue
         if (prior / name).is_dir():
             shutil.copytree(prior / name, out / name, dirs_exist_ok=True)
         else:  # beside the index, as in early pipelines
@@ -54,11 +57,10 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
             for pattern in ("scheduler_config.json",) if name == "scheduler" else ("config.json", f"{WEIGHTS}*"):
                 for file in prior.glob(pattern):
                     shutil.copy(file, out / name / file.name)
-    component = "unet" if "unet" in parts else "transformer"
     for name in run.names:
         place = out / controlled.CONTROLS / name
         run.policy.controls[name].save(place)
-        if lora := run.policy.controls[name].lora(component):
+        if lora := run.policy.controls[name].lora(family.PARTS[0]):
             write_tensors(place / LORA, lora)
     for name, text in sources().items():
         write_text(out / f"{name}.py", text)
@@ -71,7 +73,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     write_json(
         out / INDEX,
         {
-            **{name: part for name, part in parts.items() if name in controlled.PARTS},
+            **parts,
             "_class_name": ["pipeline", "ControlledPipeline"],
             "_diffusers_version": index.get("_diffusers_version"),
             "base": index["_class_name"],

@@ -1,12 +1,16 @@
-"""Model families, one file each: what is read of a pipeline, and where a control enters it."""
+"""Describe model families, one file each: what to read of a pipeline, and where a control enters it."""
 
-from types import ModuleType
+from typing import Any
 
 from . import dit, flux, stable_diffusion, stable_diffusion_3, unet
 
-# name of the pipeline's class → the file that knows it, with `load(pipeline, size) -> Family` and `ALONE`: the part its
-# network is in, where that and the scheduler will do; None where the whole pipeline is needed, to encode text
-FAMILIES: dict[str, ModuleType] = {
+# the class of a pipeline → its family, a module or any object with
+#     load(pipeline, size) -> Family
+#     PARTS     names of the parts it needs, the network first
+#     OPTIONAL  names of parts that may be left out
+#     ALONE     whether these parts will do; else the whole pipeline is loaded, because it encodes text
+# A row may be added from anywhere: FAMILIES["MyPipeline"] = my_family
+FAMILIES: dict[str, Any] = {
     "DDPMPipeline": unet,
     "DDIMPipeline": unet,
     "DiTPipeline": dit,
@@ -15,3 +19,4 @@ FAMILIES: dict[str, ModuleType] = {
     "StableDiffusion3Pipeline": stable_diffusion_3,
     "FluxPipeline": flux,
 }
+PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in (*family.PARTS, *family.OPTIONAL)))

@@ -1,6 +1,6 @@
-"""Flux (Black Forest Labs 2024): a transformer on packed latents of a rectified flow, given text.
+"""Load Flux (Black Forest Labs 2024): a transformer on packed latents of a rectified flow, given text.
 
-Its network was distilled to be given the guidance as a number, if it is given any.
+Its network was distilled to take the guidance as a number, if it takes any.
 """
 
 from collections.abc import Sequence
@@ -8,45 +8,45 @@ from typing import Any
 
 from torch import Tensor
 
-from ..family import Family, default_guidance, sized
+from ..family import Family, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
-from ..text import Rows, TextFamily, place_of
+from ..text import Rows, TextFamily, default_guidance, encoder_device
 
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+OPTIONAL, ALONE = (), False
 TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj",
     "ff.net.2", "proj_mlp",
 )  # fmt: skip
 PATCH = 2  # latents a side that become one token
-ALONE = None
 
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
-    """The network of a pipeline."""
+    """Return the family of a pipeline."""
     network = pipeline.transformer
-    size = sized(size, pipeline.default_sample_size, pipeline.vae_scale_factor, PATCH)
+    size = image_size(size, pipeline.default_sample_size, pipeline.vae_scale_factor, PATCH)
     codec = Autoencoder(pipeline.vae, size)
     channels, height, width = codec.shape
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         if negative:
             raise ValueError("Flux takes no negative prompt")
-        rows, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=place_of(pipeline))
+        rows, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=encoder_device(pipeline))
         return {"encoder_hidden_states": rows, "pooled_projections": pooled}, {}
 
     def call(
         x_t: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, guidance: Tensor
     ) -> Tensor:
         packed = pipeline._pack_latents(x_t, len(x_t), channels, height, width)
-        places = pipeline._prepare_latent_image_ids(len(x_t), height // PATCH, width // PATCH, x_t.device, x_t.dtype)
+        ids = pipeline._prepare_latent_image_ids(len(x_t), height // PATCH, width // PATCH, x_t.device, x_t.dtype)
         velocity = network(
             packed, encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled_projections,
-            timestep=timestep / 1000, img_ids=places, txt_ids=places.new_zeros(encoder_hidden_states.shape[1], 3),
+            timestep=timestep / 1000, img_ids=ids, txt_ids=ids.new_zeros(encoder_hidden_states.shape[1], 3),
             guidance=guidance if network.config.guidance_embeds else None, return_dict=False,
         )[0]  # fmt: skip
         return pipeline._unpack_latents(velocity, *size, pipeline.vae_scale_factor)
 
     site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, rank=16)
     text = TextFamily(encode, call, default_guidance(pipeline), distilled=True)
-    tokens = height * width // PATCH**2
-    return Family(network, call, codec, site, text=text, tokens=tokens)
+    return Family(network, call, codec, site, text=text, tokens=height * width // PATCH**2)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022) and SDXL (Podell et al. 2024): a UNet on latents, given text."""
+"""Load Stable Diffusion 1.x, 2.x (Rombach et al. 2022) and SDXL (Podell et al. 2024): a UNet on latents, given text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,48 +6,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..family import Family, default_guidance, sized
+from ..family import Family, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
-from ..text import Rows, TextFamily, place_of
+from ..text import Rows, TextFamily, default_guidance, encoder_device
 
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # the last two of SDXL
+OPTIONAL, ALONE = (), False
 # linear layers of attention, feed-forward and time, by the endings of their names
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj")
-ALONE = None
 
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
-    """The network of a pipeline, with or without SDXL's second encoder."""
+    """Return the family of a pipeline, with or without SDXL's second encoder."""
     network = pipeline.unet
     if network.config.time_cond_proj_dim is not None:
         raise ValueError("its UNet is distilled for few steps and is given the guidance, which is not supported")
-    size = sized(size, network.config.sample_size, pipeline.vae_scale_factor)
+    size = image_size(size, network.config.sample_size, pipeline.vae_scale_factor)
     codec = Autoencoder(pipeline.vae, size)
     if network.config.in_channels != codec.shape[0]:
         raise ValueError(f"its UNet is given {network.config.in_channels} channels, and latents have {codec.shape[0]}")
     large = hasattr(pipeline, "text_encoder_2")
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
-        # what SDXL was trained to take for no text is zeros and not the empty prompt; the pipeline gives it for None
-        without = [negative] * len(prompts) if negative or not large else None
-        found = pipeline.encode_prompt(
-            list(prompts), device=place_of(pipeline), num_images_per_prompt=1, do_classifier_free_guidance=True,
-            negative_prompt=without,
+        # SDXL was trained with zeros for no text, not with the empty prompt; the pipeline returns them for None
+        negatives = [negative] * len(prompts) if negative or not large else None
+        states, null_states, *pooled = pipeline.encode_prompt(
+            list(prompts), device=encoder_device(pipeline), num_images_per_prompt=1, do_classifier_free_guidance=True,
+            negative_prompt=negatives,
         )  # fmt: skip
-        rows, null = {"encoder_hidden_states": found[0]}, {"encoder_hidden_states": found[1][:1]}
+        rows, null = {"encoder_hidden_states": states}, {"encoder_hidden_states": null_states[:1]}
         if large:
-            rows["text_embeds"], null["text_embeds"] = found[2], found[3][:1]
+            rows["text_embeds"], null["text_embeds"] = pooled[0], pooled[1][:1]
         return rows, null
 
     def call(x_t: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor | None = None) -> Tensor:
         added = None
         if text_embeds is not None:
-            ids = torch.tensor([*size, 0, 0, *size]).to(x_t).expand(len(x_t), 6)  # as if cut from nothing larger
+            ids = torch.tensor([*size, 0, 0, *size]).to(x_t).expand(len(x_t), 6)  # as if not cropped
             added = {"text_embeds": text_embeds, "time_ids": ids}
         return network(x_t, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
-    site = ControlSite(
-        embeddings=("time_embedding",), width=network.time_embedding.linear_2.out_features, targets=TARGETS, rank=16
-    )
-    text = TextFamily(encode, call, default_guidance(pipeline))
-    return Family(network, call, codec, site, text=text)
+    site = ControlSite(("time_embedding",), network.time_embedding.linear_2.out_features, TARGETS, rank=16)
+    return Family(network, call, codec, site, text=TextFamily(encode, call, default_guidance(pipeline)))
