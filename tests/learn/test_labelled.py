@@ -30,7 +30,7 @@ def test_labels_are_dropped_but_never_the_last():
     n = 20_000
     y, z = torch.zeros(n, dtype=torch.long), torch.where(torch.arange(n) % 2 == 0, 1, NULL)
     learner = Labelled(torch.zeros(n, 2), {"y": y, "z": z}, {}, times, dropout=0.3)
-    found = learner.dropped({"y": y, "z": z}, torch.Generator().manual_seed(0))
+    found = learner.drop_labels({"y": y, "z": z}, torch.Generator().manual_seed(0))
     both, alone = z != NULL, z == NULL
     assert (found["z"][alone] == NULL).all()  # what was never there
     assert (found["y"][alone] == 0).all()

@@ -24,7 +24,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..chain.rollout import Trajectory, read_out
 from ..chain.transition import half_square, transition
@@ -49,9 +49,7 @@ def reward_gradient(
 
 
 class Adjoints(NamedTuple):
-    """Hold the adjoints a_1 … a_N (N, B, *) along a path, the prior's means of each step (N, B, *) and the share of
-    adjoints that were clipped.
-    """
+    """Hold the adjoints a_1 … a_N (N, B, *) of a path, the prior's means (N, B, *), the share that was clipped."""
 
     adjoints: Tensor
     means: Tensor
@@ -104,36 +102,24 @@ def adjoints_of(
     for i in reversed(range(steps)):
         with torch.set_grad_enabled(i > 0):  # a_0 is not needed
             a = back(i)
-    return Adjoints(
-        torch.stack(adjoints[::-1]), torch.stack(means[::-1]), sum(torch.stack(longer).cpu().tolist()) / steps
-    )
+    clipped = sum(torch.stack(longer).cpu().tolist()) / steps
+    return Adjoints(torch.stack(adjoints[::-1]), torch.stack(means[::-1]), clipped)
 
 
 class Adjoint(Revisiting):
-    """Learn by adjoint matching.
-
-    Args:
-        times, batch, eta, micro, offload, settings: see `Revisiting`; adjoints and means are kept with the paths.
-    """
+    """Learn by adjoint matching; arguments as of `Revisiting`, adjoints and means are kept with the paths."""
 
     class Settings(LearnerSettings):
-        """Settings of `Adjoint`.
-
-        Args:
-            regressed: steps of each path that one update regresses.
-            reuse: updates from one rollout.
-            clip: largest norm of std_i a_{i+1}, the control that one sample may demand of a step.
-            lean: use the lean adjoint.
-        """
+        """Declare what can be set."""
 
         kept_states: ClassVar[int] = 4  # states and noise; adjoints and the prior's means
 
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
         lr_adapter: float = Field(1.5e-3, gt=0)
-        regressed: int = Field(5, ge=1)
-        reuse: int = Field(4, ge=1)
-        clip: float = Field(10.0, gt=0)
+        regressed: int = Field(5, ge=1)  # steps of each path that one update regresses
+        reuse: int = Field(4, ge=1)  # updates from one rollout
+        clip: float = Field(10.0, gt=0)  # largest norm of std_i a_{i+1}, the control one sample may demand of a step
         lean: bool = False
 
         def rows_kept(self, micro: int | None) -> int:
@@ -149,12 +135,7 @@ class Adjoint(Revisiting):
     differentiates = True
 
     def __call__(
-        self,
-        policy: Policy,
-        reward: Reward,
-        conditions: Conditions,
-        generator: torch.Generator,
-        carried: Carried = None,
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         settings = self.settings
         transitions = settings.regressed * self.batch  # of an update, on all ranks
@@ -171,7 +152,7 @@ class Adjoint(Revisiting):
                 yield Step(self.steps * (loss / transitions), metrics, visit.last, visit.whole)
 
     def roll_out(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator
     ) -> tuple[Rollout, Tensor, Adjoints]:
         """Draw new paths; return them with their rewards (B,) and adjoints."""
         device, settings = self.storage(policy), self.settings

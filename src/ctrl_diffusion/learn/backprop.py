@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..chain.denoise import loss_scale
 from ..chain.transition import step_std
@@ -26,26 +26,17 @@ from .step import Carried, Evaluations, LearnerSettings, Step
 
 
 class Backprop(OnPolicy):
-    """Learn by reward backpropagation.
-
-    Args:
-        times, batch, eta, micro, settings: see `OnPolicy`; one rollout an update.
-    """
+    """Learn by backpropagation, one rollout an update; arguments as of `OnPolicy`."""
 
     class Settings(LearnerSettings):
-        """Settings of `Backprop`.
-
-        Args:
-            clip: largest norm of std_i ∇J at the state after step i, the control that one path may demand of the step.
-            through: the number of last steps that the reward's gradient reaches; None for all.
-        """
+        """Declare what can be set."""
 
         kept_states: ClassVar[int] = 2  # states and noise
 
         updates: int = Field(200, ge=1)
         batch: int = Field(64, ge=1)
-        clip: float = Field(10.0, gt=0)
-        through: int | None = Field(None, ge=1)
+        clip: float = Field(10.0, gt=0)  # largest norm of std_i ∇J after step i, the control one path may demand of it
+        through: int | None = Field(None, ge=1)  # last steps that the reward's gradient reaches; None for all
 
         def evaluations(self, steps: int) -> Evaluations:
             return Evaluations(2 * steps, 2 * steps)  # policy and prior, each once more on the way back
@@ -53,12 +44,7 @@ class Backprop(OnPolicy):
     differentiates = True
 
     def __call__(
-        self,
-        policy: Policy,
-        reward: Reward,
-        conditions: Conditions,
-        generator: torch.Generator,
-        carried: Carried = None,
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         first = max(0, self.steps - (self.settings.through or self.steps))  # the state that the reward stops at
         stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]

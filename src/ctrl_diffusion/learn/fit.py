@@ -1,13 +1,15 @@
-"""The only training loop: it steps on a learner's losses, averages weights and yields what happened.
+"""Train on a learner's losses: the only training loop.
 
-Embedding and adapter have separate learning rates under one warm-up and cosine decay: parameter noise is visible as KL.
-At the end the averaged weights take the place of the last ones.
+It averages weights and yields what each update did. Embedding and adapter have separate learning rates under one
+warm-up and cosine decay: parameter noise is visible as KL. At the end the averaged weights replace the last ones.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,24 +21,22 @@ from ..control.policy import Policy
 from ..system import ranks
 from .step import Step
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW knows of a parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 @dataclass
 class Update:
-    """What one update did: its number from 1, the loss in nats, the gradient's norm, the learner's figures.
+    """Say what one update did.
 
-    Args:
-        skipped: updates up to this one that were left out because they were not finite.
-        state: gives all that `fit` needs to go on from here, by name: weights, their averages, AdamW's moments and
-            counts; to be called before the next update. None where the learner's paths are still to be used.
+    `state`, to be called before the next update, returns what `fit` needs to continue from here, by name. It is None
+    while the learner has paths left to use.
     """
 
-    number: int
-    loss: float
+    number: int  # from 1
+    loss: float  # in nats
     gradient_norm: float
-    metrics: dict[str, float]
-    skipped: int = 0
+    metrics: dict[str, float]  # the learner's
+    skipped: int = 0  # updates so far that were left out because they were not finite
     state: Callable[[], dict[str, Tensor]] | None = None
 
 
@@ -51,7 +51,7 @@ def fit(
     max_skipped: int = 5,
     begin: dict[str, Tensor] | None = None,
 ) -> Iterator[Update]:
-    """Train the policy's controls on a learner's stream of losses; a generator, the caller owns logging and stopping.
+    """Train the policy's controls on a learner's stream of losses; the caller logs and stops.
 
     Args:
         policy: its control parameters are trained in place.
@@ -61,83 +61,127 @@ def fit(
         ema_decay: of the averaged weights that are kept at the end.
         warmup: updates of linear warm-up; the rest decays as a cosine.
         max_norm: of the whole gradient, a last resort; learners clip per sample.
-        max_skipped: batches (of paths, where these serve several updates) in turn that may be left out.
-        begin: the state of an earlier update, to go on from; `steps` are those that come after it.
+        max_skipped: batches (of paths, where these serve several updates) in a row that may be left out.
+        begin: the state of an earlier update to continue from; `steps` are those that come after it.
 
-    An update whose loss or gradient is not finite is left out and counted. In float16 what goes back through the
-    network is scaled up; where only the gradient is too large, the scale is lowered instead.
+    An update whose loss or gradient is not finite is left out and counted. In float16 the loss is scaled up; where only
+    the gradient is too large, the scale is lowered instead.
 
     Ranks begin with rank 0's weights and step on the sum of their losses (`ranks`), so that they stay alike.
 
     Raises:
-        FloatingPointError: too many in turn were not finite; the weights keep their last good values.
+        FloatingPointError: too many in a row were not finite; the weights keep their last good values.
     """
     ranks.state()  # before accelerate decides by itself: without CUDA it would take this for the only process
     # everything is where the policy is, and in the policy's own precision, whatever accelerate is set up for
     accelerator = Accelerator(device_placement=False, mixed_precision="no")
-    groups, parameters = policy.parameter_groups(), policy.trainable()
-    optimizer = accelerator.prepare(
-        torch.optim.AdamW([{"params": members} for members in groups.values()], betas=(0.9, 0.99), weight_decay=0.0)
-    )
-    ema = EMAModel(parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
-    number = skipped = in_turn = 0
-
-    def state() -> dict[str, Tensor]:
-        found = {"counts": torch.tensor([number, ema.optimization_step, skipped, in_turn])}
-        for i, (p, average) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
-            known = optimizer.state.get(p, {})
-            found |= {f"weight.{i}": p.detach().clone(), f"average.{i}": average.clone()}
-            found |= {f"{name}.{i}": known[name].clone() for name in MOMENTS if known}
-        return found
-
+    weights, skips, number = Weights(policy, accelerator, ema_decay), Skips(max_skipped), 0
     if begin:
-        number, ema.optimization_step, skipped, in_turn = begin["counts"].tolist()
-        policy.restore([begin[f"weight.{i}"] for i in range(len(parameters))])
-        ema.shadow_params = [begin[f"average.{i}"].to(p.device) for i, p in enumerate(parameters)]
-        for i, p in enumerate(parameters):
-            if f"step.{i}" in begin:
-                step, *moments = (begin[f"{name}.{i}"] for name in MOMENTS)  # AdamW counts on the CPU
-                optimizer.state[p] = dict(zip(MOMENTS, (step, *(m.to(p.device) for m in moments)), strict=True))
+        number, weights.ema.optimization_step, skips.total, skips.in_a_row = begin["counts"].tolist()
+        weights.load(begin)
     if ranks.world_size() > 1:
         policy.restore(ranks.broadcast(lambda: [value.cpu() for value in policy.snapshot()]))
-    while number < updates:
+    while number < updates and (gradient := accumulate(policy, steps, accelerator)):
         number += 1
-        told: list[dict[str, float | Tensor]] = []
-        for step in steps:
-            accelerator.backward(loss_scale(policy) * step.loss)  # finite or not: to know is to wait
-            told.append({"": step.loss.detach(), **step.metrics})  # a learner has no figure without a name
-            if step.last:
-                break
-        else:
-            break  # the stream has ended
-        summed: Counter[str] = Counter()
-        for part in told:
-            summed.update({name: float(value) for name, value in part.items()})  # a Counter adds up
-        metrics = ranks.all_reduce_metrics(summed)
-        loss = metrics.pop("")
-        ranks.all_reduce_gradients(parameters)
-        ranks.reshard(policy)
-        for p in parameters if loss_scale(policy) != 1.0 else ():
-            if p.grad is not None:
-                p.grad /= loss_scale(policy)
-        norm = float(accelerator.clip_grad_norm_(parameters, max_norm))
+        loss, metrics, whole = gradient
+        norm = float(accelerator.clip_grad_norm_(weights.parameters, max_norm))
         if math.isfinite(loss) and math.isfinite(norm):
-            i = ema.optimization_step  # updates that were taken
+            i = weights.ema.optimization_step  # updates that were taken
             factor = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
-            for kind, group in zip(groups, optimizer.param_groups, strict=True):
-                group["lr"] = lr[kind] * factor
-            optimizer.step()
-            ema.step(parameters)
-            in_turn = 0
-        elif math.isfinite(loss) and loss_scale(policy) > 1:
-            # too large for float16: this update is left out
+            weights.step({kind: rate * factor for kind, rate in lr.items()})
+            skips.in_a_row = 0
+        elif math.isfinite(loss) and loss_scale(policy) > 1:  # too large for float16: this update is left out
             policy.prior.loss_scale = max(1.0, loss_scale(policy) / 16)
         else:
-            skipped, in_turn = skipped + 1, in_turn + step.whole
-            if in_turn > max_skipped:
-                what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-                before = f", as in {in_turn - 1} batches before it" if in_turn > 1 else ""
-                raise FloatingPointError(f"the {what} of update {number} is {value}{before}. Lower the learning rate.")
-        optimizer.zero_grad()
-        yield Update(number, loss, norm, metrics, skipped, state if step.whole else None)
-    ema.copy_to(parameters)
+            skips.count(number, loss, norm, whole)
+        weights.optimizer.zero_grad()
+        counts = [number, weights.ema.optimization_step, skips.total, skips.in_a_row]
+        yield Update(number, loss, norm, metrics, skips.total, partial(weights.state, counts) if whole else None)
+    weights.ema.copy_to(weights.parameters)
+
+
+class Weights:
+    """Hold the trained weights with their averages and AdamW's moments."""
+
+    def __init__(self, policy: Policy, accelerator: Accelerator, ema_decay: float) -> None:
+        groups, self.policy, self.parameters = policy.parameter_groups(), policy, policy.trainable()
+        adamw = torch.optim.AdamW(
+            [{"params": members} for members in groups.values()], betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.groups, self.optimizer = tuple(groups), accelerator.prepare(adamw)
+        self.ema = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
+
+    def step(self, lr: dict[str, float]) -> None:
+        """Take a step with a learning rate for each group, and average."""
+        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            group["lr"] = lr[name]
+        self.optimizer.step()
+        self.ema.step(self.parameters)
+
+    def state(self, counts: list[int]) -> dict[str, Tensor]:
+        """Copy everything by name, with counts."""
+        tensors = {"counts": torch.tensor(counts)}
+        for i, (p, average) in enumerate(zip(self.parameters, self.ema.shadow_params, strict=True)):
+            moments = self.optimizer.state.get(p, {})
+            tensors |= {f"weight.{i}": p.detach().clone(), f"average.{i}": average.clone()}
+            tensors |= {f"{name}.{i}": moments[name].clone() for name in MOMENTS if moments}
+        return tensors
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take everything from a state."""
+        self.policy.restore([state[f"weight.{i}"] for i in range(len(self.parameters))])
+        self.ema.shadow_params = [state[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
+        for i, p in enumerate(self.parameters):
+            if f"step.{i}" in state:
+                step, *moments = (state[f"{name}.{i}"] for name in MOMENTS)  # AdamW counts on the CPU
+                self.optimizer.state[p] = dict(zip(MOMENTS, (step, *(m.to(p.device) for m in moments)), strict=True))
+
+
+@dataclass
+class Skips:
+    """Count the updates that are left out because they are not finite."""
+
+    most: int  # batches of paths in a row
+    total: int = 0  # updates
+    in_a_row: int = 0  # batches of paths
+
+    def count(self, number: int, loss: float, norm: float, whole: bool) -> None:
+        """Count an update, the last of its paths if `whole`; raise FloatingPointError if there are too many."""
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + whole
+        if self.in_a_row > self.most:
+            name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+            before = f", as in {self.in_a_row - 1} batches before it" if self.in_a_row > 1 else ""
+            raise FloatingPointError(f"the {name} of update {number} is {value}{before}. Lower the learning rate.")
+
+
+class Gradient(NamedTuple):
+    """Hold the loss in nats and the metrics of an update whose gradient is in the parameters; `whole` as in `Step`."""
+
+    loss: float
+    metrics: dict[str, float]
+    whole: bool
+
+
+def accumulate(policy: Policy, steps: Iterator[Step], accelerator: Accelerator) -> Gradient | None:
+    """Add up the gradients of the parts of an update, over all ranks; return None if the stream has ended."""
+    parts: list[dict[str, float | Tensor]] = []
+    for step in steps:
+        accelerator.backward(loss_scale(policy) * step.loss)  # without a look at whether it is finite: that would wait
+        parts.append({"": step.loss.detach(), **step.metrics})  # no metric of a learner has an empty name
+        if step.last:
+            break
+    else:
+        return None
+    sums: Counter[str] = Counter()
+    for part in parts:
+        sums.update({name: float(value) for name, value in part.items()})  # a Counter adds up
+    metrics = ranks.all_reduce_metrics(sums)
+    loss = metrics.pop("")
+    parameters = policy.trainable()
+    ranks.all_reduce_gradients(parameters)
+    ranks.reshard(policy)
+    if loss_scale(policy) != 1.0:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad /= loss_scale(policy)
+    return Gradient(loss, metrics, step.whole)

@@ -1,16 +1,15 @@
-"""Denoising regression on labelled data, with no classifier: what classifier-free guidance is trained by.
+"""Regress the denoiser on labelled data, with no classifier, as classifier-free guidance is trained.
 
 Noise the labelled x_0 and regress the denoiser under their labels, ½‖(x̂(x_t, c, y) − x_0)/σ_t‖² at the times of the
 chain. Labels are dropped at random (Ho & Salimans 2022, algorithm 1) so that one policy serves every choice of
-controls; but the policy of no label at all is the frozen prior, of which there is nothing to learn, so that each row
-keeps a label.
+controls; each row keeps one, as the policy of no label at all is the frozen prior, where there is nothing to learn.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
@@ -26,11 +25,11 @@ from .step import Step, renoised
 
 @dataclass
 class Labelled:
-    """The learner; it asks neither reward nor conditions.
+    """Learn by regression on labelled data.
 
     Args:
-        x_0: (n, *), labelled examples; of latents if the prior is a latent model.
-        labels: control → (n,), NULL where a row has no such label: datasets of different controls go one after another.
+        x_0: (n, *), labelled examples; latents if the prior is a latent model.
+        labels: control → (n,), NULL where a row has no such label: datasets of different controls are concatenated.
         cond: the prior's conditions, n rows each.
         times: the chain's grid.
         batch: samples an update.
@@ -46,24 +45,22 @@ class Labelled:
     dropout: float = 0.1
     micro: int | None = None
 
-    def __call__(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
-    ) -> Iterator[Step]:
-        """Losses without end."""
-        mine = ranks.rank_rows(self.batch)
+    def __call__(self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator) -> Iterator[Step]:
+        """Yield losses without end; reward and conditions are not used."""
+        share = ranks.rank_rows(self.batch)
         while True:
             row = torch.randint(len(self.x_0), (self.batch,), generator=generator)
-            labels, row = rows_of(self.dropped(rows_of(self.labels, row), generator), mine), row[mine]
+            labels, row = rows_of(self.drop_labels(rows_of(self.labels, row), generator), share), row[share]
             cond, x_0 = rows_of(self.cond, row), self.x_0[row].to(policy.device)
             x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator, self.batch)
             for rows in parts(len(row), self.micro):
                 x_hat = policy(x_t[rows], times[rows], labels=rows_of(labels, rows), **rows_of(cond, rows))
-                miss = half_square((x_hat - x_0[rows]) / per_sample(sigma[rows], x_hat))
-                yield Step(miss.sum() / self.batch, last=rows.stop == len(row))
+                loss = half_square((x_hat - x_0[rows]) / per_sample(sigma[rows], x_hat)).sum()
+                yield Step(loss / self.batch, last=rows.stop == len(row))
 
-    def dropped(self, labels: Labels, generator: torch.Generator) -> Labels:
-        """The labels with some of them null, but not all of a row."""
-        given = torch.stack([y != NULL for y in labels.values()])  # (controls, B)
-        kept = given & (torch.rand(given.shape, generator=generator) >= self.dropout)
-        kept = torch.where(kept.any(0), kept, given)
+    def drop_labels(self, labels: Labels, generator: Generator) -> Labels:
+        """Set labels to null at random, but not all of a row."""
+        present = torch.stack([y != NULL for y in labels.values()])  # (controls, B)
+        kept = present & (torch.rand(present.shape, generator=generator) >= self.dropout)
+        kept = torch.where(kept.any(0), kept, present)
         return {name: torch.where(keep, y, NULL) for (name, y), keep in zip(labels.items(), kept, strict=True)}

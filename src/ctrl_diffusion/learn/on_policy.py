@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ..chain.denoise import loss_scale
 from ..chain.noise import normal
@@ -16,7 +15,7 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..data.labels import Labels
 from ..system import ranks
-from .step import Learner, LearnerSettings
+from .step import Learner
 
 
 class Rollout(NamedTuple):
@@ -36,17 +35,12 @@ class Rollout(NamedTuple):
 
 
 class OnPolicy(Learner):
-    """Share what learners on the policy's own paths need.
+    """Share what learners on the policy's own paths need; a batch is the paths of a rollout.
 
     Args:
-        times, batch, micro, settings: see `Learner`; the batch is the paths of a rollout.
-        eta: churn of the chain; must be positive.
-
-    Raises:
-        ValueError: steps without noise: u = (mean_g − mean_pre)/std would be divided by nothing.
+        times, batch, options: see `Learner`.
+        eta: churn of the chain; must be positive, as u = (mean_g − mean_pre)/std.
     """
-
-    offload = False
 
     def __init__(self, times: Times, batch: int | None = None, *, eta: float = 1.0, **options: Any) -> None:
         super().__init__(times, batch, **options)
@@ -71,7 +65,7 @@ class OnPolicy(Learner):
 
     def storage(self, policy: Policy) -> torch.device:
         """Return the device that keeps the paths."""
-        return torch.device("cpu") if self.offload else policy.device
+        return policy.device
 
     def fresh_paths(
         self, policy: Policy, conditions: Conditions, generator: torch.Generator, **options: Any
@@ -91,37 +85,19 @@ class OnPolicy(Learner):
 
 
 class Visit(NamedTuple):
-    """Name transitions of a rollout: step and path (n,) of each.
+    """Number the steps and paths of n transitions to learn from; `last` and `whole` as in `Step`."""
 
-    Args:
-        step, row: numbers of the steps and of the paths.
-        last: the update's last part.
-        whole: of the last update from the rollout.
-    """
-
-    step: Tensor
-    row: Tensor
+    step: Tensor  # (n,)
+    row: Tensor  # (n,)
     last: bool
     whole: bool
 
 
 class Revisiting(OnPolicy):
-    """Share what learners need that keep the paths of a rollout for several updates (the setting `reuse`).
+    """Share what learners need that keep the paths of a rollout for several updates, the setting `reuse`."""
 
-    Args:
-        times, batch, eta, micro, settings: see `OnPolicy`.
-        offload: keep the paths of a rollout in CPU memory, all but those of a micro-batch.
-    """
-
-    def __init__(self, times: Times, batch: int | None = None, *, offload: bool = False, **options: Any) -> None:
-        super().__init__(times, batch, **options)
-        self.offload = offload
-
-    @classmethod
-    def from_settings(
-        cls, settings: LearnerSettings, times: Times, micro: int | None = None, *, offload: bool = False, **run: Any
-    ) -> Self:
-        return cls(times, micro=micro, offload=offload, **dict(settings))
+    def storage(self, policy: Policy) -> torch.device:
+        return torch.device("cpu") if self.offload else policy.device
 
     def visits(self, share: int, generator: torch.Generator) -> Iterator[Visit]:
         """Yield the transitions of each update from a rollout, `micro` at a time.

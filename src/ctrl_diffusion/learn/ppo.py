@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..chain.rollout import Trajectory
 from ..chain.transition import half_square
@@ -72,29 +72,19 @@ class Baseline:
 
 
 class PPO(Revisiting):
-    """Learn by proximal policy optimisation.
-
-    Args:
-        times, batch, eta, micro, offload, settings: see `Revisiting`.
-    """
+    """Learn by proximal policy optimisation; arguments as of `Revisiting`."""
 
     class Settings(LearnerSettings):
-        """Settings of `PPO`.
-
-        Args:
-            surrogates: steps of each path that one update takes the surrogate of.
-            reuse: updates from one rollout.
-            clip: ε; ratios beyond 1 ± ε gain nothing.
-        """
+        """Declare what can be set."""
 
         kept_states: ClassVar[int] = 2  # states and noise
 
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
         lr_adapter: float = Field(5e-4, gt=0)
-        surrogates: int = Field(5, ge=1)
-        reuse: int = Field(8, ge=1)
-        clip: float = Field(0.2, gt=0, lt=1)
+        surrogates: int = Field(5, ge=1)  # steps of each path that one update learns from
+        reuse: int = Field(8, ge=1)  # updates from one rollout
+        clip: float = Field(0.2, gt=0, lt=1)  # ε; ratios beyond 1 ± ε gain nothing
 
         def rows_kept(self, micro: int | None) -> int:
             transitions = self.batch * self.surrogates
@@ -104,12 +94,7 @@ class PPO(Revisiting):
             return Evaluations(math.ceil(2 * steps / self.reuse), self.surrogates)
 
     def __call__(
-        self,
-        policy: Policy,
-        reward: Reward,
-        conditions: Conditions,
-        generator: torch.Generator,
-        carried: Carried = None,
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         carried, settings = [] if carried is None else carried, self.settings
         transitions = settings.surrogates * self.batch  # of an update, on all ranks
@@ -134,7 +119,7 @@ class PPO(Revisiting):
 
     @torch.no_grad()
     def roll_out(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: torch.Generator
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator
     ) -> tuple[Rollout, Tensor]:
         """Draw new paths; return them with their rewards (B,)."""
         with policy.frozen():

@@ -1,13 +1,13 @@
 """Define what a learner is: settings, their cost, and a generator of losses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 from typing_extensions import Self
 
 from ..chain.noise import normal
@@ -28,19 +28,13 @@ class Evaluations(NamedTuple):
 
 
 class LearnerSettings(Strict):
-    """Hold a learner's settings, and derive from them what an update costs.
-
-    Args:
-        updates: how many to take.
-        batch: samples an update, or paths a rollout.
-        lr_embedding, lr_adapter: peak learning rate of each group of parameters.
-    """
+    """Hold a learner's settings, and derive from them what an update costs."""
 
     kept_states: ClassVar[int] = 0  # tensors like x_t that are kept of each step of each path
 
     updates: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    lr_embedding: float = Field(1e-2, gt=0)
+    batch: int = Field(ge=1)  # samples an update, or paths a rollout
+    lr_embedding: float = Field(1e-2, gt=0)  # peak learning rates of the two groups of parameters
     lr_adapter: float = Field(1e-3, gt=0)
 
     def stages(self, name: str) -> dict[str, Self]:
@@ -58,16 +52,14 @@ class LearnerSettings(Strict):
 
 @dataclass
 class Step:
-    """Hold a gradient step, or a part of it: a loss in nats to minimise and figures to log.
+    """Hold a gradient step, or a part of it: a loss in nats to minimise and metrics to log.
 
     Both add up over parts and ranks, each of which has rows of its own, and are read once all parts are computed.
 
     Args:
-        loss: of this part.
-        metrics: of this part, by name.
         last: the step is taken after this part.
-        whole: no paths are left to be used after this step: a stream that starts anew with the same generator and the
-            same `carried` continues with the same losses.
+        whole: no paths are left to use after this step: a stream that starts anew with the same generator and the same
+            `carried` continues with the same losses.
     """
 
     loss: Tensor
@@ -90,35 +82,29 @@ class Learner(ABC):
         times: the chain's grid.
         batch: samples an update; None for the default of the settings.
         micro: samples that go through the network at once while a gradient is kept; None for all.
-        settings: the other `Settings`, by name.
+        offload: keep in CPU memory what several updates use, all but the rows of a micro-batch.
+        values: the other `Settings`, by name.
     """
 
     Settings: ClassVar[type[LearnerSettings]]
     differentiates: ClassVar[bool] = False  # whether it needs the gradient of the reward
 
-    def __init__(self, times: Times, batch: int | None = None, *, micro: int | None = None, **settings: Any) -> None:
-        self.times, self.micro = times, micro
-        self.settings = self.Settings(**settings if batch is None else {"batch": batch, **settings})
+    def __init__(
+        self, times: Times, batch: int | None = None, *, micro: int | None = None, offload: bool = False, **values: Any
+    ) -> None:
+        self.times, self.micro, self.offload = times, micro, offload
+        self.settings = self.Settings(**values if batch is None else {"batch": batch, **values})
 
     @classmethod
-    def from_settings(cls, settings: LearnerSettings, times: Times, micro: int | None = None, **run: Any) -> Self:
-        """Make a learner of settings.
-
-        Args:
-            settings: an instance of `Settings`.
-            times, micro: see the class.
-            run: what a run has to offer: `offload` (see `OnPolicy`), `prior_samples` (see `Weighted`).
-        """
-        return cls(times, micro=micro, **dict(settings))
+    def from_settings(
+        cls, settings: LearnerSettings, times: Times, prior_samples: Callable[[int], Tensor], **options: Any
+    ) -> Self:
+        """Make a learner of an instance of `Settings`; `prior_samples` draws so many for each condition in turn."""
+        return cls(times, **options, **dict(settings))
 
     @abstractmethod
     def __call__(
-        self,
-        policy: Policy,
-        reward: Reward,
-        conditions: Conditions,
-        generator: torch.Generator,
-        carried: Carried = None,
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         """Yield losses without end."""
 
@@ -129,14 +115,14 @@ class Learner(ABC):
 
 
 class Noised(NamedTuple):
-    """Hold noised samples x_t (n, *) with t and σ_t (n,), float64."""
+    """Hold noised samples."""
 
-    x_t: Tensor
-    t: Tensor
-    sigma: Tensor
+    x_t: Tensor  # (n, *)
+    t: Tensor  # (n,), float64
+    sigma: Tensor  # (n,), σ_t, float64
 
 
-def renoised(x_0: Tensor, times: Times, schedule: Schedule, generator: torch.Generator, batch: int) -> Noised:
+def renoised(x_0: Tensor, times: Times, schedule: Schedule, generator: Generator, batch: int) -> Noised:
     """Add noise to this rank's share x_0 (n, *) of a batch, at every step of a chain equally often."""
     steps, share = len(times) - 1, ranks.rank_rows(batch)
     offset = torch.rand((), generator=generator)

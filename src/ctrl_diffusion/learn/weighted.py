@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Generator, Tensor
 from typing_extensions import Self
 
 from ..chain.rollout import Times
@@ -43,19 +43,14 @@ class Weighted(Learner):
     """
 
     class Settings(LearnerSettings):
-        """Settings of `Weighted`.
-
-        Args:
-            cache: samples of the prior for each of its conditions.
-            renoising: updates at w ≡ 1 that come first; 0 for none.
-        """
+        """Declare what can be set."""
 
         updates: int = Field(700, ge=1)
         batch: int = Field(128, ge=1)
         lr_embedding: float = Field(5e-2, gt=0)
         lr_adapter: float = Field(2e-3, gt=0)
-        cache: int = Field(1000, ge=1)
-        renoising: int = Field(175, ge=0)
+        cache: int = Field(1000, ge=1)  # samples of the prior for each of its conditions
+        renoising: int = Field(175, ge=0)  # updates at w ≡ 1 that come first; 0 for none
 
         def stages(self, name: str) -> dict[str, Self]:
             first = self.model_copy(update={"updates": self.renoising, "renoising": 0})
@@ -65,30 +60,17 @@ class Weighted(Learner):
             return Evaluations(2 if self.renoising else 0, 1)  # the effect of re-noising: its control less the prior
 
     def __init__(
-        self,
-        x_0: Tensor,
-        times: Times,
-        batch: int | None = None,
-        *,
-        even: bool = False,
-        learned_renoising: list[Tensor] | None = None,
-        **options: Any,
-    ) -> None:
+        self, x_0: Tensor, times: Times, batch: int | None = None, *, even: bool = False,
+        learned_renoising: list[Tensor] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(times, batch, **options)
         self.x_0, self.even, self.learned_renoising = x_0, even, learned_renoising
 
     @classmethod
     def from_settings(
-        cls,
-        settings: LearnerSettings,
-        times: Times,
-        micro: int | None = None,
-        *,
-        prior_samples: Callable[[int], Tensor],
-        **run: Any,
+        cls, settings: LearnerSettings, times: Times, prior_samples: Callable[[int], Tensor], **options: Any
     ) -> Self:
-        """Make the learner of settings; `prior_samples` draws so many for each condition in turn."""
-        return cls(prior_samples(settings.cache), times, micro=micro, **dict(settings))
+        return cls(prior_samples(settings.cache), times, **options, **dict(settings))
 
     def at_even_weights(self) -> Self:
         """Return the learner of re-noising alone, on the same samples."""
@@ -97,12 +79,7 @@ class Weighted(Learner):
         return learner
 
     def __call__(
-        self,
-        policy: Policy,
-        reward: Reward,
-        conditions: Conditions,
-        generator: torch.Generator,
-        carried: Carried = None,
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         with torch.no_grad():
             table = prior_table(reward, conditions, self.x_0)

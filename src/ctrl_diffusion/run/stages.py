@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -195,10 +196,9 @@ def between_probes(config: Config, updates: int) -> int:
 def learner_of(run: Run, name: str, phase: Phase) -> Learner:
     """Return the learner of that name with the run's settings."""
     config = run.config
-    return LEARNERS[name].from_settings(
-        getattr(config, name), run.times, config.micro_batch, offload=config.offload,
-        prior_samples=lambda n: prior_samples(run, n, "prior samples to learn from", phase),
-    )  # fmt: skip
+    draw = partial(prior_samples, run, purpose="prior samples to learn from", phase=phase)
+    options = {"micro": config.micro_batch, "offload": config.offload}
+    return LEARNERS[name].from_settings(getattr(config, name), run.times, draw, **options)
 
 
 def train(run: Run, phase: Phase = silent, training: TrainingState | None = None) -> Iterator[dict[str, Any]]:
