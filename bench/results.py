@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from ctrl_diffusion.commands.jobs.compare import averaged, interval
-from ctrl_diffusion.report.compare import with_error
+from ctrl_diffusion.report.compare import plot_with_error
 from ctrl_diffusion.report.style import STYLE, headline, plain_ticks, save_figure
 from ctrl_diffusion.system.files import write_text
 
@@ -304,7 +304,7 @@ def picture() -> Figure:
                 for label, (method, strength, style) in lines.items():
                     rows = rows_of(result, method, strength)
                     x, y = [(row["labels"], 0.0) for row in rows], [row[name] for row in rows]
-                    with_error(axes, x, y, method, label=label, **style)
+                    plot_with_error(axes, x, y, method, label=label, **style)
                 if name in result["prior"]:
                     value = result["prior"][name]
                     axes.axhline(value, color="#999", linewidth=0.8, linestyle=":", label="the prior, no control")

@@ -1,4 +1,4 @@
-"""The comparison: every entrant on one run, what resumes, and what is refused."""
+"""The comparison: every method on one run, what resumes, and what is refused."""
 
 import json
 import shutil
@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs.compare import STRENGTHS, Comparison, averaged, compare_job, interval, subset
-from ctrl_diffusion.commands.jobs.methods import ENTRANTS
+from ctrl_diffusion.commands.jobs.compare import averaged, compare_job, interval
+from ctrl_diffusion.commands.jobs.comparison import Comparison, subset
+from ctrl_diffusion.commands.jobs.methods import METHODS
 from ctrl_diffusion.reward.classifiers import Panel
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.run import Run
@@ -46,25 +47,20 @@ def compared(run, tmp_path_factory):
 def test_every_method_has_its_trials_and_its_rows(compared):
     out, found = compared
     rows = found["rows"]
-    assert {row["method"] for row in rows} == set(ENTRANTS) == set(found["chosen"])
-    for name, entrant in ENTRANTS.items():
-        trials = 2 if entrant.trials is None else len(entrant.trials)
+    assert {row["method"] for row in rows} == set(METHODS) == set(found["chosen"])
+    for name, spec in METHODS.items():
+        trials = 2 if spec.trials is None else len(spec.trials)
         mine = [row for row in rows if row["method"] == name]
         assert sum(row["trial"] for row in mine) == trials
-        assert sum(not row["trial"] for row in mine) == (trials if entrant.front else 1)
+        assert sum(not row["trial"] for row in mine) == (trials if spec.front else 1)
         for row in mine:
             assert all(row[key] is not None for key in FIGURES), name
-            guided = entrant.trials is None
+            guided = spec.trials is None
             assert (row["gap_nats"] is not None) == (
                 guided and not row["trial"] and row["strength"] in (1.0, found["chosen"][name]["strength"])
             )
     assert all((out / name).is_file() for name in ("compare.json", "pareto.png", "report.html"))
     assert not (out / "labels.png").exists(), "one number of labels is no line"
-
-
-def test_each_method_has_as_many_trials_as_the_others_or_nothing_to_try():
-    for entrant in ENTRANTS.values():
-        assert entrant.trials is None or len(entrant.trials) in (1, len(STRENGTHS))
 
 
 def test_a_sample_costs_what_the_method_says(compared):

@@ -78,8 +78,8 @@ def test_at_strength_0_it_is_the_prior_bit_for_bit(schedule, name):
     found = METHODS[name](policy, reward, labels, None, times, torch.Generator().manual_seed(0), strength=0.0)
     prior = paths(policy.prior, B, times, torch.Generator().manual_seed(0)).x_0
     assert torch.equal(found.x_0, prior)
-    assert found.cost.network == STEPS + 1
-    assert found.cost.classifier == 0
+    assert found.cost.network_evaluations == STEPS + 1
+    assert found.cost.classifier_evaluations == 0
 
 
 @pytest.mark.parametrize("name", ["classifier guidance", "free guidance", "DPS", "MPGD"])
@@ -109,19 +109,19 @@ def test_rows_get_what_they_ask_for_in_their_place(schedule, name):
     assert refused < 0.3
 
 
-class Seen(torch.autograd.Function):
-    """The identity, which counts rows on both ways."""
+class Counted(torch.autograd.Function):
+    """The identity, which counts rows on both ways by the names of `Cost`."""
 
     @staticmethod
-    def forward(ctx, x, rows, name):
-        ctx.rows, ctx.name = rows, name
-        rows[name] += len(x)
+    def forward(ctx, x, rows, forward, backward):
+        ctx.rows, ctx.name = rows, backward
+        rows[forward] += len(x)
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.rows[ctx.name + "_gradients"] += len(grad)
-        return grad, None, None
+        ctx.rows[ctx.name] += len(grad)
+        return grad, None, None, None
 
 
 class Counting(Logistic):
@@ -132,7 +132,7 @@ class Counting(Logistic):
         self.rows = rows
 
     def log_prob(self, x, t=None):
-        return super().log_prob(Seen.apply(x, self.rows, "classifier"))
+        return super().log_prob(Counted.apply(x, self.rows, "classifier_evaluations", "classifier_gradients"))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -140,7 +140,8 @@ class Counting(Logistic):
 def test_the_counts_are_those_made(name, batch):
     rows = Counter()
     weight = 0.4 * torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
-    prior = as_denoiser(lambda x, timestep: torch.tanh(Seen.apply(x, rows, "network") @ weight), Cosine(), (2,))
+    network = ("network_evaluations", "gradient_evaluations")
+    prior = as_denoiser(lambda x, timestep: torch.tanh(Counted.apply(x, rows, *network) @ weight), Cosine(), (2,))
     likelihood = Counting(rows)
     method = ClassifierGuidance({"y": likelihood}) if name == "classifier guidance" else METHODS[name]
     denoiser = trained(prior) if name == "free guidance" else prior
@@ -152,13 +153,13 @@ def test_the_counts_are_those_made(name, batch):
     if name in COSTS:
         assert tuple(vars(cost).values()) == COSTS[name]
     else:
-        assert cost.network == (STEPS + 1) * cost.classifier >= STEPS + 1
+        assert cost.network_evaluations == (STEPS + 1) * cost.classifier_evaluations >= STEPS + 1
 
 
 def test_free_guidance_at_strength_1_looks_once():
     policy, reward, _, times = setting(Cosine())
     labels = {"y": torch.zeros(B, dtype=torch.long)}
-    assert FreeGuidance()(policy, reward, labels, None, times, torch.Generator()).cost.network == STEPS + 1
+    assert FreeGuidance()(policy, reward, labels, None, times, torch.Generator()).cost.network_evaluations == STEPS + 1
 
 
 @pytest.mark.parametrize("name", ["DPS", "MPGD", "TDS", "classifier guidance"])

@@ -53,8 +53,8 @@ def test_what_is_accepted_is_the_exact_tilt_and_costs_one_over_the_share_accepte
     accepted = torch.tensor(chain.log_z(reward) - strength * bound).exp().item()
     # tries of a sample are geometric: mean 1/p, variance (1 − p)/p²
     error = (1 - accepted) ** 0.5 / accepted / n**0.5
-    assert found.cost.classifier == pytest.approx(1 / accepted, abs=4 * error)
-    assert found.cost.network == pytest.approx(len(times) * found.cost.classifier)
+    assert found.cost.classifier_evaluations == pytest.approx(1 / accepted, abs=4 * error)
+    assert found.cost.network_evaluations == pytest.approx(len(times) * found.cost.classifier_evaluations)
 
 
 def test_a_bound_that_is_none_and_tries_that_do_not_do_are_told():

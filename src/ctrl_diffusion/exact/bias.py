@@ -221,10 +221,8 @@ def counted_kl(count: Tensor, share: Tensor, known: float = float("inf")) -> tup
 def row_of(name: str, common: dict[str, Any], cost: Cost | None = None, **found: Any) -> dict[str, Any]:
     """A row by the names of bias.json, None for what is not known or does not apply."""
     blank = dict.fromkeys(("particles", "labels", "gap_nats"))
-    spent = {
-        "network_evaluations": cost and cost.network, "gradient_evaluations": cost and cost.network_gradients,
-        "classifier_evaluations": cost and cost.classifier, "classifier_gradients": cost and cost.classifier_gradients,
-    }  # fmt: skip
+    order = ("network_evaluations", "gradient_evaluations", "classifier_evaluations", "classifier_gradients")
+    spent = {figure: cost and getattr(cost, figure) for figure in order}
     return {"method": name, **common, **blank, **found, **spent}
 
 

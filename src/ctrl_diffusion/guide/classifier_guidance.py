@@ -1,9 +1,9 @@
-"""Guidance by a classifier of noisy states (Dhariwal & Nichol 2021, algorithm 2).
+"""Guide by a classifier of noisy states (Dhariwal & Nichol 2021, algorithm 2).
 
     x̂_y = x̂ + w γ (σ_t²/α_t) ∇_{x_t} log p̂(y | x_t, t)
 
-Algorithm 2 moves ε̂ by −σ_t ∇ log p̂, which is this; algorithm 1 moves the mean by std² ∇ log p̂, the same to first order
-in the step. γ is the classifier's scale of the paper, which is no tilt by p̂(y | x_0)^γ unless γ = 1.
+Algorithm 2 moves ε̂ by −σ_t ∇ log p̂, which is the same; algorithm 1 moves the mean by std² ∇ log p̂, the same to first
+order in the step. γ is the classifier's scale of the paper, which is no tilt by p̂(y | x_0)^γ unless γ = 1.
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from ..data.labels import Labels
 from ..reward.reward import Reward
-from .method import Asked, Cond, Earned
-from .steered import Guidance, gradient, of_score
+from .method import Cond, RewardFunction, Target
+from .steered import Guidance, gradient, tweedie_factor
 
 
 class NoisyLikelihood(Protocol):
-    """p(y | x_t, t) of one control; with an attribute `conditional` that is true, given the conditions too."""
+    """Define p(y | x_t, t) of one control; if its attribute `conditional` is true, the conditions are passed too."""
 
     def log_prob(self, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """log p(y | x_t, t) in nats (B, K) at x_t (B, *), with a gradient."""
+        """Return log p(y | x_t, t) in nats (B, K) at x_t (B, *), with a gradient."""
         ...
 
 
 class At:
-    """A noise-aware likelihood at one time: what a `Reward` takes."""
+    """Fix the time of a noise-aware likelihood, which makes it the likelihood of a `Reward`."""
 
     def __init__(self, likelihood: NoisyLikelihood, t: Tensor | float) -> None:
         self.conditional = getattr(likelihood, "conditional", False)
@@ -39,7 +39,7 @@ class At:
 
 @dataclass
 class ClassifierGuidance(Guidance):
-    """The sampler.
+    """Sample by classifier guidance.
 
     Args:
         classifiers: p(y | x_t, t) of each control; their logarithms add.
@@ -47,17 +47,18 @@ class ClassifierGuidance(Guidance):
 
     classifiers: dict[str, NoisyLikelihood]
 
-    def followed(self, reward: Reward) -> Earned:
-        """γ Σ log p(y | x_t, t), with γ of the reward."""
+    def guiding_reward(self, reward: Reward) -> RewardFunction:
+        """Return γ Σ log p(y | x_t, t), with γ of the reward."""
 
-        def earned(x_t: Tensor, labels: Labels, cond: Cond, t: Tensor | float) -> Tensor:
-            now = {name: At(likelihood, t) for name, likelihood in self.classifiers.items()}
-            return Reward(now, reward.gamma)(x_t, labels, cond)
+        def noisy_reward(x_t: Tensor, labels: Labels, cond: Cond, t: Tensor | float) -> Tensor:
+            classifiers = {name: At(likelihood, t) for name, likelihood in self.classifiers.items()}
+            return Reward(classifiers, reward.gamma)(x_t, labels, cond)
 
-        return earned
+        return noisy_reward
 
-    def x_hat(self, asked: Asked, x_t: Tensor, t: Tensor | float) -> Tensor:
+    def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """Return x̂_y (B, *) at x_t (B, *)."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
-            toward = of_score(asked.denoiser.schedule, t, x) * gradient(asked.reward(x, t), x)
-        return asked.denoiser(x_t, t, **asked.cond) + toward
+            shift = tweedie_factor(target.denoiser.schedule, t, x) * gradient(target.log_tilt(x, t), x)
+        return target.denoiser(x_t, t, **target.cond) + shift

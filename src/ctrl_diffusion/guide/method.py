@@ -1,7 +1,7 @@
-"""The baselines: what else samples p(x | c) p̂(y | x)^γ, each on the Gaussian step and the reward that CTRL has.
+"""Define a baseline: another way to sample p(x | c) p̂(y | x)^γ from the Gaussian chain and the reward that CTRL has.
 
-A method is a dataclass of its hyper-parameters, called with a prior, a reward and what is asked for; it gives samples
-and says what they cost. The strength w multiplies the reward in every method; at w = 0 all are the prior, bit for bit.
+A method is a dataclass of its hyper-parameters, called with a prior, a reward, labels and conditions; it returns
+samples and their cost. The strength w multiplies the reward in every method; at w = 0 all are the prior, bit for bit.
 """
 
 from abc import ABC, abstractmethod
@@ -22,70 +22,72 @@ from ..data.labels import Labels
 from ..reward.reward import Reward
 
 Cond = dict[str, Tensor]
-Earned = Callable[..., Tensor]  # (x (B, *), labels, cond, …) → reward in nats (B,)
+RewardFunction = Callable[..., Tensor]  # (x (B, *), labels, cond, …) → reward in nats (B,)
 
 
 @dataclass
 class Cost:
-    """What one sample took, on average: rows that went through.
+    """Count what one sample takes on average, in rows that go through.
 
     Args:
-        network: evaluations of the denoiser, the read-out among them; a prior guided by a prompt looks twice in each.
-        classifier: evaluations of the reward, or of a noise-aware classifier.
-        network_gradients: times a gradient was carried back through the denoiser.
-        classifier_gradients: the same of the reward.
+        network_evaluations: of the denoiser, the read-out among them; a prior guided by a prompt takes two in each.
+        classifier_evaluations: of the reward, or of a noise-aware classifier.
+        gradient_evaluations: gradients carried back through the denoiser.
+        classifier_gradients: gradients carried back through the reward.
     """
 
-    network: float
-    classifier: float
-    network_gradients: float
+    network_evaluations: float
+    classifier_evaluations: float
+    gradient_evaluations: float
     classifier_gradients: float
 
 
 @dataclass
-class Guided:
-    """Samples x_0 (B, *) on the CPU, in the order of the labels, and what one of them cost."""
+class Samples:
+    """Hold samples x_0 (B, *) on the CPU, in the order of the labels, and what one of them cost."""
 
     x_0: Tensor
     cost: Cost
 
 
 @contextmanager
-def counted(denoiser: Denoiser, earned: Earned) -> Iterator[tuple[Counter, Earned]]:
-    """Inside, rows that go through the prior or the reward given are counted, forwards and backwards, as in `Cost`."""
+def counted(denoiser: Denoiser, reward: RewardFunction) -> Iterator[tuple[Counter, RewardFunction]]:
+    """Count rows that go through the prior or the yielded reward, forwards and backwards, by the names of `Cost`."""
     rows: Counter = Counter()
 
-    def saw(kind: str, out: Tensor) -> None:
-        n = len(out)
+    def count(kind: str, backward: str, output: Tensor) -> None:
+        n = len(output)
         rows[kind] += n
-        if out.requires_grad:
-            out.register_hook(lambda _: rows.update({f"{kind}_gradients": n}))
+        if output.requires_grad:
+            output.register_hook(lambda _: rows.update({backward: n}))
 
-    def watched(*given: Any) -> Tensor:
-        out = earned(*given)
-        saw("classifier", out)
-        return out
+    def counted_reward(*args: Any) -> Tensor:
+        r = reward(*args)
+        count("classifier_evaluations", "classifier_gradients", r)
+        return r
 
-    hook = denoiser.prior.register_forward_hook(lambda module, given, x_hat: saw("network", x_hat))
+    hook = denoiser.prior.register_forward_hook(
+        lambda module, args, x_hat: count("network_evaluations", "gradient_evaluations", x_hat)
+    )
     try:
-        yield rows, watched
+        yield rows, counted_reward
     finally:
         hook.remove()
 
 
 @dataclass
-class Asked:
-    """What is asked of a prior.
+class Target:
+    """Describe n samples to draw, each from the prior's p(x | c) tilted by exp(w r(x, y, c)).
 
     Args:
         denoiser: the prior, or a policy.
-        earned: the reward.
-        labels, cond: n rows each.
+        reward: r.
+        labels, cond: y and c, n rows each.
         strength: w.
     """
 
     denoiser: Denoiser
-    earned: Earned
+    reward: RewardFunction
     labels: Labels
     cond: Cond
     strength: float
@@ -93,27 +95,27 @@ class Asked:
     def __len__(self) -> int:
         return len(next(iter(self.labels.values())))
 
-    def rows(self, rows: slice | Tensor) -> "Asked":
-        """The same of some rows, or of rows again and again."""
+    def rows(self, rows: slice | Tensor) -> "Target":
+        """Select rows, any of them several times."""
         return replace(self, labels=rows_of(self.labels, rows), cond=rows_of(self.cond, rows))
 
-    def reward(self, x: Tensor, *given: Any) -> Tensor:
-        """w times the reward (n,) of x (n, *)."""
-        return self.strength * self.earned(x, self.labels, self.cond, *given)
+    def log_tilt(self, x: Tensor, *args: Any) -> Tensor:
+        """Return w r (n,) of x (n, *)."""
+        return self.strength * self.reward(x, self.labels, self.cond, *args)
 
-    def rewards(self, x_0: Tensor) -> Tensor:
-        """The same of many samples, a few at a time: decoded images are many times their latents."""
-        few = parts(len(x_0), default_batch(self.denoiser))
-        return torch.cat([self.rows(rows).reward(x_0[rows]) for rows in few])
+    def log_tilt_in_batches(self, x_0: Tensor) -> Tensor:
+        """Return w r (n,) of x_0 (n, *), batch by batch: decoded images are many times their latents."""
+        batches = parts(len(x_0), default_batch(self.denoiser))
+        return torch.cat([self.rows(rows).log_tilt(x_0[rows]) for rows in batches])
 
 
 @dataclass(kw_only=True)
 class Method(ABC):
-    """A way to sample with a reward.
+    """Sample a prior under a reward.
 
     Args:
         eta: churn of the chain.
-        batch: paths at a time; None for `chain.paths.default_batch`.
+        batch: paths at a time; None for `default_batch`.
     """
 
     eta: float = 1.0
@@ -128,31 +130,31 @@ class Method(ABC):
         times: Times,
         generator: torch.Generator,
         strength: float = 1.0,
-    ) -> Guided:
-        """Samples, one for each row of the labels.
+    ) -> Samples:
+        """Draw a sample for each row of the labels.
 
         Args:
             denoiser: the prior; for `FreeGuidance` a policy.
             reward: γ log p̂(y | x_0).
-            labels, cond: B rows each; a null label asks for nothing.
+            labels, cond: B rows each; a null label earns no reward.
             times: the chain's grid.
             generator: of all noise.
-            strength: w, what the reward is multiplied by; 0 is the prior.
+            strength: w, which multiplies the reward; 0 is the prior.
         """
-        with torch.no_grad(), counted(denoiser, self.followed(reward)) as (rows, earned):
-            asked = Asked(denoiser, earned, labels, cond or {}, strength)
-            x_0 = self.sample(asked, times, generator) if strength else self.of_prior(asked, times, generator)
-        return Guided(x_0, Cost(**{field.name: rows[field.name] / len(asked) for field in fields(Cost)}))
+        with torch.no_grad(), counted(denoiser, self.guiding_reward(reward)) as (rows, counted_reward):
+            target = Target(denoiser, counted_reward, labels, cond or {}, strength)
+            x_0 = (self.sample if strength else self.sample_prior)(target, times, generator)
+        return Samples(x_0, Cost(**{field.name: rows[field.name] / len(target) for field in fields(Cost)}))
 
-    def of_prior(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
-        """Samples x_0 (n, *) of the prior on the CPU, a row each."""
-        prior = asked.denoiser.prior
-        return paths(prior, len(asked), times, generator, asked.cond, eta=self.eta, batch=self.batch).x_0
+    def sample_prior(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
+        """Draw samples x_0 (n, *) of the prior on the CPU, under the target's conditions."""
+        prior = target.denoiser.prior
+        return paths(prior, len(target), times, generator, target.cond, eta=self.eta, batch=self.batch).x_0
 
-    def followed(self, reward: Reward) -> Earned:
-        """What the method asks in the reward's place: by default the reward itself."""
+    def guiding_reward(self, reward: Reward) -> RewardFunction:
+        """Return what the method evaluates in the reward's place; by default the reward itself."""
         return reward
 
     @abstractmethod
-    def sample(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
-        """x_0 (n, *) on the CPU at a strength that is not 0."""
+    def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
+        """Draw x_0 (n, *) on the CPU at a strength that is not 0."""

@@ -1,4 +1,4 @@
-"""p̂(y | x_t, t): the classifier of `classifier.py` with the clock beside x_t, fitted on x of any noise of a chain."""
+"""Fit p̂(y | x_t, t): a classifier with α_t and σ_t as two more channels, on x noised to the times of a chain."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,26 +13,26 @@ from ..reward.fit import calibrate, fit_classifier
 from ..reward.scorer import Scorer
 
 VIEWS = 8  # noisy copies of each held-out example
-WIDTH = 64  # of the network for x that are no images
+WIDTH = 64  # of the network for x that are not images
 
 
 class NoisyClassifier:
-    """p̂(y | x_t, t) by a classifier that sees α_t and σ_t as two more channels of x_t."""
+    """Evaluate p̂(y | x_t, t) by a classifier of x_t with the channels of `with_clock`."""
 
     def __init__(self, classifier: Scorer, schedule: Schedule) -> None:
         self.classifier, self.schedule, self.conditional = classifier, schedule, classifier.conditional
 
     def log_prob(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
-        """log p̂(y | x_t, t) in nats (B, K)."""
+        """Return log p̂(y | x_t, t) in nats (B, K)."""
         return self.classifier.log_prob(with_clock(x_t, t, self.schedule), **cond)
 
     def log_prob_at(self, x_t: Tensor, y: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
-        """log p̂ in nats at places y (B,) of a scale: (B,)."""
+        """Return log p̂ in nats (B,) at positions y (B,) on a scale."""
         return self.classifier.log_prob_at(with_clock(x_t, t, self.schedule), y, **cond)
 
 
 def with_clock(x_t: Tensor, t: Tensor | float, schedule: Schedule) -> Tensor:
-    """x_t (B, C, *) with two more channels, α_t and σ_t."""
+    """Return x_t (B, C, *) with two more channels, α_t and σ_t."""
     clock = torch.stack(schedule(t), dim=-1).to(x_t).expand(len(x_t), 2)
     return torch.cat([x_t, clock.view(-1, 2, *[1] * (x_t.ndim - 2)).expand(-1, 2, *x_t.shape[2:])], dim=1)
 
@@ -48,14 +48,14 @@ def fit_noisy(
     seed: int = 0,
     **options: Any,
 ) -> NoisyClassifier:
-    """Fit p̂(y | x_t, t) at the times of a chain, as p̂(y | x) is fitted but for the noise.
+    """Fit p̂(y | x_t, t) at the times of a chain, as p̂(y | x) is fitted, with noise added.
 
     Args:
-        x: (n, C, H, W), or (n, D), clean; of latents if the prior is a latent model.
+        x: (n, C, H, W), or (n, D), clean; latents if the prior is a latent model.
         y: (n,).
         classes: K.
         schedule, times: the prior's, and its chain's grid.
-        held_out: (x, y), or (x, y, c), that choose the epoch and the temperature; None keeps the last and T = 1.
+        held_out: (x, y), or (x, y, c), to choose the epoch and the temperature by; None keeps the last and T = 1.
         augment: changes a batch of x in ways that keep y, before the noise.
         seed: of weights, order and noise.
         options: of `fit_classifier`.
@@ -70,8 +70,8 @@ def fit_noisy(
 
     def network() -> Scorer:
         layers = (nn.Linear(x.shape[1] + 2, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU())
-        made = {name: options[name] for name in ("head", "balanced", "conditions") if name in options}
-        return Scorer(nn.Sequential(*layers), WIDTH, classes, **made)
+        kind = {name: options[name] for name in ("head", "balanced", "conditions") if name in options}
+        return Scorer(nn.Sequential(*layers), WIDTH, classes, **kind)
 
     watch = None
     if held_out:
@@ -81,6 +81,6 @@ def fit_noisy(
         options.setdefault("network", network)
     clean = with_clock(x, 0.0, schedule)
     classifier = fit_classifier(clean, y, classes, augment=noised, seed=seed, watch=watch, **options)
-    if watch:  # views of one example are one example's word, not VIEWS of them, against the prior on the temperature
+    if watch:  # VIEWS of one example count as one example against the prior on the temperature
         calibrate(classifier, *watch, spread=0.5 / VIEWS**0.5)
     return NoisyClassifier(classifier, schedule)

@@ -1,4 +1,4 @@
-"""A guided denoiser is a denoiser: `rollout` samples it, and the certificate judges it as it does a policy.
+"""Wrap a denoiser in guidance: a guided denoiser is a denoiser, sampled by `rollout` and certified as a policy is.
 
 By Tweedie's formula x̂ = (x_t + σ_t² ∇ log p(x_t))/α_t, so that a likelihood of x_t moves x̂ to
 
@@ -20,25 +20,21 @@ from ..chain.rollout import Times
 from ..chain.schedule import Schedule, per_sample
 from ..data.labels import Labels
 from ..reward.reward import Reward
-from .method import Asked, Earned, Method
+from .method import Method, RewardFunction, Target
 
 
-def gradient(earned: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """∇_x of a reward (B,) row by row: (B, *); `scale` keeps it from vanishing in half precision on its way.
-
-    Raises:
-        ValueError: the reward knows nothing of x.
-    """
-    if not earned.requires_grad:
+def gradient(reward: Tensor, x: Tensor, loss_scale: float = 1.0) -> Tensor:
+    """Return ∇_x (B, *) of a reward (B,), row by row; raise ValueError if the reward has no gradient."""
+    if not reward.requires_grad:
         raise ValueError("this reward has no gradient, which this method follows. Use particles or best of n.")
-    return torch.autograd.grad(scale * earned.sum(), x)[0] / scale
+    return torch.autograd.grad(loss_scale * reward.sum(), x)[0] / loss_scale
 
 
-def of_score(schedule: Schedule, t: Tensor | float, x: Tensor) -> Tensor:
-    """σ_t²/α_t, by which a likelihood's gradient at x_t moves x̂.
+def tweedie_factor(schedule: Schedule, t: Tensor | float, x: Tensor) -> Tensor:
+    """Return σ_t²/α_t, the factor of ∇_{x_t} log p(y | x_t) in x̂_y, and 0 below the smallest α_t of a prior.
 
-    Where α_t is next to nothing so is that gradient, but for rounding and a fitted network's error, which this would
-    blow up: pure noise knows nothing of y, and below the smallest α_t a prior is asked at nothing is followed.
+    Pure noise knows nothing of y. The true gradient vanishes with α_t, but rounding and a fitted network's error do
+    not, and this factor would blow them up.
     """
     alpha, sigma = schedule(t)
     return per_sample(torch.where(alpha < SMALLEST_ALPHA, 0.0, sigma**2 / alpha.clamp(min=SMALLEST_ALPHA)), x)
@@ -46,45 +42,49 @@ def of_score(schedule: Schedule, t: Tensor | float, x: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class Guidance(Method):
-    """A method that is a denoiser around a denoiser."""
+    """Sample by guiding a denoiser at every step."""
 
     @abstractmethod
-    def x_hat(self, asked: Asked, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """x̂_y (B, *) at x_t (B, *)."""
+    def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
+        """Return x̂_y (B, *) at x_t (B, *)."""
 
     def steered(self, denoiser: Denoiser, reward: Reward) -> "Steered":
-        """The guided denoiser: `paths` samples it, and compares it with the prior for a certificate."""
-        return Steered(self, denoiser, self.followed(reward))
+        """Return the guided denoiser, which `paths` samples and compares with the prior for a certificate."""
+        return Steered(self, denoiser, self.guiding_reward(reward))
 
-    def sample(self, asked: Asked, times: Times, generator: torch.Generator) -> Tensor:
-        guided, control = Steered(self, asked.denoiser, asked.earned), (asked.cond, asked.labels, asked.strength)
-        return paths(guided, len(asked), times, generator, *control, eta=self.eta, batch=self.batch).x_0
+    def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
+        """Draw x_0 (n, *) by the chain of the guided denoiser."""
+        guided, control = Steered(self, target.denoiser, target.reward), (target.cond, target.labels, target.strength)
+        return paths(guided, len(target), times, generator, *control, eta=self.eta, batch=self.batch).x_0
 
 
 class Steered(Denoiser):
-    """A denoiser guided by labels, at a strength, as a policy is; without labels, or at strength 0, the prior.
+    """Guide a denoiser by labels at a strength, as a policy is called; without labels, or at strength 0, the prior.
 
     Args:
-        guidance: by what.
+        guidance: the method.
         base: the denoiser.
-        earned: what is followed.
+        reward: what the method evaluates.
     """
 
-    def __init__(self, guidance: Guidance, base: Denoiser, earned: Earned) -> None:
+    def __init__(self, guidance: Guidance, base: Denoiser, reward: RewardFunction) -> None:
         super().__init__()
-        self.guidance, self.base, self.earned = guidance, base, earned
+        self.guidance, self.base, self.reward = guidance, base, reward
         self.schedule, self.shape, self.start = base.schedule, base.shape, base.start
 
     @property
     def prior(self) -> Denoiser:
+        """The prior of the denoiser."""
         return self.base.prior
 
     def frozen(self) -> AbstractContextManager[None]:
+        """Promise that inside no trained parameter changes and no gradient of one is needed."""
         return self.base.frozen()
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor
     ) -> Tensor:
+        """Return x̂_y (B, *) at x_t (B, *)."""
         if strength == 0.0 or not labels:
             return self.prior(x_t, t, **cond)
-        return self.guidance.x_hat(Asked(self.base, self.earned, labels, cond, strength), x_t, t)
+        return self.guidance.x_hat(Target(self.base, self.reward, labels, cond, strength), x_t, t)

@@ -1,7 +1,7 @@
-"""Who takes part in a comparison: each method as it is made from what is fitted on some labels with one seed."""
+"""List the methods of a comparison, and fit what they need on some labels with one seed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,71 +35,21 @@ from ...system.folders import clear
 from ...system.progress import Phase, silent, timed
 
 PARTICLES = 8  # for each sample
-MOST_UPDATES = 3000  # of a noise-aware p̂, of which the best epoch is kept
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A method as it takes part.
-
-    Args:
-        title: what a picture calls it.
-        make: from a cell and settings to the method and the denoiser it is called with.
-        trials: settings to choose from, all at strength 1; None for the strengths.
-        front: whether all trials are shown, not the chosen one alone.
-    """
-
-    title: str
-    make: Callable[..., tuple[Method, Denoiser]]
-    trials: tuple[dict[str, Any], ...] | None = None
-    front: bool = True
-
-
-ENTRANTS = {
-    "ctrl": Entrant("CTRL", lambda cell: (FreeGuidance(together=True), cell.run.policy)),
-    "classifier-guidance": Entrant(
-        "classifier guidance", lambda cell: (ClassifierGuidance(cell.noisy), cell.run.prior.denoiser)
-    ),
-    "free-guidance": Entrant("classifier-free guidance", lambda cell: (FreeGuidance(), cell.regressed)),
-    "dps": Entrant("DPS", lambda cell: (DPS(), cell.run.prior.denoiser)),
-    "mpgd": Entrant("MPGD", lambda cell: (MPGD(variance=cell.variance), cell.run.prior.denoiser)),
-    "tds": Entrant(
-        "TDS",
-        lambda cell, **settings: (TDS(particles=PARTICLES, **settings), cell.run.prior.denoiser),
-        tuple({"spread": spread} for spread in (0.1, 0.3, 0.5, 1.0)),
-        front=False,
-    ),
-    "feynman-kac": Entrant(
-        "Feynman–Kac steering",
-        lambda cell, **settings: (FeynmanKac(particles=PARTICLES, **settings), cell.run.prior.denoiser),
-        tuple({"potential": p, "spread": spread} for p in ("difference", "max") for spread in (0.5, 1.0)),
-        front=False,
-    ),
-    "importance": Entrant(
-        "importance", lambda cell: (Importance(particles=PARTICLES), cell.run.prior.denoiser), ({},), front=False
-    ),
-    "best-of": Entrant(
-        "best of n",
-        lambda cell, **settings: (BestOf(**settings), cell.run.prior.denoiser),
-        tuple({"n": n} for n in (2, 4, 8, 16)),
-        front=False,
-    ),
-    "rejection": Entrant("rejection", lambda cell: (Rejection(), cell.run.prior.denoiser), ({},), front=False),
-}
+MOST_UPDATES = 3000  # of a noise-aware p̂; its best epoch is kept
 
 
 @dataclass
-class Cell:
-    """What is fitted on some labels with one seed.
+class FittedModels:
+    """Hold a prior, p̂ and controls fitted on n labels with one seed; fit what a baseline needs when it is asked for.
 
     Args:
-        run: with p̂ and the control of these labels.
+        run: with p̂ and the controls.
         data: the labelled images of each control.
-        parts: those p̂ was fitted and calibrated on.
+        parts: those that p̂ was fitted and calibrated on.
         x_prior: (G · M, *), samples of the prior, M for each condition in turn.
-        labels: how many, of each control.
-        seconds: what a fit took.
-        phase: told of progress.
+        labels: n, of each control.
+        seconds: duration of each fit.
+        phase: reports progress.
     """
 
     run: Run
@@ -112,12 +62,12 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """Of everything random in it."""
+        """The seed of everything random."""
         return self.run.config.seed
 
     @cached_property
     def variance(self) -> float:
-        """Of a dimension of the prior's x_0, its mean."""
+        """The mean variance of a dimension of the prior's x_0."""
         return float(self.x_prior.flatten(1).var(0).mean())
 
     @cached_property
@@ -126,12 +76,12 @@ class Cell:
         """The rewards (G, M, K) of this p̂ on the prior's samples."""
         return prior_table(self.run.reward, self.run.conditions, self.x_prior)
 
-    def seen(self, data: LabelledImages) -> Tensor:
-        """Labelled images as the prior's network has them (n, *): latents, if it is of these."""
+    def x_0(self, data: LabelledImages) -> Tensor:
+        """Return labelled images (n, *) in the prior's space: latents, of a latent model."""
         return data.through(self.run.prior.encode).x
 
     def save(self, folder: Path) -> None:
-        """Write p̂ and the control as a run folder that appears whole."""
+        """Write p̂ and the controls as a run folder that appears whole."""
         part = folder.with_name(f".{folder.name}.part")
         clear(part, ("*",))
         self.run.config.write(RunFolder(part).config)
@@ -142,23 +92,18 @@ class Cell:
 
     @cached_property
     def noisy(self) -> dict[str, NoisyClassifier]:
-        """p̂(y | x_t, t) of each control, on the labels that p̂ had.
-
-        Raises:
-            ValueError: p̂ depends on c.
-        """
+        """p̂(y | x_t, t) of each control, fitted on the labels of p̂; raises ValueError if p̂ depends on c."""
         with timed(self.seconds, "noisy classifier"):
-            return {name: self.noise_aware(name) for name in self.data}
+            return {name: self.fit_noisy(name) for name in self.data}
 
-    def noise_aware(self, name: str) -> NoisyClassifier:
-        """The network of p̂ but as deep as shapes need, since it has to see through noise; else as p̂ is fitted."""
+    def fit_noisy(self, name: str) -> NoisyClassifier:
+        """Fit p̂(y | x_t, t) as p̂ was fitted, but as deep as shapes need, since it has to see through noise."""
         run, p_hat = self.run, self.run.panels[name].classifier
         if p_hat.conditional:
             raise ValueError(f"the classifier of {name!r} is p̂(y | x, c), of which there is no noise-aware kind here.")
         settings = run.config.settings_of(name).classifier
-        fitting, held_out = ((self.seen(part), part.labels[name]) for part in self.parts[name])
-        updates = min(settings.updates, MOST_UPDATES)
-        epochs = epochs_of(settings.model_copy(update={"updates": updates}), fitting[0])
+        fitting, held_out = ((self.x_0(part), part.labels[name]) for part in self.parts[name])
+        epochs = epochs_of(settings.with_(updates=min(settings.updates, MOST_UPDATES)), fitting[0])
         advance = self.phase(f"noise-aware p̂ of {name}", epochs)
         return fit_noisy(
             *fitting, p_hat.classes, run.prior.denoiser.schedule, run.times, held_out, AUGMENTATIONS[settings.augment],
@@ -168,22 +113,21 @@ class Cell:
 
     @cached_property
     def regressed(self) -> Policy:
-        """A control of the same size on the same prior, regressed on the labelled data: classifier-free guidance.
+        """Controls of the same size regressed on the labelled data, for classifier-free guidance.
 
         With as many updates as CTRL's learners take in all, at the rates of its own regression.
         """
-        config, run = self.run.config, fresh(self.run)
+        config = self.run.config
+        # on networks of their own: the run's adapters stay in its prior
+        run = Run.start(config, configured(open_prior(config.prior, config.size), config), self.run.panels)
         labels = {
             name: torch.cat(
-                [
-                    part.labels[name] if owner == name else torch.full((len(part),), NULL)
-                    for owner, part in self.data.items()
-                ]
+                [d.labels[name] if other == name else torch.full((len(d),), NULL) for other, d in self.data.items()]
             )
             for name in self.data
         }
-        x_0 = torch.cat([self.seen(part) for part in self.data.values()])
-        cond = {} if config.classes is None else {"c": torch.cat([self.classes_of(name) for name in self.data])}
+        x_0 = torch.cat([self.x_0(data) for data in self.data.values()])
+        cond = {} if config.classes is None else {"c": torch.cat([self.conditions_of(name) for name in self.data])}
         updates = sum(getattr(config, learner).updates for learner in config.learners)
         learner = Labelled(x_0, labels, cond, run.times, config.weighted.batch, micro=config.micro_batch)
         losses = learner(run.policy, run.reward, run.training_conditions, stream(self.seed, "labelled"))
@@ -194,11 +138,11 @@ class Cell:
                 advance()
         return run.policy
 
-    def classes_of(self, name: str) -> Tensor:
-        """The prior's c of a control's labelled images; its class for none where the data do not say.
+    def conditions_of(self, name: str) -> Tensor:
+        """Return the prior's c of a control's labelled images, its null class if the data do not say c.
 
         Raises:
-            ValueError: it has no such class.
+            ValueError: the prior has no null class.
         """
         config, prior = self.run.config, self.run.prior
         if condition := config.settings_of(name).condition:
@@ -208,7 +152,57 @@ class Cell:
         return torch.full((len(self.data[name]),), prior.null)
 
 
-def fresh(run: Run) -> Run:
-    """The same prior and p̂ with untrained controls, on networks of their own: adapters stay where they are put."""
-    config = run.config.model_copy(deep=True)
-    return Run.start(config, configured(open_prior(config.prior, config.size), config), run.panels)
+@dataclass(frozen=True)
+class MethodSpec:
+    """Describe how a comparison makes and tries a method.
+
+    Args:
+        title: its name in pictures and tables.
+        method: from fitted models and settings to the method.
+        denoiser: from fitted models to the denoiser it is called with; by default the prior.
+        trials: settings to choose from, at strength 1; None for strengths to choose from, without settings.
+        front: whether every trial gets a row, not only the chosen one.
+    """
+
+    title: str
+    method: Callable[..., Method]
+    denoiser: Callable[[FittedModels], Denoiser] = lambda models: models.run.prior.denoiser
+    trials: tuple[dict[str, Any], ...] | None = None
+    front: bool = True
+
+    def make(self, models: FittedModels, **settings: Any) -> tuple[Method, Denoiser]:
+        """Return the method with these settings, and the denoiser to call it with."""
+        return self.method(models, **settings), self.denoiser(models)
+
+    def settings(self, strengths: Sequence[float]) -> list[tuple[dict[str, Any], float]]:
+        """Return the settings and the strength of each trial."""
+        return [({}, w) for w in strengths] if self.trials is None else [(settings, 1.0) for settings in self.trials]
+
+
+# a baseline is one file in guide/ and one row here; from outside the package: METHODS["mine"] = MethodSpec(…)
+METHODS = {
+    "ctrl": MethodSpec("CTRL", lambda models: FreeGuidance(together=True), lambda models: models.run.policy),
+    "classifier-guidance": MethodSpec("classifier guidance", lambda models: ClassifierGuidance(models.noisy)),
+    "free-guidance": MethodSpec(
+        "classifier-free guidance", lambda models: FreeGuidance(), lambda models: models.regressed
+    ),
+    "dps": MethodSpec("DPS", lambda models: DPS()),
+    "mpgd": MethodSpec("MPGD", lambda models: MPGD(variance=models.variance)),
+    "tds": MethodSpec(
+        "TDS", lambda models, **settings: TDS(particles=PARTICLES, **settings),
+        trials=tuple({"spread": spread} for spread in (0.1, 0.3, 0.5, 1.0)), front=False,
+    ),
+    "feynman-kac": MethodSpec(
+        "Feynman–Kac steering", lambda models, **settings: FeynmanKac(particles=PARTICLES, **settings),
+        trials=tuple({"potential": p, "spread": spread} for p in ("difference", "max") for spread in (0.5, 1.0)),
+        front=False,
+    ),
+    "importance": MethodSpec(
+        "importance", lambda models: Importance(particles=PARTICLES), trials=({},), front=False
+    ),
+    "best-of": MethodSpec(
+        "best of n", lambda models, **settings: BestOf(**settings), trials=tuple({"n": n} for n in (2, 4, 8, 16)),
+        front=False,
+    ),
+    "rejection": MethodSpec("rejection", lambda models: Rejection(), trials=({},), front=False),
+}  # fmt: skip
