@@ -53,8 +53,7 @@ class LoRAControl(Control):
         self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
         # modules are named after it, and a module cannot be called "type" or have a dot in its name
         self.adapter = "control_" + re.sub(r"\W", "_", name)
-        # not registered children: the prior owns its network, the control only its own parameters
-        self._denoiser, self._network = [denoiser], [denoiser.network]
+        self._prior = (denoiser,)  # not a registered child: the prior owns its network
         if self._own_layers():
             raise ValueError(f"this prior already carries a control {name!r}. Load the prior again for another one.")
         with torch.random.fork_rng(devices=[]):
@@ -75,7 +74,7 @@ class LoRAControl(Control):
 
     def _own_layers(self) -> list[LoraLayer]:
         """List the network's layers that carry the adapter."""
-        return [m for m in self._network[0].modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
+        return [m for m in self._prior[0].network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
 
     def _inject(self) -> None:
         """Put the adapter into the network, and leave those of other controls as they are.
@@ -83,7 +82,7 @@ class LoRAControl(Control):
         Raises:
             ValueError: the network has no such layers.
         """
-        network, targets = self._network[0], self.targets or self._denoiser[0].site.targets
+        network, targets = self._prior[0].network, self.targets or self._prior[0].site.targets
         names = [key for key, _ in network.named_modules()]
         for target in self.targets or ():
             if not any(f".{key}".endswith(f".{target}") for key in names):
@@ -102,7 +101,7 @@ class LoRAControl(Control):
     def _add_shift(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if self._shift is None:
             return output
-        # a guided network is called with the rows twice, without and with the prompt: the control acts in both
+        # a guided network is called with every row twice, without and with the prompt: the control acts on both
         return output + self._shift.repeat(len(output) // len(self._shift), 1).to(output)
 
     def _switch_off(self) -> None:
@@ -118,7 +117,7 @@ class LoRAControl(Control):
     @property
     def _half(self) -> bool:
         """Whether the network computes in half precision, by its weights or by autocast."""
-        return self._denoiser[0].stored is not None or self._denoiser[0].precision is not None
+        return (self._prior[0].stored or self._prior[0].precision) is not None
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -134,7 +133,7 @@ class LoRAControl(Control):
     def active(self, y: Tensor) -> Iterator[None]:
         if self._shift is not None:
             raise RuntimeError(f"the control {self.name!r} is active already.")
-        with self._unmerged() if self._half or self._denoiser[0].all_gather else self._merged():
+        with self._unmerged() if self._half or self._prior[0].all_gather else self._merged():
             self._shift = self.embedded(self.table, y)
             try:
                 yield
@@ -189,7 +188,7 @@ class LoRAControl(Control):
 
     def _state(self) -> dict[str, Tensor]:
         """Return the adapter's weights by the names of the network's layers."""
-        return get_peft_model_state_dict(self._network[0], adapter_name=self.adapter)
+        return get_peft_model_state_dict(self._prior[0].network, adapter_name=self.adapter)
 
     def lora(self, component: str) -> dict[str, Tensor]:
         scale = (self.alpha or self.rank) / self.rank  # which the format leaves at 1

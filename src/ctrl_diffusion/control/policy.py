@@ -14,12 +14,12 @@ from .control import Control
 
 
 class RowGroup(NamedTuple):
-    """Rows of a batch on which the same controls act.
+    """Hold the rows of a batch on which the same controls act.
 
     Args:
         active: whether each control acts (K,).
-        rows: their numbers (n,); that of any row if this is a dummy.
-        positions: where their results belong (n,), behind the whole batch if this is a dummy.
+        rows: their numbers (n,); of a dummy row the first.
+        positions: where their results belong (n,); of a dummy row behind the whole batch.
     """
 
     active: Tensor
@@ -32,8 +32,8 @@ def row_groups(active: Tensor, all_gather: Callable[[Tensor], Tensor] | None) ->
 
     Args:
         active: whether each control acts on each row (K, B).
-        all_gather: joins the columns of all ranks where they must call the network together. Each then has every group
-            that any rank has rows for, and where it has none itself, a dummy row.
+        all_gather: concatenates the columns of all ranks, where these must call the network in step: each then has
+            every group that any rank has, if need be with a dummy row.
     """
     columns = torch.cat([active, all_gather(active)], dim=1) if all_gather else active
     patterns, pattern = columns.unique(dim=1, return_inverse=True)

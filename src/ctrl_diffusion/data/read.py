@@ -55,10 +55,10 @@ def read_images(
         scales: whether a label is a place on a scale; left out, numbers of more than MOST_CLASSES values are.
         tags: the tag a label is about, "yes" where it stands in the column, "no" where it does not.
         skip_bad: leave out rows that cannot be used, and say how many; otherwise the first is an error.
-        phase: told of progress.
+        phase: reports progress.
 
     Raises:
-        ValueError: no table, a column that is missing, a row that cannot be used, more than half of them.
+        ValueError: no table, a missing column, a row that cannot be used; with skip_bad, if more than half cannot.
 
     Warns:
         UserWarning: images were resized, or rows left out.

@@ -16,12 +16,10 @@ from ..system.files import read_tensors, write_json, write_tensors
 
 
 class SideControl(Control):
-    """A small network beside the prior: x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y), f = 0 at first and for a null y.
+    """Control a prior without a network to adapt (a closed form, a plain callable) by a network beside it.
 
-    A control attached later sees, in place of x̂_pre, what those before it made of it.
-
-    For priors without a network of their own (closed forms, plain callables). The exact shift is
-    σ_t²/α_t ∇ log h(x_t), so f is of order one at every t.
+    x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y) with f = 0 at first and for a null y; x̂_pre includes the controls attached
+    before. The exact shift is σ_t²/α_t ∇ log h(x_t), so f is of order one at every t.
 
     Args:
         name: the label's name.
@@ -33,13 +31,7 @@ class SideControl(Control):
     """
 
     def __init__(
-        self,
-        name: str,
-        values: Sequence[str],
-        denoiser: Denoiser,
-        conditions: int = 0,
-        width: int = 128,
-        seed: int = 0,
+        self, name: str, values: Sequence[str], denoiser: Denoiser, conditions: int = 0, width: int = 128, seed: int = 0
     ) -> None:
         super().__init__(name, values)
         self.conditions, self.width = conditions, width
