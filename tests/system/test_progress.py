@@ -1,6 +1,6 @@
 import pytest
 
-from ctrl_diffusion.system.progress import patient
+from ctrl_diffusion.system.progress import delayed
 
 
 @pytest.mark.parametrize(("seconds", "opened"), [(1e9, []), (-1.0, [("reading", 5), 2, 1])])
@@ -11,7 +11,7 @@ def test_a_bar_opens_only_for_what_takes_a_while(seconds, opened):
         seen.append((what, total))
         return lambda n, note: seen.append(n)
 
-    advance = patient(phase, "reading", 5, seconds)
+    advance = delayed(phase, "reading", 5, seconds)
     advance(2)
     advance()
     assert seen == opened

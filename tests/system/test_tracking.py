@@ -25,10 +25,10 @@ def shown(folder):
 
 def test_tensorboard_has_the_figures_of_every_update(tmp_path):
     told = Tracking(["tensorboard"], tmp_path, {})
-    told.begin([])
+    told.start([])
     for record in [*RECORDS, {**RECORDS[1], "kept": True}]:
-        told.tell(record)
-    told.show({"certificate/gap_nats": 0.5})
+        told.log(record)
+    told.log_metrics({"certificate/gap_nats": 0.5})
     told.close()
     assert shown(tmp_path) == {
         "weighted/J": [(0, -3.0), (1, -2.0)],
@@ -43,17 +43,17 @@ def test_tensorboard_has_the_figures_of_every_update(tmp_path):
 def test_what_is_done_again_is_shown_once(tmp_path):
     told = Tracking(["tensorboard"], tmp_path, {})
     for begin, losses in ((0, {1: 8.0, 2: 8.0}), (0, {1: 5.0, 2: 4.0, 3: 9.0, 4: 9.0}), (2, {3: 3.0, 4: 2.0})):
-        told.begin([{"loss": 0.0}] * begin)
+        told.start([{"loss": 0.0}] * begin)
         for update, loss in losses.items():
-            told.tell({"stage": "adjoint", "update": update, "loss": loss})
+            told.log({"stage": "adjoint", "update": update, "loss": loss})
     told.close()
     assert shown(tmp_path) == {"adjoint/loss": [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)]}
 
 
 def test_nobody_is_told_unasked(tmp_path):
     told = Tracking([], tmp_path, {})
-    told.begin([])
-    told.tell(RECORDS[1])
+    told.start([])
+    told.log(RECORDS[1])
     told.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -63,14 +63,14 @@ def test_a_tracker_that_fails_is_told_no_more(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     told = Tracking(["tensorboard"], tmp_path, {})
-    told.begin([])
+    told.start([])
     monkeypatch.setattr(TensorBoardTracker, "log", full)
-    with pytest.warns(RuntimeWarning, match="tensorboard is told no more: no space left"):
-        told.tell(RECORDS[1])
-    told.tell(RECORDS[1])
+    with pytest.warns(RuntimeWarning, match="tensorboard is dropped: no space left"):
+        told.log(RECORDS[1])
+    told.log(RECORDS[1])
     monkeypatch.setattr(TensorBoardTracker, "start", full)
-    with pytest.warns(RuntimeWarning, match="tensorboard is told no more"):
-        told.begin(RECORDS[:2])
+    with pytest.warns(RuntimeWarning, match="tensorboard is dropped"):
+        told.start(RECORDS[:2])
     told.close()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from ..system.files import write_text, writing
+from ..system.files import atomic, write_text
 from .images import Images
 from .labels import LabelSpace
 
@@ -135,7 +135,7 @@ def to_pixels(x: Tensor) -> np.ndarray:
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
     """Write one PNG, all of it or nothing."""
-    with writing(path) as temporary:
+    with atomic(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..system.progress import Phase, patient, silent
+from ..system.progress import Phase, delayed, silent
 from .images import MODES, as_x, blank, is_grey, open_image, to_array
 from .labelled import LabelledImages
 from .labels import LabelSpace, is_number
@@ -74,7 +74,7 @@ def read_images(
     shape = shape or shape_of(table)
     pixels, kept, resized, bad = blank(table.rows, *shape[1:], shape[0]), [], [], []
     first_rows: dict[str, int] = {}
-    advance = patient(phase, "reading images", table.rows)
+    advance = delayed(phase, "reading images", table.rows)
     for i in range(table.rows):
         try:
             image = read_image(table, i, first_rows)

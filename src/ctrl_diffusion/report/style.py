@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from ..data.labelled import to_pixels
-from ..system.files import write_text, writing
+from ..system.files import atomic, write_text
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
 STYLE = {
@@ -32,7 +32,7 @@ STYLE = {
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG whole, without the program's name and the time, so that equal pictures are equal bytes."""
-    with writing(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None}, bbox_inches="tight", facecolor="white")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..system.checkpoint import Checkpoints
 from ..system.files import write_text
-from ..system.folders import check_room, clear, locked
+from ..system.folders import check_output, clear, locked
 from ..system.tracking import TRACKED
 from .config import Config
 
@@ -118,8 +118,8 @@ class RunFolder:
         return [name for name in ("classifier", "control") if not (self.path / name).is_dir()]
 
     def check_free(self, overwrite: bool) -> None:
-        """Refuse a folder that holds something, unless that is a run and may be overwritten; see `check_room`."""
-        check_room(self.path, RUN_FILES[-1], overwrite)
+        """Refuse a folder that holds something, unless that is a run and may be overwritten; see `check_output`."""
+        check_output(self.path, RUN_FILES[-1], overwrite)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

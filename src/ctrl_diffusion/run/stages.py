@@ -21,7 +21,7 @@ from ..learn.table import LEARNERS
 from ..learn.weighted import RENOISING, Weighted
 from ..reward.reward import prior_table
 from ..system import ranks
-from ..system.checkpoint import Checkpoints, in_turn, numbered, part_of
+from ..system.checkpoint import Checkpoints, pack, subset, unpack
 from ..system.files import rounded, write_text
 from ..system.progress import Phase, silent
 from ..system.tracking import Tracking
@@ -133,9 +133,9 @@ class TrainingState:
             best.first, best.record = about["first"], about["record"]
             best.log_w, best.earned = tensors.get("log_w"), tensors.get("earned")
             best.snapshot, training.renoising = (
-                [value.to(device) for value in in_turn(name, tensors)] for name in ("best", "renoising")
+                [value.to(device) for value in unpack(name, tensors)] for name in ("best", "renoising")
             )
-            training.within = part_of("within", tensors)
+            training.within = subset("within", tensors)
             training.done, training.records, training.idle = about["done"], about["records"], about["idle"]
             training.seconds = about["seconds"]
             if about["precision"] == str(run.policy.base.precision):  # another has a scale of its own
@@ -151,7 +151,7 @@ class TrainingState:
         """Take in the state of the stage under way; it is saved if that is due."""
         best, self.within = self.best, within
         tensors = {f"within.{name}": value for name, value in within.items()}
-        tensors |= numbered("best", best.snapshot) | numbered("renoising", self.renoising)
+        tensors |= pack("best", best.snapshot) | pack("renoising", self.renoising)
         tensors |= {"log_w": best.log_w, "earned": best.earned} if best.snapshot else {}
         about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
         about |= {"first": best.first, "record": best.record}
@@ -247,11 +247,11 @@ def train_stage(
     below what training began with; the last record then says why it `stopped`, and `best` has what is worth keeping.
     Without `best` nobody compares the probes, only the last is taken, and not to be finite is an error.
     """
-    config, few, begin = run.config, -(-PROBE_PATHS // run.training_conditions.pairs), part_of("fit", training.within)
+    config, few, begin = run.config, -(-PROBE_PATHS // run.training_conditions.pairs), subset("fit", training.within)
     generator, updates = stream(config.seed, stage), settings.updates
     if begin:
         generator.set_state(training.within["generator"])
-    carried = [value.to(run.policy.device) for value in in_turn("carried", training.within)]
+    carried = [value.to(run.policy.device) for value in unpack("carried", training.within)]
     steps = learner(run.policy, run.reward, run.training_conditions, generator, carried)
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = between_probes(config, updates) if best else updates
@@ -287,7 +287,7 @@ def train_stage(
             due = due or "J" in record or update.number - saved >= config.checkpoint
             if update.state and training.checkpoints and (due or update.number - taken >= config.checkpoint // 10):
                 here = {f"fit.{name}": value for name, value in update.state().items()}
-                here |= {"generator": generator.get_state(), **numbered("carried", ranks.gather_lists(carried))}
+                here |= {"generator": generator.get_state(), **pack("carried", ranks.gather_lists(carried))}
                 training.reach(here, due)
                 taken, saved, due = update.number, update.number if due else saved, False
     except FloatingPointError as error:
@@ -316,12 +316,12 @@ def train_in(folder: RunFolder, run: Run, phase: Phase, tracking: Tracking) -> t
         training = TrainingState.from_checkpoints(run, folder.checkpoints)
         past = "".join(map(line_of, training.records))
         ranks.broadcast(lambda past=past: write_text(log, past))
-        tracking.begin(training.records)
+        tracking.start(training.records)
         try:
             with log.open("a", encoding="utf-8") if ranks.is_main() else nullcontext() as file:
                 for record in map(finite, train(run, phase, training)):
                     training.records.append(record)
-                    tracking.tell(record)
+                    tracking.log(record)
                     if file:
                         print(line_of(record), end="", file=file, flush=True)
             return training.records, round(training.elapsed, 1)

@@ -1,1 +1,1 @@
-"""Whole files, locked folders, checkpoints, progress, processes and trackers: what the machine gives."""
+"""Handle what the machine gives: whole files, locked folders, checkpoints, progress, ranks and trackers."""

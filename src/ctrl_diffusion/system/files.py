@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written under a temporary name, then renamed."""
+"""Write files whole or not at all: under a temporary name that is then renamed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part{path.suffix}")
@@ -26,37 +26,37 @@ def writing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
-    with writing(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole; tensors may be anywhere, `about` stands in its header.
+    """Write a safetensors file whole, from tensors on any device; `about` goes into its header.
 
-    By Python's own write, not the library's: there a full disk is no OSError, nobody but the owner may read the file,
-    and a kill leaves another temporary name.
+    The bytes are written by Python: when the library writes, a full disk raises no OSError, only the owner may read the
+    file, and a kill leaves a temporary name of its own.
     """
-    there = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with writing(path) as temporary:
-        temporary.write_bytes(save(there, about))
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic(path) as temporary:
+        temporary.write_bytes(save(on_cpu, about))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, on the CPU; where it cannot be read the OSError says why, as the library's does not."""
+    """Read a safetensors file, on the CPU, by Python, whose OSError says why a file cannot be read."""
     return load(path.read_bytes())
 
 
 @contextmanager
 def undamaged(folder: Path, advice: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Inside, what cannot be read of a folder that was written whole is one line; errors that say more pass.
+    """Turn read errors inside into one ValueError saying that the folder is damaged; re-raise PermissionError.
 
     Args:
-        folder: that is read.
-        advice: what to do.
-        but: errors that pass, beside that a file may not be read.
+        folder: which is read.
+        advice: what the user should do.
+        but: more errors to re-raise.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the folder is damaged.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def undamaged(folder: Path, advice: str, but: tuple[type[Exception], ...] = ()) 
 
 
 def rounded(value: Any) -> Any:
-    """Every number in a JSON value to six significant digits: more is rounding noise."""
+    """Round every number in a JSON value to six significant digits: more is noise."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

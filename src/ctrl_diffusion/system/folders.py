@@ -1,4 +1,4 @@
-"""Folders that jobs write into: free or to be overwritten, and one job's at a time."""
+"""Check, lock and clear the folders that jobs write into."""
 
 import os
 import shutil
@@ -9,19 +9,19 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody watches there
+except ImportError:  # Windows has no such lock
     fcntl = None
 
 LOCK = ".lock"
 
 
-def check_room(folder: Path, marker: str, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written, or that holds something and is not ours to overwrite.
+def check_output(folder: Path, marker: str, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written, or whose files must not be overwritten.
 
     Args:
-        folder: to be written into.
-        marker: a file only we write, which tells a folder of ours from anybody else's.
-        overwrite: whether what is ours may go.
+        folder: to write into.
+        marker: a file that only this job writes, by which its folders are told from any other.
+        overwrite: whether files of an earlier job may be replaced.
 
     Raises:
         ValueError: what is in the way, and what to do.
@@ -35,7 +35,7 @@ def check_room(folder: Path, marker: str, overwrite: bool) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that is not there and cannot be made, or cannot be written into."""
+    """Refuse a folder that can neither be written nor made."""
     above = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not above.is_dir():
         raise ValueError(f"{above} is a file. Choose another --out.")
@@ -44,15 +44,15 @@ def check_writable(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that could not be written."""
+    """Refuse a file that cannot be written."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file with --out.")
     check_writable(path.absolute().parent)
 
 
-def clear(folder: Path, ours: Iterable[str]) -> None:
-    """Remove what is named (or matches), in this order, and leave anything else; the folder exists afterwards."""
-    for path in [path for pattern in ours for path in sorted(folder.glob(pattern))]:
+def clear(folder: Path, patterns: Iterable[str]) -> None:
+    """Remove the files and folders that match, in the order of the patterns, and make the folder if need be."""
+    for path in [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -61,19 +61,19 @@ def clear(folder: Path, ours: Iterable[str]) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed process left under temporary names."""
+    """Remove temporary files that a killed process left."""
     for path in filter(Path.is_file, folder.rglob(".*.part*")):
         path.unlink()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other jobs out of a folder, which is made if need be and goes again if nothing was written into it.
+    """Keep other jobs out of a folder, which is made if need be and removed if it is empty at the end.
 
-    The lock is the system's and ends with the process, however that ends; the file says whose it is.
+    The operating system releases the lock when the process ends, however it ends; the lock file holds its number.
 
     Raises:
-        ValueError: another job is in it.
+        ValueError: another job holds the lock.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,11 @@ def locked(folder: Path) -> Iterator[None]:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise FileNotFoundError  # the job before removed it after it was opened here
+                raise FileNotFoundError  # the job before removed it after this one opened it
         except (BlockingIOError, FileNotFoundError):
             file.seek(0)
-            whose = f"another job (process {file.read().strip()})"
-            raise ValueError(f"{whose} is writing {folder}. Wait for it, or choose another --out.") from None
+            holder = f"another job (process {file.read().strip()})"
+            raise ValueError(f"{holder} is writing {folder}. Wait for it, or choose another --out.") from None
         except OSError as error:
             warnings.warn(f"{folder} cannot be locked ({error}): see that no other job writes it.", stacklevel=3)
         file.truncate(0)
@@ -96,6 +96,6 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # they hold something
+            with suppress(OSError):  # they are not empty
                 for path in made:
                     path.rmdir()

@@ -1,4 +1,4 @@
-"""How a long job tells what it is doing: it opens a phase and advances it; who watches is the caller's business."""
+"""Report progress: a long job opens a phase and advances it; the caller decides how to show it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ Phase = Callable[[str, int], Advance]  # (what, total)
 
 
 def silent(what: str, total: int) -> Advance:
-    """A phase nobody watches."""
+    """Open a phase that shows nothing."""
     return lambda n=1, note="": None
 
 
@@ -36,8 +36,8 @@ class JobOptions:
 DEFAULT = JobOptions()
 
 
-def patient(phase: Phase, what: str, total: int, seconds: float = 2.0) -> Advance:
-    """A phase that opens once it has taken so long: what is over at once needs no bar, nor a mistake found early."""
+def delayed(phase: Phase, what: str, total: int, seconds: float = 2.0) -> Advance:
+    """Open a phase only once its work has taken `seconds`: short work and early errors need no bar."""
     begin, done, advance = time.monotonic(), 0, None
 
     def step(n: int = 1, note: str = "") -> None:
@@ -52,12 +52,12 @@ def patient(phase: Phase, what: str, total: int, seconds: float = 2.0) -> Advanc
 
 
 class Interrupted(Exception):
-    """A job was asked to stop, and what it needs to go on is saved; the message says how to."""
+    """Signal that a job was interrupted; the message says how to go on."""
 
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note how long what is done inside took."""
+    """Record under a name how many seconds the block inside took."""
     begin = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - begin

@@ -1,6 +1,6 @@
-"""Figures of a training for whoever follows it: TensorBoard's files or a service, through accelerate's trackers.
+"""Send metrics of a training to TensorBoard files or a service, through accelerate's trackers.
 
-Nothing is sent anywhere unless it is asked for by name.
+Nothing is sent to a tracker that the user did not name.
 """
 
 import warnings
@@ -14,14 +14,14 @@ from accelerate.utils import LoggerType
 
 from . import ranks
 
-TRACKED, PROJECT = "tracking", "ctrl"  # in a run's folder; what services file a run under
+TRACKED, PROJECT = "tracking", "ctrl"  # a folder of the run; the project's name at services
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers that accelerate does not know, or whose package is not there.
+    """Refuse trackers that accelerate does not know, or whose package is not installed.
 
     Raises:
-        ValueError: which, and what to do.
+        ValueError: a tracker, and what to do.
     """
     known = sorted(str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL)
     for name in names:
@@ -32,14 +32,14 @@ def check_trackers(names: list[str]) -> None:
 
 
 class Tracking:
-    """The trackers of one run, on rank 0; without any, nothing happens.
+    """Hold the trackers of one run, on rank 0; without names every method is a no-op.
 
-    One that fails is told no more, with a warning: no service is worth a training.
+    A tracker that fails is dropped with a warning: no service is worth a training.
 
     Args:
         names: of the trackers.
-        folder: the run's, in which they may keep files.
-        settings: told to services.
+        folder: of the run, in which trackers may keep files.
+        settings: sent to services.
     """
 
     def __init__(self, names: list[str], folder: Path, settings: dict[str, Any]) -> None:
@@ -47,59 +47,59 @@ class Tracking:
         self.trackers: dict[str, GeneralTracker] = {}
         self.updates = 0  # of all stages
 
-    def begin(self, records: list[dict[str, Any]]) -> None:
-        """Open the trackers after the records of a log; TensorBoard forgets what it was told of later updates.
+    def start(self, records: list[dict[str, Any]]) -> None:
+        """Open the trackers after the records of a log; TensorBoard drops what it has of later updates.
 
         Warns:
-            RuntimeWarning: one cannot be opened.
+            RuntimeWarning: a tracker cannot be opened.
         """
         self.close()
         self.updates = sum("loss" in record for record in records)
         if not self.names or not ranks.is_main():
             return
-        place = self.folder / TRACKED
-        again = place.is_dir()
-        place.mkdir(exist_ok=True)
+        folder = self.folder / TRACKED
+        resumed = folder.is_dir()
+        folder.mkdir(exist_ok=True)
         options = {
-            "tensorboard": {"purge_step": self.updates + 1 if self.updates else 0} if again else {},
-            "wandb": {"name": self.folder.name, "dir": str(place)},
+            "tensorboard": {"purge_step": self.updates + 1 if self.updates else 0} if resumed else {},
+            "wandb": {"name": self.folder.name, "dir": str(folder)},
         }
 
-        def opened(name: str) -> None:
-            # neither the device nor the precision is its business
+        def open_tracker(name: str) -> None:
+            # it must change neither device nor precision
             accelerator = Accelerator(
-                device_placement=False, mixed_precision="no", log_with=[name], project_dir=str(place)
+                device_placement=False, mixed_precision="no", log_with=[name], project_dir=str(folder)
             )
             accelerator.init_trackers(PROJECT, init_kwargs=options)
             (self.trackers[name],) = accelerator.trackers
-            if name != "tensorboard":  # it would make a folder named by the time for them
+            if name != "tensorboard":  # which would make a folder named by the time for them
                 self.trackers[name].store_init_configuration(self.settings)
 
-        self.each(opened, self.names)
+        self.each(open_tracker, self.names)
 
-    def each(self, what: Callable[[str], None], names: Iterable[str]) -> None:
-        """Do something with every tracker; what a service may fail by nobody can list."""
+    def each(self, action: Callable[[str], None], names: Iterable[str]) -> None:
+        """Call an action with every name; drop a tracker whose service raises anything."""
         for name in list(names):
             try:
-                what(name)
+                action(name)
             except Exception as error:
                 self.trackers.pop(name, None)
                 reason = " ".join(str(error).split()) or type(error).__name__
-                warnings.warn(f"{name} is told no more: {reason}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{name} is dropped: {reason}", RuntimeWarning, stacklevel=2)
 
-    def tell(self, record: dict[str, Any]) -> None:
-        """Figures of the log's next record; the one that says which was kept was told when it was made."""
+    def log(self, record: dict[str, Any]) -> None:
+        """Send the metrics of the log's next record, unless it repeats one as the control that was kept."""
         if "kept" in record:
             return
         self.updates += "loss" in record
-        figures = {key: v for key, v in record.items() if type(v) in (int, float) and key != "update"}
-        self.show({f"{record['stage']}/{key}": v for key, v in figures.items()})
+        metrics = {key: v for key, v in record.items() if type(v) in (int, float) and key != "update"}
+        self.log_metrics({f"{record['stage']}/{key}": v for key, v in metrics.items()})
 
-    def show(self, figures: dict[str, float]) -> None:
-        """Figures by name, after the updates so far."""
-        self.each(lambda name: self.trackers[name].log(figures, step=self.updates), self.trackers if figures else ())
+    def log_metrics(self, metrics: dict[str, float]) -> None:
+        """Send metrics by name, at the number of updates so far."""
+        self.each(lambda name: self.trackers[name].log(metrics, step=self.updates), self.trackers if metrics else ())
 
     def close(self) -> None:
-        """No more figures come."""
+        """Finish all trackers."""
         self.each(lambda name: self.trackers[name].finish(), self.trackers)
         self.trackers = {}

@@ -23,7 +23,7 @@ from ...report.compare import write_compare_report
 from ...run.config import check_code
 from ...run.run import Run
 from ...system.files import write_json
-from ...system.folders import check_room, clear
+from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 from .comparison import STRENGTHS, Comparison, Rows, choose_settings
 from .methods import METHODS
@@ -67,7 +67,7 @@ def compare_job(
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"--methods {unknown[0]}: unknown. There are: {', '.join(METHODS)}.")
     if not resume:
-        check_room(out, COMPARE_FILES[0], options.overwrite)
+        check_output(out, COMPARE_FILES[0], options.overwrite)
     run = Run.load(folder, trust=options.trust)
     check_code(run.config.model_dump(), {}, options.trust, folder / "config.yaml")
     about = {"run": hash_weights(folder), "n": n, "prior_evaluations": len(run.times), "accuracy_by": run.accuracy_by}

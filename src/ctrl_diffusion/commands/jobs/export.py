@@ -19,7 +19,7 @@ from ...run import pipeline as controlled
 from ...run.folder import RunFolder
 from ...run.run import Run
 from ...system.files import write_json, write_tensors, write_text
-from ...system.folders import check_room, clear
+from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 
 INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
@@ -38,7 +38,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     Raises:
         ValueError: no finished run, or a folder that holds something else.
     """
-    check_room(out, INDEX, options.overwrite)
+    check_output(out, INDEX, options.overwrite)
     run = Run.load(folder, trust=options.trust)
     config = run.config
     prior = Path(DIGITS) if config.prior == EMBEDDED else find_pipeline(config.prior)

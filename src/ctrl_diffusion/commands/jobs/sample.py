@@ -12,7 +12,7 @@ from ...run.measure import outside_share
 from ...run.run import Run
 from ...system import ranks
 from ...system.files import write_json
-from ...system.folders import check_room, clear
+from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 
 SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
@@ -84,7 +84,7 @@ def sample_job(
     elif run.prior.classes is not None:
         classes = torch.tensor(run.config.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)]
-    ranks.broadcast(lambda: check_room(out, SAMPLE_FILES[-1], options.overwrite))
+    ranks.broadcast(lambda: check_output(out, SAMPLE_FILES[-1], options.overwrite))
     generator = torch.Generator().manual_seed(seed)
     how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": options.phase}
     x_0 = run.sample(y, **how, **cond, latents=True)

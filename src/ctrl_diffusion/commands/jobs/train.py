@@ -30,8 +30,8 @@ from ...run.prepare import (
 from ...run.run import Run, configured
 from ...run.stages import train_in
 from ...system import ranks
-from ...system.files import write_json, writing
-from ...system.folders import check_room, check_writable, clear, clear_unfinished
+from ...system.files import atomic, write_json
+from ...system.folders import check_output, check_writable, clear, clear_unfinished
 from ...system.progress import DEFAULT, Interrupted, JobOptions, Phase, silent, timed
 from ...system.tracking import Tracking, check_trackers
 from .sample import labelled
@@ -58,7 +58,7 @@ def classifier_job(
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
     """
-    check_room(out, CLASSIFIER_FILES[-1], options.overwrite)
+    check_output(out, CLASSIFIER_FILES[-1], options.overwrite)
     if size and not prior:
         raise ValueError("size is that of a prior's images. Give --prior, or leave size out.")
     settings = settings.model_copy(update=dict.fromkeys(("ruler", "classifier_from", "settled_from")))
@@ -231,7 +231,7 @@ def write_start(
         if name in held_out:
             write_classifier_report(path, run.panels[name], held_out[name])
         for page, content in inputs.pages.items():
-            with writing(path / page) as temporary:
+            with atomic(path / page) as temporary:
                 temporary.write_bytes(content)
     folder.write_start(start)
 
@@ -273,7 +273,7 @@ def train_and_report(run: Run, folder: RunFolder, phase: Phase, tracking: Tracki
         values = metrics.as_dict()
         write_json(folder.metrics, values)
         for group in ("ctrl", "certificate"):
-            tracking.show({f"{group}/{key}": v for key, v in values[group].items() if isinstance(v, float)})
+            tracking.log_metrics({f"{group}/{key}": v for key, v in values[group].items() if isinstance(v, float)})
         write_report(folder, run, metrics, measurements, pictures, records, start.command)
         folder.clear_checkpoint()
         return values
