@@ -1,4 +1,4 @@
-"""ctrl add."""
+"""Define `ctrl add`."""
 
 from functools import partial
 from pathlib import Path
@@ -6,44 +6,35 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    OTHER,
-    Classifiers,
-    Conditions,
-    Controls,
-    Datasets,
-    Learner,
-    Overwrite,
-    Quick,
-    Quiet,
-    Settings,
-    Track,
-    asked,
-    learn,
-)
+from . import options as opt
 
 
 def add(
     run: Annotated[Path, typer.Argument(help="A run folder; it is not changed.")],
     out: Annotated[Path, typer.Option(help="The new run folder.")],
-    data: Datasets = [],  # noqa: B006
-    control: Controls = [],  # noqa: B006
-    condition: Conditions = [],  # noqa: B006
-    classifier: Classifiers = [],  # noqa: B006
-    learner: Learner = None,
-    config: Settings = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="One seed, the same bytes.")] = None,
-    track: Track = None,
+    data: opt.Datasets = [],  # noqa: B006
+    control: opt.Controls = [],  # noqa: B006
+    condition: opt.Conditions = [],  # noqa: B006
+    classifier: opt.Classifiers = [],  # noqa: B006
+    learner: opt.Learner = None,
+    config: opt.Settings = None,
+    override: opt.Override = [],  # noqa: B006
+    seed: opt.ConfigSeed = None,
+    track: opt.Track = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
-    quick: Quick = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = OTHER,
+    quick: opt.Quick = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = opt.OTHER,
 ) -> None:
     """Add a control to a finished run; its own controls stay as they are, to the bit."""
+    from ..run.folder import KEPT
     from .jobs.train import add_job
 
-    controls = asked(data, control, condition, classifier, skip_bad)
-    told = {"learners": learner and learner.split(","), "track": track and track.split(",")}
-    given = {"seed": seed, **told, **controls}
-    learn(partial(add_job, run), given, config, out, quiet, trust, overwrite, quick)
+    for text in override:
+        if (key := text.partition("=")[0]) in KEPT:
+            raise ValueError(f"-o {text}: {key} is that of {run}, whose controls depend on it. Leave it out.")
+    options = {"seed": seed, "learners": learner and learner.split(","), "track": track and track.split(",")}
+    options |= opt.control_values(data, control, condition, classifier, skip_bad)
+    values = opt.read_values(options, config, override, trust)
+    opt.run_training(partial(add_job, run), values, out, quiet, trust=trust, overwrite=overwrite, quick=quick)

@@ -1,32 +1,35 @@
-"""ctrl demo."""
+"""Define `ctrl demo`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import OTHER, Learner, Overwrite, Quick, Quiet, Seed, Settings, job_options, summary
+from . import options as opt
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
     controls: Annotated[str, typer.Option(help="ink; digit on the model without its classes; ink,slant.")] = "ink",
-    learner: Learner = None,
+    learner: opt.Learner = None,
     labels: Annotated[int | None, typer.Option(min=1, help="Labelled digits for each control.")] = None,
-    config: Settings = None,
-    seed: Seed = 0,
-    quick: Quick = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = OTHER,
+    config: opt.Settings = None,
+    override: opt.Override = [],  # noqa: B006
+    seed: opt.ConfigSeed = None,
+    quick: opt.Quick = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = opt.OTHER,
 ) -> None:
     """Teach the embedded digits model a control it did not have, and certify it."""
-    from ..run.config import check_code, read_settings
-    from .jobs.demo import demo_job
+    from ..run.config import check_code, read_settings, with_overrides
+    from .jobs.demo import demo_job, demo_values
 
-    given = (read_settings(config) if config else {}) | {"seed": seed}
-    check_code(given, {}, False, config)
-    given |= {"learners": learner.split(",")} if learner else {}
-    with job_options(quiet, False, overwrite, quick) as options:
-        metrics = demo_job(given, out, options, controls, labels)
+    options = {"seed": seed, "learners": learner and learner.split(",")}
+    options = {key: value for key, value in options.items() if value is not None}
+    values = demo_values(controls, read_settings(config) if config else {})
+    values = with_overrides(values, override, options)
+    check_code(values, {}, False, config, override)
+    with opt.job_options(quiet, False, overwrite, quick) as job:
+        metrics = demo_job(values, out, job, controls, labels)
     if not quiet:
-        typer.echo(summary(metrics, controls, out))
+        typer.echo(opt.summary(metrics, controls, out))

@@ -213,22 +213,31 @@ def list_controls(values: Any) -> Any:
     if not isinstance(values, dict) or not (keys := [key for key in single if key in values and key != "name"]):
         return values
     controls = values.get("controls") or [{}]
-    if not isinstance(controls, list) or len(controls) > 1:
+    if not is_list_of_groups(controls):
+        return values  # for the config to refuse
+    if len(controls) > 1:
         raise ValueError(f"{', '.join(keys)}: there are several controls. Give it for each of them, under controls.")
     control = {"name" if key == "control" else key: values[key] for key in keys}
     return {**{k: v for k, v in values.items() if k not in keys}, "controls": [merged(controls[0], control)]}
+
+
+def is_list_of_groups(values: Any) -> bool:
+    """Return whether `controls` has the right form."""
+    return isinstance(values, list) and all(isinstance(group, dict) for group in values)
 
 
 def check_present(values: dict[str, Any], *names: str) -> None:
     """Refuse settings with listed controls that lack one of `names`, or a control's data or name.
 
     Raises:
-        ValueError: the option that gives the first of them.
+        ValueError: the option that gives the first of them; or controls that are no list.
     """
     controls = values.get("controls") or [{}]
-    rows = [row for row in controls if isinstance(row, dict)] if isinstance(controls, list) else []
+    if not is_list_of_groups(controls):
+        raise ValueError(f"controls must be a list with a group of keys for each control, got {controls!r}.")
+    options = {"data": "data", "control": "name"}
     missing = [name for name in names if not values.get(name)]
-    missing += [option for option, key in (("data", "data"), ("control", "name")) if not all(r.get(key) for r in rows)]
+    missing += [option for option, key in options.items() if not all(control.get(key) for control in controls)]
     if missing:
         raise ValueError(f"--{missing[0]} is missing. Give it, or a --config that has it.")
 
@@ -244,7 +253,7 @@ def split_names(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def override(values: dict[str, Any], overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
+def with_overrides(values: dict[str, Any], overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a file under those of `-o KEY=VALUE`, and both under a command's own options.
 
     Raises:

@@ -10,7 +10,6 @@ ink,slant  two controls from two datasets that share no image; the second does n
            left and a 7 right by its shape, whoever wrote it.
 """
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from sklearn.model_selection import train_test_split
 
 from ...data.digits import DIGIT, INK, SLANT, UPRIGHT, VALUES, digits, ink_ruler, slant_ruler
 from ...data.labelled import LabelledImages, write_imagefolder
+from ...run.config import Config, is_list_of_groups, list_controls
 from ...run.folder import DATA_FOLDERS, RunFolder
 from ...run.prepare import prepare
 from ...system.progress import DEFAULT, JobOptions
@@ -99,36 +99,49 @@ def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list
     return [(of(s, rows), of(s, rest)) for s, rows in zip(SETTINGS[controls]["controls"], drawn, strict=True)]
 
 
+def demo_values(controls: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return a demo's settings under `values`, of which `classifier` goes to every control.
+
+    Raises:
+        ValueError: no such demo.
+    """
+    if controls not in SETTINGS:
+        raise ValueError(f"the demo's controls are {' or '.join(SETTINGS)}; got {controls!r}.")
+    others = {key: value for key, value in values.items() if key != "classifier"}
+    settings = list_controls(merged(SETTINGS[controls], others))
+    classifier = {"classifier": values["classifier"]} if "classifier" in values else {}
+    rows = settings["controls"] if is_list_of_groups(settings["controls"]) else []
+    return {**settings, "controls": [merged({"data": "-", **row}, classifier) for row in rows]}
+
+
 def demo_job(
-    given: dict[str, Any],
+    values: dict[str, Any],
     out: str | Path,
     options: JobOptions = DEFAULT,
     controls: str = "ink",
     labels: int | None = None,
 ) -> dict[str, Any]:
-    """`train_job` on the embedded prior with labelled digits, and others for the judge, written into the run folder."""
-    out = Path(out)
-    if controls not in demo.SETTINGS:
-        raise ValueError(f"the demo's controls are {' or '.join(demo.SETTINGS)}; got {controls!r}.")
-    settings = merged(deepcopy(demo.SETTINGS[controls]), {k: v for k, v in given.items() if k != "classifier"})
+    """Do `train_job` on the embedded prior and labelled digits, which are written into the run folder.
+
+    Args:
+        values: settings by the names of `Config`, over those of the demo.
+        out, options: see `train_job`.
+        controls: of SETTINGS.
+        labels: for each control; None for what the demo has.
+    """
+    out, values = Path(out), demo_values(controls, values)
     folder = RunFolder(out)
+    seed = Config.from_values(values).seed
     with reserved(folder, options.overwrite), TemporaryDirectory() as scratch:
-        drawn = demo.labelled_digits(controls, given.get("seed", 0), labels)
-        for control, pair in zip(settings["controls"], drawn, strict=True):
-            control["classifier"] = merged(control["classifier"], given.get("classifier", {}))
+        datasets = demo.labelled_digits(controls, seed, labels)
+        for control, pair in zip(values["controls"], datasets, strict=True):
             for kind, data in zip(DATA_FOLDERS, pair, strict=True):
-                path = Path(scratch, kind, control["name"]) if len(drawn) > 1 else Path(scratch, kind)
+                path = Path(scratch, kind, control["name"]) if len(datasets) > 1 else Path(scratch, kind)
                 write_imagefolder(path, data)
                 control[kind] = str(path)
-        job = prepare(settings, options)
-        moved = [
-            control.with_(
-                **{
-                    kind: str(out.resolve() / Path(getattr(control, kind)).relative_to(Path(scratch).resolve()))
-                    for kind in DATA_FOLDERS
-                }
-            )
-            for control in job.config.controls
-        ]
-        config = job.config.with_(controls=[control.model_dump() for control in moved])
-        return start_training(replace(job, config=config), folder, options, Path(scratch))
+        job = prepare(values, options)
+        moved = job.config.model_dump(include={"controls"})
+        for control in moved["controls"]:
+            for kind in DATA_FOLDERS:
+                control[kind] = str(out.resolve() / Path(control[kind]).relative_to(Path(scratch).resolve()))
+        return start_training(replace(job, config=job.config.with_(**moved)), folder, options, Path(scratch))
