@@ -15,7 +15,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..data.rules import function_of
-from .scorer import Classifier, Head, Scorer
+from .scorer import Classifier, Scorer
 
 
 class Elsewhere(ValueError):
@@ -84,8 +84,14 @@ class Frozen(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (self.raw(x) - self.mean) / self.std
 
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Return features (n, F) of x (n, C, H, W), a few at a time, on the CPU."""
+        rows = torch.arange(len(x)).split(Backbone.at_once)
+        return torch.cat([self(x[few].to(self.grey.device)).cpu() for few in rows])
+
     def fit(self, features: Tensor) -> Tensor:
-        """Take the scale from features (n, F) as they come; returns them standardised."""
+        """Set mean and deviation from features (n, F) not yet standardised; return them standardised."""
         mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
         self.mean, self.std = mean.to(self.grey.device), std.to(self.grey.device)
         return (features - mean) / std
@@ -109,7 +115,7 @@ class Backbone(Scorer):
         backbone: str,
         width: int,
         classes: int,
-        head: Head = "categorical",
+        head: str = "categorical",
         balanced: bool = False,
         conditions: int = 0,
         trunk: nn.Module | None = None,

@@ -1,16 +1,15 @@
-"""p̂(y | x) on clean x: fit, calibrate, report.
+"""Compute p̂(y | x) or p̂(y | x, c) on clean x by a network, and read, save and load it.
 
-A small convolutional network with average pooling, fitted on a few hundred images of any size. Ordered classes get an
-ordinal head (cumulative logits, McCullagh 1980): P(y > k) = σ(s(x) − b_k), one score and K − 1 increasing cuts. One
-temperature T, fitted on a split of its own, divides the logits (Guo et al. 2017), the cumulative ones for the ordinal
-head.
+`Classifier` is a small convolutional network with average pooling, fitted on a few hundred images of any size. One
+temperature T, fitted on a split of its own, divides the logits (Guo et al. 2017).
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,35 +17,30 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from ..system.files import read_tensors, write_json, write_tensors
+from .heads import HEADS
 
-Head = Literal["categorical", "ordinal", "gaussian"]
-# in levels: a value asked for is meant no more exactly. Labels without noise would else make p̂ a needle
-RESOLUTION = 0.25
-PIXELS_AT_ONCE = 2**22  # of images looked at together: a convolution at full size keeps ten times its image
+PIXELS_AT_ONCE = 2**22  # of images in one pass: a convolution at full size keeps ten times its image
 
 
 class Scorer(nn.Module):
-    """log p̂(y | x), or log p̂(y | x, c), from the features of a trunk: the head, the temperature, the frequencies.
-
-    A Gaussian head is for y on a scale, a place between levels 0 … K − 1: it gives a mean and a log standard deviation
-    for each x (Nix & Weigend 1994), and for log p̂ the density at the levels. Its temperature scales the deviation.
+    """Compute log p̂(y | x), or log p̂(y | x, c), from a trunk's features, by a head and a temperature.
 
     Args:
         trunk: x (B, *) → features (B, F).
         width: F; 0 if the trunk gives the logits (B, K) themselves.
-        classes: K.
-        head: "categorical", "ordinal" (classes in order) or "gaussian".
-        balanced: whether the fit weighs every class as if it were as frequent as the others. What the network then
-            knows is the posterior under even classes; the log frequencies of the labels are added to it, after the
-            temperature, so that p̂ is the posterior under the labels' own frequencies, balanced or not.
+        classes: K, of classes or of a scale's levels.
+        head: a name in HEADS.
+        balanced: whether the fit weighs every class as if it were as frequent as the others. The network then knows
+            the posterior under even classes; the log frequencies of the labels are added to it, after the temperature,
+            so that p̂ is the posterior under the labels' own frequencies, balanced or not.
         conditions: number of classes of c, 0 for p̂(y | x). c scales and shifts the features (FiLM, Perez et al. 2018):
-            an embedding that is only added moves the logits alike for every x and could not turn y's meaning round.
+            an embedding that is only added moves the logits alike for every x and could not reverse y's meaning.
     """
 
     at_once = 1024  # x; thousands of images at once would not fit, nor a few dozen large ones
     latent = False  # whether x are the latents of a latent model
-    borrowed: str | tuple[str, ...] = ()  # how the names of weights begin that are not ours to save
-    shape: dict[str, Any]
+    borrowed: str | tuple[str, ...] = ()  # prefixes of the names of weights that `save` leaves out
+    shape: dict[str, Any]  # the arguments that make it again
     described: str
 
     def __init__(
@@ -54,44 +48,41 @@ class Scorer(nn.Module):
         trunk: nn.Module,
         width: int,
         classes: int,
-        head: Head = "categorical",
+        head: str = "categorical",
         balanced: bool = False,
         conditions: int = 0,
     ) -> None:
         super().__init__()
-        self.head, self.balanced, self.conditional = head, balanced, conditions > 0
-        self.classes = classes
-        self.trunk = trunk
-        self.score = (
-            nn.Linear(width, {"categorical": classes, "ordinal": 1, "gaussian": 2}[head]) if width else nn.Identity()
-        )
+        self.head, self.balanced, self.conditional = HEADS[head](classes), balanced, conditions > 0
+        self.classes, self.trunk = classes, trunk
+        self.score = nn.Linear(width, self.head.outputs) if width else nn.Identity()
         if conditions:
             self.film = nn.Embedding.from_pretrained(torch.zeros(conditions, 2 * width), freeze=False)
-        if head == "ordinal":
-            self.first_cut = nn.Parameter(torch.tensor(-1.0))
-            self.log_gaps = nn.Parameter(torch.zeros(classes - 2))
+        for name, value in self.head.weights().items():
+            self.register_parameter(name, nn.Parameter(value))
         if balanced:
             self.register_buffer("log_frequency", torch.zeros(classes))
         self.register_buffer("temperature", torch.ones(()))
 
     def features(self, x: Tensor) -> Tensor:
-        """Features (B, F) of x (B, C, H, W) in [−1, 1], which need not be in memory before its rows are asked for."""
+        """Return features (B, F) of x (B, C, H, W) in [−1, 1], whose rows are read a few at a time."""
         return self.in_parts(self.trunk, x)
 
     def evidence(self, x: Tensor) -> Tensor:
-        """What `Support` looks at: (B, E); the features, unless there is something before them that keeps more of x."""
+        """Return what `Support` measures distances in: (B, E), the features unless an earlier layer keeps more of x."""
         return self.features(x)
 
     def in_parts(self, trunk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a trunk to x (B, C, H, W), no more pixels at once than fit."""
         few = max(1, min(self.at_once, PIXELS_AT_ONCE // math.prod(x.shape[2:])))
         parts = x.split(few) if isinstance(x, Tensor) else (x[rows] for rows in torch.arange(len(x)).split(few))
         return torch.cat([trunk(part.to(self.temperature.device)) for part in parts])
 
     def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """Raw scores of x: (B, K), or (B, 1) of an ordinal head, (B, 2) of a Gaussian one.
+        """Return raw scores of x (B, head.outputs), given class numbers c (B,) if it is p̂(y | x, c).
 
         Raises:
-            ValueError: c is missing, not wanted or unknown.
+            ValueError: c is missing, superfluous or unknown.
         """
         features = self.features(x)
         if (c is not None) != self.conditional:
@@ -104,50 +95,42 @@ class Scorer(nn.Module):
         return self.score(features)
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """log p̂(y | x) or log p̂(y | x, c) in nats (B, K), c (B,) class numbers; raises as `scores` does."""
+        """Return log p̂(y | x) or log p̂(y | x, c) in nats (B, K); raises as `scores` does."""
         return self.log_prob_from(self.scores(x, c), self.temperature)
 
     def log_prob_at(self, x: Tensor, y: Tensor, c: Tensor | None = None) -> Tensor:
-        """log p̂ in nats at places y (B,) between the levels, of a Gaussian head: (B,)."""
-        return self.density(self.scores(x, c), self.temperature).log_prob(y)
+        """Return log p̂ in nats at labels y (B,), which on a scale may lie between levels: (B,)."""
+        return -self.nll(self.scores(x, c), self.temperature, y)
 
-    def density(self, score: Tensor, temperature: Tensor | float) -> Normal:
-        """The normal distribution (B,) a Gaussian head's scores (B, 2) mean."""
-        # beyond e^±5 levels no deviation is believable, and its square would overflow
-        std = temperature * score[:, 1].clamp(-5, 5).exp()
-        return Normal(score[:, 0], (std.square() + RESOLUTION**2).sqrt(), validate_args=False)
+    def density(self, score: Tensor, temperature: Tensor | float) -> Normal | None:
+        """Return p̂'s density (B,) over the scale from raw scores; None if y is a class."""
+        return self.head.density(score, temperature)
 
-    def misses(self, score: Tensor, temperature: Tensor | float, y: Tensor) -> Tensor:
-        """−log p̂ of what is fitted at y (B,), classes or places: (B,) nats."""
-        y = y.to(score.device)
-        if self.head == "gaussian":
-            return -self.density(score, temperature).log_prob(y)
-        return F.nll_loss(self.fitted_log_prob(score, temperature), y, reduction="none")
+    @property
+    def head_weights(self) -> dict[str, Tensor]:
+        """What the head has fitted beside the scores, by name."""
+        return {name: getattr(self, name) for name in self.head.weights()}
 
     def log_prob_from(self, score: Tensor, temperature: Tensor | float) -> Tensor:
-        """log p̂ (B, K) from raw scores (B, K) or (B, 1) at a temperature."""
-        fitted = self.fitted_log_prob(score, temperature)
-        return F.log_softmax(fitted + self.log_frequency, dim=1) if self.balanced else fitted
+        """Return log p̂ (B, K) from raw scores at a temperature."""
+        log_prob = self.head.log_prob(score, temperature, **self.head_weights)
+        return F.log_softmax(log_prob + self.log_frequency, dim=1) if self.balanced else log_prob
 
-    def fitted_log_prob(self, score: Tensor, temperature: Tensor | float) -> Tensor:
-        """What is fitted (B, K): log p̂, or if balanced, what it would be were the classes equally frequent."""
-        if self.head == "categorical":
-            return F.log_softmax(score / temperature, dim=1)
-        if self.head == "gaussian":
-            levels = torch.arange(self.classes).to(score)[:, None]
-            return self.density(score, temperature).log_prob(levels).T
-        cuts = torch.cat([self.first_cut[None], self.first_cut + self.log_gaps.exp().cumsum(0)])
-        above = (score - cuts) / temperature  # logits of y > k
-        # log(σ(a) − σ(b)) for a > b, as log σ(a) + log σ(−b) + log(1 − e^(b − a)): exact far in the tails
-        tops, bottoms = F.logsigmoid(above), F.logsigmoid(-above)
-        gaps = torch.log(-torch.expm1(above[:, 1:] - above[:, :-1]))
-        between = tops[:, :-1] + bottoms[:, 1:] + gaps
-        return torch.cat([bottoms[:, :1], between, tops[:, -1:]], dim=1)
+    def nll(self, score: Tensor, temperature: Tensor | float, y: Tensor, reduction: str = "none") -> Tensor:
+        """Return −log p̂ in nats at labels y (B,): (B,), or () by the reduction "sum" or "mean"."""
+        y = y.to(score.device)
+        if self.balanced:
+            return F.nll_loss(self.log_prob_from(score, temperature), y, reduction=reduction)
+        return self.head.nll(score, temperature, y, reduction, **self.head_weights)
+
+    def fit_loss(self, score: Tensor, y: Tensor) -> Tensor:
+        """Return the loss in nats at labels y (B,) that the fit weighs and averages: p̂ under even classes, T = 1."""
+        return self.head.nll(score, 1.0, y.to(score.device), **self.head_weights)
 
     def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
-        """Write `classifier.safetensors` and `classifier.json` (its shape, and what else is to be known about it)."""
-        mine = {name: value for name, value in self.state_dict().items() if not name.startswith(self.borrowed)}
-        write_tensors(folder / "classifier.safetensors", mine)
+        """Write `classifier.safetensors`, and `classifier.json` with its shape and what else `about` says of it."""
+        weights = {name: value for name, value in self.state_dict().items() if not name.startswith(self.borrowed)}
+        write_tensors(folder / "classifier.safetensors", weights)
         write_json(folder / "classifier.json", {"kind": type(self).__name__, "shape": self.shape, **(about or {})})
 
     @classmethod
@@ -155,13 +138,13 @@ class Scorer(nn.Module):
         """Read a saved classifier of this kind."""
         classifier = cls(**json.loads((folder / "classifier.json").read_text(encoding="utf-8"))["shape"])
         missing, unknown = classifier.load_state_dict(read_tensors(folder / "classifier.safetensors"), strict=False)
-        if missing := [name for name in missing if not name.startswith(cls.borrowed)] + unknown:
-            raise ValueError(f"weights that do not fit: {', '.join(missing)}")
+        if misfits := [name for name in missing if not name.startswith(cls.borrowed)] + unknown:
+            raise ValueError(f"weights that do not fit: {', '.join(misfits)}")
         return classifier.requires_grad_(False).eval()
 
 
 class Classifier(Scorer):
-    """p̂(y | x) by a small convolutional network.
+    """Compute p̂(y | x) by a small convolutional network.
 
     Args:
         channels: of x.
@@ -176,7 +159,7 @@ class Classifier(Scorer):
         self,
         channels: int,
         classes: int,
-        head: Head = "categorical",
+        head: str = "categorical",
         grid: int = 1,
         depth: int = 1,
         halvings: int = 0,
@@ -186,9 +169,8 @@ class Classifier(Scorer):
     ) -> None:
         layers: list[nn.Module] = []
         for i in range(depth):
-            layers.append(
-                nn.Conv2d(width if i else channels, width, 3, padding=1, stride=2 if 1 <= i <= halvings else 1)
-            )
+            stride = 2 if 1 <= i <= halvings else 1
+            layers.append(nn.Conv2d(width if i else channels, width, 3, padding=1, stride=stride))
             layers += [nn.GroupNorm(8, width), nn.SiLU()] if depth > 1 else [nn.SiLU()]
         pooled = [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Linear(grid * grid * width, 2 * width), nn.SiLU()]
         super().__init__(nn.Sequential(*layers, *pooled), 2 * width, classes, head, balanced, conditions)
@@ -196,17 +178,41 @@ class Classifier(Scorer):
             "channels": channels, "classes": classes, "head": head, "grid": grid, "depth": depth, "halvings": halvings,
             "width": width, "balanced": balanced, "conditions": conditions,
         }  # fmt: skip
-        what = "1 convolution" if depth == 1 else f"{depth} convolutions"
-        self.described = f"{what}, average pooling to {grid} × {grid}, head: {head}"
+        convolutions = "1 convolution" if depth == 1 else f"{depth} convolutions"
+        self.described = f"{convolutions}, average pooling to {grid} × {grid}, head: {head}"
 
     def evidence(self, x: Tensor) -> Tensor:
-        """The pooled convolutions (B, grid² · width): the layer after them learns to drop what does not decide y, and
-        with it the difference between an image and noise."""
+        """Return the pooled convolutions (B, grid² · width).
+
+        The layer after them learns to drop what does not decide y, and with it what tells an image from noise.
+        """
         return self.in_parts(self.trunk[:-2], x)
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """Describe a `Classifier` to fit; call it with the shape (C, H, W) of x and K to build the network.
+
+    Args:
+        depth: convolutions; None for as few as bring the short side to about 8 pixels.
+        head, grid, balanced, conditions: see `Classifier`.
+    """
+
+    head: str = "categorical"
+    grid: int = 1
+    depth: int | None = None
+    balanced: bool = False
+    conditions: int = 0
+
+    def __call__(self, shape: Sequence[int], classes: int) -> Classifier:
+        shrink = max(0, round(math.log2(min(shape[1:]) / 8)))
+        depth = 1 + shrink if self.depth is None else self.depth
+        options = {**asdict(self), "depth": depth, "halvings": min(max(shrink, 1), depth - 1)}
+        return Classifier(shape[0], classes, **options)
+
+
 class Estimator:
-    """A fitted scikit-learn classifier as p̂(y | x). It has no gradient: train with `weighted` and `ppo`.
+    """Use a fitted scikit-learn classifier as p̂(y | x). It has no gradient: train with `weighted` and `ppo`.
 
     Args:
         estimator: with `predict_proba`, fitted on rows of pixels (n, C · H · W) and classes 0 … K − 1.
@@ -228,7 +234,7 @@ class Estimator:
         self.estimator, self.smallest = estimator, smallest
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p̂(y | x) in nats (B, K) for x (B, *)."""
+        """Return log p̂(y | x) in nats (B, K) for x (B, *)."""
         p = torch.from_numpy(self.estimator.predict_proba(x.detach().flatten(1).cpu().numpy()))
         p = p.clamp(min=self.smallest)
         return (p / p.sum(1, keepdim=True)).log().to(x)

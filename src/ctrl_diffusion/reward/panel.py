@@ -1,0 +1,150 @@
+"""Hold p̂ of one control with its judge and its reader, and save and load them as one folder.
+
+classifier.*    p̂(y | x), the reward, fitted on one part of the labels, calibrated on a second
+support.*       the region p̂ was fitted on
+judge/          a second classifier, fitted on a part of its own; only where no ruler measures y
+reader/         reads the prior's condition c; only where the data have a column for it
+report.html     how good they are on held-out data, with reliability.png and confusion.png
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.labelled import LabelledImages
+from ..data.labels import LabelSpace
+from ..system.files import undamaged
+from .backbone import Elsewhere, load_classifier
+from .fit import ClassifierReport
+from .heads import coverage
+from .scorer import Classifier, Scorer
+from .support import Support
+
+SUPPORT = "support.safetensors"
+
+
+@dataclass
+class Panel:
+    """Hold the classifiers of one control.
+
+    Args:
+        control: the column p̂ was fitted on.
+        space: what y is.
+        shape: (C, H, W) of the images it was fitted on.
+        classifier: p̂(y | x).
+        quality: of p̂ on held-out data.
+        judge: a classifier of y that shares no label with p̂; None where a ruler measures y.
+        judge_accuracy: on held-out data.
+        reader: a classifier of c; None if the data have no condition.
+        reader_accuracy: on held-out data.
+        condition: the column of c, which the reader was fitted on and p̂(y | x, c) depends on.
+        condition_values: the names of its classes, in order.
+        support: the region p̂ was fitted on.
+    """
+
+    control: str
+    space: LabelSpace
+    shape: tuple[int, int, int]
+    classifier: Scorer
+    quality: ClassifierReport
+    judge: Scorer | None = None
+    judge_accuracy: float | None = None
+    reader: Classifier | None = None
+    reader_accuracy: float | None = None
+    condition: str | None = None
+    condition_values: tuple[str, ...] = ()
+    support: Support | None = None
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What the user calls the classes or levels of y."""
+        return self.space.values
+
+    @property
+    def latent(self) -> bool:
+        """Whether p̂ takes latents instead of images."""
+        return self.classifier.latent
+
+    @property
+    def informed(self) -> bool:
+        """Whether p̂ is better than chance on held-out data, by two standard errors."""
+        return self.quality.nll + 2 * self.quality.nll_stderr < self.quality.chance_nll
+
+    def to(self, device: torch.device) -> "Panel":
+        """Move the networks to a device; return the panel."""
+        for network in (self.classifier, self.judge, self.reader):
+            if network:
+                network.to(device)
+        return self
+
+    @torch.no_grad()
+    def outside(self, x: Tensor) -> Tensor:
+        """Return whether each x (n, C, H, W), images or latents as p̂ takes them, lies outside the region: (n,)."""
+        return self.support.outside(self.classifier.evidence(x).cpu())
+
+    def examples(self, data: LabelledImages) -> tuple[Tensor, ...]:
+        """Return (x, y), or (x, y, c) of p̂(y | x, c), of labelled images."""
+        return examples(data, self.control, self.condition if self.classifier.conditional else None)
+
+    @torch.no_grad()
+    def log_prob(self, data: LabelledImages) -> Tensor:
+        """Return log p̂ (n, K) of labelled images, given their c if it is p̂(y | x, c)."""
+        x, _, *c = self.examples(data)
+        return self.classifier.log_prob(x, *c).cpu()
+
+    @torch.no_grad()
+    def intervals(self, data: LabelledImages) -> tuple[Tensor, Tensor]:
+        """Return, of y on a scale, the central intervals of 10 … 90 % and the share of y each holds: two (9,)."""
+        x, y, *c = self.examples(data)
+        scores, temperature = self.classifier.scores(x, *c), self.classifier.temperature
+        return coverage(self.classifier.density(scores.cpu(), temperature.cpu()), y)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the figures by the names metrics.json uses."""
+        accuracies = {"judge_accuracy": self.judge_accuracy, "reader_accuracy": self.reader_accuracy}
+        return {**asdict(self.quality), **accuracies}
+
+    def save(self, folder: Path) -> None:
+        """Write the folder's weights and `classifier.json`."""
+        about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
+        about |= {"condition": self.condition, "condition_values": self.condition_values, "latent": self.latent}
+        self.classifier.save(folder, about)
+        if self.support:
+            self.support.save(folder / SUPPORT)
+        for name, classifier in (("judge", self.judge), ("reader", self.reader)):
+            if classifier:
+                classifier.save(folder / name)
+
+    @classmethod
+    def load(cls, folder: Path, trust: bool = False) -> "Panel":
+        """Read a folder that `save` wrote; with `trust` run code that it names.
+
+        Raises:
+            ValueError: no such folder, a damaged one, or one that needs a network which is not there.
+        """
+        if not (folder / "classifier.json").is_file():
+            raise ValueError(
+                f"{folder} holds no classifier. Fit one with: ctrl classifier DATA --control NAME --out DIR"
+            )
+        with undamaged(folder, "Fit it again.", but=(Elsewhere,)):
+            about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+            report = dict(about["report"])
+            accuracies = {name: report.pop(name) for name in ("judge_accuracy", "reader_accuracy")}
+            others = {n: load_classifier(folder / n, trust) for n in ("judge", "reader") if (folder / n).is_dir()}
+            support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
+            classifier = load_classifier(folder, trust)
+            classifier.latent = about.get("latent", False)
+            return cls(
+                about["control"], LabelSpace(tuple(about["values"]), classifier.head.scale), tuple(about["input"]),
+                classifier, ClassifierReport(**report), **others, **accuracies, condition=about["condition"],
+                condition_values=tuple(about["condition_values"]), support=support,
+            )  # fmt: skip
+
+
+def examples(data: LabelledImages, column: str, condition: str | None) -> tuple[Tensor, ...]:
+    """Return (x, y) of a column of labels, or with the column of a condition (x, y, c)."""
+    return data.x, data.labels[column], *([data.labels[condition]] if condition else [])
