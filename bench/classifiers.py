@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
+from ctrl_diffusion.reward.panel import Panel
 
 OPTIONS = {"plain": {}, "balanced": {"balanced": True}, "early_stopping": {"early_stopping": True}}
 RARER = 5

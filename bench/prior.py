@@ -24,6 +24,7 @@ from ctrl_diffusion.data.labelled import to_pixels
 from ctrl_diffusion.evaluate.fidelity import frechet_distance, nearest_distance
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.report.style import save_figure, sheet_figure
+from ctrl_diffusion.reward.classifiers import READER
 from ctrl_diffusion.reward.fit import fit_classifier
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config
@@ -33,7 +34,7 @@ def fit_reader() -> Classifier:
     """A reader fitted on the real digits the prior was trained on; the other 300 measure it."""
     rows = torch.as_tensor(split()[0])
     x, c = (a[rows] for a in digits())
-    return fit_classifier(x, c, classes=10, grid=4, epochs=40, batch=64, lr=3e-3, weight_decay=0.01)
+    return fit_classifier(x, c, 10, *READER)
 
 
 def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 50) -> float:

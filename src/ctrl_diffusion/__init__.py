@@ -26,12 +26,12 @@ _HOME = {
     "FreeGuidance": "guide.free_guidance",
     "Importance": "guide.selection",
     "Labelled": "learn.labelled",
-    "Judges": "reward.classifiers:Panel",  # its name in 0.1
+    "Judges": "reward.panel:Panel",  # its name in 0.1
     "LabelledImages": "data.labelled",
     "LoRAControl": "control.lora",
     "MPGD": "guide.reconstruction",
     "PPO": "learn.ppo",
-    "Panel": "reward.classifiers",
+    "Panel": "reward.panel",
     "Policy": "control.policy",
     "Prior": "prior.prior",
     "Rejection": "guide.selection",

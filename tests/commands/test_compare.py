@@ -9,7 +9,7 @@ import torch
 from ctrl_diffusion.commands.jobs.compare import averaged, compare_job, interval
 from ctrl_diffusion.commands.jobs.comparison import Comparison, subset
 from ctrl_diffusion.commands.jobs.methods import METHODS
-from ctrl_diffusion.reward.classifiers import Panel
+from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.run import Run
 

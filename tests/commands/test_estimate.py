@@ -15,7 +15,9 @@ from ctrl_diffusion.commands.jobs.estimate import estimate_job, evaluations_of_s
 from ctrl_diffusion.commands.jobs.inspect import evaluations
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
-from ctrl_diffusion.reward.classifiers import Panel, fit_panel
+from ctrl_diffusion.data.labels import LabelSpace
+from ctrl_diffusion.reward.classifiers import fit_panel
+from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.measure import STRENGTHS, prior_samples, probe, step_counts, sweep
 from ctrl_diffusion.run.prepare import prepare
@@ -121,7 +123,7 @@ def test_the_evaluations_of_samples_are_those_made(digits):
     class Even:
         """p̂ that knows nothing."""
 
-        head, conditional, latent = "categorical", False, False
+        conditional, latent = False, False
 
         def __init__(self, classes):
             self.classes = classes
@@ -136,7 +138,7 @@ def test_the_evaluations_of_samples_are_those_made(digits):
     names = ("ink", "slant")
     config = config.with_(controls=[config.controls[0].model_dump() | {"name": name, "ruler": name} for name in names])
     values = {name: rulers.VALUES[name] for name in names}
-    panels = {name: Panel(name, values[name], (1, 8, 8), Even(len(values[name])), None) for name in names}
+    panels = {name: Panel(name, LabelSpace(values[name]), (1, 8, 8), Even(len(values[name])), None) for name in names}
     run = Run.start(config, digits, panels)
     with torch.no_grad():  # a control that does nothing is not evaluated
         for p in run.policy.trainable():

@@ -8,7 +8,7 @@ from ctrl_diffusion.data import images
 from ctrl_diffusion.data.images import Images, as_x, joined_x
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
-from ctrl_diffusion.reward.fit import calibrate, fit_classifier, report_classifier
+from ctrl_diffusion.reward.fit import Recipe, calibrate, fit_classifier, report_classifier
 
 
 def test_images_on_disk_are_the_floats_they_would_be_in_memory(monkeypatch):
@@ -39,7 +39,7 @@ def test_classifiers_are_the_same_from_disk_and_from_memory():
     for x in (as_x(pixels), Images(pixels)):
         data = LabelledImages(x, {"y": y}, {"y": ("0", "1")})
         first, second = data[torch.arange(40)], data[torch.arange(40, 60)]
-        p = fit_classifier(first.x, first.labels["y"], 2, epochs=2, seed=3)
+        p = fit_classifier(first.x, first.labels["y"], 2, recipe=Recipe(2), seed=3)
         calibrate(p, second.x, second.labels["y"])
         reports.append(report_classifier(p, second.x, second.labels["y"]))
     assert reports[0] == reports[1]

@@ -7,7 +7,9 @@ from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, per_sample
 from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture, Logistic
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.noisy import fit_noisy, with_clock
+from ctrl_diffusion.reward.fit import Recipe
 from ctrl_diffusion.reward.reward import Reward
+from ctrl_diffusion.reward.scorer import Architecture
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
@@ -17,7 +19,7 @@ def test_it_comes_to_the_true_noisy_likelihood(schedule):
     generator, n, times = torch.Generator().manual_seed(0), 3000, schedule.times(20, 0.1)
     x = prior.sample(n, generator)
     y = ComponentLabel(prior).log_prob(x).exp().multinomial(1, generator=generator).squeeze(1)
-    fitted = fit_noisy(x, y, 3, schedule, times, epochs=20, batch=100)
+    fitted = fit_noisy(x, y, 3, schedule, times, recipe=Recipe(20, 100))
     for t in (times[2], times[10], times[18]):
         alpha, sigma = (float(a) for a in schedule(t))
         x_t = alpha * prior.sample(2000, generator) + sigma * torch.randn(2000, 2, generator=generator)
@@ -35,7 +37,7 @@ def test_held_out_labels_say_when_not_to_believe_the_fit():
         (torch.randn(n, 2, generator=generator), torch.randint(2, (n,), generator=generator)) for n in (120, 60, 4000)
     ]
     (x, y), held_out, (x_new, y_new) = drawn
-    options = {"schedule": schedule, "times": schedule.times(10, 0.02, start=0.05), "epochs": 100}
+    options = {"schedule": schedule, "times": schedule.times(10, 0.02, start=0.05), "recipe": Recipe(100)}
     alpha, sigma = (float(a) for a in schedule(0.03))
     x_t = alpha * x_new + sigma * torch.randn(x_new.shape, generator=generator)
     believed, doubted = (fit_noisy(x, y, 2, held_out=held, **options) for held in (None, held_out))
@@ -53,7 +55,7 @@ def test_images_are_guided_with_a_gradient(conditions):
     y = torch.arange(200) % 2
     x = torch.randn(200, 1, 8, 8, generator=generator) + (y.view(-1, 1, 1, 1) - 0.5)
     c = {"c": torch.zeros(200, dtype=torch.long)} if conditions else {}
-    fitted = fit_noisy(x, y, 2, schedule, times, epochs=10, conditions=conditions, **c)
+    fitted = fit_noisy(x, y, 2, schedule, times, None, Architecture(conditions=conditions), Recipe(10), **c)
 
     class Flat:
         conditional = fitted.conditional

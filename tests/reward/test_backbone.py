@@ -19,7 +19,8 @@ from transformers import (
 
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.reward.backbone import Backbone, Elsewhere, Frozen, Own
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
+from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run.config import Config, read_settings
 

@@ -10,8 +10,10 @@ from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import score_samples
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel, joined, open_choices
+from ctrl_diffusion.reward.classifiers import Choice, ClassifierSettings, fit_panel, joined, open_choices
+from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.reward import Among, Reward
+from ctrl_diffusion.reward.scorer import Architecture
 
 FAST = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
 
@@ -84,10 +86,10 @@ def test_what_is_left_open_is_tried():
     everything = ClassifierSettings()
     assert len(open_choices(everything, LabelSpace(("low", "high")))) == 3
     assert len(open_choices(everything, LabelSpace(("1", "2", "3")))) == 6
-    assert {choice["head"] for choice in open_choices(everything, LabelSpace(("1", "2")))} == {"categorical"}
-    assert open_choices(FAST, LabelSpace(("1", "2", "3"))) == [{"head": "ordinal", "grid": 1, "depth": 1}]
+    assert {choice.architecture.head for choice in open_choices(everything, LabelSpace(("1", "2")))} == {"categorical"}
+    assert open_choices(FAST, LabelSpace(("1", "2", "3"))) == [Choice(Architecture("ordinal", 1, 1))]
     assert len(open_choices(ClassifierSettings(backbone="eyes"), LabelSpace(("1", "2", "3")))) == 4
-    assert open_choices(ClassifierSettings(factory="mine:net"), LabelSpace(("1", "2", "3"))) == [{}]
+    assert open_choices(ClassifierSettings(factory="mine:net"), LabelSpace(("1", "2", "3"))) == [Choice(Architecture())]
 
 
 def flipped(n, seed):

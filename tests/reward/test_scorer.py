@@ -6,9 +6,18 @@ import torch.nn.functional as F
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data import digits as rulers
-from ctrl_diffusion.reward.fit import AUGMENTATIONS, any_side_up, calibrate, fit_classifier, report_classifier, shift
+from ctrl_diffusion.reward.fit import (
+    AUGMENTATIONS,
+    Recipe,
+    any_side_up,
+    calibrate,
+    fit_classifier,
+    report_classifier,
+    shift,
+)
+from ctrl_diffusion.reward.heads import RESOLUTION
 from ctrl_diffusion.reward.reward import Reward
-from ctrl_diffusion.reward.scorer import RESOLUTION, Classifier, Scorer
+from ctrl_diffusion.reward.scorer import Architecture, Classifier, Scorer
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +27,12 @@ def parts():
 
 @pytest.fixture(scope="module", params=["categorical", "ordinal"])
 def fitted(request, parts):
-    return fit_classifier(parts[0].x, parts[0].labels["ink"], 4, request.param, epochs=40)
+    return fit_classifier(parts[0].x, parts[0].labels["ink"], 4, Architecture(request.param), Recipe(40))
 
 
 def test_probabilities_sum_to_one_and_reach_far_into_the_tails(fitted):
     score = torch.linspace(-200, 200, 9)[:, None]
-    score = score if fitted.head == "ordinal" else score * torch.tensor([1.0, 0.0, -1.0, 0.5])
+    score = score if fitted.head.name == "ordinal" else score * torch.tensor([1.0, 0.0, -1.0, 0.5])
     log_prob = fitted.log_prob_from(score, 0.5)
     assert log_prob.isfinite().all()
     torch.testing.assert_close(log_prob.exp().sum(1), torch.ones(9))
@@ -110,7 +119,7 @@ def two_levels(n, rare, seed):
 def test_a_balanced_fit_is_the_posterior_under_the_datas_own_frequencies(head, balanced):
     """Weights change the prior over classes; without the correction every rare class would be said to be common."""
     (x, y, _), (x_c, y_c, _), (x_t, y_t, exact) = (two_levels(n, 0.08, i) for i, n in enumerate((1500, 500, 4000)))
-    fitted = fit_classifier(x, y, 2, head, epochs=12, lr=3e-3, balanced=balanced)
+    fitted = fit_classifier(x, y, 2, Architecture(head, balanced=balanced), Recipe(12, lr=3e-3))
     report = report_classifier(calibrate(fitted, x_c, y_c), x_t, y_t)
     best = float(F.nll_loss(torch.stack([F.logsigmoid(-exact), F.logsigmoid(exact)], 1), y_t))
     said = fitted.log_prob(x_t)[:, 1].exp()
@@ -118,14 +127,14 @@ def test_a_balanced_fit_is_the_posterior_under_the_datas_own_frequencies(head, b
     assert report.ece < 0.03
     assert float((said - exact.sigmoid()).mean()) == pytest.approx(0, abs=0.02)
     if balanced:
-        uncorrected = fitted.fitted_log_prob(fitted.scores(x_t), fitted.temperature)
+        uncorrected = fitted.head.log_prob(fitted.scores(x_t), fitted.temperature, **fitted.head_weights)
         assert float(uncorrected[:, 1].exp().mean()) > 0.2
 
 
 def test_even_classes_need_no_balance():
     """With weights of 1 and even frequencies a balanced fit is the fit it was."""
     x, y = torch.randn(24, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3
-    plain, balanced = (fit_classifier(x, y, 3, epochs=3, balanced=b) for b in (False, True))
+    plain, balanced = (fit_classifier(x, y, 3, Architecture(balanced=b), Recipe(3)) for b in (False, True))
     torch.testing.assert_close(balanced.log_prob(x), plain.log_prob(x))
     assert "log_frequency" not in plain.state_dict()
 
@@ -133,8 +142,7 @@ def test_even_classes_need_no_balance():
 def test_early_stopping_keeps_the_best_epoch():
     """Labels half of which are noise: the longer the fit, the worse."""
     (x, y, _), (x_c, y_c, _) = (two_levels(n, 0.5, i) for i, n in enumerate((60, 400)))
-    options = {"depth": 2, "epochs": 60, "seed": 0}
-    last, best = (fit_classifier(x, y, 2, **options, watch=watch) for watch in (None, (x_c, y_c)))
+    last, best = (fit_classifier(x, y, 2, Architecture(depth=2), Recipe(60), watch=w) for w in (None, (x_c, y_c)))
     assert float(best.temperature) == 1.0
     last, best = (float(F.nll_loss(calibrate(p, x_c, y_c).log_prob(x_c), y_c)) for p in (last, best))
     assert best < last - 0.02
@@ -148,8 +156,8 @@ def test_save_and_load(fitted, parts, tmp_path):
 def test_one_seed_one_classifier(parts):
     x, y = parts[0].x, parts[0].labels["ink"]
     torch.manual_seed(5)
-    a = fit_classifier(x, y, 4, "ordinal", epochs=2, seed=1)
-    b = fit_classifier(x, y, 4, "ordinal", epochs=2, seed=1)
+    a = fit_classifier(x, y, 4, Architecture("ordinal"), Recipe(2), seed=1)
+    b = fit_classifier(x, y, 4, Architecture("ordinal"), Recipe(2), seed=1)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -158,7 +166,7 @@ def test_one_seed_one_classifier(parts):
 )
 def test_larger_images_are_brought_down(size, depth, convolutions, halved):
     x, y = torch.randn(8, 3, *size), torch.arange(8) % 2
-    classifier = fit_classifier(x, y, 2, depth=depth, epochs=1)
+    classifier = fit_classifier(x, y, 2, Architecture(depth=depth), Recipe(1))
     layers = [layer for layer in classifier.trunk if isinstance(layer, torch.nn.Conv2d)]
     assert len(layers) == convolutions
     assert torch.Size([layers[0].stride[0], *(layer.stride[0] for layer in layers[1:])]).numel() == halved
@@ -201,7 +209,7 @@ def on_a_scale(n, seed, rule=False):
 
 def test_a_gaussian_head_finds_mean_and_deviation():
     (x, y, *_), (x_c, y_c, *_), (x_t, y_t, mean, std) = (on_a_scale(n, i) for i, n in enumerate((3000, 500, 3000)))
-    p = calibrate(fit_classifier(x, y, 9, "gaussian", grid=4, epochs=20, lr=3e-3), x_c, y_c)
+    p = calibrate(fit_classifier(x, y, 9, Architecture("gaussian", 4), Recipe(20, lr=3e-3)), x_c, y_c)
     density = p.density(p.scores(x_t), p.temperature)
     report = report_classifier(p, x_t, y_t)
     assert float((density.mean - mean).square().mean()) < 0.05
@@ -218,7 +226,7 @@ def test_a_gaussian_head_finds_mean_and_deviation():
 
 def test_the_density_at_the_levels_and_between_them(tmp_path):
     x, y, *_ = on_a_scale(200, 0)
-    p = fit_classifier(x, y, 9, "gaussian", grid=4, epochs=2)
+    p = fit_classifier(x, y, 9, Architecture("gaussian", 4), Recipe(2))
     table = p.log_prob(x)
     assert table.shape == (200, 9)
     for level in (0, 3, 8):
@@ -229,7 +237,7 @@ def test_the_density_at_the_levels_and_between_them(tmp_path):
 
 def test_labels_without_noise_do_not_make_a_needle():
     x, y, *_ = on_a_scale(600, 0, rule=True)
-    p = fit_classifier(x, y, 9, "gaussian", grid=4, epochs=30)
+    p = fit_classifier(x, y, 9, Architecture("gaussian", 4), Recipe(30))
     assert float(p.density(p.scores(x), 1e-6).stddev.min()) == pytest.approx(RESOLUTION)
 
 

@@ -8,8 +8,10 @@ import torch
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
+from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.prior.prior import DIGITS, Prior
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, Panel, fit_panel
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
+from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config, ControlSettings
 from ctrl_diffusion.run.defaults import suggested
@@ -190,7 +192,7 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
     for name, y in (("a", first), ("b", second)):
         data = LabelledImages(x, {name: y}, {name: ("0", "1")})
         materials.append(ControlInputs(ControlSettings(name=name, data="one/table"), data, None, {}))
-        panels[name] = Panel(name, ("0", "1"), (1, 4, 4), even, None)
+        panels[name] = Panel(name, LabelSpace(("0", "1")), (1, 4, 4), even, None)
     if not follows:
         found = dependences(materials, panels, None)
         assert found["a and b"]["p_value"] > 1e-3

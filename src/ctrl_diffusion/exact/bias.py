@@ -32,6 +32,8 @@ from ..guide.reconstruction import DPS, MPGD
 from ..guide.selection import BestOf, Importance, Rejection
 from ..learn.fit import fit
 from ..learn.labelled import Labelled
+from ..reward.fit import Recipe
+from ..reward.scorer import Architecture
 from ..system.progress import Phase, silent
 from .lattice import Outcome
 from .mixtures import LinearGaussian
@@ -105,8 +107,8 @@ def noisy_classifier(task: Task, n: int, epochs: int, seed: int) -> NoisyClassif
         y = (measured - first) / (likelihood.values[1] - first)
     held, schedule = n // 5, task.prior().schedule
     return fit_noisy(
-        x[held:], y[held:], likelihood.classes, schedule, task.times, (x[:held], y[:held], c[:held]), seed=seed,
-        head=head, conditions=2, c=c[held:], epochs=epochs,
+        x[held:], y[held:], likelihood.classes, schedule, task.times, (x[:held], y[:held], c[:held]),
+        Architecture(head, conditions=2), Recipe(epochs), c[held:], seed,
     )  # fmt: skip
 
 

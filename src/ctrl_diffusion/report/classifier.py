@@ -10,7 +10,7 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from ..data.labelled import LabelledImages
-from ..reward.classifiers import Panel
+from ..reward.panel import Panel
 from .style import CTRL, QUIET, STYLE, embedded, headline, render, shortened
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ..data.images import joined_x
@@ -29,6 +29,14 @@ WITH_RULER, WITH_JUDGE = (0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)
 READER = Architecture(grid=4), Recipe(epochs=40, batch=64, lr=3e-3, weight_decay=0.01)  # of c
 
 
+def checked_head(name: str) -> str:
+    """Refuse a name that is neither "auto" nor of a head of classes."""
+    names = ["auto", *(name for name, head in HEADS.items() if not head.scale)]
+    if name not in names:
+        raise ValueError(f"must be one of {', '.join(names)}")
+    return name
+
+
 class ClassifierSettings(Strict):
     """Describe p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen.
 
@@ -42,7 +50,7 @@ class ClassifierSettings(Strict):
         latents: p̂ takes a latent model's latents: no decoder in training; the judge takes images all the same.
     """
 
-    head: str = "auto"
+    head: Annotated[str, AfterValidator(checked_head)] = "auto"
     grid: Literal["auto"] | PositiveInt = "auto"
     depth: Literal["auto"] | PositiveInt = "auto"
     augment: Literal["none", "shift", "any_side_up", "half_turn"] = "shift"
@@ -57,9 +65,6 @@ class ClassifierSettings(Strict):
     @model_validator(mode="after")
     def one_kind(self) -> "ClassifierSettings":
         """Refuse settings that exclude each other."""
-        heads = ["auto", *(name for name, head in HEADS.items() if not head.scale)]
-        if self.head not in heads:
-            raise ValueError(f"head must be one of {', '.join(heads)}; got {self.head!r}")
         # what was trained on images does not know latents
         if self.latents and (self.backbone or self.augment in ("any_side_up", "half_turn")):
             raise ValueError(

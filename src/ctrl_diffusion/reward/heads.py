@@ -159,7 +159,7 @@ HEADS: dict[str, type[Head]] = {head.name: head for head in (Categorical, Ordina
 
 
 def guess_nll(y: Tensor, classes: int) -> float:
-    """Return the NLL in nats of the best guess of y (n,) without x: the entropy, with its bias taken off (Miller 1955)."""
+    """Return the NLL in nats of the best guess of y (n,) without x: the entropy, its bias corrected (Miller 1955)."""
     counts = y.bincount(minlength=classes)
     entropy = Distribution(probs=counts / len(y)).entropy()
     return float(entropy) + (int((counts > 0).sum()) - 1) / (2 * len(y))

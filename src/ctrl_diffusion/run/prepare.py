@@ -17,8 +17,8 @@ from ..data.labelled import LabelledImages
 from ..data.read import in_order, read_images
 from ..data.tables import open_table
 from ..prior.prior import Prior, open_prior
-from ..reward.classifiers import Panel
 from ..reward.independence import dependence
+from ..reward.panel import Panel
 from ..system import ranks
 from ..system.progress import DEFAULT, JobOptions, Phase, silent
 from ..system.strict import merged

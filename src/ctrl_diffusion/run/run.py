@@ -22,7 +22,7 @@ from ..evaluate.judge import Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
 from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
-from ..reward.classifiers import Panel
+from ..reward.panel import Panel
 from ..reward.reward import Among, Reward
 from ..reward.support import BEYOND
 from ..system import ranks

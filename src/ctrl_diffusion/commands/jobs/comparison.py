@@ -25,7 +25,7 @@ from ...evaluate.scores import score_samples, score_target
 from ...guide.method import Method
 from ...guide.steered import Guidance
 from ...prior.prior import open_prior
-from ...reward.classifiers import WITH_RULER, fit_posterior, rounds_of
+from ...reward.classifiers import WITH_RULER, Fitter
 from ...run.config import ControlSettings
 from ...run.measure import prior_samples, repeats_of
 from ...run.prepare import encoder_of, only, read_data
@@ -178,11 +178,9 @@ class Comparison:
         with timed(seconds, "classifier"):
             for settings in config.controls:
                 name, condition = settings.name, settings.condition if settings.classifier.conditional else None
-                advance = self.phase(f"classifier of {name}", rounds_of(settings.classifier, images[name][0], name))
-                panels[name], _, _ = fit_posterior(
-                    images[name], name, condition, settings.classifier, seed, advance, encode=encoder_of(prior),
-                    device=prior.denoiser.device,
-                )  # fmt: skip
+                fitter = Fitter(name, condition, settings.classifier, seed, prior.denoiser.device)
+                advance = self.phase(f"classifier of {name}", fitter.epochs(images[name][0]))
+                panels[name] = fitter.posterior(images[name], advance, encoder_of(prior)).panel
                 if not panels[name].informed:
                     warnings.warn(
                         f"{n} labels, seed {seed}: p̂ of {name!r} is not clearly better than chance. Training would "

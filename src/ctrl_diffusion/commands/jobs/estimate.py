@@ -15,7 +15,8 @@ from ...chain.noise import stream
 from ...chain.paths import default_batch, paths
 from ...data.labelled import RAREST, LabelledImages
 from ...learn.weighted import RENOISING
-from ...reward.classifiers import BATCH, Panel, fit_panel
+from ...reward.classifiers import BATCH, fit_panel
+from ...reward.panel import Panel
 from ...run.config import Config
 from ...run.defaults import quick
 from ...run.measure import STRENGTHS, partial_choices, repeats_of, step_counts

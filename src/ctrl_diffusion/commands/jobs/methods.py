@@ -26,9 +26,9 @@ from ...learn.fit import fit
 from ...learn.labelled import Labelled
 from ...prior.prior import open_prior
 from ...reward.classifiers import BATCH, DEEP, epochs_of
-from ...reward.fit import AUGMENTATIONS
+from ...reward.fit import AUGMENTATIONS, Recipe
 from ...reward.reward import prior_table
-from ...reward.scorer import Classifier
+from ...reward.scorer import Architecture
 from ...run.folder import RunFolder
 from ...run.run import Run, configured
 from ...system.folders import clear
@@ -103,12 +103,12 @@ class FittedModels:
             raise ValueError(f"the classifier of {name!r} is p̂(y | x, c), of which there is no noise-aware kind here.")
         settings = run.config.settings_of(name).classifier
         fitting, held_out = ((self.x_0(part), part.labels[name]) for part in self.parts[name])
-        epochs = epochs_of(settings.with_(updates=min(settings.updates, MOST_UPDATES)), fitting[0])
-        advance = self.phase(f"noise-aware p̂ of {name}", epochs)
+        architecture = Architecture(p_hat.head.name, p_hat.shape.get("grid", 4), DEEP, p_hat.balanced)
+        epochs = epochs_of(min(settings.updates, MOST_UPDATES), fitting[0])
+        recipe = Recipe(epochs, BATCH, augment=AUGMENTATIONS[settings.augment])
         return fit_noisy(
-            *fitting, p_hat.classes, run.prior.denoiser.schedule, run.times, held_out, AUGMENTATIONS[settings.augment],
-            self.seed, head=p_hat.head, grid=p_hat.shape["grid"] if isinstance(p_hat, Classifier) else 4, depth=DEEP,
-            epochs=epochs, batch=BATCH, balanced=p_hat.balanced, progress=advance,
+            *fitting, p_hat.classes, run.prior.denoiser.schedule, run.times, held_out, architecture, recipe,
+            seed=self.seed, progress=self.phase(f"noise-aware p̂ of {name}", epochs),
         )  # fmt: skip
 
     @cached_property

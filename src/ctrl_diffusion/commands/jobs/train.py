@@ -11,7 +11,8 @@ from ...data.labelled import LabelledImages, write_imagefolder
 from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
 from ...report.run import write_report
-from ...reward.classifiers import Panel, fit_panel
+from ...reward.classifiers import fit_panel
+from ...reward.panel import Panel
 from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
 from ...run.defaults import quick
 from ...run.folder import CLASSIFIER_FILES, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
