@@ -78,10 +78,6 @@ class Conditions:
             parts.append(pairs[order])
         return torch.cat(parts)
 
-    def group_of(self, pair: Tensor) -> Tensor:
-        """Return the condition's row for pairs (B,)."""
-        return pair // self.classes
-
     def all(self, repeats: int) -> Tensor:
         """List every pair `repeats` times in a row: (pairs · repeats,)."""
         return torch.arange(self.pairs).repeat_interleave(repeats)
@@ -93,7 +89,7 @@ class Conditions:
     def of(self, pair: Tensor) -> tuple[Labels, dict[str, Tensor]]:
         """Return labels and conditions of pairs (B,)."""
         classes = self.combinations[pair % self.classes]
-        return dict(zip(self.controls, classes.unbind(1), strict=True)), self.cond_of(self.group_of(pair))
+        return dict(zip(self.controls, classes.unbind(1), strict=True)), self.cond_of(pair // self.classes)
 
     def label_of(self, labels: Labels) -> Tensor:
         """Return the label 0 … K − 1 (B,) that has these classes; only where no control is nullable."""

@@ -45,11 +45,7 @@ class Control(nn.Module, ABC):
         return self
 
     def label_of(self, value: str | float) -> int | float:
-        """Return the label of a value, as the user writes it.
-
-        Raises:
-            ValueError: there is no such value.
-        """
+        """Return the label of a value, as the user writes it; refuse (ValueError) any other."""
         return self.space.label_of(value, self.name)
 
     @abstractmethod

@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,14 +15,6 @@ from torch import Tensor, nn
 from ..prior.network import NetworkDenoiser
 from ..system.files import read_tensors, write_json, write_tensors
 from .control import Control
-
-
-@dataclass
-class MergeCache:
-    """Keep what is computed once while the parameters stay as they are: W + BA of the prior's W, BA for any other."""
-
-    sums: list[Tensor] | None = None
-    differences: list[Tensor] | None = None
 
 
 class LoRAControl(Control):
@@ -67,7 +58,8 @@ class LoRAControl(Control):
         for p in self.parameter_groups()["adapter"] if self._half else ():
             p.data = p.data.float()  # peft makes them as the layers are
         self._shift: Tensor | None = None
-        self._cache: MergeCache | None = None
+        # while the parameters stay as they are: W + BA of the prior's W, BA for any other W
+        self._cache: dict[str, list[Tensor]] | None = None
         for site in denoiser.site.embeddings:
             denoiser.network.get_submodule(site).register_forward_hook(self._add_shift)
         self._switch_off()
@@ -77,11 +69,7 @@ class LoRAControl(Control):
         return [m for m in self._prior[0].network.modules() if isinstance(m, LoraLayer) and self.adapter in m.lora_A]
 
     def _inject(self) -> None:
-        """Put the adapter into the network, and leave those of other controls as they are.
-
-        Raises:
-            ValueError: the network has no such layers.
-        """
+        """Put the adapter into the network; leave those of other controls as they are."""
         network, targets = self._prior[0].network, self.targets or self._prior[0].site.targets
         names = [key for key, _ in network.named_modules()]
         for target in self.targets or ():
@@ -111,7 +99,7 @@ class LoRAControl(Control):
 
     def fix(self) -> "LoRAControl":
         super().fix()
-        self._cache = MergeCache()
+        self._cache = {}
         return self
 
     @property
@@ -123,7 +111,7 @@ class LoRAControl(Control):
     def frozen(self) -> Iterator[None]:
         with super().frozen():
             outer = self._cache
-            self._cache = outer or MergeCache()
+            self._cache = {} if outer is None else outer
             try:
                 yield
             finally:
@@ -173,10 +161,10 @@ class LoRAControl(Control):
             return added(weights, self._differences())
         with torch.inference_mode(False):  # what is made inside could not be kept for a gradient
             if all(isinstance(weight, nn.Parameter) for weight in weights):
-                cache.sums = cache.sums or added(weights, self._differences())
-                return cache.sums
-            cache.differences = cache.differences or self._differences()
-        return added(weights, cache.differences)
+                cache["sums"] = cache.get("sums") or added(weights, self._differences())
+                return cache["sums"]
+            cache["differences"] = cache.get("differences") or self._differences()
+        return added(weights, cache["differences"])
 
     def _differences(self) -> list[Tensor]:
         """Return BA of every layer."""
@@ -203,11 +191,7 @@ class LoRAControl(Control):
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
-        """Attach a saved control to the prior it was trained on.
-
-        Raises:
-            ValueError: it was trained on another network.
-        """
+        """Attach a saved control to the prior it was trained on; refuse (ValueError) another network."""
         arguments = json.loads((Path(folder) / "control.json").read_text(encoding="utf-8"))
         arguments.pop("kind", None)
         control = cls(**arguments, denoiser=denoiser)

@@ -109,11 +109,7 @@ class Policy(Denoiser):
             return self.base(x_t, t, **cond)
 
     def checked(self, labels: Labels) -> Labels:
-        """Return the labels, or refuse those of an unknown control and those that are none of its labels.
-
-        Raises:
-            ValueError: it names the control and what is wrong.
-        """
+        """Return the labels; refuse (ValueError) those of an unknown control and those that are none of its labels."""
         for name, y in labels.items():
             if name not in self.controls:
                 names = ", ".join(self.controls) or "none"

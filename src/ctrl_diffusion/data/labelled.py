@@ -92,11 +92,7 @@ class LabelledImages:
         return y.argsort().argsort() * 4 // len(y) if self.space(column).scale else y
 
     def check_classes(self, column: str) -> None:
-        """Refuse a column that no classifier can be fitted on.
-
-        Raises:
-            ValueError: one class only, or a class too rare to stand in every part of a split.
-        """
+        """Refuse (ValueError) a column of one class, or with a class too rare to be in every part of a split."""
         space = self.space(column)
         if space.scale:
             if len(self) < 4 * RAREST:
@@ -111,11 +107,7 @@ class LabelledImages:
             raise ValueError(f"{few}. Bring at least {RAREST} of every class, or leave the class out.")
 
     def split(self, column: str, shares: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> list["LabelledImages"]:
-        """Split into disjoint parts by shares of the whole, stratified by a column; the last takes the rest.
-
-        Raises:
-            ValueError: as `check_classes` does.
-        """
+        """Split into disjoint parts by shares of the whole, stratified by a column; the last takes the rest."""
         self.check_classes(column)
         y = self.strata(column).numpy()
         classes = len(np.unique(y))

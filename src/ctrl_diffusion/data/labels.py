@@ -8,9 +8,8 @@ import numpy as np
 from torch import Tensor
 
 NULL = -1
-Labels = dict[str, Tensor]
-
 LEVELS = 9
+Labels = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,7 @@ class LabelSpace:
         return first + place / (self.size - 1) * (last - first)
 
     def label_of(self, value: str | float, name: str) -> int | float:
-        """Return the label of a value, as the user writes it; `name` is what an error calls the label.
-
-        Raises:
-            ValueError: no such class, no number, or a number off the scale.
-        """
+        """Return the label of a value, as the user writes it; refuse (ValueError) any other value of `name`."""
         text = str(value)
         if self.scale:
             place = float(self.places(float(text))) if is_number(text) else NULL
@@ -81,15 +76,11 @@ class LabelSpace:
         return y.round().clamp(0, self.size - 1).long() if self.scale else y
 
     def check(self, y: Tensor, name: str) -> None:
-        """Refuse labels (n,) that are no classes, or off the scale; null is allowed.
-
-        Raises:
-            ValueError: it names the label and the range that is wrong.
-        """
-        if y.min() < NULL or y.max() > self.size - 1 or ((y < 0) & (y != NULL)).any():
-            raise ValueError(
-                f"labels of {name!r} must lie in 0 … {self.size - 1} (−1 for null), got {y.min():g} … {y.max():g}."
-            )
+        """Refuse (ValueError) labels (n,) of `name` that are no classes, or off the scale; null is allowed."""
+        last = self.size - 1
+        if y.min() < NULL or y.max() > last or ((y < 0) & (y != NULL)).any():
+            got = f"{y.min():g} … {y.max():g}"
+            raise ValueError(f"labels of {name!r} must lie in 0 … {last} (−1 for null), got {got}.")
         if y.is_floating_point() and not self.scale:
             raise ValueError(f"labels of {name!r} are classes: whole numbers, got {y.dtype}.")
 

@@ -26,11 +26,7 @@ def function_of(name: str) -> Any:
 
 
 def load_rule(name: str) -> Rule:
-    """Import the function that `MODULE:FUNCTION` names.
-
-    Raises:
-        ValueError: there is no such module or function, or importing it failed.
-    """
+    """Import the function that MODULE:FUNCTION names; refuse (ValueError) a name that cannot be imported."""
     module, _, function = name.rpartition(":")
     try:
         rule = function_of(name)
@@ -42,11 +38,7 @@ def load_rule(name: str) -> Rule:
 
 
 def label_by(rule: Rule, image: Image.Image) -> str:
-    """Return the label a rule gives an image, as text.
-
-    Raises:
-        ValueError: the rule failed, or returned nothing that could be a label.
-    """
+    """Return the label a rule gives an image, as text; refuse (ValueError) a rule that fails or gives none."""
     try:
         label = rule(image)
     except Exception as error:  # the user's own code

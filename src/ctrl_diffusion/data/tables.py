@@ -36,11 +36,7 @@ class Table:
 
     @classmethod
     def from_file(cls, path: Path) -> "Table":
-        """Read a CSV or JSON-lines file, every value as stripped text.
-
-        Raises:
-            ValueError: no rows, a line that is not JSON, text that is not UTF-8.
-        """
+        """Read a CSV or JSON-lines file in UTF-8, every value as stripped text."""
         rows: list[dict] = []
         with path.open(newline="", encoding="utf-8-sig") as file:
             try:
@@ -61,11 +57,7 @@ class Table:
 
     @classmethod
     def from_dataset(cls, dataset: Any, name: str, root: Path | None) -> "Table":
-        """Read a `datasets.Dataset`; paths in it are relative to root, or as they are in the hub's cache.
-
-        Raises:
-            ValueError: no rows, no column of images.
-        """
+        """Read a `datasets.Dataset`; paths in it are relative to root, or as they are in the hub's cache."""
         from datasets import ClassLabel, Image
 
         columns = list(dataset.column_names)
@@ -93,15 +85,9 @@ class Table:
         return cls(name, columns, texts, image, len(dataset))
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Refuse a table that lacks columns.
-
-        Raises:
-            ValueError: those it lacks, and those it has.
-        """
-        if missing := set(names) - set(self.columns):
-            raise ValueError(
-                f"{self.name} has no column {', '.join(sorted(missing))}; it has: {', '.join(self.columns)}."
-            )
+        """Refuse a table that lacks one of these columns."""
+        if missing := ", ".join(sorted(set(names) - set(self.columns))):
+            raise ValueError(f"{self.name} has no column {missing}; it has: {', '.join(self.columns)}.")
 
 
 def open_table(source: str | Path) -> Table:
@@ -141,11 +127,7 @@ def open_table(source: str | Path) -> Table:
 
 
 def load(reader: Callable[[], Any], source: str | Path) -> Any:
-    """Read a source by the library `datasets`, without its progress bars; of its error keep one line.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """Read a source by the library `datasets`, without its progress bars; keep one line of its error."""
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -157,11 +139,7 @@ def load(reader: Callable[[], Any], source: str | Path) -> Any:
 
 
 def one_split(dataset: Any, path: Path) -> Any:
-    """Choose the `train` split of several, or the only one.
-
-    Raises:
-        ValueError: several, and none is called train.
-    """
+    """Choose the `train` split, or the only one; refuse several of which none is called train."""
     if not isinstance(dataset, dict):
         return dataset
     if "train" not in dataset and len(dataset) > 1:
@@ -177,26 +155,17 @@ def as_text(value: Any) -> str:
 
 
 def image_column(columns: list[str], name: str) -> str:
-    """Return the column that has the images.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return the column that has the images; refuse a table without one."""
     column = next((column for column in IMAGE_COLUMNS if column in columns), None)
     if column is None:
-        raise ValueError(
-            f"{name} has no column {' or '.join(IMAGE_COLUMNS)} for the images; it has: {', '.join(columns)}."
-        )
+        names = " or ".join(IMAGE_COLUMNS)
+        raise ValueError(f"{name} has no column {names} for the images; it has: {', '.join(columns)}.")
     return column
 
 
 def path_inside(root: Path, name: str) -> Path:
-    """Return the path of a file that must lie inside a folder.
-
-    Raises:
-        ValueError: it does not.
-    """
-    path, root = os.path.normpath(root.absolute() / name), root.absolute()
-    if not Path(path).is_relative_to(os.path.normpath(root)):
+    """Return the path of a file in a folder; refuse one outside of it."""
+    path = Path(os.path.normpath(root.absolute() / name))
+    if not path.is_relative_to(os.path.normpath(root.absolute())):
         raise ValueError(f"{name!r} lies outside the dataset's folder; move it inside")
-    return Path(path)
+    return path
