@@ -1,5 +1,7 @@
-"""How noisy the two adjoints are on a finished run: the mean of ½‖u − std a‖² over paths, summed over steps, as trained
-with its clip; and the norms of the adjoints without a clip.
+"""Measure how noisy the lean and the full adjoint are on a finished run.
+
+Prints the mean of ½‖u − std a‖² over paths, summed over steps, with the clip of its training, and the norms of the
+adjoints without a clip.
 
 python bench/adjoints.py runs/demo
 """
@@ -28,13 +30,13 @@ def main() -> None:
     _, gradient = reward_gradient(policy, path, run.reward, labels, cond)
     for lean in (True, False):
         adjoints, means, _ = adjoints_of(policy, path, gradient, labels, cond, clip=run.config.adjoint.clip, lean=lean)
-        missed = []
+        errors = []
         for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
             std = float(step_std(policy.schedule, t, s))
             with torch.no_grad():
                 u = (transition(policy, path.x[i], t, s, labels=labels, **cond).mean - means[i]) / std
-            missed.append(half_square(u - std * adjoints[i]))
-        total = torch.stack(missed).sum(0)
+            errors.append(half_square(u - std * adjoints[i]))
+        total = torch.stack(errors).sum(0)
         free, _, _ = adjoints_of(policy, path, gradient, labels, cond, lean=lean)
         norm = free.flatten(2).norm(dim=2)  # (N, B)
         print(

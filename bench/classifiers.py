@@ -23,17 +23,17 @@ RARER = 5
 
 
 def thinned(data: LabelledImages, control: str) -> LabelledImages:
-    """One in five of the later half of the classes, but ten at least."""
-    y, kept = data.labels[control], []
+    """Keep one in five of the later half of the classes, but at least ten."""
+    y, parts = data.labels[control], []
     for k in range(len(data.values[control])):
         rows = (y == k).nonzero()[:, 0]
         rare = k >= len(data.values[control]) // 2
-        kept.append(rows[: max(10, len(rows) // RARER)] if rare else rows)
-    return data[torch.cat(kept)]
+        parts.append(rows[: max(10, len(rows) // RARER)] if rare else rows)
+    return data[torch.cat(parts)]
 
 
 def figures(panel: Panel, unseen: LabelledImages, like: Tensor) -> dict[str, float]:
-    """NLL in nats and the mean of p̂ over the rare classes against their share, under the frequencies of y `like`."""
+    """Return NLL in nats, the mean of p̂ over the rare classes and their share, under the frequencies of y `like`."""
     y, classes = unseen.labels[panel.control], len(panel.values)
     frequency = like.bincount(minlength=classes) / len(like)
     weights = (frequency / (y.bincount(minlength=classes) / len(y)))[y]
@@ -47,7 +47,7 @@ def figures(panel: Panel, unseen: LabelledImages, like: Tensor) -> dict[str, flo
 
 
 def climbed(panel: Panel, x: Tensor, y: Tensor, updates: int = 15) -> Tensor:
-    """Images after gradient ascent on log p̂(y | x): reward hacking without a prior."""
+    """Return images after gradient ascent on log p̂(y | x): reward hacking without a prior."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.05)
     for _ in range(updates):
@@ -63,15 +63,15 @@ def support(panel: Panel, unseen: LabelledImages) -> dict[str, float]:
     x, y = unseen.x[:300], (unseen.labels[panel.control][:300] + 1) % len(panel.values)
     hacked = climbed(panel, x, y)
     noise = torch.randn(300, *panel.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    shown = {"real": unseen.x, "noise": noise, "shifted": x.roll(3, -1), "hacked": hacked}
-    found = {f"outside_{name}": float(panel.outside(images).float().mean()) for name, images in shown.items()}
+    kinds = {"real": unseen.x, "noise": noise, "shifted": x.roll(3, -1), "hacked": hacked}
+    shares = {f"outside_{name}": float(panel.outside(images).float().mean()) for name, images in kinds.items()}
     for name, p in (("reward", panel.classifier), ("judge", panel.judge)):
-        found[f"hacked_fools_{name}"] = float((p.log_prob(hacked).argmax(1) == y).float().mean())
-    return found
+        shares[f"hacked_fools_{name}"] = float((p.log_prob(hacked).argmax(1) == y).float().mean())
+    return shares
 
 
 def main() -> None:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for control in ("ink", "digit"):
         ((data, others),) = demo.labelled_digits(control, 0)
         half = len(others) // 2
@@ -80,13 +80,13 @@ def main() -> None:
             for name, option in OPTIONS.items():
                 settings = ClassifierSettings(**demo.SETTINGS[control]["controls"][0]["classifier"], **option)
                 panel, _ = fit_panel(labels, control, ruler=True, settings=settings, judge_data=for_judge)
-                found.setdefault(control, {}).setdefault(kind, {})[name] = figures(
+                results.setdefault(control, {}).setdefault(kind, {})[name] = figures(
                     panel, unseen, labels.labels[control]
                 )  # fmt: skip
                 if (kind, name) == ("as labelled", "plain"):
-                    found[control]["support"] = support(panel, unseen)
-        evidence.write("classifiers", found)
-    print_json(data=found)
+                    results[control]["support"] = support(panel, unseen)
+        evidence.write("classifiers", results)
+    print_json(data=results)
 
 
 if __name__ == "__main__":

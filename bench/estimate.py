@@ -1,9 +1,9 @@
-"""What --dry-run says of a training, over what the training then takes, into bench/results/speed.json.
+"""Compare the estimates of --dry-run with the training they are for: bench/results/speed.json.
 
 python bench/estimate.py      (about half an hour on one quiet thread: the digits demo, without the judge of ink)
 
-Estimate and training are processes of their own, one after the other, so that time is compared on the machine as it
-was in one hour. Memory is the peak of the process.
+Estimate and training are processes of their own, one after the other, on the machine as it is within one hour. Memory
+is the peak of the process.
 """
 
 import json
@@ -25,14 +25,14 @@ PARTS = {"classifiers": ("classifier",), "learners and samples": ("train", "samp
 
 
 def settings(data: str) -> dict[str, Any]:
-    """Of the digits demo, on data that are there."""
+    """Return the settings of the digits demo on data in a folder."""
     whole = dict(demo.SETTINGS["ink"])
     whole["controls"] = [{**whole["controls"][0], "data": data}]
     return whole
 
 
 def apart(what: str, data: Path, out: Path) -> dict[str, Any]:
-    """The figures of an estimate or a training in a process of its own."""
+    """Run an estimate or a training in a process of its own and return its figures."""
     done = subprocess.run([sys.executable, __file__, what, data, out], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -41,24 +41,22 @@ def main() -> None:
     if sys.argv[1:]:
         what, data, out = sys.argv[1:]
         if what == "estimate":
-            found = estimate_job(settings(data))
-            print(json.dumps({"seconds": found["seconds"], "megabytes": found["memory_mb"]["all"]}))
+            estimate = estimate_job(settings(data))
+            print(json.dumps({"seconds": estimate["seconds"], "megabytes": estimate["memory_mb"]["all"]}))
         else:
-            found = train_job(settings(data), out)["seconds"]
-            print(json.dumps({"seconds": found, "megabytes": most_needed() / 1e6}))
+            seconds = train_job(settings(data), out)["seconds"]
+            print(json.dumps({"seconds": seconds, "megabytes": most_needed() / 1e6}))
         return
     with TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "run"
         write_imagefolder(data, demo.labelled_digits("ink", 0)[0][0])
-        said, taken = (apart(what, data, out) for what in ("estimate", "training"))
-    s = said["seconds"]
-    told = {"classifiers": s["classifiers"], "learners and samples": s["learners"] + s["samples"], "total": s["total"]}
-    found = {
-        "said_over_taken": {name: told[name] / sum(taken["seconds"][p] for p in parts) for name, parts in PARTS.items()}
-        | {"memory": said["megabytes"] / taken["megabytes"]},
-    }
-    keep("estimate", found)
-    print(json.dumps(rounded(found), indent=2))
+        estimate, training = (apart(what, data, out) for what in ("estimate", "training"))
+    s = estimate["seconds"]
+    parts = {"classifiers": s["classifiers"], "learners and samples": s["learners"] + s["samples"], "total": s["total"]}
+    ratios = {name: parts[name] / sum(training["seconds"][key] for key in keys) for name, keys in PARTS.items()}
+    ratios = {"said_over_taken": ratios | {"memory": estimate["megabytes"] / training["megabytes"]}}
+    keep("estimate", ratios)
+    print(json.dumps(rounded(ratios), indent=2))
 
 
 if __name__ == "__main__":

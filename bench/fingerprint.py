@@ -1,4 +1,4 @@
-"""Print the SHA-256 of what the program makes, to compare before and after a change that must not change results.
+"""Print SHA-256 hashes of results, to compare before and after a change that must not change them.
 
 python bench/fingerprint.py [demo] [testbed] [families]     (all three take some minutes)
 
@@ -38,7 +38,7 @@ def ctrl(*arguments: object) -> None:
 
 
 def digest(*paths: Path) -> str:
-    """The hash of files' bytes, in the order of their names."""
+    """Return the hash of files' bytes, in the order of their names."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:16]
 
 
@@ -90,7 +90,7 @@ def show_families(folder: Path) -> None:
 
 
 def small(data: Path) -> Path:
-    """The images at 8 × 8 pixels."""
+    """Write the images at 8 × 8 pixels and return their folder."""
     folder = data.parent / "small"
     folder.mkdir(exist_ok=True)
     for path in data.glob("*.png"):

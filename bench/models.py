@@ -46,7 +46,7 @@ sys.path.insert(0, str(evidence.ROOT / "tests"))
 from pipelines import WIDTH, clip, clip_tokenizer, stable_diffusion
 
 SD = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2}
-# of the models' own configs
+# from the models' own configs
 SD15 = {
     **SD, "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8,
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -68,7 +68,7 @@ PLANS: dict[str, tuple[int, int, int | None, tuple[str, ...]]] = {
 
 
 def vae() -> AutoencoderKL:
-    """The autoencoder of Stable Diffusion, eight times smaller a side."""
+    """Build the autoencoder of Stable Diffusion, eight times smaller a side."""
     return AutoencoderKL(
         latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -76,7 +76,7 @@ def vae() -> AutoencoderKL:
 
 
 def pipeline(name: str) -> Any:
-    """A pipeline of that size, its encoders small: prompts are encoded once."""
+    """Build a pipeline of that size; its text encoders are small, since prompts are encoded once."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     if name == "tiny":
@@ -92,7 +92,7 @@ def pipeline(name: str) -> Any:
 
 
 def seconds_and_gigabytes(device: torch.device) -> tuple[float, float]:
-    """The clock, once the device has done what it was asked, and the most memory taken so far."""
+    """Return the clock once the device is idle, and the peak memory so far."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter(), torch.cuda.max_memory_allocated() / 1e9
@@ -101,7 +101,7 @@ def seconds_and_gigabytes(device: torch.device) -> tuple[float, float]:
 
 @contextmanager
 def counted(network: torch.nn.Module) -> Iterator[list[int]]:
-    """Inside, the rows of every batch the network is given."""
+    """Yield a list that collects the rows of every batch of the network."""
     rows: list[int] = []
     handle = network.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     yield rows
@@ -112,8 +112,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "tiny"
     steps, batch, micro, learners = PLANS[name]
     torch.manual_seed(0)
-    made = pipeline(name)
-    prior = Prior.from_pipeline(made, type(made).__name__).with_prompts(["a cat", "a dog"], guidance=5.0)
+    diffusion = pipeline(name)
+    prior = Prior.from_pipeline(diffusion, type(diffusion).__name__).with_prompts(["a cat", "a dog"], guidance=5.0)
     prior = prior.placed("auto", "no" if name == "tiny" else "bf16")
     denoiser, network, device = prior.denoiser, prior.denoiser.network, prior.denoiser.device
     classifier = Classifier(3, 4, depth=4, halvings=3).requires_grad_(False).eval().to(device)

@@ -1,4 +1,4 @@
-"""The public peer: AlignProp and DDPO of trl 0.22.2, the last release that has them. Runs in an environment of its own.
+"""Run AlignProp or DDPO of trl 0.22.2, the last release that has them, in an environment of its own.
 
 python bench/peer.py FOLDER alignprop|ddpo BATCH STEPS        (a contender of bench/speed.py)
 
@@ -23,13 +23,13 @@ def prompt() -> tuple[str, dict]:
 
 
 def reward(images: torch.Tensor, *_: object) -> tuple[torch.Tensor, dict]:
-    """Of a class drawn for every image; trl's are in [0, 1]."""
+    """Return log p(y | x) of a class drawn for every image; trl's images are in [0, 1]."""
     y = torch.randint(CLASSES, (len(images), 1))
     return Brightness().log_prob(2 * images - 1).gather(1, y).squeeze(1), {}
 
 
 def alignprop(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, folder: str) -> Callable[[], None]:
-    """An update through all steps of the chain."""
+    """Return a function that makes one update through all steps of the chain."""
     config = AlignPropConfig(
         sample_num_steps=steps, sample_guidance_scale=GUIDANCE, sample_eta=1.0, train_batch_size=batch,
         train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=0,
@@ -41,7 +41,7 @@ def alignprop(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: i
 
 
 def ddpo(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, folder: str) -> Callable[[], None]:
-    """A rollout and one epoch of training on it."""
+    """Return a function that makes a rollout and one epoch of training on it."""
     config = DDPOConfig(
         sample_num_steps=steps, sample_guidance_scale=GUIDANCE, sample_eta=1.0, sample_batch_size=batch,
         sample_num_batches_per_epoch=1, train_batch_size=batch, train_gradient_accumulation_steps=1, train_cfg=True,

@@ -31,22 +31,22 @@ from ctrl_diffusion.run.config import Config
 
 
 def fit_reader() -> Classifier:
-    """A reader fitted on the real digits the prior was trained on; the other 300 measure it."""
+    """Fit a reader on the real digits the prior was trained on; the other 300 measure it."""
     rows = torch.as_tensor(split()[0])
     x, c = (a[rows] for a in digits())
     return fit_classifier(x, c, 10, *READER)
 
 
 def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 50) -> float:
-    """Median seconds of one evaluation on one thread."""
-    x_t, c, taken = torch.randn(batch, *prior.denoiser.shape), torch.arange(batch) % 10, []
+    """Return the median seconds of one evaluation on one thread."""
+    x_t, c, seconds = torch.randn(batch, *prior.denoiser.shape), torch.arange(batch) % 10, []
     torch.set_num_threads(1)
     with torch.no_grad():
         for _ in range(repeats):
             start = time.perf_counter()
             prior.denoiser(x_t, 0.5, c=c)
-            taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def main() -> None:
@@ -54,28 +54,28 @@ def main() -> None:
     prior, reader = Prior.from_pretrained(DIGITS), fit_reader()
     settings = Config(data="", **{k: demo.SETTINGS["ink"][k] for k in ("prior", "control")})
     x, c = digits()
-    seen, unseen = (x[torch.as_tensor(rows)] for rows in split())
+    training, unseen = (x[torch.as_tensor(rows)] for rows in split())
     times = prior.denoiser.times(settings.steps, settings.sigma_end, settings.time_power)
-    asked = torch.arange(10).repeat_interleave(200)
-    samples = paths(prior.denoiser, len(asked), times, stream(0, "bench"), {"c": asked}).x_0
+    digit = torch.arange(10).repeat_interleave(200)
+    samples = paths(prior.denoiser, len(digit), times, stream(0, "bench"), {"c": digit}).x_0
     samples = samples.clamp(-1, 1)
-    without_c = paths(prior.unconditional().denoiser, len(asked), times, stream(0, "without c")).x_0
+    without_c = paths(prior.unconditional().denoiser, len(digit), times, stream(0, "without c")).x_0
     as_written, bare_as_written = (
         torch.from_numpy(to_pixels(x)).float().unsqueeze(1) / 127.5 - 1 for x in (samples, without_c)
     )
     p = reader.log_prob(bare_as_written).exp()
-    blurred = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    nearest_real, nearest_sample = nearest_distance(unseen, seen), nearest_distance(as_written, seen)
+    blurred = F.avg_pool2d(F.pad(training, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    nearest_real, nearest_sample = nearest_distance(unseen, training), nearest_distance(as_written, training)
     close = torch.quantile(nearest_real, 0.05)
     figures = {
-        "read_as_asked": float((reader.log_prob(as_written).argmax(1) == asked).float().mean()),
+        "read_as_asked": float((reader.log_prob(as_written).argmax(1) == digit).float().mean()),
         "reader_accuracy_on_300_unseen_digits": float(
             (reader.log_prob(unseen).argmax(1) == c[split()[1]]).float().mean()
         ),
         "frechet_to_unseen": {
             "samples": frechet_distance(reader.features(unseen), reader.features(as_written)),
             "samples of the null class": frechet_distance(reader.features(unseen), reader.features(bare_as_written)),
-            "training digits": frechet_distance(reader.features(unseen), reader.features(seen)),
+            "training digits": frechet_distance(reader.features(unseen), reader.features(training)),
             "training digits, blurred": frechet_distance(reader.features(unseen), reader.features(blurred)),
         },
         "null_class": {
@@ -90,13 +90,13 @@ def main() -> None:
             # 0.05 by construction for unseen digits; copies would push it towards 1
             "samples_closer_than_closest_5_percent_of_unseen": float((nearest_sample < close).float().mean()),
         },
-        "ink_shares": (rulers.ink_ruler(as_written).bincount(minlength=4) / len(asked)).tolist(),
+        "ink_shares": (rulers.ink_ruler(as_written).bincount(minlength=4) / len(digit)).tolist(),
         "milliseconds_per_64_on_one_thread": round(1000 * seconds_per_evaluation(prior), 1),
         "parameters": sum(p.numel() for p in prior.denoiser.network.parameters()),
     }
     print_json(data=figures)
     evidence.write("prior", figures)
-    order = np.arange(len(asked)).reshape(10, 200)[:, :12].ravel()
+    order = np.arange(len(digit)).reshape(10, 200)[:, :12].ravel()
     save_figure(DOCS / "prior.png", sheet_figure(samples[order], columns=12))
 
 

@@ -1,8 +1,8 @@
-"""What every contender of bench/speed.py shares: the reward, and how one is started, timed, weighed and written down.
+"""Time the contenders of bench/speed.py and measure their memory.
 
-A contender is a process of its own, in whatever environment it needs. It runs an update for each line it is given and
-answers with the CPU seconds that took: of one thread beside other jobs these are what the wall clock would say on a
-quiet machine. Its memory is the peak of what it holds above what it held before its first update.
+A contender is a process in an environment of its own. It runs an update for each line on its input and answers with
+the CPU seconds: of one thread beside other jobs these are what the wall clock would show on a quiet machine. Its memory
+is its peak above what it held before its first update.
 """
 
 import json
@@ -28,33 +28,33 @@ CLASSES = 4
 
 
 class Brightness:
-    """log p(y | x) of four classes of the mean pixel: a reward that costs next to nothing."""
+    """Score four classes of the mean pixel: a reward that costs next to nothing."""
 
     def __init__(self, latent: bool = False) -> None:
         self.latent = latent
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """(B, 4) in nats."""
+        """Return log p(y | x) (B, 4) in nats."""
         mean = x.flatten(1).mean(1, keepdim=True)
         return (-4 * (mean - torch.linspace(-0.5, 0.5, CLASSES, device=x.device)).square()).log_softmax(1)
 
 
 def resident(peak: bool = False) -> float:
-    """Megabytes this process holds, or the most it held since the last reset."""
+    """Return the megabytes this process holds, or its peak since the last reset."""
     name = "VmHWM" if peak else "VmRSS"
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def keep(name: str, figures: dict[str, Any]) -> None:
-    """Put figures into bench/results/speed.json, beside what others wrote there meanwhile."""
+    """Put figures into bench/results/speed.json, beside those of other parts."""
     evidence.write("speed", {**evidence.read("speed", {}), name: figures})
 
 
 def serve(update: Callable[[], object]) -> None:
-    """Be a contender."""
+    """Run an update for each line of standard input and answer with its seconds and the peak memory."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries print too
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins here
     before = resident()
     answers.write("ready\n")
@@ -65,7 +65,7 @@ def serve(update: Callable[[], object]) -> None:
 
 
 def ranked(processes: int) -> Iterator[dict[str, str]]:
-    """What accelerate reads of itself in each of several processes."""
+    """Yield the environment variables that accelerate reads, for each of several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,20 +76,20 @@ def ranked(processes: int) -> Iterator[dict[str, str]]:
 
 
 class Contender:
-    """One that was started.
+    """Start a contender.
 
     Args:
-        command: of its process.
-        processes: that share its updates.
+        command: starts its process.
+        processes: number of processes that share its updates.
     """
 
     def __init__(self, *command: str | int | Path, processes: int = 1) -> None:
-        # allocations of a megabyte go back when they are freed: the peak is what is held, not what was ever asked for
+        # allocations of a megabyte go back when they are freed: the peak is what is held, not what was ever allocated
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         parts = [str(part) for part in command]
         self.processes = [
-            subprocess.Popen(parts, text=True, bufsize=1, env=environment | own, **pipes) for own in ranked(processes)
+            subprocess.Popen(parts, text=True, bufsize=1, env=environment | rank, **pipes) for rank in ranked(processes)
         ]
         self.seconds: list[float] = []
         self.megabytes = 0.0
@@ -97,7 +97,7 @@ class Contender:
             raise RuntimeError(f"{' '.join(parts)} did not start.")
 
     def update(self) -> None:
-        """Have it run one, and keep what it took; of several processes the one that took the most."""
+        """Run an update and keep its seconds; of several processes the slowest's."""
         for process in self.processes:
             process.stdin.write("\n")
         answers = [json.loads(process.stdout.readline()) for process in self.processes]
@@ -105,7 +105,7 @@ class Contender:
         self.seconds.append(seconds)
 
     def stop(self) -> None:
-        """It is not needed any more."""
+        """Stop its processes."""
         for process in self.processes:
             process.stdin.close()
         for process in self.processes:
@@ -116,12 +116,12 @@ class Contender:
 def raced(
     contenders: dict[str, Command], rounds: int, processes: dict[str, int] | None = None
 ) -> Iterator[dict[str, Contender]]:
-    """Contenders after a round that is not counted and `rounds` in which each ran one update after the other.
+    """Yield contenders after an uncounted round and `rounds` rounds, in each of which they take turns.
 
     Args:
-        contenders: how each is started.
-        rounds: how many.
-        processes: of those that have more than one.
+        contenders: the command of each.
+        rounds: number of counted rounds.
+        processes: number of processes of those that have several.
     """
     started: dict[str, Contender] = {}
     try:

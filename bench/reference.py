@@ -1,4 +1,4 @@
-"""The paper's schedule of an update, transcribed from its algorithm: what bench/speed.py holds ours against.
+"""Transcribe the paper's schedule of an update from its algorithm, for bench/speed.py to compare ours with.
 
 A second copy of the network is the prior. Every step calls the policy and the prior, each without and with the prompt:
 four calls, each checkpointed by `torch.utils.checkpoint`, and the graph of everything else is kept. The mathematics
@@ -24,7 +24,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "tim
 
 
 class Reference:
-    """The policy, the prior's copy, and one update's loss.
+    """Hold the policy and the prior's copy, and compute one update's loss.
 
     Args:
         folder: of a Stable Diffusion pipeline.
@@ -47,40 +47,40 @@ class Reference:
         self.times, self.alphas_bar = times, pipeline.scheduler.alphas_cumprod.double()
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained: the table, then the adapter."""
+        """Return the trained parameters: the table, then the adapter."""
         return [self.table.weight, *(p for p in self.unet.parameters() if p.requires_grad)]
 
     def mean(self, network: nn.Module, x_t: Tensor, t: float, s: float, c: Tensor) -> tuple[Tensor, float]:
-        """The mean of a step's Gaussian, of two calls, and its std."""
+        """Return mean and std of a step's Gaussian, from two calls."""
         k, last = round(t * len(self.alphas_bar)) - 1, round(s * len(self.alphas_bar)) - 1
-        asked, null = self.rows[c], self.null[c]
+        prompts, null = self.rows[c], self.null[c]
         call = partial(checkpoint, network, use_reentrant=False, preserve_rng_state=False, return_dict=False)
-        without, given = (call(x_t, k, encoder_hidden_states=rows)[0] for rows in (null, asked))
-        noise = without + GUIDANCE * (given - without)
+        without, prompted = (call(x_t, k, encoder_hidden_states=rows)[0] for rows in (null, prompts))
+        noise = without + GUIDANCE * (prompted - without)
         before, after = float(self.alphas_bar[k]), float(self.alphas_bar[last])
         variance = (1 - after) / (1 - before) * (1 - before / after)
         x_hat = (x_t - (1 - before) ** 0.5 * noise) / before**0.5
         return after**0.5 * x_hat + max(1 - after - variance, 0.0) ** 0.5 * noise, variance**0.5
 
     def loss(self, x_t: Tensor, noise: list[Tensor], c: Tensor, y: Tensor) -> Tensor:
-        """−J of paths that start at x_t (B, *), in nats."""
+        """Return −J of paths that start at x_t (B, *), in nats."""
         self.y, kl = y, torch.zeros(len(x_t))
         for (t, s), z in zip(pairwise(self.times), noise, strict=True):
-            (own, std), (prior, _) = (self.mean(network, x_t, t, s, c) for network in (self.unet, self.prior))
-            kl = kl + 0.5 * ((own - prior) / std).flatten(1).square().sum(1)
-            x_t = own + std * z
+            (policy, std), (prior, _) = (self.mean(network, x_t, t, s, c) for network in (self.unet, self.prior))
+            kl = kl + 0.5 * ((policy - prior) / std).flatten(1).square().sum(1)
+            x_t = policy + std * z
         k = round(self.times[-1] * len(self.alphas_bar)) - 1
         last = float(self.alphas_bar[k])
         call = partial(checkpoint, self.prior, use_reentrant=False, return_dict=False)
-        without, given = (call(x_t, k, encoder_hidden_states=rows[c])[0] for rows in (self.null, self.rows))
-        x_0 = (x_t - (1 - last) ** 0.5 * (without + GUIDANCE * (given - without))) / last**0.5
+        without, prompted = (call(x_t, k, encoder_hidden_states=rows[c])[0] for rows in (self.null, self.rows))
+        x_0 = (x_t - (1 - last) ** 0.5 * (without + GUIDANCE * (prompted - without))) / last**0.5
         images = checkpoint(self.vae.decode, x_0 / self.vae.config.scaling_factor, use_reentrant=False).sample
-        earned = Brightness().log_prob(images).gather(1, y[:, None]).squeeze(1)
-        return (kl - earned).mean()
+        rewards = Brightness().log_prob(images).gather(1, y[:, None]).squeeze(1)
+        return (kl - rewards).mean()
 
 
 def updates(reference: Reference, batch: int) -> Iterator[None]:
-    """One update after the other."""
+    """Yield after each update."""
     parameters = reference.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     shape = (batch, reference.unet.config.in_channels, *[reference.unet.config.sample_size] * 2)

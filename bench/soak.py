@@ -2,7 +2,7 @@
 
 python bench/soak.py      (about a quarter of an hour on one quiet thread)
 
-Small batches, else as a user's job: log, checkpoints, probes, TensorBoard's files.
+Batches are small; log, checkpoints, probes and TensorBoard's files are those of any job.
 """
 
 import json
@@ -31,16 +31,16 @@ SETTINGS = {
 
 def main() -> None:
     readings: dict[str, list[tuple[float, int]]] = {}
-    with TemporaryDirectory() as folder, job_options("--quiet" in sys.argv) as shown:
+    with TemporaryDirectory() as folder, job_options("--quiet" in sys.argv) as options:
 
         def phase(what: str, total: int):  # noqa: ANN202
-            advance, done, mine = shown.phase(what, total), 0, readings.setdefault(what, [])
+            advance, done, rows = options.phase(what, total), 0, readings.setdefault(what, [])
 
             def step(n: int = 1, note: str = "") -> None:
                 nonlocal done
                 done += n
                 if done % EVERY == 0 and what.startswith("learner"):
-                    mine.append((resident(), len(os.listdir("/proc/self/fd"))))
+                    rows.append((resident(), len(os.listdir("/proc/self/fd"))))
                 advance(n, note)
 
             return step
@@ -49,14 +49,14 @@ def main() -> None:
     rows = [row for stage in ("weighted", "adjoint") for row in readings[f"learner: {stage}"]]
     megabytes, files = zip(*rows, strict=True)
     first, last = (statistics.median(part) for part in (megabytes[:WINDOW], megabytes[-WINDOW:]))
-    found = {
+    figures = {
         "updates": UPDATES,
         "megabytes": {"first": first, "last": last, "most": max(megabytes)},
         "growth": last / first - 1,
         "open_files": [max(files[:WINDOW]), max(files[-WINDOW:])],
     }
-    keep("soak", found)
-    print(json.dumps(found, indent=2))
+    keep("soak", figures)
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Where the time of an update goes, and what others take for one: docs/performance.md, bench/results/speed.json.
+"""Measure where the time of an update goes, and the time of others: docs/performance.md, bench/results/speed.json.
 
 python bench/speed.py                    (half an hour on one quiet thread; makes the peer's environment the first time)
 python bench/speed.py share_of_limit|vs_reference|vs_trl|vs_before|growth|processes|time_to_gap|traces|options …
-python bench/speed.py contender FOLDER LEARNER BATCH STEPS MICRO CONTROLS        (one of them, see bench/race.py)
+python bench/speed.py contender FOLDER LEARNER BATCH STEPS MICRO CONTROLS        (run one, see bench/race.py)
 
 A Stable Diffusion of 100,000 parameters under guidance, its weights random, saved and loaded by diffusers. Seconds are
 CPU seconds of one thread; every figure is a median over interleaved rounds, quoted as a ratio.
@@ -17,29 +17,25 @@ import time
 import venv
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from models import pipeline
-from race import CLASSES, GUIDANCE, PROMPTS, RANK, Brightness, Command, Contender, keep, raced, serve
+from race import CLASSES, Command, Contender, keep, raced, serve
+from setting import Setting, evaluations, write_tiny
 
 from ctrl_diffusion.chain.paths import paths
-from ctrl_diffusion.chain.rollout import Times
 from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.evaluate.certificate import certify
 from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
-from ctrl_diffusion.learn.fit import Update, fit
+from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
-from ctrl_diffusion.learn.step import Learner
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward, prior_table
@@ -50,96 +46,14 @@ PEER = HERE.parent / "runs" / "peer"
 BEFORE = "d456200"  # the commit before its steps were measured
 PEER_PACKAGES = ("torch==2.13.0", "trl==0.22.2", "diffusers==0.35.2", "transformers<5", "peft")
 BATCH, STEPS, ROUNDS = 8, 10, 9
-LR = {"embedding": 1e-5, "adapter": 1e-5}
 GAP_UPDATES, GAP_EVERY = 400, 10
-K = 5  # steps of each path that adjoint and ppo look at in an update
 DRAWN = ("sampling", "prior's sampling")
 LEARNERS = ("weighted", "adjoint", "lean", "backprop", "ppo")
 
 
-def write_tiny(folder: Path, side: int = 8) -> None:
-    """The pipeline; its tokenizer also in the files that transformers read before version 5."""
-    torch.manual_seed(0)
-    made = pipeline("tiny")
-    made.unet.register_to_config(sample_size=side)
-    made.save_pretrained(folder)
-    words = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-
-
-@dataclass
-class Setting:
-    """A policy on the tiny prior, its chain, and what it is trained for."""
-
-    prior: Prior
-    policy: Policy
-    times: Times
-    conditions: Conditions
-    reward: Reward
-
-    @classmethod
-    def of(cls, folder: Path, steps: int, latent: bool = False, controls: int = 1) -> "Setting":
-        """The setting; p̂ looks at images, or at latents."""
-        prior = Prior.from_pretrained(folder).with_prompts(PROMPTS, guidance=GUIDANCE)
-        names = [f"y{i}" for i in range(controls)]
-        classes = tuple(map(str, range(CLASSES)))
-        attached = [LoRAControl(name, classes, prior.denoiser, rank=RANK) for name in names]
-        reward = Reward({name: Brightness(latent) for name in names}, codec=prior.codec)
-        conditions = Conditions.for_training({"c": torch.arange(len(PROMPTS))}, {name: CLASSES for name in names})
-        times = prior.denoiser.times(steps, 0.05, 2.0)
-        return cls(prior, Policy(prior.denoiser, *attached), times, conditions, reward)
-
-    def learner(self, name: str, batch: int, micro: int | None = None) -> Learner:
-        """A learner that rolls out anew for every update."""
-        adjoint = {"batch": batch, "micro": micro, "regressed": K, "reuse": 1}
-        return {
-            "weighted": lambda: Weighted(torch.randn(64, *self.policy.shape), self.times, batch, micro=micro),
-            "adjoint": lambda: Adjoint(self.times, **adjoint),
-            "lean": lambda: Adjoint(self.times, **adjoint, lean=True),
-            "backprop": lambda: Backprop(self.times, batch, micro=micro),
-            "ppo": lambda: PPO(self.times, batch, micro=micro, surrogates=K, reuse=1),
-        }[name]()
-
-    def run(self, name: str, batch: int, micro: int | None = None) -> Callable[[], object]:
-        """What runs one update of a learner, or draws one batch of samples."""
-        if "sampling" not in name:
-            return self.updates(name, batch, micro)
-        labels = {y: torch.arange(batch) % CLASSES for y in self.policy.controls} if name == "sampling" else None
-        denoiser = self.policy if labels else self.policy.prior
-        cond, generator = {"c": torch.zeros(batch, dtype=torch.long)}, torch.Generator().manual_seed(0)
-        return lambda: paths(denoiser, batch, self.times, generator, cond, labels)
-
-    def updates(self, name: str, batch: int, micro: int | None = None) -> Callable[[], Update]:
-        """What runs one update of a learner."""
-        learner = self.learner(name, batch, micro)
-        stream = learner(self.policy, self.reward, self.conditions, torch.Generator().manual_seed(0))
-        return fit(self.policy, stream, 10**6, LR).__next__
-
-
-def evaluations(name: str, n: int, k: int = K) -> dict[tuple[str, int], int]:
-    """Calls of the network in one update, by kind and by how many times the batch goes through it at once.
-
-    Kinds: prior or policy, forward alone or with backward to the state ("x") or to the parameters ("θ").
-    """
-    regression = {("policy θ", k): 1}
-    made: dict[str, dict[tuple[str, int], int]] = {
-        "sampling": {("policy", 1): n, ("prior", 1): 1},
-        "prior's sampling": {("prior", 1): n + 1},
-        "weighted": {("policy θ", 1): 1},
-        # the rollout; the read-out; adjoints of all states but the first, whose step has its prior's mean alone
-        "adjoint": {("policy", 1): n, ("prior x", 1): n, ("policy x", 1): n - 1, ("prior", 1): 1, **regression},
-        "lean": {("policy", 1): n, ("prior x", 1): n, ("prior", 1): 1, **regression},
-        # there and back again; nobody asks for the gradient at the first state
-        "backprop": {("policy", 1): n, ("prior", 1): n, ("prior x", 1): n, ("policy θ", 1): 1, ("policy xθ", 1): n - 1},
-        "ppo": {("policy", 1): n, ("prior", 1): n + 1, **regression},
-    }
-    return made[name]
-
-
 @contextmanager
 def bare(setting: Setting, kind: str, batch: int) -> Iterator[Callable[[], None]]:
-    """Inside, one evaluation of the network itself, for a batch of samples under guidance."""
+    """Yield a function that evaluates the bare network once, for a batch of samples under guidance."""
     network, policy = setting.prior.denoiser.network, setting.policy
     control = policy.controls["y0"]
     who, _, to = kind.partition(" ")
@@ -153,10 +67,10 @@ def bare(setting: Setting, kind: str, batch: int) -> Iterator[Callable[[], None]
     def run() -> None:
         with torch.set_grad_enabled(bool(to)), control.active(y) if "θ" in to else ExitStack():
             x = x_t.detach().requires_grad_("x" in to)
-            made = network(x, timestep, rows, return_dict=False)[0]
+            prediction = network(x, timestep, rows, return_dict=False)[0]
         if to:
-            wanted = ([x] if "x" in to else []) + (policy.trainable() if "θ" in to else [])
-            torch.autograd.grad(made, wanted, gradient)
+            inputs = ([x] if "x" in to else []) + (policy.trainable() if "θ" in to else [])
+            torch.autograd.grad(prediction, inputs, gradient)
 
     with ExitStack() as stack:
         if who == "policy" and "θ" not in to:  # W + BA are in place
@@ -166,7 +80,7 @@ def bare(setting: Setting, kind: str, batch: int) -> Iterator[Callable[[], None]
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """CPU seconds of one run, the mean of some."""
+    """Return the mean CPU seconds of a run."""
     begin = time.process_time()
     for _ in range(repeats):
         run()
@@ -174,8 +88,8 @@ def seconds(run: Callable[[], object], repeats: int = 1) -> float:
 
 
 def share(folder: Path) -> dict[str, float]:
-    """What the evaluations alone would take, over what an update takes: for sampling and every learner."""
-    setting = Setting.of(folder, STEPS, latent=True)
+    """Return the time of the evaluations alone over that of an update, for sampling and every learner."""
+    setting = Setting.from_folder(folder, STEPS, latent=True)
     with torch.no_grad():
         for p in setting.policy.trainable():  # zeros are quicker than what is trained
             p.add_(0.01 * torch.randn(p.shape))
@@ -183,43 +97,43 @@ def share(folder: Path) -> dict[str, float]:
     runs = {name: setting.run(name, batch_of(name)) for name in [*DRAWN, *LEARNERS]}
 
     def alone(name: str) -> float:
-        """What the evaluations of one update take, each kind timed anew."""
+        """Time the evaluations of one update, each kind anew."""
         total = 0.0
-        for (kind, times), n in evaluations(name, STEPS).items():
-            with bare(setting, kind, times * batch_of(name)) as evaluate:
+        for (kind, batches), n in evaluations(name, STEPS).items():
+            with bare(setting, kind, batches * batch_of(name)) as evaluate:
                 total += n * seconds(evaluate, 2)
         return total
 
     for i in range(ROUNDS + 1):
-        took = {}
+        times = {}
         for name, run in runs.items():
             before = alone(name)
-            took[name] = seconds(run)
+            times[name] = seconds(run)
             if i:  # the first round is not counted
-                ratios[name].append((before + alone(name)) / 2 / took[name])
+                ratios[name].append((before + alone(name)) / 2 / times[name])
         if i:
-            ratios["policy / prior"].append(took["sampling"] / took["prior's sampling"])
-    return {name: statistics.median(found) for name, found in ratios.items()}
+            ratios["policy / prior"].append(times["sampling"] / times["prior's sampling"])
+    return {name: statistics.median(values) for name, values in ratios.items()}
 
 
 def batch_of(name: str) -> int:
-    """Paths, or samples of the cache, in an update."""
+    """Return the number of paths, or samples of the cache, in an update."""
     return 8 * BATCH if name == "weighted" else BATCH
 
 
 def ours(folder: Path, learner: str, batch: int, steps: int, micro: int = 0, controls: int = 1) -> Command:
-    """The command of a contender of our own."""
+    """Return the command of a contender of our own."""
     return sys.executable, __file__, "contender", folder, learner, batch, steps, micro, controls
 
 
 def reference(folder: Path, batch: int, steps: int) -> Command:
-    """The command of the reference schedule on our own grid."""
+    """Return the command of the reference schedule on our own grid."""
     times = Prior.from_pretrained(folder).denoiser.times(steps, 0.05, 2.0)
     return sys.executable, HERE / "reference.py", folder, batch, ",".join(map(str, times))
 
 
 def peer(folder: Path, trainer: str, batch: int, steps: int) -> Command:
-    """The command of a trainer of trl in its own environment, which is made if there is none."""
+    """Return the command of a trainer of trl in its own environment, made if there is none."""
     python = PEER / "bin" / "python"
     if not (PEER / "ready").exists():
         venv.create(PEER, with_pip=True, clear=True)
@@ -228,38 +142,36 @@ def peer(folder: Path, trainer: str, batch: int, steps: int) -> Command:
     return python, HERE / "peer.py", folder, trainer, batch, steps
 
 
-def ratio(mine: Contender, other: Contender) -> float:
-    """Of the time of an update: the median over rounds."""
-    return statistics.median(a / b for a, b in zip(mine.seconds, other.seconds, strict=True))
+def ratio(first: Contender, second: Contender) -> float:
+    """Return the ratio of the times of an update, the median over rounds."""
+    return statistics.median(a / b for a, b in zip(first.seconds, second.seconds, strict=True))
 
 
 def against_reference(folder: Path) -> dict[str, Any]:
-    """The same loss by the reference schedule: ours at once, and on more paths in parts."""
-    found: dict[str, Any] = {}
+    """Compare with the reference schedule of the same loss, at once and on more paths in parts."""
+    figures: dict[str, Any] = {}
     for batch, micro in ((BATCH, 0), (4 * BATCH, 0), (4 * BATCH, 2 * BATCH)):
         commands = {"ours": ours(folder, "backprop", batch, STEPS, micro), "reference": reference(folder, batch, STEPS)}
         with raced(commands, ROUNDS if batch == BATCH else 5) as run:
-            mine, other = run["ours"], run["reference"]
-            figures = {"time_ratio": ratio(mine, other), "memory_ratio": mine.megabytes / other.megabytes}
-            figures["megabytes"] = [mine.megabytes, other.megabytes]
-        if batch == BATCH:
-            found = figures
-        else:
-            found[f"{batch} paths" + (f" in parts of {micro}" if micro else "")] = figures
-    return found
+            first, second = run["ours"], run["reference"]
+            row: dict[str, Any] = {"time_ratio": ratio(first, second)}
+            row["memory_ratio"] = first.megabytes / second.megabytes
+            row["megabytes"] = [first.megabytes, second.megabytes]
+        figures |= row if batch == BATCH else {f"{batch} paths" + (f" in parts of {micro}" if micro else ""): row}
+    return figures
 
 
 def against_trl(folder: Path) -> dict[str, Any]:
-    """AlignProp through all steps against `backprop`, DDPO on all steps against `ppo` on as many."""
+    """Compare `backprop` with AlignProp through all steps, and `ppo` with DDPO on all steps."""
     commands = {
         "backprop": ours(folder, "backprop", BATCH, STEPS), "alignprop": peer(folder, "alignprop", BATCH, STEPS),
         "ppo": ours(folder, "ppo", BATCH, STEPS), "ddpo": peer(folder, "ddpo", BATCH, STEPS),
     }  # fmt: skip
     with raced(commands, ROUNDS) as run:
         pairs = {"backprop": "alignprop", "ppo": "ddpo"}
-        updates = {mine: ratio(run[mine], run[other]) for mine, other in pairs.items()}
-        memory = {mine: run[mine].megabytes / run[other].megabytes for mine, other in pairs.items()}
-    # ours: the policy and the prior, there and back; theirs the policy, without a KL
+        updates = {name: ratio(run[name], run[other]) for name, other in pairs.items()}
+        memory = {name: run[name].megabytes / run[other].megabytes for name, other in pairs.items()}
+    # ours: policy and prior, forward and back; theirs: the policy, without a KL
     evaluations_ratio = 2.0
     return {
         "time_ratio": updates["backprop"] / evaluations_ratio, "memory_ratio": memory["backprop"],
@@ -268,14 +180,14 @@ def against_trl(folder: Path) -> dict[str, Any]:
 
 
 def against_before(folder: Path) -> dict[str, Any]:
-    """This library against itself as it was at a commit, for its history: it says what was gained."""
+    """Compare this library with an earlier commit of itself."""
     with TemporaryDirectory() as before:
         archive = subprocess.run(["git", "archive", BEFORE, "src"], cwd=HERE.parent, check=True, capture_output=True)
         subprocess.run(["tar", "-x", "-C", before], input=archive.stdout, check=True)
         commands: dict[str, Command] = {}
         for name in (DRAWN[0], *LEARNERS):
-            own = ours(folder, name, batch_of(name), STEPS)
-            commands |= {name: own, f"{name} before": ("env", f"PYTHONPATH={before}/src", *own)}
+            command = ours(folder, name, batch_of(name), STEPS)
+            commands |= {name: command, f"{name} before": ("env", f"PYTHONPATH={before}/src", *command)}
         with raced(commands, ROUNDS) as run:
             return {
                 name: {
@@ -287,7 +199,7 @@ def against_before(folder: Path) -> dict[str, Any]:
 
 
 def growth(folder: Path) -> dict[str, Any]:
-    """Time and memory of an update of `adjoint`, each over those of the first: what grows with what."""
+    """Return time and memory of an update of `adjoint` over those of each series' first."""
     wide = folder / "wide"
     write_tiny(wide, side=16)
     series = {
@@ -297,18 +209,18 @@ def growth(folder: Path) -> dict[str, Any]:
         "side of the latents": {8: ours(folder, "adjoint", BATCH, STEPS), 16: ours(wide, "adjoint", BATCH, STEPS)},
         "controls": {n: ours(folder, "adjoint", BATCH, STEPS, 0, n) for n in (1, 2, 3)},
     }
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, commands in series.items():
         with raced({str(n): command for n, command in commands.items()}, 3) as run:
-            found[name] = over_first(run)
-        print(name, json.dumps(rounded(found[name])), flush=True)
+            figures[name] = over_first(run)
+        print(name, json.dumps(rounded(figures[name])), flush=True)
     # x and z of a rollout, the adjoints and the prior's means: four numbers for each of a path's
-    found["trajectory_megabytes"] = {n: 4 * n * BATCH * 4 * 8 * 8 * 4 / 2**20 for n in (10, 30, 100)}
-    return found
+    figures["trajectory_megabytes"] = {n: 4 * n * BATCH * 4 * 8 * 8 * 4 / 2**20 for n in (10, 30, 100)}
+    return figures
 
 
 def over_first(run: dict[str, Contender]) -> dict[str, dict[str, float]]:
-    """Time and memory of an update, over those of the first contender."""
+    """Return time and memory of an update over those of the first contender."""
     first = next(iter(run.values()))
     return {
         name: {"time": ratio(each, first), "memory": each.megabytes / first.megabytes, "megabytes": each.megabytes}
@@ -317,19 +229,19 @@ def over_first(run: dict[str, Contender]) -> dict[str, dict[str, float]]:
 
 
 def shared(folder: Path) -> dict[str, Any]:
-    """An update of `adjoint` on 32 paths by several processes: CPU seconds and memory of the one that takes most."""
+    """Return CPU seconds and memory of an update of `adjoint` on 32 paths, of the slowest of several processes."""
     counts = {str(n): n for n in (1, 2, 4)}
     with raced({name: ours(folder, "adjoint", 32, STEPS) for name in counts}, ROUNDS, counts) as run:
         return over_first(run)
 
 
 def time_to_gap(folder: Path) -> dict[str, Any]:
-    """CPU seconds of training until the certificate's gap is below some nats, over those of `adjoint`.
+    """Return CPU seconds of training until the certificate's gap is below a level, over those of `adjoint`.
 
-    On a mixture of two Gaussians in the plane, y its component: the network is small, so these are the learners' own
-    needs for updates and not the cost of an evaluation. What the certificate takes is not counted.
+    The prior is a mixture of two Gaussians in the plane, y its component: the network is small, so this compares the
+    updates that learners need, not the cost of an evaluation. The certificate's time is not counted.
     """
-    levels, found = (1.0, 0.5, 0.3), {}
+    levels, marks = (1.0, 0.5, 0.3), {}
     for name in ("weighted", "adjoint", "backprop", "ppo"):
         torch.manual_seed(0)
         prior = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, Cosine(), torch.tensor([0.3, 0.7]))
@@ -345,47 +257,47 @@ def time_to_gap(folder: Path) -> dict[str, Any]:
             policy, learner(policy, *setting.values(), torch.Generator().manual_seed(0)), GAP_UPDATES,
             {"embedding": 1e-2, "adapter": 3e-3},
         )  # fmt: skip
-        taken, reached = 0.0, dict.fromkeys(map(str, levels))
+        total, reached = 0.0, dict.fromkeys(map(str, levels))
         for block in range(GAP_UPDATES // GAP_EVERY):
-            taken += seconds(lambda u=updates: [next(u) for _ in range(GAP_EVERY)])
+            total += seconds(lambda u=updates: [next(u) for _ in range(GAP_EVERY)])
             labels, _ = setting["conditions"].of(setting["conditions"].all(1000))
-            drawn = torch.Generator().manual_seed(2)
-            x_0, kl, log_ratio = paths(policy, 2000, times, drawn, labels=labels, compare=True)
+            generator = torch.Generator().manual_seed(2)
+            x_0, kl, log_ratio = paths(policy, 2000, times, generator, labels=labels, compare=True)
             with torch.no_grad():
-                found_now = certify(setting["conditions"], table, setting["reward"](x_0, labels), kl, log_ratio)
+                certificate = certify(setting["conditions"], table, setting["reward"](x_0, labels), kl, log_ratio)
             for level in levels:
-                if found_now.gap < level and reached[str(level)] is None:
-                    reached[str(level)] = {"seconds": taken, "updates": (block + 1) * GAP_EVERY}
+                if certificate.gap < level and reached[str(level)] is None:
+                    reached[str(level)] = {"seconds": total, "updates": (block + 1) * GAP_EVERY}
             if all(reached.values()):
                 break
-        found[name] = reached
-    at = {level: found["adjoint"][level]["seconds"] for level in found["adjoint"] if found["adjoint"][level]}
+        marks[name] = reached
+    unit = {level: mark["seconds"] for level, mark in marks["adjoint"].items() if mark}
     return {
         name: {
-            level: None if mark is None else {"updates": mark["updates"], "time": mark["seconds"] / at[level]}
-            for level, mark in reached.items() if level in at
+            level: None if mark is None else {"updates": mark["updates"], "time": mark["seconds"] / unit[level]}
+            for level, mark in reached.items() if level in unit
         }
-        for name, reached in found.items()
+        for name, reached in marks.items()
     }  # fmt: skip
 
 
 def traces(folder: Path) -> dict[str, Any]:
-    """What torch.profiler sees in an update: the share of its operations' own time by operation, the largest first."""
-    setting, found = Setting.of(folder, STEPS, latent=True), {}
+    """Return the largest shares of an update's own time by operation, from torch.profiler."""
+    setting, figures = Setting.from_folder(folder, STEPS, latent=True), {}
     for name in LEARNERS:
         run = setting.updates(name, BATCH)
         run()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
             run()
-        own = {event.key: event.self_cpu_time_total for event in trace.key_averages()}
-        largest = sorted(own, key=own.get, reverse=True)[:8]
-        found[name] = {key: own[key] / sum(own.values()) for key in largest}
-    return found
+        times = {event.key: event.self_cpu_time_total for event in trace.key_averages()}
+        largest = sorted(times, key=times.get, reverse=True)[:8]
+        figures[name] = {key: times[key] / sum(times.values()) for key in largest}
+    return figures
 
 
 def options(folder: Path) -> dict[str, Any]:
-    """Other ways to run the network: their forward pass over the plain one, and whether the bits are the same."""
-    plain, last, other = (Setting.of(folder, STEPS).prior.denoiser.network for _ in range(3))
+    """Return the time of other forward passes over the plain one, and whether the bits are the same."""
+    plain, last, other = (Setting.from_folder(folder, STEPS).prior.denoiser.network for _ in range(3))
     compiled = torch.compile(other)
     last.to(memory_format=torch.channels_last)
     x_t = torch.randn(2 * BATCH, 4, 8, 8)
@@ -396,12 +308,12 @@ def options(folder: Path) -> dict[str, Any]:
         "torch.compile": lambda: compiled(x_t, timestep, rows, return_dict=False)[0],
     }
     with torch.no_grad():
-        made = {name: run() for name, run in runs.items()}
-        took = [{name: seconds(run, 5) for name, run in runs.items()} for _ in range(ROUNDS)]
+        predictions = {name: run() for name, run in runs.items()}
+        rounds = [{name: seconds(run, 5) for name, run in runs.items()} for _ in range(ROUNDS)]
     return {
         name: {
-            "time": statistics.median(each[name] / each["plain"] for each in took),
-            "same_bits": torch.equal(made[name], made["plain"]),
+            "time": statistics.median(each[name] / each["plain"] for each in rounds),
+            "same_bits": torch.equal(predictions[name], predictions["plain"]),
         }
         for name in runs
     }
@@ -425,16 +337,16 @@ def main() -> None:
     if arguments[:1] == ["contender"]:
         torch.manual_seed(0)
         batch, steps, micro, controls = map(int, arguments[3:])
-        serve(Setting.of(Path(arguments[1]), steps, controls=controls).run(arguments[2], batch, micro or None))
+        serve(Setting.from_folder(Path(arguments[1]), steps, controls=controls).run(arguments[2], batch, micro or None))
         return
     torch.set_num_threads(1)
     for name in arguments or PARTS:
         with TemporaryDirectory() as folder:
             write_tiny(Path(folder))
             load = os.getloadavg()[0]
-            found = {**PARTS[name](Path(folder)), "load": load}
-        print(name, json.dumps(rounded(found)), flush=True)
-        keep(name, found)
+            figures = {**PARTS[name](Path(folder)), "load": load}
+        print(name, json.dumps(rounded(figures)), flush=True)
+        keep(name, figures)
 
 
 if __name__ == "__main__":

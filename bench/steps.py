@@ -1,14 +1,14 @@
-"""Which steps of a run's chain hold the nats a better control could still win.
+"""Measure which steps of a run's chain hold the nats a better control could still win.
 
 python bench/steps.py RUN [PATHS]
 
-With V_{i+1} the policy's value-to-go, the best control of step i is u*_i = std_i E[a_{i+1} | x_i] (learn/adjoint.py).
-From every state of fresh paths two continuations are drawn, whose adjoints a, a' are independent given x_i, so that
+With the policy's value-to-go V_{i+1} the best control of step i is u*_i = std_i E[a_{i+1} | x_i] (learn/adjoint.py).
+From every state of new paths two continuations are drawn, whose adjoints a, a' are independent given x_i, so that
 
     ½ (u_i − std_i a)·(u_i − std_i a')
 
-has the mean ½‖u_i − u*_i‖²: what step i could still win, without the adjoint's noise. What the sum over steps leaves of
-the gap is the floor of Gaussian steps and what several steps could only win together.
+has mean ½‖u_i − u*_i‖²: what step i could still win, without the adjoint's noise. The rest of the gap is the floor of
+Gaussian steps and what several steps could only win together.
 """
 
 import sys
@@ -37,22 +37,22 @@ def main() -> None:
     table, total = Table("step", "std", "KL", "still to win", "±", "noise of a"), torch.zeros(4)
     for i, (t, s) in enumerate(pairwise(times)):
         with torch.no_grad():
-            here = transition(policy, path.x[i], t, s, labels=labels, **cond)
-            u = here.control(transition(policy.prior, path.x[i], t, s, **cond))
+            step = transition(policy, path.x[i], t, s, labels=labels, **cond)
+            u = step.control(transition(policy.prior, path.x[i], t, s, **cond))
         targets = []
         for _ in range(2):
             with torch.no_grad():
                 after = rollout(policy, path.x[i], times[i:], 1.0, generator, cond=cond, labels=labels)
             _, gradient = reward_gradient(policy, after, run.reward, labels, cond)
             adjoints, _, _ = adjoints_of(policy, after, gradient, labels, cond, clip=run.config.adjoint.clip)
-            targets.append(here.std * adjoints[0])
-        one, two = (u - target for target in targets)
-        win = 0.5 * (one * two).flatten(1).sum(1)
+            targets.append(step.std * adjoints[0])
+        first, second = (u - target for target in targets)
+        win = 0.5 * (first * second).flatten(1).sum(1)
         row = torch.stack(
             [half_square(u).mean(), win.mean(), win.std() / n**0.5, half_square(targets[0] - targets[1]).mean() / 2]
         )
         total += torch.cat([row[:2], row[2:3].square(), row[3:]])
-        table.add_row(str(i), f"{float(here.std.max()):.3f}", *(f"{value:.3f}" for value in row.tolist()))
+        table.add_row(str(i), f"{float(step.std.max()):.3f}", *(f"{value:.3f}" for value in row.tolist()))
     total[2] = total[2].sqrt()
     table.add_row("sum", "", *(f"{value:.2f}" for value in total.tolist()))
     Console(width=100).print(table)

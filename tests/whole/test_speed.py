@@ -1,11 +1,11 @@
-"""What bench/speed.py counts and compares is so; how long anything takes is not tested."""
+"""Check what bench/speed.py counts and compares; times are not tested."""
 
 from collections import Counter
 
 import pytest
 import torch
 from reference import Reference
-from speed import CLASSES, K, Setting, evaluations, write_tiny
+from setting import CLASSES, K, Setting, evaluations, write_tiny
 
 from ctrl_diffusion.learn.backprop import Backprop
 
@@ -29,7 +29,7 @@ def moved(setting):
 
 @pytest.mark.parametrize("name", ["sampling", "prior's sampling", "weighted", "adjoint", "lean", "backprop", "ppo"])
 def test_an_update_calls_the_network_as_often_as_the_table_says(tiny, name):
-    setting = moved(Setting.of(tiny, STEPS, latent=True))
+    setting = moved(Setting.from_folder(tiny, STEPS, latent=True))
     policy, calls = setting.policy, Counter()
     first = policy.trainable()[0]
 
@@ -50,7 +50,7 @@ def test_an_update_calls_the_network_as_often_as_the_table_says(tiny, name):
 @pytest.mark.parametrize("micro", [None, 2])
 def test_the_reference_schedule_computes_the_same_loss_and_gradient(tiny, micro):
     """Four checkpointed calls a step and a second network, or one each and none: equal mathematics."""
-    setting = moved(Setting.of(tiny, STEPS))
+    setting = moved(Setting.from_folder(tiny, STEPS))
     reference = Reference(str(tiny), setting.times)
     table = setting.policy.controls["y0"].table.weight
     own = [p for key, p in setting.prior.denoiser.network.named_parameters() if "lora_" in key]
