@@ -110,7 +110,7 @@ def test_the_probes_said_are_those_made(data, updates, probes):
     evaluation = {**TINY["evaluation"], "probes": probes}
     weighted = {**TINY["weighted"], "updates": updates, "batch": 4}
     job = prepare({**TINY, "data": str(data), "weighted": weighted, "learners": ["weighted"], "evaluation": evaluation})
-    panel, _ = fit_panel(job.materials[0].data, "ink", ruler=True, settings=job.config.controls[0].classifier)
+    panel, _ = fit_panel(job.inputs[0].data, "ink", ruler=True, settings=job.config.controls[0].classifier)
     run = Run.start(job.config, job.prior, {"ink": panel})
     made = sum("J" in record and "kept" not in record for record in train(run))
     assert probes_of(job.config) == made

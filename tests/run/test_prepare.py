@@ -17,7 +17,7 @@ from ctrl_diffusion.run.config import Config, ControlSettings
 from ctrl_diffusion.run.defaults import suggested
 from ctrl_diffusion.run.folder import PAGES
 from ctrl_diffusion.run.measure import probe
-from ctrl_diffusion.run.prepare import ControlInputs, check_batches, conditions_of, dependences, prepare
+from ctrl_diffusion.run.prepare import ControlInputs, check_batches, classes_to_train, dependences, prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system import ranks
 
@@ -52,26 +52,26 @@ def test_settings_are_filled_in_and_what_was_given_stays(data):
     assert job.config.classes == list(range(10))
     assert (job.config.adjoint.updates, job.config.adjoint.batch, job.config.rank) == (7, 160, 64)
     assert job.config.evaluation.paths == 2000
-    assert job.materials[0].data.values == {"ink": ("1", "2", "3", "4"), "digit": tuple("0123456789")}
+    assert job.inputs[0].data.values == {"ink": ("1", "2", "3", "4"), "digit": tuple("0123456789")}
     assert prepare(given(data)).config.classes == list(range(10)), "without a column, all classes"
 
 
 def test_some_of_the_priors_classes(data):
     job = prepare(given(data, condition="digit", classes=[7, 3]))
     assert job.config.classes == [7, 3]
-    assert job.materials[0].data.values["digit"] == ("7", "3")
-    assert 60 < len(job.materials[0].data) < 140, "about a fifth of 500"
+    assert job.inputs[0].data.values["digit"] == ("7", "3")
+    assert 60 < len(job.inputs[0].data) < 140, "about a fifth of 500"
     # the labels count within the classes that are asked for
-    whole = prepare(given(data, condition="digit")).materials[0].data
+    whole = prepare(given(data, condition="digit")).inputs[0].data
     sevens = whole.x[whole.labels["digit"] == 7]
-    torch.testing.assert_close(job.materials[0].data.x[job.materials[0].data.labels["digit"] == 0], sevens)
+    torch.testing.assert_close(job.inputs[0].data.x[job.inputs[0].data.labels["digit"] == 0], sevens)
 
 
 def test_a_prior_of_many_classes_is_certified_on_some(data):
     prior = Prior.from_pretrained(DIGITS)
     prior.classes = 1000
     with pytest.warns(UserWarning, match="20 of them, evenly spaced"):
-        chosen = conditions_of(prior, prepare(given(data)).materials[0].data, None)
+        chosen = classes_to_train(prior, prepare(given(data)).inputs)
     assert (len(set(chosen)), chosen[0], chosen[-1]) == (20, 0, 999)
 
 
@@ -104,7 +104,7 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
 
 def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
     job = prepare(given(data, judge_data=str(data)))
-    assert job.materials[0].judge_data.values == {"ink": ("1", "2", "3", "4")}
+    assert job.inputs[0].judge_data.values == {"ink": ("1", "2", "3", "4")}
     assert job.config.controls[0].judge_data == str(data.resolve())
     lines = (data / "metadata.csv").read_text().splitlines()
     for name, labels, message in (
@@ -120,16 +120,16 @@ def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
 
 def test_a_classifier_that_is_handed_over(data, fitted):
     job = prepare(given(data, condition="digit", classifier_from=str(fitted["whole"])))
-    assert job.materials[0].panel.reader is not None
-    assert job.materials[0].pages == dict.fromkeys(PAGES, b"page")
+    assert job.inputs[0].panel.reader is not None
+    assert job.inputs[0].pages == dict.fromkeys(PAGES, b"page")
     # a reader nobody asked for panel nothing
-    assert prepare(given(data, classifier_from=str(fitted["whole"]))).materials[0].panel.reader is None
+    assert prepare(given(data, classifier_from=str(fitted["whole"]))).inputs[0].panel.reader is None
 
 
 def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_path):
     fast = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 300, "conditional": True}
     job = prepare(given(data, condition="digit", classes=[7, 3], judge_data=str(data), classifier=fast))
-    one = job.materials[0]
+    one = job.inputs[0]
     assert one.judge_data.values["digit"] == ("7", "3")
     panel, _ = fit_panel(
         one.data, "ink", "digit", settings=job.config.controls[0].classifier, judge_data=one.judge_data
@@ -188,20 +188,20 @@ def test_labels_that_depend_on_each_other_are_warned_of(follows):
     hidden = torch.rand(2, 600, generator=generator)
     first, second = (hidden[0] < 0.5).long(), (hidden[0 if follows else 1] < 0.5).long()
     even = Classifier(1, 2).eval().requires_grad_(False)
-    materials, panels = [], {}
+    inputs, panels = [], {}
     for name, y in (("a", first), ("b", second)):
         data = LabelledImages(x, {name: y}, {name: ("0", "1")})
-        materials.append(ControlInputs(ControlSettings(name=name, data="one/table"), data, None, {}))
+        inputs.append(ControlInputs(ControlSettings(name=name, data="one/table"), data, None, {}))
         panels[name] = Panel(name, LabelSpace(("0", "1")), (1, 4, 4), even, None)
     if not follows:
-        found = dependences(materials, panels, None)
+        found = dependences(inputs, panels, None)
         assert found["a and b"]["p_value"] > 1e-3
     else:
         with pytest.warns(RuntimeWarning, match="a and b still depend on each other once x is known"):
-            found = dependences(materials, panels, None)
+            found = dependences(inputs, panels, None)
         assert found["a and b"]["nats"] > 0.5, "log 2 less what 600 examples leave open"
-    materials[1].settings = materials[1].settings.with_(data="another/table")
-    assert dependences(materials, panels, None) == {}
+    inputs[1].settings = inputs[1].settings.with_(data="another/table")
+    assert dependences(inputs, panels, None) == {}
 
 
 @pytest.mark.parametrize(

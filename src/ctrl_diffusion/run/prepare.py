@@ -1,9 +1,9 @@
-"""What a training is made from, read and looked at before it starts: whatever can be refused is refused here."""
+"""Read what a training is made from and choose its settings; refuse here whatever can be refused before it starts."""
 
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,181 @@ MOST_CONDITIONS = 20
 MOST_PROMPTS = 64
 
 
+@dataclass
+class ControlInputs:
+    """Hold what one control is made from.
+
+    Args:
+        settings: of the control.
+        data: the labelled images; None for a control that was trained in another run.
+        panel: the classifiers that were handed over; None if they are to be fitted.
+        pages: of a panel's report, by file name.
+        judge_data: the judge's own labelled images, if it has any.
+    """
+
+    settings: ControlSettings
+    data: LabelledImages | None
+    panel: Panel | None
+    pages: dict[str, bytes]
+    judge_data: LabelledImages | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the control."""
+        return self.settings.name
+
+    @property
+    def classes(self) -> int:
+        """The number of its classes, or of the levels of a scale."""
+        return len(self.panel.values if self.panel else self.data.values[self.name])
+
+
+@dataclass
+class PreparedTraining:
+    """Hold a training that is ready to start.
+
+    Args:
+        config: with every key chosen.
+        prior: with the prompts, device and precision of the config.
+        inputs: of each control.
+    """
+
+    config: Config
+    prior: Prior
+    inputs: list[ControlInputs]
+
+
+def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTraining:
+    """Read prior, data and classifiers, and choose the settings that depend on them.
+
+    Args:
+        values: settings by the names of `Config`, with prior, data and control at least.
+        options: progress and trust.
+
+    Raises:
+        ValueError: whatever is wrong with the settings or the files.
+    """
+    values = resolved(values)
+    config = Config.from_values(values)  # wrong settings are reported before wrong files
+    check_trackers(config.track)
+    prior = open_prior(config.prior, config.size)
+    if prior.text and config.prompts is None:
+        config = config.with_(prompts=prompts_of(config.controls))
+    prior = configured(prior, config)
+    inputs = [read_inputs(settings, prior, options) for settings in config.controls]
+    classes = config.classes or classes_to_train(prior, inputs)
+    check_classes(prior, classes)
+    inputs = [select_inputs(each, classes) for each in inputs]
+    config = complete(values, config, prior, inputs, classes)
+    return PreparedTraining(config, prior, inputs)
+
+
+def resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with listed controls, absolute paths, and the prompts of a file in place of its name."""
+    values = list_controls(values)
+    check_present(values, "prior")
+    values = map_paths(values, lambda name: str(Path(name).resolve()))
+    if isinstance(values.get("prompts"), str):
+        values["prompts"] = read_prompts(Path(values["prompts"]))
+    return values
+
+
+def complete(
+    values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], classes: list[int] | None
+) -> Config:
+    """Return the config with defaults for this prior and these data where `values` has none.
+
+    Raises:
+        ValueError: a batch, a number of steps or of samples that does not suit them.
+    """
+    sizes = {each.name: each.classes for each in inputs}
+    fixed = [each.name for each in inputs if each.settings.settled_from]
+    labels = Conditions.for_training({}, sizes, fixed).classes
+    denoiser, groups = prior.denoiser, len(classes or [0])
+    parameters = sum(p.numel() for p in denoiser.network.parameters())
+    defaults = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=groups, classes=labels)
+    guidance = prior.text.guidance if prior.text and config.guidance is None else config.guidance
+    chosen = {"classes": classes, "prompts": config.prompts, "guidance": guidance}
+    config = Config.from_values({**merged(defaults, values), **chosen})
+    check_batches(config)
+    if "steps" not in values:  # the prior may have fewer timesteps
+        config = config.with_(steps=next(k for k in range(config.steps, 0, -1) if k == 1 or fits(prior, config, k)))
+    denoiser.times(config.steps, config.sigma_end, config.time_power)
+    if config.evaluation.prior_samples < math.prod(sizes.values()):
+        raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
+    return config
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read the prompts of a file, one a line; blank lines are left out.
+
+    Raises:
+        ValueError: it cannot be read, has none, or more than can be trained one by one.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise ValueError(f"{path} has no prompts. Write one a line.")
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"{path} has {len(prompts)} prompts; {MOST_PROMPTS} at most are trained one by one.")
+    return prompts
+
+
+def prompts_of(controls: list[ControlSettings]) -> list[str]:
+    """Read the prompts in the data's column of c.
+
+    Raises:
+        ValueError: no data have such a column, or more prompts than can be trained one by one.
+    """
+    control = next((control for control in controls if control.condition), None)
+    if control is None:
+        raise ValueError(
+            "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition."
+        )
+    table = open_table(control.data)
+    column = control.condition_column or control.condition
+    table.check_columns([column])
+    prompts = in_order(text for text in table.texts(column) if text)
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(
+            f"{table.name}: {column} has {len(prompts)} different prompts, more than {MOST_PROMPTS}. If y does not "
+            "depend on the prompt, leave --condition out and name some with --prompts FILE."
+        )
+    return list(prompts)
+
+
+def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOptions = DEFAULT) -> ControlInputs:
+    """Read the data and classifiers of a control; without a prior the images keep their size.
+
+    Raises:
+        ValueError: whatever is wrong with them.
+    """
+    if settings.settled_from:
+        folder = RunFolder(settings.settled_from).classifier(settings.name)
+        return ControlInputs(settings, None, Panel.load(folder, options.trust), read_pages(folder))
+    panel, pages = None, {}
+    if settings.classifier_from:
+        folder = Path(settings.classifier_from)
+        panel, pages = Panel.load(folder, options.trust), read_pages(folder)
+        check_classifier(panel, settings.classifier_from, settings.name, prior)
+    data = read_data(settings.data, settings, prior, panel and panel.values, phase=options.phase)
+    space = data.space(settings.name)
+    if settings.ruler and not space.scale and space.values != VALUES[settings.ruler]:
+        raise ValueError(
+            f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
+        )
+    judge_data = None
+    if settings.judge_data and not panel:
+        same_kind = settings.model_copy(update={"kind": "scale" if space.scale else "classes"})
+        conditional, phase = settings.classifier.conditional, options.phase
+        judge_data = read_data(settings.judge_data, same_kind, prior, space.values, conditional, phase)
+    warn_of_copies(settings.data, data, judge_data)
+    return ControlInputs(settings, data, panel, pages, judge_data)
+
+
 def read_data(
     source: str,
     settings: ControlSettings,
@@ -40,18 +215,18 @@ def read_data(
     condition: bool = True,
     phase: Phase = silent,
 ) -> LabelledImages:
-    """A dataset as a job needs it: at the prior's size, classes of c numbered as the prior numbers them.
+    """Read a dataset at the prior's size, with the classes of c numbered as the prior numbers them.
 
     Args:
-        source: of the data.
+        source: a folder, a table, or a dataset on the hub.
         settings: of the control.
-        prior: None takes the images as they are.
-        values: the classes or levels p̂ knows, None for those that occur.
-        condition: whether c is read, if it has a column.
-        phase: told of progress.
+        prior: None keeps the size of the images.
+        values: the classes or levels that p̂ knows; None for those in the data.
+        condition: whether to read c, if the settings name it.
+        phase: shows progress.
 
     Raises:
-        ValueError: the data are not as they should be, or the prior has no condition.
+        ValueError: wrong data, or a condition for a prior that has none.
     """
     name, c = settings.name, settings.condition if condition else None
     if c and prior and prior.classes is None and not prior.text:
@@ -70,10 +245,10 @@ def read_data(
 
 
 def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
-    """Say if pictures stand in two rows, or in what the judge is fitted on too, whatever their files are called.
+    """Warn of images that occur twice, or in the judge's data too, whatever their files are called.
 
     Warns:
-        UserWarning: they do.
+        UserWarning: how many, and the first two.
     """
     digests = data.digests()
     first: dict[bytes, int] = {}
@@ -92,8 +267,8 @@ def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages
         )
 
 
-def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
-    """The rows whose condition is one of `classes`, its labels counted within them, as a reader needs them."""
+def select_classes(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
+    """Return the rows whose condition is one of `classes`, with labels that count within these."""
     rows, numbers = (data.labels[condition][:, None] == torch.tensor(classes)).nonzero(as_tuple=True)
     data = data[rows]
     values = tuple(data.values[condition][c] for c in classes)
@@ -101,178 +276,35 @@ def only(data: LabelledImages, condition: str, classes: list[int]) -> LabelledIm
 
 
 def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
-    """What makes latents of images, if the prior has it."""
+    """Return the function from images to latents of a latent prior, else None."""
     return prior.encode if prior and prior.latent else None
 
 
-@dataclass
-class ControlInputs:
-    """What one control is made from.
-
-    Args:
-        settings: of the control.
-        data, judge_data: as read; no data where the control is settled.
-        panel: as read, None if they are to be fitted.
-        pages: of the classifier that was handed over, by name.
-    """
-
-    settings: ControlSettings
-    data: LabelledImages | None
-    panel: Panel | None
-    pages: dict[str, bytes]
-    judge_data: LabelledImages | None = None
-
-
-@dataclass
-class PreparedTraining:
-    """A training that is ready to start: everything that can be refused has been looked at.
-
-    Args:
-        config: whole.
-        prior: as read.
-        materials: of every control.
-    """
-
-    config: Config
-    prior: Prior
-    materials: list[ControlInputs]
-
-
-def prepare(given: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTraining:
-    """Read prior, data and classifiers; fill in the settings that depend on them.
-
-    Args:
-        given: settings by the names of `Config`, of which prior, data and control must be there.
-        options: progress and trust.
+def select_inputs(inputs: ControlInputs, classes: list[int] | None) -> ControlInputs:
+    """Return the inputs with the rows of the classes that are trained.
 
     Raises:
-        ValueError: whatever is wrong with them.
+        ValueError: the rows or the panel do not suffice for these classes.
     """
-    given = list_controls(given)
-    check_present(given, "prior")
-    given = map_paths(given, lambda name: str(Path(name).resolve()))
-    if isinstance(given.get("prompts"), str):
-        given["prompts"] = read_prompts(Path(given["prompts"]))
-    wanted = Config.from_values(given)  # mistakes in the settings come before mistakes in the files
-    check_trackers(wanted.track)
-    prior = open_prior(wanted.prior, wanted.size)
-    if prior.text and wanted.prompts is None:
-        wanted = wanted.with_(prompts=prompts_of(wanted.controls))
-    prior = configured(prior, wanted)
-    materials = [material(settings, prior, options) for settings in wanted.controls]
-    known = next((m for m in materials if m.data and m.settings.condition), None)
-    classes = wanted.classes or conditions_of(prior, known.data if known else None, known and known.settings.condition)
-    check_classes(prior, classes)
-    for one in materials:
-        keep_classes(one, classes)
-    sizes = {m.settings.name: len(m.panel.values if m.panel else m.data.values[m.settings.name]) for m in materials}
-    settled = [m.settings.name for m in materials if m.settings.settled_from]
-    trained = Conditions.for_training({}, sizes, settled)
-    site, parameters = prior.denoiser.site, sum(p.numel() for p in prior.denoiser.network.parameters())
-    groups = len(classes or [0])
-    defaults = suggested(prior.denoiser.shape, parameters, site.rank, groups=groups, classes=trained.classes)
-    guidance = prior.text.guidance if prior.text and wanted.guidance is None else wanted.guidance
-    whole = {"classes": classes, "prompts": wanted.prompts, "guidance": guidance}
-    config = Config.from_values({**merged(defaults, given), **whole})
-    check_batches(config)
-    if "steps" not in given:  # the prior may have fewer timesteps
-        config = config.with_(steps=next(k for k in range(config.steps, 0, -1) if k == 1 or fits(prior, config, k)))
-    prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
-    if config.evaluation.prior_samples < math.prod(sizes.values()):
-        raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
-    return PreparedTraining(config, prior, materials)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, one a line; blank lines are left out.
-
-    Raises:
-        ValueError: it cannot be read, has none, or more than can be trained one by one.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
-    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not found:
-        raise ValueError(f"{path} has no prompts. Write one a line.")
-    if len(found) > MOST_PROMPTS:
-        raise ValueError(f"{path} has {len(found)} prompts; {MOST_PROMPTS} at most are trained one by one.")
-    return found
-
-
-def prompts_of(controls: list[ControlSettings]) -> list[str]:
-    """The prompts that stand in the data's columns of c.
-
-    Raises:
-        ValueError: no data have such a column, or more prompts than can be trained one by one.
-    """
-    known = next((control for control in controls if control.condition), None)
-    if known is None:
-        raise ValueError(
-            "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition."
-        )
-    table = open_table(known.data)
-    column = known.condition_column or known.condition
-    table.check_columns([column])
-    found = in_order(text for text in table.texts(column) if text)
-    if len(found) > MOST_PROMPTS:
-        raise ValueError(
-            f"{table.name}: {column} has {len(found)} different prompts, more than {MOST_PROMPTS}. If y does not "
-            "depend on the prompt, leave --condition out and name some with --prompts FILE."
-        )
-    return list(found)
-
-
-def material(settings: ControlSettings, prior: Prior | None, options: JobOptions = DEFAULT) -> ControlInputs:
-    """Read what a control is made from; without a prior the images as they are.
-
-    Raises:
-        ValueError: whatever is wrong with it.
-    """
-    if settings.settled_from:
-        folder = RunFolder(settings.settled_from).classifier(settings.name)
-        return ControlInputs(settings, None, Panel.load(folder, options.trust), read_pages(folder))
-    panel, pages, handed = None, {}, settings.classifier_from
-    if handed:
-        panel, pages = Panel.load(Path(handed), options.trust), read_pages(Path(handed))
-        check_classifier(panel, handed, settings.name, prior)
-    values = panel and panel.values
-    data = read_data(settings.data, settings, prior, values, phase=options.phase)
-    space = data.space(settings.name)
-    if settings.ruler and not space.scale and space.values != VALUES[settings.ruler]:
-        raise ValueError(
-            f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
-        )
-    judge_data = None
-    if settings.judge_data and not panel:
-        known = settings.model_copy(update={"kind": "scale" if space.scale else "classes"})
-        conditional, phase = settings.classifier.conditional, options.phase
-        judge_data = read_data(settings.judge_data, known, prior, space.values, conditional, phase)
-    warn_of_copies(settings.data, data, judge_data)
-    return ControlInputs(settings, data, panel, pages, judge_data)
-
-
-def keep_classes(one: ControlInputs, classes: list[int] | None) -> None:
-    """Keep the rows of the classes that are trained, and refuse data or panel that do not do for them."""
-    settings, name = one.settings, one.settings.name
-    if one.data and classes and settings.condition:
-        one.data = only(one.data, settings.condition, classes)
-    if one.judge_data:
+    settings, data, judge_data, panel = inputs.settings, inputs.data, inputs.judge_data, inputs.panel
+    if data and classes and settings.condition:
+        data = select_classes(data, settings.condition, classes)
+    if judge_data:
         if classes and settings.classifier.conditional:
-            one.judge_data = only(one.judge_data, settings.condition, classes)
-        one.judge_data.check_classes(name)
-    if one.data and one.panel:
-        check_panel(one.panel, settings.classifier_from, one.data, settings.condition, bool(settings.ruler))
-    elif one.data:
-        one.data.check_classes(name)
+            judge_data = select_classes(judge_data, settings.condition, classes)
+        judge_data.check_classes(settings.name)
+    if data and panel:
+        panel = check_panel(panel, settings.classifier_from, data, settings.condition, bool(settings.ruler))
+    elif data:
+        data.check_classes(settings.name)
+    return replace(inputs, data=data, judge_data=judge_data, panel=panel)
 
 
 def check_batches(config: Config) -> None:
-    """Refuse batches that the processes cannot share, or not evenly where they must.
+    """Refuse a batch that the processes cannot share, or not evenly where they must.
 
     Raises:
-        ValueError: whose.
+        ValueError: the learner and its batch.
     """
     for name in config.learners:
         try:
@@ -282,15 +314,15 @@ def check_batches(config: Config) -> None:
 
 
 def check_classes(prior: Prior, classes: list[int] | None) -> None:
-    """Refuse `classes` that are not the prior's."""
-    known = range(prior.classes or 0)
-    if classes and (len(set(classes)) < len(classes) or not set(classes) <= set(known)):
-        what = f"different numbers in 0 … {known[-1]}" if known else "null: this prior is unconditional"
+    """Refuse `classes` that the prior does not have."""
+    numbers = range(prior.classes or 0)
+    if classes and (len(set(classes)) < len(classes) or not set(classes) <= set(numbers)):
+        what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
         raise ValueError(f"classes must be {what}; got {classes}.")
 
 
 def check_classifier(panel: Panel, folder: str, control: str, prior: Prior) -> None:
-    """Refuse a classifier of another control, of images of another size, or of latents the prior does not have."""
+    """Refuse a classifier of another control, of images of another size, or of latents that the prior does not have."""
     shape = prior.image_shape
     if panel.latent and not prior.latent:
         raise ValueError(f"the classifier in {folder} looks at latents, and this prior has none. Fit it with --prior.")
@@ -301,27 +333,28 @@ def check_classifier(panel: Panel, folder: str, control: str, prior: Prior) -> N
         )
 
 
-def check_panel(panel: Panel, folder: str, data: LabelledImages, condition: str | None, ruler: bool) -> None:
-    """Refuse a classifier that lacks its judge, or reads other classes; a reader nobody asked for is left aside."""
+def check_panel(panel: Panel, folder: str, data: LabelledImages, condition: str | None, ruler: bool) -> Panel:
+    """Refuse a panel without the judge or the reader that is needed; return it without a reader that is not."""
     if panel.judge is None and not ruler:
         raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
     if condition is None and panel.classifier.conditional:
         raise ValueError(f"the classifier in {folder} is p̂(y | x, c). Name the column of c with --condition.")
     if condition is None:
-        panel.reader = panel.reader_accuracy = None
-    elif (panel.condition, panel.condition_values) != (condition, data.values[condition]):
+        return replace(panel, reader=None, reader_accuracy=None)
+    if (panel.condition, panel.condition_values) != (condition, data.values[condition]):
         raise ValueError(
             f"the classifier in {folder} has no reader of {condition!r} for the classes "
             f"{', '.join(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
         )
+    return panel
 
 
-def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | None) -> list[int] | None:
-    """The prior's classes to train and certify: those in the data, else all, else some evenly spaced."""
+def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> list[int] | None:
+    """Choose the prior's classes to train and certify: those in the data, else all, else some evenly spaced."""
     if prior.classes is None:
         return None
-    if condition:
-        return data.labels[condition].unique().tolist()
+    if labelled := next((each for each in inputs if each.data and each.settings.condition), None):
+        return labelled.data.labels[labelled.settings.condition].unique().tolist()
     if prior.text:
         return list(range(prior.classes))
     if prior.classes > MOST_CONDITIONS:
@@ -330,36 +363,36 @@ def conditions_of(prior: Prior, data: LabelledImages | None, condition: str | No
             "spaced, are trained and certified. Name others as classes: in a --config.",
             stacklevel=2,
         )
-    chosen = torch.linspace(0, prior.classes - 1, min(prior.classes, MOST_CONDITIONS))
-    return chosen.round().long().tolist()
+    spaced = torch.linspace(0, prior.classes - 1, min(prior.classes, MOST_CONDITIONS))
+    return spaced.round().long().tolist()
 
 
 @torch.no_grad()
-def dependences(materials: list[ControlInputs], panels: dict[str, Panel], prior: Prior) -> dict[str, dict[str, float]]:
-    """Where two controls were read from one dataset, what their labels say about each other once x is known.
+def dependences(inputs: list[ControlInputs], panels: dict[str, Panel], prior: Prior) -> dict[str, dict[str, float]]:
+    """Measure for any two controls from one dataset how their labels depend on each other once x is known.
 
     Warns:
         RuntimeWarning: they do, and adding their rewards is doubtful.
     """
-    found = {}
-    for one, other in combinations([m for m in materials if m.data and not m.settings.skip_bad], 2):
-        names = one.settings.name, other.settings.name
-        if one.settings.data != other.settings.data or len(one.data) != len(other.data):
+    figures = {}
+    for pair in combinations([each for each in inputs if each.data and not each.settings.skip_bad], 2):
+        first, second = pair
+        if first.settings.data != second.settings.data or len(first.data) != len(second.data):
             continue
-        if any(m.data.space(m.settings.name).scale for m in (one, other)):
+        if any(each.data.space(each.name).scale for each in pair):
             continue
-        looked = (
-            (panels[name], m.data.through(prior.encode) if panels[name].latent else m.data)
-            for name, m in zip(names, (one, other), strict=True)
+        log_p = tuple(
+            panels[each.name].log_prob(each.data.through(prior.encode) if panels[each.name].latent else each.data)
+            for each in pair
         )
-        log_p = tuple(judge.log_prob(data) for judge, data in looked)
-        shared = dependence(log_p, (one.data.labels[names[0]], other.data.labels[names[1]]))
-        found[" and ".join(names)] = vars(shared)
+        shared = dependence(log_p, (first.data.labels[first.name], second.data.labels[second.name]))
+        names = f"{first.name} and {second.name}"
+        figures[names] = vars(shared)
         if shared.doubtful:
             warnings.warn(
-                f"{' and '.join(names)} still depend on each other once x is known (at least {shared.nats:.3f} nats, "
+                f"{names} still depend on each other once x is known (at least {shared.nats:.3f} nats, "
                 f"p = {shared.p_value:.1g}): rewards add only if they do not. Make their combinations one control.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return found
+    return figures

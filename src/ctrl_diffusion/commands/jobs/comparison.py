@@ -28,7 +28,7 @@ from ...prior.prior import open_prior
 from ...reward.classifiers import WITH_RULER, Fitter
 from ...run.config import ControlSettings
 from ...run.measure import prior_samples, repeats_of
-from ...run.prepare import encoder_of, only, read_data
+from ...run.prepare import encoder_of, read_data, select_classes
 from ...run.run import Run, configured
 from ...run.stages import train
 from ...system.progress import DEFAULT, JobOptions, timed
@@ -54,7 +54,7 @@ def subset(data: LabelledImages, column: str, n: int, seed: int) -> tuple[Labell
 def read_again(run: Run, settings: ControlSettings, source: str) -> LabelledImages:
     """Read the labelled images of a run's control as its training did."""
     data = read_data(source, settings, run.prior, run.panels[settings.name].values)
-    return only(data, settings.condition, run.config.classes) if settings.condition else data
+    return select_classes(data, settings.condition, run.config.classes) if settings.condition else data
 
 
 def choose_settings(rows: Rows) -> dict[str, dict[str, Any]]:

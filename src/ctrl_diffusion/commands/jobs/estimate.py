@@ -66,8 +66,8 @@ def estimated(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
     """
     config, prior = job.config, job.prior
     panels, fits = {}, 0.0
-    for one in job.materials:
-        name = one.settings.name
+    for one in job.inputs:
+        name = one.name
         panels[name], seconds = (one.panel, 0.0) if one.panel else fitted(one, job, phase)
         fits += seconds
     prior.codec.cpu()  # as a training begins
@@ -92,7 +92,7 @@ def fitted(one: ControlInputs, job: PreparedTraining, phase: Phase) -> tuple[Pan
 
     What does not grow with the updates, a backbone's look at every image and the reader of c, grows with the images.
     """
-    control, seconds = job.config.settings_of(one.settings.name), []
+    control, seconds = job.config.settings_of(one.name), []
     columns = [name for name in (control.name, control.condition) if name]
     data = some(one.data, columns)
     judge_data = one.judge_data and some(one.judge_data, [c for c in columns if c in one.judge_data.labels])
@@ -221,7 +221,7 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     device = prior.denoiser.device
     if device.type == "cuda":
         return {**found, "all": torch.cuda.max_memory_allocated(device)}
-    images = (data for one in job.materials for data in (one.data, one.judge_data) if data)
+    images = (data for one in job.inputs for data in (one.data, one.judge_data) if data)
     found |= {"images": sum(data.x.nbytes for data in images if isinstance(data.x, torch.Tensor)), "samples": held}
     whole = most_needed() + held - drawn + run.config.evaluation.prior_samples * run.conditions.groups * one_x
     return {**found, "the rest": max(0, whole - sum(found.values())), "all": whole}

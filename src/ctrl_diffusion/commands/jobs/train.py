@@ -24,9 +24,9 @@ from ...run.prepare import (
     check_batches,
     dependences,
     encoder_of,
-    keep_classes,
-    material,
     prepare,
+    read_inputs,
+    select_inputs,
 )
 from ...run.run import Run, configured
 from ...run.stages import train_in
@@ -65,8 +65,8 @@ def classifier_job(
     settings = settings.model_copy(update=dict.fromkeys(("ruler", "classifier_from", "settled_from")))
     name, condition = settings.name, settings.condition
     model = open_prior(prior, size).placed() if prior else None
-    inputs = material(settings, model, options)
-    keep_classes(inputs, inputs.data.labels[condition].unique().tolist() if condition else None)
+    inputs = read_inputs(settings, model, options)
+    inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None)
     panel, held_out = fit_panel(
         inputs.data, name, condition, settings=settings.classifier, seed=seed, phase=options.phase,
         judge_data=inputs.judge_data, encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
@@ -172,7 +172,7 @@ def start_training(
     config, seconds = quick(job.config) if options.quick else job.config, {}
     with timed(seconds, "classifier"):
         panels, held_out = fit_panels(job, config, options.phase)
-    dependence = dependences(job.materials, panels, job.prior)
+    dependence = dependences(job.inputs, panels, job.prior)
     job.prior.codec.cpu()  # until there is something to decode
     run = Run.start(config, job.prior, panels)
     if config.kl_budget:
@@ -180,7 +180,7 @@ def start_training(
     start = StartRecord(
         options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)]),
         seconds,
-        {inputs.settings.name: len(inputs.data) for inputs in job.materials if inputs.data},
+        {inputs.name: len(inputs.data) for inputs in job.inputs if inputs.data},
         dependence,
         fixed_settings(run.config),
     )
@@ -197,8 +197,8 @@ def fit_panels(
     wait for each other for ever.
     """
     device, panels, held_out = job.prior.denoiser.device, {}, {}
-    for inputs in job.materials:
-        name = inputs.settings.name
+    for inputs in job.inputs:
+        name = inputs.name
 
         def fit(inputs: ControlInputs = inputs, name: str = name) -> Panel:
             s = config.settings_of(name)
@@ -225,8 +225,8 @@ def write_start(
     for name in DATA_FOLDERS if demo_data else ():
         shutil.copytree(demo_data / name, folder.path / name)
     run.config.write(folder.config)
-    for inputs in job.materials:
-        name = inputs.settings.name
+    for inputs in job.inputs:
+        name = inputs.name
         path = folder.classifier(name)
         run.panels[name].save(path)
         if name in held_out:
