@@ -1,8 +1,8 @@
-"""Report the testbed: densities, gaps, biases."""
+"""Report the testbed: plot densities, gaps and biases, and write the pages."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,17 +16,19 @@ from ..exact.races import Picture
 from ..exact.task import GROWING
 from .style import CTRL, QUIET, STYLE, embedded, headline, plain_ticks, render
 
+Rows = Sequence[dict[str, Any]]  # of exact.json or bias.json
+
 
 def density_figure(pictures: Sequence[Picture]) -> Figure:
-    """Samples of a trained policy over the density of the chain's target, one panel for each task."""
+    """Plot samples of a trained policy over the density of the chain's target, a panel for each task."""
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * columns, 2.8 * rows), layout="constrained")
         panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
         for axes, picture in zip(panels, pictures, strict=False):
-            reach = picture.axis.abs() <= 3
-            axis, density = picture.axis[reach].numpy(), picture.density[reach][:, reach].numpy()
+            inside = picture.axis.abs() <= 3
+            axis, density = picture.axis[inside].numpy(), picture.density[inside][:, inside].numpy()
             axes.contourf(axis, axis, density.T, levels=np.linspace(0.03, 1, 9) * density.max(), cmap="Blues")
             axes.scatter(*picture.ends.T.numpy(), s=1.5, color="#c2661c", alpha=0.5, linewidths=0)
             axes.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3), xticks=[-2, 0, 2], yticks=[-2, 0, 2])
@@ -36,24 +38,22 @@ def density_figure(pictures: Sequence[Picture]) -> Figure:
     return figure
 
 
-def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The certificate's gap against the true KL where that is known: no point may lie right of the line."""
-    known = [row for row in rows if row["true_kl_nats"] is not None and row["true_kl_nats"] > 0]
-    colours = dict(
-        zip(dict.fromkeys(row["learner"] for row in known), ("#888", CTRL, "#2a8c5a", "#c2661c"), strict=False)
-    )
+def gap_figure(rows: Rows) -> Figure:
+    """Plot the certificate's gap against the true KL where that is known: no point may lie right of the line."""
+    rows = [row for row in rows if row["true_kl_nats"] is not None and row["true_kl_nats"] > 0]
+    learners = dict.fromkeys(row["learner"] for row in rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 4.2), layout="constrained")
         axes = figure.subplots()
-        for learner, colour in colours.items():
-            mine = [row for row in known if row["learner"] == learner]
-            axes.errorbar(
-                [row["true_kl_nats"] for row in mine], [row["gap_nats"] for row in mine],
-                yerr=[row["gap_stderr"] for row in mine], linestyle="", marker="o", markersize=3, color=colour,
-                linewidth=0.8, label=learner,
-            )  # fmt: skip
-        low = max(1e-4, min(row["true_kl_nats"] for row in known) / 2)
-        high = 2 * max(row["gap_nats"] for row in known)
+        for learner, colour in zip(learners, ("#888", CTRL, "#2a8c5a", "#c2661c"), strict=False):
+            kl, gap, stderr = (
+                [row[name] for row in rows if row["learner"] == learner]
+                for name in ("true_kl_nats", "gap_nats", "gap_stderr")
+            )
+            style = {"linestyle": "", "marker": "o", "markersize": 3, "color": colour, "linewidth": 0.8}
+            axes.errorbar(kl, gap, yerr=stderr, label=learner, **style)
+        low = max(1e-4, min(row["true_kl_nats"] for row in rows) / 2)
+        high = 2 * max(row["gap_nats"] for row in rows)
         axes.plot([low, high], [low, high], color=QUIET, linewidth=1, zorder=0)
         axes.annotate("gap = true KL", (high / 4, high / 4), xytext=(4, -10), textcoords="offset points", fontsize=7)
         axes.set(xscale="log", yscale="log", xlabel="true KL of the samples (nats)", ylabel="certified gap (nats)")
@@ -63,18 +63,18 @@ def gap_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Gap and training time of one task against dimensions, one line for each number of steps."""
+def growth_figure(rows: Rows) -> Figure:
+    """Plot the gap and the training time of one task against dimensions, a line for each number of steps."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         least = min(row["seconds"] for row in rows)
         for steps, marker in zip(sorted({row["steps"] for row in rows}), "o^sD", strict=False):
-            mine = sorted((row for row in rows if row["steps"] == steps), key=lambda row: row["dim"])
-            x, look = [row["dim"] for row in mine], {"color": CTRL, "marker": marker, "markersize": 4, "linewidth": 1.2}
-            error = [row["gap_stderr"] for row in mine]
-            left.errorbar(x, [row["gap_nats"] for row in mine], yerr=error, label=f"{steps} steps", **look)
-            right.plot(x, [row["seconds"] / least for row in mine], label=f"{steps} steps", **look)
+            line = sorted((row for row in rows if row["steps"] == steps), key=lambda row: row["dim"])
+            x, gap, stderr = ([row[name] for row in line] for name in ("dim", "gap_nats", "gap_stderr"))
+            style = {"color": CTRL, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": f"{steps} steps"}
+            left.errorbar(x, gap, yerr=stderr, **style)
+            right.plot(x, [row["seconds"] / least for row in line], **style)
         for axes, title in ((left, "Gap (nats)"), (right, "Training time, the quickest = 1")):
             axes.set_xscale("log", base=2)
             axes.set_xticks(x, [str(dim) for dim in x])
@@ -85,33 +85,31 @@ def growth_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def of_growing(row: dict[str, Any]) -> bool:
-    """Whether a row of exact.json is of the task that grows in dimensions."""
+    """Return whether a row of exact.json is of the task that grows in dimensions."""
     return (row["schedule"], row["likelihood"], row["gamma"]) == (GROWING.schedule, GROWING.likelihood, GROWING.gamma)
 
 
-def write_exact_report(
-    folder: Path, rows: Sequence[dict[str, Any]], pictures: Sequence[Picture], command: str, version: str
-) -> None:
+def write_exact_report(folder: Path, rows: Rows, pictures: Sequence[Picture], command: str, version: str) -> None:
     """Write density.png, gap.png, growth.png (where D grows) and a report.html about the races on the testbed.
 
     Args:
         folder: to write into.
         rows: of exact.json.
         pictures: of the races; those of `adjoint` at γ = 1 are shown.
-        command: what was typed.
+        command: the command line.
         version: of this package.
     """
     shown = [p for p in pictures if p.task.gamma == 1.0 and p.learner == "adjoint"]
     figures = {"density": density_figure(shown), "gap": gap_figure(rows)}
-    growing = [r for r in rows if r["learner"] == "adjoint" and of_growing(r)]
+    growing = [row for row in rows if row["learner"] == "adjoint" and of_growing(row)]
     if any(row["dim"] > 2 for row in growing):
         figures["growth"] = growth_figure(growing)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
     render(folder / "report.html", "exact.html", images=images, rows=rows, command=command, version=version)
 
 
-# the methods of bias.json by what their bias comes from, with the colour of a group
-ORIGINS = {
+# the methods of bias.json by the cause of their bias, with the colour of a group
+CAUSES = {
     "the steps are finite": ("#333", (FLOOR, PLUG_IN)),
     "p(y | x_t) is approximated": ("#c2661c", ("DPS", "MPGD")),
     "labels and training": ("#2a8c5a", ("classifier guidance", "classifier-free guidance")),
@@ -123,42 +121,51 @@ ORIGINS = {
 SMALLEST_SHOWN = 1e-4  # nats
 
 
-def bias_lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """The lines of the picture, top to bottom: origin, what is written, and its rows, those of one schedule."""
-    found = []
-    for origin, (_, methods) in ORIGINS.items():
+class BiasLine(NamedTuple):
+    """Hold a line of the picture of biases: its cause, its label, and the rows on it."""
+
+    cause: str
+    label: str
+    rows: Rows
+
+
+def bias_lines(rows: Rows) -> list[BiasLine]:
+    """Group the rows of one schedule into the lines of the picture, top to bottom."""
+    lines = []
+    for cause, (_, methods) in CAUSES.items():
         for method in methods:
-            mine = [row for row in rows if row["method"] == method]
-            for kind in dict.fromkeys((row["labels"], row["particles"]) for row in mine):
-                of_kind = [row for row in mine if (row["labels"], row["particles"]) == kind]
-                labels, particles = kind
+            groups: dict[tuple, list[dict[str, Any]]] = {}
+            for row in rows:
+                if row["method"] == method:
+                    groups.setdefault((row["labels"], row["particles"]), []).append(row)
+            for (labels, particles), group in groups.items():
                 more = f", {labels:,} labels" if labels else f", K = {particles}" if particles else ""
-                found.append((origin, (method + more).replace("of K, K =", "of"), of_kind))
-    return found
+                lines.append(BiasLine(cause, (method + more).replace("of K, K =", "of"), group))
+    return lines
 
 
-def bias_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """KL of every method's samples from the target, grouped by where it comes from: a panel for each likelihood.
+def bias_figure(rows: Rows) -> Figure:
+    """Plot the KL of every method's samples from the target, grouped by cause: a panel for each likelihood.
 
-    Of the first schedule. What cannot be told from 0 in the samples that were counted is a bar that ends two standard
-    errors up.
+    Of the first schedule. A KL that the samples cannot tell from 0 is a bar that ends two standard errors up.
     """
     rows = [row for row in rows if row["schedule"] == rows[0]["schedule"]]
     likelihoods, steps = list(dict.fromkeys(row["likelihood"] for row in rows)), sorted({row["steps"] for row in rows})
     lines = bias_lines(rows)
-    origins = [origin for origin, _, _ in lines]
-    gaps = [sum(a != b for a, b in zip(origins[:i], origins[1 : i + 1], strict=True)) for i in range(len(lines))]
-    heights = [i + 1.5 * gap for i, gap in enumerate(gaps)]  # a line of its own for the name of a group
+    causes = [line.cause for line in lines]
+    groups = [sum(a != b for a, b in zip(causes[:i], causes[1 : i + 1], strict=True)) for i in range(len(lines))]
+    heights = [i + 1.5 * group for i, group in enumerate(groups)]  # room above each group for its name
     most = 2 * max(row["true_kl_nats"] for row in rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 + 2.6 * len(likelihoods), 1.3 + 0.19 * heights[-1]), layout="constrained")
         panels = np.ravel(figure.subplots(1, len(likelihoods), sharey=True, squeeze=False))
         for axes, likelihood in zip(panels, likelihoods, strict=True):
-            for (origin, name, mine), height in zip(lines, heights, strict=True):
-                here = {row["steps"]: row for row in mine if row["likelihood"] == likelihood}
-                show_bias(axes, height, here, steps, ORIGINS[origin][0])
-                if name == FLOOR:
-                    axes.axvline(here[steps[-1]]["true_kl_nats"], color="#333", linewidth=0.8, linestyle=":", zorder=0)
+            for line, height in zip(lines, heights, strict=True):
+                by_steps = {row["steps"]: row for row in line.rows if row["likelihood"] == likelihood}
+                show_bias(axes, height, by_steps, steps, CAUSES[line.cause][0])
+                if line.label == FLOOR:
+                    floor = by_steps[steps[-1]]["true_kl_nats"]
+                    axes.axvline(floor, color="#333", linewidth=0.8, linestyle=":", zorder=0)
             axes.set(xscale="log", xlim=(SMALLEST_SHOWN, most), xlabel="KL from the target (nats)")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.xaxis.set_major_formatter("{x:g}")
@@ -166,15 +173,14 @@ def bias_figure(rows: Sequence[dict[str, Any]]) -> Figure:
             axes.set_axisbelow(True)
             axes.tick_params(axis="y", length=0)
             headline(axes, f"y: {likelihood}")
-        panels[0].set_yticks(heights, [name for _, name, _ in lines])
+        panels[0].set_yticks(heights, [line.label for line in lines])
         panels[0].set_ylim(heights[-1] + 0.8, -2)
-        for origin, (colour, _) in ORIGINS.items():
-            if origin in origins:
-                top = heights[origins.index(origin)] - 1.1
-                panels[0].annotate(
-                    origin, (0, top), xycoords=("axes fraction", "data"), xytext=(-4, 0), textcoords="offset points",
-                    ha="right", va="center", color=colour, fontweight="bold", annotation_clip=False,
-                )  # fmt: skip
+        for cause in dict.fromkeys(causes):
+            panels[0].annotate(
+                cause, (0, heights[causes.index(cause)] - 1.1), xycoords=("axes fraction", "data"), xytext=(-4, 0),
+                textcoords="offset points", ha="right", va="center", color=CAUSES[cause][0], fontweight="bold",
+                annotation_clip=False,
+            )  # fmt: skip
         marks = [
             Line2D([], [], color="#555", linestyle="", marker="o", markerfacecolor=fill, label=f"{n} steps")
             for n, fill in zip(steps, ("white", "#555"), strict=False)
@@ -185,31 +191,23 @@ def bias_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def show_bias(axes: Axes, height: float, here: dict[int, dict[str, Any]], steps: Sequence[int], colour: str) -> None:
-    """One method's KL on a line of the picture, few steps hollow and many full."""
-    known = [n for n in steps if n in here]
-    places = [max(here[n]["true_kl_nats"], SMALLEST_SHOWN) for n in known]
-    axes.plot(places, [height] * len(places), color=colour, linewidth=1, zorder=1)
-    for n, place in zip(known, places, strict=True):
-        kl, error = here[n]["true_kl_nats"], 2 * here[n]["true_kl_stderr"]
-        fill = colour if n == steps[-1] else "white"
-        if error and kl < error:
-            axes.plot([SMALLEST_SHOWN, max(kl, 0) + error], [height] * 2, color=colour, linewidth=3, alpha=0.35)
+def show_bias(axes: Axes, height: float, rows: dict[int, dict[str, Any]], steps: Sequence[int], colour: str) -> None:
+    """Plot one method's KL on a line, its rows by number of steps: few steps hollow and many full."""
+    kls = {n: rows[n]["true_kl_nats"] for n in steps if n in rows}
+    shown = {n: max(kl, SMALLEST_SHOWN) for n, kl in kls.items()}
+    axes.plot(list(shown.values()), [height] * len(shown), color=colour, linewidth=1, zorder=1)
+    for n, x in shown.items():
+        error = 2 * rows[n]["true_kl_stderr"]
+        if error and kls[n] < error:
+            axes.plot([SMALLEST_SHOWN, max(kls[n], 0) + error], [height] * 2, color=colour, linewidth=3, alpha=0.35)
             continue
         axes.errorbar(
-            place, height, xerr=[[min(error, place - SMALLEST_SHOWN)], [error]] if error else None, color=colour,
-            marker="o", markersize=4.5, markerfacecolor=fill, linewidth=1, zorder=2,
+            x, height, xerr=[[min(error, x - SMALLEST_SHOWN)], [error]] if error else None, color=colour, marker="o",
+            markersize=4.5, markerfacecolor=colour if n == steps[-1] else "white", linewidth=1, zorder=2,
         )  # fmt: skip
 
 
-def write_bias_report(folder: Path, rows: Sequence[dict[str, Any]], command: str, version: str) -> None:
-    """Write bias.png and a report.html about where each method's bias comes from.
-
-    Args:
-        folder: to write into.
-        rows: of bias.json.
-        command: what was typed.
-        version: of this package.
-    """
+def write_bias_report(folder: Path, rows: Rows, command: str, version: str) -> None:
+    """Write bias.png and a report.html about the causes of each method's bias, from the rows of bias.json."""
     images = {"bias": embedded(folder / "bias.png", bias_figure(rows))}
     render(folder / "report.html", "bias.html", images=images, rows=rows, command=command, version=version)
