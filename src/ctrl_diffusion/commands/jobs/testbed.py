@@ -9,7 +9,7 @@ from ...exact.bias import biases
 from ...exact.races import Picture, races
 from ...report.testbed import write_bias_report, write_exact_report
 from ...system.files import write_json
-from ...system.folders import check_room, clear
+from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 
 EXACT_FILES = ("exact.json", "report.html", "density.png", "gap.png", "growth.png")
@@ -22,7 +22,7 @@ def exact_job(out: Path, seed: int = 0, options: JobOptions = DEFAULT) -> list[d
     Raises:
         ValueError: a folder that cannot be written, or is not empty.
     """
-    check_room(out, EXACT_FILES[0], options.overwrite)
+    check_output(out, EXACT_FILES[0], options.overwrite)
     pictures: list[Picture] = []
 
     def rows() -> Iterable[dict[str, Any]]:
@@ -41,7 +41,7 @@ def bias_job(out: Path, seed: int = 0, options: JobOptions = DEFAULT) -> list[di
     Raises:
         ValueError: a folder that cannot be written, or is not empty.
     """
-    check_room(out, BIAS_FILES[0], options.overwrite)
+    check_output(out, BIAS_FILES[0], options.overwrite)
     rows = write_row_by_row(out, BIAS_FILES, biases(options.quick, seed, options.phase))
     write_bias_report(out, rows, options.command or "ctrl compare exact", version("ctrl-diffusion"))
     return rows
