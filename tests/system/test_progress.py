@@ -1,6 +1,6 @@
 import pytest
 
-from ctrl_diffusion.system.progress import delayed
+from ctrl_diffusion.system.progress import delayed, silent
 
 
 @pytest.mark.parametrize(("seconds", "opened"), [(1e9, []), (-1.0, [("reading", 5), 2, 1])])
@@ -15,3 +15,7 @@ def test_a_bar_opens_only_for_what_takes_a_while(seconds, opened):
     advance(2)
     advance()
     assert seen == opened
+
+
+def test_a_silent_phase_may_be_advanced():
+    assert silent("reading", 5)(2, note="half") is None
