@@ -6,8 +6,8 @@ from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.reward.reward import Reward
+from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.run.stages import learner_of
 
 
 class Ink:
@@ -31,7 +31,7 @@ def test_what_is_said_of_memory_reaches_the_learners(digits, name):
     given = {"offload": True, "micro_batch": 3}
     config = Config.from_values({"prior": "-", "control": "-", "data": "-", **given})
     for learner in ("adjoint", "ppo"):
-        made = learner_of(Tiny(config, digits), learner, None)
+        made = stages.learner_of(Tiny(config, digits), learner, None)
         assert getattr(made, {"micro_batch": "micro"}.get(name, name)) == given[name]
 
 
@@ -47,7 +47,7 @@ def test_what_two_rows_tell_of_the_memory_holds_for_many(digits):
 
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("learner", ["weighted", "adjoint", "backprop", "ppo"])
-def test_the_evaluations_said_are_those_made(digits, learner, lean):
+def test_the_evaluations_said_are_those_made(digits, monkeypatch, learner, lean):
     """All of them, but for the read-outs at the end of a chain, which are no steps."""
     learners = {name: {"batch": 4, "updates": 8} for name in ("weighted", "adjoint", "backprop", "ppo")}
     learners["adjoint"] |= {"lean": lean, "reuse": 4, "regressed": 5}
@@ -61,7 +61,8 @@ def test_the_evaluations_said_are_those_made(digits, learner, lean):
         rows += len(args[0])
 
     conditions = Conditions({"c": torch.tensor([3])}, {"ink": 2})
-    made_by = learner_of(Tiny(config, digits), learner, None)
+    monkeypatch.setattr(stages, "prior_samples", lambda tiny, n, *_: torch.zeros(n, *tiny.shape))
+    made_by = stages.learner_of(Tiny(config, digits), learner, None)
     if learner == "weighted":  # what re-noising alone does is taken off
         made_by.learned_renoising = policy.snapshot()
     steps = made_by(policy, Reward({"ink": Ink()}), conditions, torch.Generator().manual_seed(0))

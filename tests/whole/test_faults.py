@@ -28,6 +28,7 @@ from ctrl_diffusion.reward import scorer as classifier
 from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config, check_code
 from ctrl_diffusion.run.folder import RUN_FILES, RunFolder
+from ctrl_diffusion.run.state import TrainingState
 from ctrl_diffusion.system import checkpoint
 from ctrl_diffusion.system.folders import LOCK, locked
 from ctrl_diffusion.system.progress import Interrupted
@@ -258,7 +259,7 @@ def test_another_precision_begins_with_its_own_scale(interrupted, monkeypatch):
     with_settings(interrupted, mixed_precision="fp16")
 
     def scale(run, folder, *_):
-        assert stages.TrainingState.from_checkpoints(run, folder.checkpoints).best.record
+        assert TrainingState.from_checkpoints(run, folder.checkpoints).best.record
         return run.policy.base.loss_scale
 
     monkeypatch.setattr(job, "train_and_report", scale)

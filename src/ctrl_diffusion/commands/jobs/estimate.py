@@ -22,7 +22,8 @@ from ...run.defaults import quick
 from ...run.measure import STRENGTHS, partial_choices, repeats_of, step_counts
 from ...run.prepare import ControlInputs, PreparedTraining, encoder_of, prepare
 from ...run.run import Run
-from ...run.stages import PROBE_PATHS, BestControl, TrainingState, between_probes, stages_of, train
+from ...run.stages import PROBE_PATHS, between_probes, stages_of, train
+from ...run.state import BestControl, TrainingState
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
 from ...system.progress import DEFAULT, JobOptions, Phase, silent

@@ -7,7 +7,7 @@ from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.run.stages import BestControl
+from ctrl_diffusion.run.state import BestControl
 
 
 def test_a_control_whose_j_is_no_number_is_not_kept():
@@ -15,9 +15,9 @@ def test_a_control_whose_j_is_no_number_is_not_kept():
     best = BestControl(Policy(prior, SideControl("y", ("a", "b"), prior, width=4)))
     good, bad = torch.randn(2, 160, generator=torch.Generator().manual_seed(0))
     bad[3] = float("nan")
-    assert best.see({"stage": "adjoint", "J": 0.0}, good, good)
+    assert best.consider({"stage": "adjoint", "J": 0.0}, good, good)
     for earned in (good, bad):
-        assert not best.see({"stage": "adjoint", "J": float("nan"), "averaged": True}, bad, earned)
+        assert not best.consider({"stage": "adjoint", "J": float("nan"), "averaged": True}, bad, earned)
     assert "diverged" in best.reason_to_stop({"stage": "adjoint", "J": float("nan")}, 1, None)
 
 
@@ -45,7 +45,7 @@ def test_the_best_control_is_kept(rewards, averaged, kept):
         # the paths' own spread is shared, all but 0.3 each: the standard error of a difference is 0.03
         own = 0.3 * torch.randn(160, generator=torch.Generator().manual_seed(number))
         record = {"update": number, "J": j} | ({"averaged": True} if number == 3 else {})
-        best.see(record, j + 5 * noise + own - own.mean(), reward + 4 * noise + own - own.mean())
+        best.consider(record, j + 5 * noise + own - own.mean(), reward + 4 * noise + own - own.mean())
     with torch.no_grad():
         policy.trainable()[0].fill_(9)
     best.restore()
