@@ -61,7 +61,7 @@ def test_the_evaluations_said_are_those_made(digits, monkeypatch, learner, lean)
         rows += len(args[0])
 
     conditions = Conditions({"c": torch.tensor([3])}, {"ink": 2})
-    monkeypatch.setattr(stages, "prior_samples", lambda tiny, n, *_: torch.zeros(n, *tiny.shape))
+    monkeypatch.setattr(stages, "prior_samples", lambda tiny, n, **_: torch.zeros(n, *tiny.shape))
     made_by = stages.learner_of(Tiny(config, digits), learner, None)
     if learner == "weighted":  # what re-noising alone does is taken off
         made_by.learned_renoising = policy.snapshot()

@@ -50,7 +50,7 @@ def begun(tmp_path_factory):
     """A run folder whose training has not begun yet."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "finish", lambda *_: {})
+        patch.setattr(job, "finish_training", lambda *_: {})
         demo_job(SETTINGS, folder)
     return folder
 
@@ -347,7 +347,7 @@ def test_two_runs_in_one_folder(run, ctrl_here):
 
 def test_a_folder_that_only_a_killed_job_was_in_is_free(tmp_path):
     (tmp_path / LOCK).write_text("1\n")
-    with job.occupied(tmp_path, overwrite=False):
+    with job.reserved(RunFolder(tmp_path), overwrite=False):
         assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
     assert not (tmp_path / LOCK).exists()
 
