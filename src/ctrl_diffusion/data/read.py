@@ -71,16 +71,16 @@ def read_images(
         raise ValueError(
             f"the prior makes images of {shape[0]} channels; image files have {', '.join(map(str, MODES))}."
         )
-    shape = shape or shape_of(table)
-    pixels, kept, resized, bad = blank(table.rows, *shape[1:], shape[0]), [], [], []
+    channels, height, width = shape or shape_of(table)
+    pixels, kept, resized, bad = blank(table.rows, height, width, channels), [], [], []
     first_rows: dict[str, int] = {}
     advance = delayed(phase, "reading images", table.rows)
     for i in range(table.rows):
         try:
             image = read_image(table, i, first_rows)
-            array = to_array(image, shape[0], shape[:0:-1])
+            array = to_array(image, channels, (width, height))
             for name, rule in rules.items():
-                texts[name][i] = apply_rule(rule, Image.fromarray(array[..., 0] if shape[0] == 1 else array))
+                texts[name][i] = apply_rule(rule, Image.fromarray(array[..., 0] if channels == 1 else array))
             for name, numbers in columns.items():
                 check_label(name, texts[name][i], numbers, scales.get(name))
         except BadRow as error:
@@ -89,12 +89,12 @@ def read_images(
                 raise ValueError(text + ".") from error
             bad.append((error.kind, text))
         else:
-            if image.size != shape[:0:-1]:
+            if image.size != (width, height):
                 resized.append((i + 1, image.size))
             pixels[len(kept)] = torch.from_numpy(array.copy())
             kept.append(i)
         advance()
-    warn_of_rows(table, bad, resized, shape)
+    warn_of_rows(table, bad, resized, f"{width}×{height}")
     labels, values = {}, {}
     for name, numbers in columns.items():
         space, labels[name] = to_labels(table, name, [texts[name][i] for i in kept], numbers, scales.get(name))
@@ -168,10 +168,8 @@ def check_label(name: str, text: str, numbers: Numbers | None, scale: bool | Non
         raise BadRow("unknown labels", f"{name} must be one of {', '.join(list(numbers)[:10])}, got {text!r}")
 
 
-def warn_of_rows(
-    table: Table, bad: list[tuple[str, str]], resized: list[tuple[int, tuple]], shape: tuple[int, int, int]
-) -> None:
-    """Warn of bad rows (kind, error), which were left out, and of rows (number, size) resized to a shape (C, H, W).
+def warn_of_rows(table: Table, bad: list[tuple[str, str]], resized: list[tuple[int, tuple]], size: str) -> None:
+    """Warn of bad rows (kind, error), which were left out, and of rows (number, their size) that were resized.
 
     Raises:
         ValueError: more than half of the rows cannot be used.
@@ -183,10 +181,10 @@ def warn_of_rows(
             raise ValueError(f"{text}. That is more than half: check the table.")
         warnings.warn(f"{text}. They were left out.", stacklevel=3)
     if resized:
-        row, size = resized[0]
+        row, (width, height) = resized[0]
         warnings.warn(
-            f"{table.name}: {len(resized)} of {table.rows} images are not {shape[2]}×{shape[1]} (row {row} is "
-            f"{size[0]}×{size[1]}): they were resized. For another crop, cut them yourself.",
+            f"{table.name}: {len(resized)} of {table.rows} images are not {size} (row {row} is {width}×{height}): they "
+            "were resized. For another crop, cut them yourself.",
             stacklevel=3,
         )
 
