@@ -26,8 +26,6 @@ from ..chain.schedule import bisect
 from ..control.conditions import Conditions
 
 Value = TypeVar("Value", float, Tensor)
-
-
 # metrics.json's names of the estimates
 KEYS = {
     "objective": "objective_nats", "objective_stderr": "objective_stderr", "log_z": "log_z_nats",
@@ -38,40 +36,26 @@ KEYS = {
 
 @dataclass
 class Estimates(Generic[Value]):
-    """Hold the gap and its parts in nats, with standard errors.
+    """Hold the gap and its parts in nats, with standard errors."""
 
-    Args:
-        objective, objective_stderr: J.
-        log_z, log_z_stderr: from independent samples of the prior.
-        log_z_policy, log_z_policy_stderr: from the policy's paths.
-        gap, stderr: log_z − objective, an upper bound of the KL between the policy's and the exact x_0.
-        ess: effective share of the policy's paths under w.
-    """
-
-    objective: Value
+    objective: Value  # J
     objective_stderr: Value
-    log_z: Value
+    log_z: Value  # from independent samples of the prior
     log_z_stderr: Value
-    log_z_policy: Value
+    log_z_policy: Value  # from the policy's paths
     log_z_policy_stderr: Value
-    gap: Value
-    stderr: Value
-    ess: Value
+    gap: Value  # log_z − objective, an upper bound of the KL between the policy's and the exact x_0
+    stderr: Value  # of the gap
+    ess: Value  # effective share of the policy's paths under w
 
 
 @dataclass
 class Certificate(Estimates[float]):
-    """Hold the estimates as uniform means over pairs (c, y), and pair by pair; `ess` is the smallest.
+    """Hold the estimates as uniform means over pairs (c, y), `ess` as the smallest, and pair by pair."""
 
-    Args:
-        kl: KL(P_g ‖ P_pre) in nats.
-        ess_prior: effective share of the prior's samples under p̂^γ, the smallest over the pairs.
-        pairs: the estimates (G · K,) of each pair, y running fastest.
-    """
-
-    kl: float
-    ess_prior: float
-    pairs: Estimates[Tensor]
+    kl: float  # KL(P_g ‖ P_pre) in nats
+    ess_prior: float  # effective share of the prior's samples under p̂^γ, the smallest over the pairs
+    pairs: Estimates[Tensor]  # (G · K,), y running fastest
 
     def metrics(self) -> dict[str, Any]:
         """Return the figures by the names metrics.json uses."""
@@ -156,19 +140,10 @@ def certify(conditions: Conditions, table: Tensor, reward: Tensor, kl: Tensor, l
         stderr=torch.hypot(prior_variance.sqrt(), j_variance.sqrt()), ess=ess,
     )  # fmt: skip
     return Certificate(
-        objective=float(objective.mean()),
-        objective_stderr=j_stderr,
-        log_z=float(z.mean()),
-        log_z_stderr=z_stderr,
-        log_z_policy=float(z_policy.mean()),
-        log_z_policy_stderr=policy_stderr,
-        gap=float(z.mean() - objective.mean()),
-        stderr=math.hypot(j_stderr, z_stderr),
-        ess=float(ess.min()),
-        kl=float(kl.mean()),
-        ess_prior=ess_prior / members,
-        pairs=pairs,
-    )
+        float(objective.mean()), j_stderr, float(z.mean()), z_stderr, float(z_policy.mean()), policy_stderr,
+        gap=float(z.mean() - objective.mean()), stderr=math.hypot(j_stderr, z_stderr), ess=float(ess.min()),
+        kl=float(kl.mean()), ess_prior=ess_prior / members, pairs=pairs,
+    )  # fmt: skip
 
 
 def warn_of_log_z(ess: float, difference: float, stderr: float) -> None:

@@ -113,19 +113,12 @@ class Fidelity:
 
 @dataclass
 class Yardstick:
-    """Compare samples with real x of each (c, y), and their diversity with that of prior samples that have y.
-
-    Args:
-        conditions: the pairs (c, y).
-        real: features (n, F) of real x of each pair; few or none of a rare one, which is left out.
-        scale: (F,), what features are divided by.
-        diversity: (P,), mean distance of two prior samples that have y; NaN where fewer than two have it.
-    """
+    """Compare samples with real x of each (c, y), and their diversity with that of prior samples that have y."""
 
     conditions: Conditions
-    real: list[Tensor]
-    scale: Tensor
-    diversity: Tensor
+    real: list[Tensor]  # features (n, F) of real x of each pair; few or none of a rare one, which is left out
+    scale: Tensor  # (F,), divides the features
+    diversity: Tensor  # (P,), mean distance of two prior samples that have y; NaN where fewer than two have it
 
     @classmethod
     def from_observations(

@@ -19,21 +19,13 @@ MOST_SIDE = 32  # of images whose pixels are compared
 
 @dataclass
 class Observation:
-    """Hold what was measured of n samples.
+    """Hold what was measured of n samples."""
 
-    Args:
-        labels: control → the class of y (n,), by the ruler where there is one.
-        judge_labels: control → the class of y (n,), by the judge.
-        features: (n, F), what diversity and distances are measured in.
-        adheres: (n,), 1 where the reader reads the condition that was asked for; None without a reader.
-        outside: (n,), 1 outside the region p̂ was fitted on; None if that is not known.
-    """
-
-    labels: Labels
-    judge_labels: Labels
-    features: Tensor
-    adheres: Tensor | None
-    outside: Tensor | None
+    labels: Labels  # control → the class of y (n,), by the ruler where there is one, else by the judge
+    judge_labels: Labels  # control → the class of y (n,), by the judge
+    features: Tensor  # (n, F), in which diversity and distances are measured
+    adheres: Tensor | None  # (n,), 1 where the reader reads the condition that was asked for; None without a reader
+    outside: Tensor | None  # (n,), 1 outside the region p̂ was fitted on; None if that is not known
 
     def __getitem__(self, rows: Tensor) -> "Observation":
         tensors = (None if t is None else t[rows] for t in (self.features, self.adheres, self.outside))

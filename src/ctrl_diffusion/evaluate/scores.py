@@ -4,6 +4,7 @@ Samples of a policy are scored as they are; the *target* (what a perfect learner
 off prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,43 +20,26 @@ from .judge import Observation
 
 @dataclass(kw_only=True)
 class Figures:
-    """Hold the figures of any samples by the names metrics.json uses, uniform means over pairs (c, y).
+    """Hold the figures of any samples by the names metrics.json uses, uniform means over pairs (c, y)."""
 
-    Args:
-        accuracy: share of samples that have y; of several controls, every y.
-        accuracy_stderr: its standard error.
-        judge_accuracy: the same by the judge.
-        class_accuracy: share read as the condition c that was asked for.
-        diversity: mean distance of the features of two samples of a pair.
-        outside_support: share outside the region p̂ was fitted on.
-    """
-
-    accuracy: float
+    accuracy: float  # share of samples that have y; of several controls, every y
     accuracy_stderr: float
-    judge_accuracy: float | None = None
-    class_accuracy: float | None = None
-    diversity: float
-    outside_support: float | None = None
+    judge_accuracy: float | None = None  # the same by the judge
+    class_accuracy: float | None = None  # share read as the condition c that was asked for
+    diversity: float  # mean distance of the features of two samples of a pair
+    outside_support: float | None = None  # share outside the region p̂ was fitted on
 
 
 @dataclass(kw_only=True)
 class Score(Figures):
-    """Hold the figures of samples, and what they are drawn and compared from.
+    """Hold the figures of samples with what they are drawn and compared from."""
 
-    Args:
-        confusion: (K, K), in row y the shares of each label among the samples of y.
-        macro_f1: mean F1 score over labels.
-        outside_stderr: standard error of `outside_support`.
-        accuracy_of, judge_accuracy_of: the accuracies of each control by itself.
-        labels: classes (n,) of every control that is measured, whether it was asked for or not.
-    """
-
-    confusion: Tensor
-    macro_f1: float | None = None
+    confusion: Tensor  # (K, K), in row y the shares of each label among the samples of y
+    macro_f1: float | None = None  # mean F1 score over labels
     outside_stderr: float | None = None
-    accuracy_of: dict[str, float] = field(default_factory=dict)
+    accuracy_of: dict[str, float] = field(default_factory=dict)  # of each control by itself
     judge_accuracy_of: dict[str, float] = field(default_factory=dict)
-    labels: Labels = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)  # (n,), of every control that is measured, asked for or not
 
     def metrics(self) -> dict[str, float | None]:
         """Return the figures alone."""
@@ -116,42 +100,26 @@ def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def score_target(prior: Observation, table: Tensor, conditions: Conditions) -> Score:
-    """Score the target.
-
-    Args:
-        prior: of M prior samples for each of G conditions in turn.
-        table: (G, M, K), their rewards.
-        conditions: the pairs.
-    """
+    """Score the target from M prior samples for each of G conditions in turn, and their rewards (G, M, K)."""
     groups, members, classes = table.shape
     w = table.softmax(1)
 
     def hits(labels: Labels) -> dict[str, Tensor]:
-        """Whether a sample has the class of each control that label k stands for: (G, M, K) of 0 and 1."""
+        """Return whether a sample has the class of each control that label k stands for: (G, M, K) of 0 and 1."""
         targets = zip(conditions.controls, conditions.combinations.unbind(1), strict=True)
         return {name: (labels[name].view(groups, members, 1) == y).to(w) for name, y in targets if name in labels}
 
-    def mean(hit: Tensor) -> float:
-        return float((w * hit).sum(1).mean())
-
-    right, judged = hits(prior.labels), hits(prior.judge_labels)
-    hit = all_of(right)
-    accuracy = (w * hit).sum(1, keepdim=True)  # (G, 1, K)
+    right = hits(prior.labels)
+    accuracy = (w * (hit := all_of(right))).sum(1, keepdim=True)  # (G, 1, K)
     label = F.one_hot(conditions.label_of(prior.labels), classes).to(w).view(groups, members, classes)
-    adheres, outside = prior.adheres, prior.outside
-    return Score(
+    return score(
+        prior, right, hits(prior.judge_labels), lambda hit: float((w * hit.view(groups, members, -1)).sum(1).mean()),
         accuracy=float(accuracy.mean()),
         # of a ratio of weighted sums, pair by pair
         accuracy_stderr=float((w * (hit - accuracy)).square().sum().sqrt() / (groups * classes)),
-        class_accuracy=None if adheres is None else mean(adheres.view(groups, members, 1)),
         diversity=float(weighted_diversity(prior.features.view(groups, members, -1), w).mean()),
         confusion=torch.einsum("gmk,gmj->gkj", w, label).mean(0),
-        judge_accuracy=mean(all_of(judged)) if len(judged) == len(right) else None,
-        accuracy_of={name: mean(hit) for name, hit in right.items()},
-        judge_accuracy_of={name: mean(hit) for name, hit in judged.items()},
-        labels=prior.labels,
-        outside_support=None if outside is None else mean(outside.view(groups, members, 1)),
-    )
+    )  # fmt: skip
 
 
 def score_samples(samples: Observation, conditions: Conditions) -> Score:
@@ -160,25 +128,39 @@ def score_samples(samples: Observation, conditions: Conditions) -> Score:
     targets, _ = conditions.of(pair)
     features = samples.features.view(conditions.pairs, -1, samples.features.shape[1])
     even = torch.full((*features.shape[:2], 1), 1 / features.shape[1])
-    right = {name: (samples.labels[name] == y).float() for name, y in targets.items()}
-    judged = {
-        name: (samples.judge_labels[name] == y).float() for name, y in targets.items() if name in samples.judge_labels
-    }
-    hit, adheres, outside = all_of(right), samples.adheres, samples.outside
+
+    def hits(labels: Labels) -> dict[str, Tensor]:
+        return {name: (labels[name] == y).float() for name, y in targets.items() if name in labels}
+
+    hit, outside = all_of(right := hits(samples.labels)), samples.outside
     labels = pair % conditions.classes, conditions.label_of(samples.labels)
-    return Score(
+    return score(
+        samples, right, hits(samples.judge_labels), lambda hit: float(hit.mean()),
         accuracy=float(hit.mean()),
         accuracy_stderr=float(hit.std() / len(hit) ** 0.5),
-        class_accuracy=None if adheres is None else float(adheres.mean()),
         diversity=float(weighted_diversity(features, even).mean()),
         confusion=torch.from_numpy(confusion_matrix(*labels, labels=range(conditions.classes), normalize="true")),
-        judge_accuracy=float(all_of(judged).mean()) if len(judged) == len(right) else None,
         macro_f1=float(f1_score(*labels, average="macro", zero_division=0.0)),
-        accuracy_of={name: float(hit.mean()) for name, hit in right.items()},
-        judge_accuracy_of={name: float(hit.mean()) for name, hit in judged.items()},
-        labels=samples.labels,
-        outside_support=None if outside is None else float(outside.mean()),
         outside_stderr=None if outside is None else float(outside.std() / len(outside) ** 0.5),
+    )  # fmt: skip
+
+
+def score(
+    observation: Observation,
+    right: dict[str, Tensor],
+    judged: dict[str, Tensor],
+    mean: Callable[[Tensor], float],
+    **figures: Any,
+) -> Score:
+    """Add to the figures those that are means of 0 and 1: of hits by ruler and judge, of adherence, of outside."""
+    return Score(
+        class_accuracy=None if observation.adheres is None else mean(observation.adheres),
+        judge_accuracy=mean(all_of(judged)) if len(judged) == len(right) else None,
+        outside_support=None if observation.outside is None else mean(observation.outside),
+        accuracy_of={name: mean(hit) for name, hit in right.items()},
+        judge_accuracy_of={name: mean(hit) for name, hit in judged.items()},
+        labels=observation.labels,
+        **figures,
     )
 
 

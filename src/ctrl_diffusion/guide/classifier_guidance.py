@@ -57,7 +57,6 @@ class ClassifierGuidance(Guidance):
         return noisy_reward
 
     def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """Return x̂_y (B, *) at x_t (B, *)."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             shift = tweedie_factor(target.denoiser.schedule, t, x) * gradient(target.log_tilt(x, t), x)

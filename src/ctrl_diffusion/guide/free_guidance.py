@@ -27,7 +27,6 @@ class FreeGuidance(Guidance):
     together: bool = False
 
     def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """Return x̂_y (B, *) at x_t (B, *)."""
         policy, labels, cond, w = target.denoiser, target.labels, target.cond, target.strength
         if self.together or len(labels) == 1:
             return policy(x_t, t, labels, w, **cond)

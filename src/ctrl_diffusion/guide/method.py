@@ -27,19 +27,12 @@ RewardFunction = Callable[..., Tensor]  # (x (B, *), labels, cond, …) → rewa
 
 @dataclass
 class Cost:
-    """Count what one sample takes on average, in rows that go through.
+    """Count the rows that go through networks for one sample, on average."""
 
-    Args:
-        network_evaluations: of the denoiser, the read-out among them; a prior guided by a prompt takes two in each.
-        classifier_evaluations: of the reward, or of a noise-aware classifier.
-        gradient_evaluations: gradients carried back through the denoiser.
-        classifier_gradients: gradients carried back through the reward.
-    """
-
-    network_evaluations: float
-    classifier_evaluations: float
-    gradient_evaluations: float
-    classifier_gradients: float
+    network_evaluations: float  # of the denoiser, the read-out among them; a prior guided by a prompt takes two in each
+    classifier_evaluations: float  # of the reward, or of a noise-aware classifier
+    gradient_evaluations: float  # gradients carried back through the denoiser
+    classifier_gradients: float  # gradients carried back through the reward
 
 
 @dataclass
@@ -77,20 +70,13 @@ def counted(denoiser: Denoiser, reward: RewardFunction) -> Iterator[tuple[Counte
 
 @dataclass
 class Target:
-    """Describe n samples to draw, each from the prior's p(x | c) tilted by exp(w r(x, y, c)).
+    """Describe n samples to draw, each from the prior's p(x | c) tilted by exp(w r(x, y, c))."""
 
-    Args:
-        denoiser: the prior, or a policy.
-        reward: r.
-        labels, cond: y and c, n rows each.
-        strength: w.
-    """
-
-    denoiser: Denoiser
-    reward: RewardFunction
-    labels: Labels
-    cond: Cond
-    strength: float
+    denoiser: Denoiser  # the prior, or a policy
+    reward: RewardFunction  # r
+    labels: Labels  # y, n rows of each control
+    cond: Cond  # c, n rows
+    strength: float  # w
 
     def __len__(self) -> int:
         return len(next(iter(self.labels.values())))

@@ -55,7 +55,6 @@ class Steering(Population):
     def population(
         self, target: Target, groups: list[slice], times: Times, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Simulate the particles (n, *) with their log weights (n,), resampled within each group."""
         denoiser, n = target.denoiser, len(target)
         x_t = normal((n, *denoiser.shape), denoiser, generator)
         log_w, sum_log_g, most = (x_t.new_full((n,), start) for start in (0.0, 0.0, -math.inf))
@@ -91,7 +90,6 @@ class TDS(Steering):
     """Sample by the twisted diffusion sampler (Wu et al. 2023, algorithm 1): proposals of DPS, twisted by p̂(y | x̂)."""
 
     def propose(self, target: Target, x_t: Tensor, t: float) -> Lookahead:
-        """Compute the step of DPS."""
         return look_ahead(target, x_t, t)
 
 
@@ -107,10 +105,8 @@ class FeynmanKac(Steering):
     potential: Literal["difference", "max"] = "difference"
 
     def propose(self, target: Target, x_t: Tensor, t: float) -> Lookahead:
-        """Compute the prior's step."""
         x_hat = target.denoiser(x_t, t, **target.cond)
         return Lookahead(x_hat, target.log_tilt(x_hat), torch.zeros_like(x_hat))
 
     def log_potential(self, log_tilt: Tensor, most: Tensor, sum_log_g: Tensor) -> Tensor:
-        """Return log G_i (n,) of the chosen potential."""
         return most if self.potential == "max" else super().log_potential(log_tilt, most, sum_log_g)

@@ -49,7 +49,6 @@ class DPS(Guidance):
     """
 
     def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """Return x̂_y (B, *) at x_t (B, *)."""
         x_hat, _, shift = look_ahead(target, x_t, t)
         return x_hat + shift
 
@@ -67,7 +66,6 @@ class MPGD(Guidance):
     variance: float = 1.0
 
     def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """Return x̂_y (B, *) at x_t (B, *)."""
         alpha, sigma = target.denoiser.schedule(t)
         c_t = self.variance * sigma**2 / (alpha**2 * self.variance + sigma**2)
         with torch.no_grad():

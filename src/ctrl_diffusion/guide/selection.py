@@ -40,7 +40,6 @@ class Population(Method):
     shared: bool = True
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
-        """Draw x_0 (n, *) from the populations."""
         pairs = equal_rows(target.labels, target.cond) if self.shared else list(torch.arange(len(target))[:, None])
         sizes = [self.particles * len(rows) for rows in pairs]
         groups = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
@@ -66,7 +65,6 @@ class Importance(Population):
     def population(
         self, target: Target, groups: list[slice], times: Times, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draw samples of the prior, with their log weights w r(x_0)."""
         x_0 = self.sample_prior(target, times, generator)
         return x_0, target.log_tilt_in_batches(x_0)
 
@@ -82,7 +80,6 @@ class BestOf(Method):
     n: int = 16
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
-        """Draw n samples for each row and keep the best."""
         candidates = target.rows(torch.arange(len(target)).repeat_interleave(self.n))
         x_0 = self.sample_prior(candidates, times, generator)
         best = candidates.log_tilt_in_batches(x_0).view(-1, self.n).argmax(1).cpu()
@@ -105,7 +102,6 @@ class Rejection(Method):
     tries: int = 1000
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
-        """Draw x_0 (n, *), all rows that are not accepted yet in each try."""
         pending, rows, accepted = torch.arange(len(target)), [], []
         for _ in range(self.tries):
             candidates = target.rows(pending)

@@ -53,7 +53,6 @@ class Guidance(Method):
         return Steered(self, denoiser, self.guiding_reward(reward))
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
-        """Draw x_0 (n, *) by the chain of the guided denoiser."""
         guided, control = Steered(self, target.denoiser, target.reward), (target.cond, target.labels, target.strength)
         return paths(guided, len(target), times, generator, *control, eta=self.eta, batch=self.batch).x_0
 
@@ -74,17 +73,14 @@ class Steered(Denoiser):
 
     @property
     def prior(self) -> Denoiser:
-        """The prior of the denoiser."""
         return self.base.prior
 
     def frozen(self) -> AbstractContextManager[None]:
-        """Promise that inside no trained parameter changes and no gradient of one is needed."""
         return self.base.frozen()
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor
     ) -> Tensor:
-        """Return x̂_y (B, *) at x_t (B, *)."""
         if strength == 0.0 or not labels:
             return self.prior(x_t, t, **cond)
         return self.guidance.x_hat(Target(self.base, self.reward, labels, cond, strength), x_t, t)

@@ -73,26 +73,15 @@ def choose_settings(rows: Rows) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class Comparison:
-    """Compare methods on one run, with the rows that are finished so far.
-
-    Args:
-        run: a trained run.
-        out: the folder of the comparison.
-        methods: names in METHODS.
-        strengths: trials of the methods that have no other settings.
-        n: samples for a row, at least.
-        rows: of compare.json.
-        cells: of compare.json: what an exact sampler would score, for each number of labels and seed.
-        options: progress, and whether to run code that files name.
-    """
+    """Compare methods on one run, with the rows that are finished so far."""
 
     run: Run
-    out: Path
-    methods: list[str]
-    strengths: tuple[float, ...] = STRENGTHS
-    n: int = 1000
-    rows: Rows = field(default_factory=list)
-    cells: Rows = field(default_factory=list)
+    out: Path  # the folder of the comparison
+    methods: list[str]  # names in METHODS
+    strengths: tuple[float, ...] = STRENGTHS  # trials of the methods that have no other settings
+    n: int = 1000  # samples for a row, at least
+    rows: Rows = field(default_factory=list)  # of compare.json
+    cells: Rows = field(default_factory=list)  # of compare.json: `describe` for each number of labels and seed
     options: JobOptions = DEFAULT
 
     def __post_init__(self) -> None:

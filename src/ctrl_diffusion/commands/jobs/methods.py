@@ -40,24 +40,14 @@ MOST_UPDATES = 3000  # of a noise-aware p̂; its best epoch is kept
 
 @dataclass
 class FittedModels:
-    """Hold a prior, p̂ and controls fitted on n labels with one seed; fit what a baseline needs when it is asked for.
+    """Hold a prior, p̂ and controls fitted on n labels with one seed; fit what a baseline needs when it is asked for."""
 
-    Args:
-        run: with p̂ and the controls.
-        data: the labelled images of each control.
-        parts: those that p̂ was fitted and calibrated on.
-        x_prior: (G · M, *), samples of the prior, M for each condition in turn.
-        labels: n, of each control.
-        seconds: duration of each fit.
-        phase: reports progress.
-    """
-
-    run: Run
-    data: dict[str, LabelledImages]
-    parts: dict[str, tuple[LabelledImages, LabelledImages]]
-    x_prior: Tensor
-    labels: int
-    seconds: dict[str, float] = field(default_factory=dict)
+    run: Run  # with p̂ and the controls
+    data: dict[str, LabelledImages]  # of each control
+    parts: dict[str, tuple[LabelledImages, LabelledImages]]  # of the data: those that p̂ was fitted and calibrated on
+    x_prior: Tensor  # (G · M, *), samples of the prior, M for each condition in turn
+    labels: int  # n, of each control
+    seconds: dict[str, float] = field(default_factory=dict)  # duration of each fit
     phase: Phase = silent
 
     @property
@@ -154,21 +144,13 @@ class FittedModels:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """Describe how a comparison makes and tries a method.
+    """Describe how a comparison makes and tries a method."""
 
-    Args:
-        title: its name in pictures and tables.
-        method: from fitted models and settings to the method.
-        denoiser: from fitted models to the denoiser it is called with; by default the prior.
-        trials: settings to choose from, at strength 1; None for strengths to choose from, without settings.
-        front: whether every trial gets a row, not only the chosen one.
-    """
-
-    title: str
-    method: Callable[..., Method]
-    denoiser: Callable[[FittedModels], Denoiser] = lambda models: models.run.prior.denoiser
-    trials: tuple[dict[str, Any], ...] | None = None
-    front: bool = True
+    title: str  # in pictures and tables
+    method: Callable[..., Method]  # from fitted models and settings
+    denoiser: Callable[[FittedModels], Denoiser] = lambda models: models.run.prior.denoiser  # that it is called with
+    trials: tuple[dict[str, Any], ...] | None = None  # settings to choose from, at strength 1; None for strengths
+    front: bool = True  # whether every trial gets a row, not only the chosen one
 
     def make(self, models: FittedModels, **settings: Any) -> tuple[Method, Denoiser]:
         """Return the method with these settings, and the denoiser to call it with."""
