@@ -1,1 +1,1 @@
-"""How good a control is: the certificate in nats, accuracy by a second opinion, fidelity, exact samples."""
+"""Measure a control: the certificate in nats, accuracy by a second opinion, fidelity, exact samples."""

@@ -6,12 +6,12 @@
 
 P* is the prior's own N-step chain tilted by the reward. log Z comes from independent samples of the prior, per (c, y),
 then averaged uniformly; J from paths of the policy by the mean of log w = r − log p_g/p_pre, whose expectation is J and
-whose spread vanishes at the optimum. log Z from the same paths (log-mean-exp of log w) is a check only: it is at least
-J and blind to modes the policy misses.
+whose spread vanishes at the optimum. log Z from the same paths (log-mean-exp of log w) is only a check: it is at least
+J and blind to modes that the policy misses.
 
-Standard errors of both log Z are by the delta method, Var[log Ẑ] ≈ Var[ŵ]/Z²: one pass over the samples, and what a
-bootstrap of them comes to (tests/test_certificate.py) while some tens of effective samples stand behind each. Where
-they do not, no error estimate from the same samples is to be trusted; for log Z of the prior a warning says so.
+Standard errors of both log Z are by the delta method, Var[log Ẑ] ≈ Var[ŵ]/Z²: one pass over the samples, and equal to a
+bootstrap's (tests/evaluate/test_certificate.py) with some tens of effective samples. With fewer, no error estimate from
+the same samples can be trusted; for log Z of the prior a warning says so.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""What a control achieves: accuracy, adherence to the prior's condition, diversity.
+"""Score samples: accuracy, adherence to the prior's condition, diversity.
 
-Samples of a policy are scored as they are; the *target* (what a perfect learner would score with this p̂ and γ) is read
-off prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
+Samples of a policy are scored as they are. The *target*, the score of a perfect learner with this p̂ and γ, is estimated
+from prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
 """
 
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""The baselines, one file a kind: other ways to sample the conditional from the same prior."""
+"""Sample the conditional from the same prior by the baselines, one file a kind."""
