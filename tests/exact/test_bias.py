@@ -12,16 +12,16 @@ from ctrl_diffusion.exact.bias import (
     MANY,
     PLUG_IN,
     SPACING,
-    Cells,
-    choosing,
+    Histogram,
     counted_kl,
     examples,
     noisy_classifier,
     pair_of,
     programme,
     sampled,
+    selecting_samplers,
     target_samples,
-)
+)  # fmt: skip
 from ctrl_diffusion.exact.mixtures import posterior
 from ctrl_diffusion.exact.task import SCHEDULES, Answers, Task
 from ctrl_diffusion.guide.reconstruction import DPS
@@ -135,13 +135,13 @@ def test_what_is_counted_is_unbiased_and_its_error_known(same):
 def test_rare_cells_count_as_one():
     generator = torch.Generator().manual_seed(0)
     x_0 = 0.7 * torch.randn(50_000, 2, generator=generator)
-    cells = Cells(x_0, least=0.01)
-    assert float(cells.share.sum()) == pytest.approx(1)
-    assert (cells.share[:-1] >= 0.01).all()
-    kl, error = cells.kl(0.7 * torch.randn(2000, 2, generator=generator))
+    histogram = Histogram(x_0, least=0.01)
+    assert float(histogram.share.sum()) == pytest.approx(1)
+    assert (histogram.share[:-1] >= 0.01).all()
+    kl, error = histogram.kl(0.7 * torch.randn(2000, 2, generator=generator))
     assert abs(kl) < 4 * error
-    assert cells.kl(0.7 * torch.randn(2000, 2, generator=generator) + 0.3)[0] > 4 * error
-    assert math.isfinite(cells.kl(torch.full((10, 2), 99.0))[0])  # beyond the grid is the last cell
+    assert histogram.kl(0.7 * torch.randn(2000, 2, generator=generator) + 0.3)[0] > 4 * error
+    assert math.isfinite(histogram.kl(torch.full((10, 2), 99.0))[0])  # beyond the grid is the last cell
 
 
 @pytest.mark.parametrize("likelihood", ["logistic", "linear-Gaussian", "component"])
@@ -163,9 +163,9 @@ def test_rejection_knows_the_bound_of_a_density():
     """Whose top lies above it in single precision, by rounding, if nothing is added."""
     task, n = Task("flow", "linear-Gaussian", steps=10), 1000
     answers, pair = Answers(task, SPACING), pair_of(task)
-    (rejection,) = choosing(task, ())
+    (rejection,) = selecting_samplers(task, ())
     x_0, _ = sampled(rejection, task, pair, n, seed=0)
-    kl, error = Cells(target_samples(task, answers, pair, 100_000, seed=0), 5 / n).kl(x_0)
+    kl, error = Histogram(target_samples(task, answers, pair, 100_000, seed=0), 5 / n).kl(x_0)
     assert abs(kl) < 4 * error
 
 

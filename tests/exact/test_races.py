@@ -11,7 +11,7 @@ from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.evaluate.certificate import log_mean_exp
 from ctrl_diffusion.evaluate.resample import exact_samples
 from ctrl_diffusion.exact.lattice import Tabulated
-from ctrl_diffusion.exact.races import LEARNERS, end_states, energy_test, learn, programme, race
+from ctrl_diffusion.exact.races import ENTRIES, end_states, energy_test, learn, programme, race
 from ctrl_diffusion.exact.task import SCHEDULES, Answers, Task
 from ctrl_diffusion.reward.reward import prior_table
 
@@ -66,7 +66,7 @@ def test_the_best_gaussian_steps_sample_the_target_and_the_prior_does_not(schedu
         assert energy_test(uncontrolled, target, 199, generator)[1] <= 0.005
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", ENTRIES)
 @pytest.mark.parametrize("schedule", FLOW_FIRST)
 def test_a_learner_comes_near_its_floor_and_the_gap_bounds_the_truth(schedule, learner):
     """Cut down: a fifth of the updates, one task."""
@@ -156,7 +156,7 @@ def test_the_programme_has_every_learner_on_every_task():
     for schedule in SCHEDULES:
         for likelihood in ("logistic", "two controls", "linear-Gaussian"):
             for gamma in (0.5, 1.0, 2.0):
-                assert tasks[Task(schedule, likelihood, gamma)] == LEARNERS
+                assert tasks[Task(schedule, likelihood, gamma)] == ENTRIES
     assert {task.dim for task, _ in programme()} == {2, 32, 256}
 
 

@@ -1,8 +1,8 @@
-"""The discretised chain without samples, for D ≤ 2: densities, log Z, the target, and the best a Gaussian step can do.
+"""Compute the chain without samples, for D ≤ 2: densities, log Z, the target, and the best a Gaussian step can do.
 
-Every state x_i of the chain has a lattice of its own, 0.7 std of the steps into and out of it apart: a sum of a
-Gaussian over such points is its integral to 1e-15 (Poisson summation: 2 exp(−2π²/0.7²)), and tests hold log Z and J to
-closed forms. The masses of the prior are pushed forward to p_N; with r the reward of the last state
+Every state x_i of the chain has a lattice of its own, spaced by 0.7 std of the steps into and out of it: a sum of a
+Gaussian over such points is its integral to 1e-15 (Poisson summation: 2 exp(−2π²/0.7²)), and tests compare log Z and J
+with closed forms. The masses of the prior are pushed forward to p_N; with r the reward of the last state
 
     log Z = log Σ p_N exp r
 
@@ -32,7 +32,7 @@ REACH = 5.0  # of a lattice beyond the radius of the data, in standard deviation
 
 
 class Lattice:
-    """Points of a square lattice around 0, float64.
+    """Hold the points of a square lattice around 0, float64.
 
     Args:
         half: the last point lies at least here on every axis.
@@ -46,32 +46,32 @@ class Lattice:
         self.points = self.axis[:, None] if dim == 1 else torch.cartesian_prod(self.axis, self.axis)  # (P, D)
 
     def kernels(self, steps: Gaussian) -> list[Tensor]:
-        """For each axis the masses (B, M) that steps (B, D) put on its points; what falls beyond is folded back."""
+        """Return for each axis the masses (B, M) that steps (B, D) put on its points; no mass is lost beyond them."""
         offset = (self.axis - steps.mean.mT[:, :, None]) / steps.std  # (D, B, M)
         return list((-0.5 * offset.square()).softmax(2))
 
     def expect(self, kernels: list[Tensor], f: Tensor) -> Tensor:
-        """E[f(x')] (B,) of a function f (P,) after the steps."""
+        """Return E[f(x')] (B,) of a function f (P,) after the steps."""
         if self.dim == 1:
             return kernels[0] @ f
         return ((kernels[0] @ f.view(len(self.axis), -1)) * kernels[1]).sum(1)
 
     def push(self, kernels: list[Tensor], mass: Tensor) -> Tensor:
-        """Masses (P,) after the steps, from masses (B,) before."""
+        """Return the masses (P,) after the steps, from masses (B,) before."""
         if self.dim == 1:
             return mass @ kernels[0]
         return (kernels[0].mT @ (mass[:, None] * kernels[1])).flatten()
 
     def nearest(self, x: Tensor) -> Tensor:
-        """Number of the point nearest to each x (B, D) on each axis: (B, D)."""
+        """Return the index (B, D) of the point nearest to each x (B, D), on each axis."""
         return ((x - self.axis[0]) / self.spacing).round().long().clamp(0, len(self.axis) - 1)
 
     def interpolate(self, table: Tensor, x: Tensor) -> Tensor:
-        """Multilinear interpolation at x (B, D) of a table (P, D); constant beyond the lattice."""
+        """Interpolate a table (P, D) multilinearly at x (B, D); constant beyond the lattice."""
         n = len(self.axis)
-        place = ((x - self.axis[0]) / self.spacing).clamp(0, n - 1)
-        low = place.long().clamp(max=n - 2)
-        share, table = place - low, table.view(*[n] * self.dim, -1)
+        position = ((x - self.axis[0]) / self.spacing).clamp(0, n - 1)
+        low = position.long().clamp(max=n - 2)
+        share, table = position - low, table.view(*[n] * self.dim, -1)
         out = torch.zeros_like(x)
         for corner in product((0, 1), repeat=self.dim):
             up = torch.tensor(corner)
@@ -82,26 +82,20 @@ class Lattice:
 
 @dataclass
 class Outcome:
-    """What a policy does to the chain, exactly, in nats.
+    """Say exactly what a policy does to the chain, in nats."""
 
-    Args:
-        objective: J.
-        kl_steps: (N,), KL of each step.
-        true_kl: KL of the last state's distribution from the target's; the gap is an upper bound of it.
-    """
-
-    objective: float
-    kl_steps: Tensor
-    true_kl: float
+    objective: float  # J
+    kl_steps: Tensor  # (N,), KL of each step
+    true_kl: float  # of the last state's distribution from the target's; the gap is an upper bound of it
 
 
 class LatticeChain:
-    """A prior's chain on lattices.
+    """Compute a prior's chain on lattices.
 
     Args:
         prior: of D ≤ 2 dimensions, in float64.
         times: the chain's grid.
-        radius, spread: x_0 lies within so much of 0 on any axis, but for a normal error of standard deviation `spread`.
+        radius, spread: x_0 lies within `radius` of 0 on any axis, but for a normal error of std `spread`.
         eta: churn, positive.
         cond: the prior's conditions, one row each.
         spacing: of the lattices, in standard deviations of the steps; at 1.2 a sum is an integral to 2e-6, in a third
@@ -140,12 +134,12 @@ class LatticeChain:
         return {name: row.expand(len(lattice.points)) for name, row in self.cond.items()}
 
     def steps(self, denoiser: Denoiser, **control: Tensor) -> Iterator[Gaussian]:
-        """The steps of a prior or policy from every point of each lattice, in float64; `control` has one row each."""
+        """Yield the steps of a prior or policy from every point of each lattice, in float64; `control` has one row."""
         for lattice, (t, s) in zip(self.lattices, pairwise(self.times), strict=False):
             labels = {name: y.expand(len(lattice.points)) for name, y in control.items()}
-            more = {"labels": labels} if labels else {}
-            here = transition(denoiser, lattice.points, t, s, self.eta, **more, **self._rows(lattice))
-            yield Gaussian(here.mean.double(), here.std.double())
+            options = {"labels": labels} if labels else {}
+            steps = transition(denoiser, lattice.points, t, s, self.eta, **options, **self._rows(lattice))
+            yield Gaussian(steps.mean.double(), steps.std.double())
 
     @cached_property
     def prior_steps(self) -> list[Gaussian]:
@@ -161,58 +155,58 @@ class LatticeChain:
         return mass
 
     def log_z(self, reward: Tensor) -> float:
-        """log Z of a reward (P,) of the last state."""
+        """Return log Z of a reward (P,) of the last state."""
         return float((self.prior_end.log() + reward).logsumexp(0))
 
     def log_target(self, reward: Tensor) -> Tensor:
-        """Log-masses (P,) of the last state of the chain tilted by a reward (P,)."""
+        """Return log-masses (P,) of the last state of the chain tilted by a reward (P,)."""
         return (self.prior_end.log() + reward).log_softmax(0)
 
     def best(self, reward: Tensor) -> list[Gaussian]:
-        """The steps of the best policy with the prior's std, for a reward (P,) of the last state."""
-        value, found = reward, []
+        """Return the steps of the best policy with the prior's std, for a reward (P,) of the last state."""
+        value, backward = reward, []
         for lattice, pre in zip(self.lattices[:0:-1], self.prior_steps[::-1], strict=True):
             best = Gaussian(best_mean(lattice, value, pre), pre.std)
             value = lattice.expect(lattice.kernels(best), value) - best.kl(pre)
-            found.append(best)
-        return found[::-1]
+            backward.append(best)
+        return backward[::-1]
 
     def plugged_in(self, log_w: Tensor) -> list[Gaussian]:
-        """The steps of the exact denoiser of a last state x_N that has log-masses (P,), noised from there on.
+        """Return the steps of the exact denoiser of a last state x_N that has log-masses (P,), noised from there on.
 
         With the mean m of p(x_N | x_t) ∝ w p(x_t | x_N), x_t = ρ x_N + √v ε, the score is (ρ m − x_t)/v and, by
         Tweedie's formula, x̂ = (σ_t² m − ρ σ_N² x_t)/(α_N v). Where w is the prior's own density times exp(r) this is
         E[x_0 | x_t, y], the best there is as the steps become small.
         """
         last, dim = self.lattices[-1], self.lattices[-1].dim
-        w, found = (log_w - log_w.max()).exp(), []
+        w, steps = (log_w - log_w.max()).exp(), []
         moments = torch.stack([w, *(w * x for x in last.points.unbind(1))]).view(-1, *[len(last.axis)] * dim)
         alpha_end, sigma_end = self.prior.schedule(self.times[-1])
         for lattice, (t, s) in zip(self.lattices, pairwise(self.times), strict=False):
             alpha, sigma = self.prior.schedule(t)
             ratio = (alpha / alpha_end).clamp(min=1e-9)  # at pure noise x_t says nothing: all w count alike
             v = sigma**2 - (ratio * sigma_end) ** 2
-            # the points are those of a square, and so is the sum: one axis after the other
+            # the points form a square, so the sum factorises: one axis after the other
             kernels = last.kernels(Gaussian(lattice.axis[:, None].expand(-1, dim) / ratio, v.sqrt() / ratio))
             total = moments @ kernels[-1].mT
             if dim == 2:
                 total = kernels[0] @ total
             mean = (total[1:] / total[0]).flatten(1).mT  # (P, D)
             x_hat = (sigma**2 * mean - ratio * sigma_end**2 * lattice.points) / (alpha_end * v)
-            found.append(step(self.prior.schedule, x_hat, lattice.points, t, s, self.eta))
-        return found
+            steps.append(step(self.prior.schedule, x_hat, lattice.points, t, s, self.eta))
+        return steps
 
     def outcome(self, steps: list[Gaussian], reward: Tensor) -> Outcome:
-        """What steps from every point of each lattice come to, for a reward (P,) of the last state."""
+        """Return the outcome of steps from every point of each lattice, for a reward (P,) of the last state."""
         mass, kl = self.start, []
-        for lattice, here, pre in zip(self.lattices[1:], steps, self.prior_steps, strict=True):
-            kl.append(mass @ here.kl(pre))
-            mass = lattice.push(lattice.kernels(here), mass)
+        for lattice, controlled, pre in zip(self.lattices[1:], steps, self.prior_steps, strict=True):
+            kl.append(mass @ controlled.kl(pre))
+            mass = lattice.push(lattice.kernels(controlled), mass)
         true_kl = (mass * (mass.log() - self.log_target(reward)))[mass > 0].sum()
         return Outcome(float(mass @ reward - sum(kl)), torch.stack(kl), float(true_kl))
 
     def sample_target(self, reward: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        """n samples (n, D) of the tilted chain's last state, even within a cell of the lattice."""
+        """Draw n samples (n, D) of the tilted chain's last state, uniform within a cell of the lattice."""
         lattice = self.lattices[-1]
         points = lattice.points[self.log_target(reward).exp().multinomial(n, replacement=True, generator=generator)]
         jitter = torch.rand(points.shape, generator=generator, dtype=torch.float64) - 0.5
@@ -220,11 +214,11 @@ class LatticeChain:
 
 
 def best_mean(lattice: Lattice, value: Tensor, pre: Gaussian) -> Tensor:
-    """argmax_m E[value(m + std z)] − ½‖(m − pre.mean)/std‖² (B, D), the value (P,) being known on the lattice.
+    """Return argmax_m E[value(m + std z)] − ½‖(m − pre.mean)/std‖² (B, D) for a value (P,) on the lattice.
 
-    The best lattice point of the prior's mean rounded to the lattice, one axis after the other, then one Newton step;
-    of these and the prior's mean itself the best is taken. Whatever is found is a policy, so J is never overstated and
-    a floor computed with it never understated.
+    Candidates are the best lattice point for the prior's mean rounded to the lattice, one axis after the other; a
+    Newton step from there; and the prior's mean itself. Any of them is a policy, so J is never overstated and a floor
+    computed with it never understated.
     """
     std = float(pre.std)
     size = [len(lattice.axis)] * lattice.dim
@@ -237,27 +231,24 @@ def best_mean(lattice: Lattice, value: Tensor, pre: Gaussian) -> Tensor:
         _, first = (worth.mT[:, None, :] - cost).max(-1)  # (second, first) → the first axis' best
         first = first.mT
         chosen = [first, choice.gather(0, first)]
-    at = lattice.nearest(pre.mean).unbind(1)
-    q = torch.stack([axis[at] for axis in chosen], dim=1)  # (B, D)
-    slopes = torch.gradient(smooth, spacing=lattice.spacing)
-    here = q.unbind(1)
-    slope = torch.stack([g[here] for g in slopes], dim=1)
-    bend = torch.stack(
-        [torch.stack([h[here] for h in torch.gradient(g, spacing=lattice.spacing)], dim=1) for g in slopes], dim=1
+    start = lattice.nearest(pre.mean).unbind(1)
+    index = torch.stack([axis[start] for axis in chosen], dim=1)  # (B, D)
+    slopes, at = torch.gradient(smooth, spacing=lattice.spacing), index.unbind(1)
+    slope = torch.stack([g[at] for g in slopes], dim=1)
+    hessian = torch.stack(
+        [torch.stack([h[at] for h in torch.gradient(g, spacing=lattice.spacing)], dim=1) for g in slopes], dim=1
     )
-    point = lattice.axis[q]
-    downhill = torch.eye(lattice.dim, dtype=torch.float64) / std**2 - bend
-    move = torch.linalg.lstsq(downhill, (slope - (point - pre.mean) / std**2)[:, :, None]).solution.squeeze(2)
-    tried = [
-        Gaussian(mean, pre.std) for mean in (point + move.clamp(-lattice.spacing, lattice.spacing), point, pre.mean)
-    ]
-    worth = torch.stack([lattice.expect(lattice.kernels(steps), value) - steps.kl(pre) for steps in tried])
-    means = torch.stack([steps.mean for steps in tried])
+    point = lattice.axis[index]
+    curvature = torch.eye(lattice.dim, dtype=torch.float64) / std**2 - hessian
+    move = torch.linalg.lstsq(curvature, (slope - (point - pre.mean) / std**2)[:, :, None]).solution.squeeze(2)
+    means = torch.stack([point + move.clamp(-lattice.spacing, lattice.spacing), point, pre.mean])
+    candidates = [Gaussian(mean, pre.std) for mean in means]
+    worth = torch.stack([lattice.expect(lattice.kernels(steps), value) - steps.kl(pre) for steps in candidates])
     return means.gather(0, worth.argmax(0)[None, :, None].expand(1, *pre.mean.shape)).squeeze(0)
 
 
 class Tabulated(Denoiser):
-    """A policy known on a chain's lattices, linear in between: it shifts x̂ at each state of the chain.
+    """Interpolate a policy that is known on a chain's lattices: it shifts x̂ at each state of the chain.
 
     Args:
         chain: the chain; its condition is part of the policy.
@@ -271,9 +262,9 @@ class Tabulated(Denoiser):
         for lattice, after, pre, (t, s) in zip(
             chain.lattices, steps, chain.prior_steps, pairwise(chain.times), strict=False
         ):
-            nothing = torch.zeros_like(lattice.points[:1])
-            of_x_hat = step(self.schedule, nothing + 1, nothing, t, s, chain.eta).mean
-            self.tables[t] = lattice, (after.mean - pre.mean) / of_x_hat
+            zero = torch.zeros_like(lattice.points[:1])
+            weight = step(self.schedule, zero + 1, zero, t, s, chain.eta).mean  # of x̂ in the mean of a step
+            self.tables[t] = lattice, (after.mean - pre.mean) / weight
 
     @property
     def prior(self) -> Denoiser:

@@ -1,4 +1,4 @@
-"""Priors and likelihoods whose everything is known: Gaussian mixtures and the tilts of them that have a closed form.
+"""Define priors and likelihoods whose everything is known: Gaussian mixtures and their tilts in closed form.
 
 For x_0 ~ Σ_k π_k N(m_k, Σ) and x_t = α x_0 + σ ε, with V = α² Σ + σ² I,
 
@@ -20,7 +20,7 @@ from ..chain.schedule import Schedule, per_sample
 
 
 class GaussianMixture(Denoiser):
-    """A mixture of Gaussians with one covariance as a prior.
+    """Denoise by a mixture of Gaussians with one covariance as the prior.
 
     Args:
         means: (K, D).
@@ -47,11 +47,11 @@ class GaussianMixture(Denoiser):
         self.schedule, self.shape = schedule, (dim,)
 
     def turned(self, x: Tensor) -> Tensor:
-        """x (*, D) in the coordinates of the axes."""
+        """Return x (*, D) in the coordinates of the axes."""
         return x if self.axes is None else x @ self.axes.mT
 
     def log_weights(self, c: Tensor | None, n: int) -> Tensor:
-        """log π of n samples (n, K), by their condition c (n,) if the weights depend on one."""
+        """Return log π of n samples (n, K), by their condition c (n,) if the weights depend on one."""
         if self.weights.ndim == 1:
             return self.weights.log().expand(n, -1)
         if c is None:
@@ -59,7 +59,7 @@ class GaussianMixture(Denoiser):
         return self.weights.log()[c]
 
     def _components(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """At time t: pulls α Σ V⁻¹ (B, D) and offsets x_t − α m_k (B, K, D) along the axes, and log N (B, K)."""
+        """Return, at time t, α Σ V⁻¹ (B, D) and x_t − α m_k (B, K, D) along the axes, and log N (B, K)."""
         alpha, sigma = (per_sample(a, x).view(-1, 1).expand(len(x), 1) for a in self.schedule(t))
         variance = (alpha * self.std) ** 2 + sigma**2
         offset = self.turned(x)[:, None] - alpha[:, None] * self.turned(self.means)
@@ -67,7 +67,7 @@ class GaussianMixture(Denoiser):
         return alpha * self.std**2 / variance, offset, log_normal.sum(2)
 
     def log_components(self, x: Tensor, t: Tensor | float = 0.0, c: Tensor | None = None) -> Tensor:
-        """log π_k N(x; α m_k, V) in nats (B, K) at x (B, D) of time t; t = 0 is clean."""
+        """Return log π_k N(x; α m_k, V) in nats (B, K) at x (B, D) of time t; t = 0 is clean."""
         return self.log_weights(c, len(x)) + self._components(x, t)[2]
 
     def forward(self, x_t: Tensor, t: Tensor | float, c: Tensor | None = None) -> Tensor:
@@ -77,18 +77,18 @@ class GaussianMixture(Denoiser):
         return x_hat if self.axes is None else x_hat @ self.axes
 
     def log_density(self, x: Tensor, t: Tensor | float = 0.0, c: Tensor | None = None) -> Tensor:
-        """log p_t(x | c) in nats (B,) at x (B, D); t = 0 is the clean mixture."""
+        """Return log p_t(x | c) in nats (B,) at x (B, D); t = 0 is the clean mixture."""
         return self.log_components(x, t, c).logsumexp(1)
 
     def sample(self, n: int, generator: torch.Generator, c: Tensor | None = None) -> Tensor:
-        """n exact samples (n, D) of the clean mixture."""
+        """Draw n exact samples (n, D) of the clean mixture."""
         k = self.log_weights(c, n).exp().multinomial(1, generator=generator).squeeze(1)
         noise = self.std * torch.randn(n, *self.shape, generator=generator, dtype=self.means.dtype)
         return self.means[k] + (noise if self.axes is None else noise @ self.axes)
 
 
 class ComponentLabel:
-    """y is the component of a mixture that x came from: nearly deterministic if they lie apart.
+    """Label x by the component of a mixture that it came from: nearly deterministic if they lie apart.
 
     Args:
         mixture: without conditions.
@@ -98,12 +98,12 @@ class ComponentLabel:
         self.mixture, self.classes = mixture, len(mixture.means)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(y | x) in nats (B, K) on clean x (B, D)."""
+        """Return log p(y | x) in nats (B, K) on clean x (B, D)."""
         return self.mixture.log_components(x).log_softmax(1)
 
 
 class Logistic:
-    """p(y = 1 | x) = sigmoid(steepness · (direction·x − offset)), a soft half-space.
+    """Label x by a soft half-space: p(y = 1 | x) = sigmoid(steepness · (direction·x − offset)).
 
     Args:
         direction: (D,).
@@ -117,13 +117,13 @@ class Logistic:
         self.direction, self.offset, self.steepness = direction, offset, steepness
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(y | x) in nats (B, 2)."""
+        """Return log p(y | x) in nats (B, 2)."""
         score = self.steepness * (x @ self.direction - self.offset)
         return F.logsigmoid(torch.stack([-score, score], dim=1))
 
 
 class LinearGaussian:
-    """y = direction·x + std · noise, a continuous y, asked for at K values: a density, not a distribution over them.
+    """Measure y = direction·x + std · noise, a continuous y with K values of interest: p(y | x) is a density.
 
     Args:
         direction: (D,).
@@ -140,14 +140,14 @@ class LinearGaussian:
         return -math.log(self.std * math.sqrt(2 * math.pi))
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log-density of each value in nats (B, K)."""
+        """Return the log-density of each value in nats (B, K)."""
         return torch.distributions.Normal((x @ self.direction)[:, None], self.std).log_prob(self.values)
 
 
 def posterior(
     prior: GaussianMixture, likelihood: LinearGaussian, k: int, gamma: float = 1.0
 ) -> tuple[GaussianMixture, Tensor]:
-    """The mixture p(x | c) · p(y_k | x)^γ / Z, and log Z: () or (G,) for each condition.
+    """Return the mixture p(x | c) · p(y_k | x)^γ / Z, and log Z: () or (G,) for each condition.
 
     With precision γ/τ² along a: Σ' = (Σ⁻¹ + γ a aᵀ/τ²)⁻¹, m' = m + Σ' a (γ/τ²)(y − a·m), weights by the evidence of y
     under each component.

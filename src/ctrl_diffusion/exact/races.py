@@ -1,9 +1,9 @@
-"""Races learners on priors whose everything is known: what `ctrl exact` runs.
+"""Race learners on priors whose everything is known: what `ctrl exact` runs.
 
 The prior is a ring of eight Gaussians in the first two dimensions, under two conditions c: all components alike, or
 those to the right more often. A learner gets what it would get of any prior: a denoiser, a reward, conditions. Where
-D ≤ 2 it is judged on lattices (`lattice.py`), without samples: its KL from the target, and the floor below which no
-learner can come. The certificate beside it is the one every run reports, from samples.
+D ≤ 2 it is measured on lattices (`lattice.py`), without samples: its KL from the target, and the floor below which no
+learner can get. The certificate beside it is the one every run reports, from samples.
 """
 
 import time
@@ -20,47 +20,50 @@ from ..chain.paths import paths
 from ..chain.rollout import rollout
 from ..control.policy import Policy
 from ..evaluate.certificate import Certificate, certify
-from ..learn.adjoint import Adjoint
-from ..learn.backprop import Backprop
 from ..learn.fit import fit
-from ..learn.ppo import PPO
 from ..learn.step import Learner
-from ..learn.weighted import Weighted
+from ..learn.table import LEARNERS
 from ..reward.reward import prior_table
 from ..system.progress import Phase, silent
 from .task import GROWING, SCHEDULES, Answers, Task, new_policy
 
-LEARNERS = ("weighted", "adjoint", "backprop", "ppo")
 LR = {"embedding": 5e-3, "adapter": 3e-3}
+# for each entry of the race the learners that train in turn, with their settings
+STAGES = {
+    "weighted": {"weighted": {"updates": 1500, "batch": 512, "cache": 10_000}},
+    "adjoint": {"adjoint": {"updates": 800, "batch": 256}},
+    "backprop": {
+        "weighted": {"updates": 300, "batch": 512, "cache": 10_000}, "backprop": {"updates": 250, "batch": 128}
+    },
+    "ppo": {"ppo": {"updates": 1600, "batch": 512}},
+}  # fmt: skip
+ENTRIES = tuple(STAGES)
 
 
 def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> Iterator[tuple[Learner, int]]:
-    """A learner of LEARNERS with its number of updates; `backprop` is warmed up by `weighted`."""
-    times, updates = task.times, lambda n: max(1, round(effort * n))
-    if name in ("weighted", "backprop"):
-        members = 10_000
+    """Yield the learners that train an entry of the race in turn, with their numbers of updates."""
+
+    def prior_samples(members: int) -> Tensor:
         cond = task.conditions.cond_of(torch.arange(2).repeat_interleave(members))
-        cache = paths(task.prior(), 2 * members, times, generator, cond, batch=members).x_0
-        yield Weighted(cache, times, batch=512), updates(1500 if name == "weighted" else 300)
-    if name == "adjoint":
-        yield Adjoint(times, batch=256), updates(800)
-    if name == "backprop":
-        yield Backprop(times, batch=128), updates(250)
-    if name == "ppo":
-        yield PPO(times, batch=512), updates(1600)
+        return paths(task.prior(), 2 * members, task.times, generator, cond, batch=members).x_0
+
+    for learner, values in STAGES[name].items():
+        settings = LEARNERS[learner].Settings(**values)
+        updates = max(1, round(effort * settings.updates))
+        yield LEARNERS[learner].from_settings(settings, task.times, prior_samples), updates
 
 
 def learn(
     name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phase = silent, policy: Policy | None = None
 ) -> Policy:
-    """A policy trained by one learner.
+    """Train the policy of an entry of the race.
 
     Args:
-        name: of LEARNERS.
+        name: of ENTRIES.
         task: what to learn.
         seed: of everything random.
         effort: share of the learner's updates.
-        phase: told of progress.
+        phase: receives progress.
         policy: to train on, in place; None for an untrained one.
     """
     policy, generator = policy or new_policy(task, seed), stream(seed, "learn")
@@ -74,7 +77,7 @@ def learn(
 
 @torch.no_grad()
 def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> Certificate:
-    """The certificate any run reports, from at least n paths and as many samples of the prior for each condition."""
+    """Compute the certificate that a run reports, from at least n paths, and n samples of the prior per condition."""
     conditions, reward, times = task.conditions, task.reward(), task.times
     generator = stream(seed, "certificate")
     cond = conditions.cond_of(torch.arange(conditions.groups).repeat_interleave(n))
@@ -87,7 +90,7 @@ def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> 
 
 @torch.no_grad()
 def end_states(task: Task, policy: Denoiser, pair: int, n: int, generator: torch.Generator) -> Tensor:
-    """n last states (n, D) of a policy's chain for one pair."""
+    """Draw n last states (n, D) of a policy's chain for one pair."""
     labels, cond = task.conditions.of(torch.full((n,), pair))
     control = {"labels": labels} if isinstance(policy, Policy) else {}
     x_1 = torch.randn(n, task.dim, generator=generator)
@@ -96,38 +99,27 @@ def end_states(task: Task, policy: Denoiser, pair: int, n: int, generator: torch
 
 @dataclass
 class Picture:
-    """Samples over the density they should have: the last states of the last pair (c, y).
-
-    Args:
-        learner, task: what was run.
-        ends: (n, 2).
-        axis: (M,) of both coordinates.
-        density: (M, M) of the chain's target.
-    """
+    """Show samples over the density they should have: the last states of the last pair (c, y)."""
 
     learner: str
     task: Task
-    ends: Tensor
-    axis: Tensor
-    density: Tensor
+    ends: Tensor  # (n, 2)
+    axis: Tensor  # (M,), of both coordinates
+    density: Tensor  # (M, M), of the chain's target
 
 
 def race(
     task: Task, name: str, answers: Answers | None, seed: int = 0, effort: float = 1.0, phase: Phase = silent
 ) -> tuple[dict[str, Any], Picture | None]:
-    """Train one learner on a task and judge it.
+    """Train an entry on a task and measure it.
 
     Args:
-        task: what to learn.
-        name: of LEARNERS.
+        task, name, seed, effort, phase: see `learn`.
         answers: of the task; None where D > 2.
-        seed: of everything random.
-        effort: share of the learner's updates.
-        phase: told of progress.
 
     Returns:
-        A row by the names of exact.json, None for what D > 2 hides; the energy test is of the last pair's last states.
-        And the picture of these.
+        A row by the names of exact.json, None for what is unknown where D > 2; and the picture of the last pair's last
+        states, which the energy test is of, too.
     """
     begin = time.perf_counter()
     policy = learn(name, task, seed, effort, phase)
@@ -156,11 +148,11 @@ def race(
 def energy_test(
     x: Tensor, y: Tensor, permutations: int = 200, generator: torch.Generator | None = None
 ) -> tuple[float, float]:
-    """Whether two samples (n, *) and (m, *) come from one distribution (Székely & Rizzo 2004).
+    """Test whether two samples (n, *) and (m, *) come from one distribution (Székely & Rizzo 2004).
 
     Returns:
-        The energy distance 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖ (V-statistic, so never negative), and the share of random
-        relabellings, the given one among them, that make it at least as large: small if the distributions differ.
+        The energy distance 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖ (V-statistic, so never negative), and the p-value: the
+        share of random relabellings, with the actual one, that make it at least as large.
     """
     both, n = torch.cat([x, y]).flatten(1).double(), len(x)
     distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist")
@@ -169,21 +161,21 @@ def energy_test(
     )
     # weights 1/n on one sample and −1/m on the other: the distance is −wᵀ D w
     w = torch.where(labels < n, 1 / n, -1 / len(y)).double().mT
-    found = -(w * (distances @ w)).sum(0)
-    return float(found[0]), float((found >= found[0]).double().mean())
+    energy = -(w * (distances @ w)).sum(0)
+    return float(energy[0]), float((energy >= energy[0]).double().mean())
 
 
 def programme(quick: bool = False) -> list[tuple[Task, tuple[str, ...]]]:
-    """Every task with the learners that race on it."""
+    """List every task with the entries that race on it."""
     if quick:
-        return [(Task(schedule, "logistic"), LEARNERS) for schedule in SCHEDULES]
+        return [(Task(schedule, "logistic"), ENTRIES) for schedule in SCHEDULES]
     races = [
-        (Task(schedule, likelihood, gamma), LEARNERS)
+        (Task(schedule, likelihood, gamma), ENTRIES)
         for likelihood in ("logistic", "two controls", "linear-Gaussian")
         for gamma in (1.0, 0.5, 2.0)
         for schedule in SCHEDULES
     ]
-    races += [(Task(schedule, "component", steps=50), LEARNERS) for schedule in SCHEDULES]
+    races += [(Task(schedule, "component", steps=50), ENTRIES) for schedule in SCHEDULES]
     races += [(Task(schedule, "component", steps=50, spread=0.2), ("adjoint",)) for schedule in SCHEDULES]
     races += [
         (replace(GROWING, dim=dim, steps=steps), ("adjoint",))

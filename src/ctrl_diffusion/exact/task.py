@@ -25,28 +25,18 @@ LIKELIHOODS = ("logistic", "two controls", "linear-Gaussian", "component")
 
 @dataclass(frozen=True)
 class Task:
-    """A prior, likelihoods and a chain.
+    """Name a prior, likelihoods and a chain."""
 
-    Args:
-        schedule: vp or flow.
-        likelihood: one of LIKELIHOODS.
-        gamma: γ.
-        dim: of x; the ring lies in the first two dimensions.
-        steps: of the chain.
-        spread: standard deviation of the components.
-        nullable: whether each control may be left out as long as another is asked for.
-    """
-
-    schedule: str
-    likelihood: str
+    schedule: str  # vp or flow
+    likelihood: str  # of LIKELIHOODS
     gamma: float = 1.0
-    dim: int = 2
-    steps: int = 25
-    spread: float = 0.4
-    nullable: bool = False
+    dim: int = 2  # of x; the ring lies in the first two dimensions
+    steps: int = 25  # of the chain
+    spread: float = 0.4  # standard deviation of the components
+    nullable: bool = False  # whether a control may be null as long as another is not
 
     def prior(self, dtype: torch.dtype = torch.float32) -> GaussianMixture:
-        """The ring."""
+        """Make the ring."""
         angle = torch.arange(8, dtype=dtype) * (math.pi / 4)
         means = torch.zeros(8, self.dim, dtype=dtype)
         means[:, 0], means[:, 1] = RADIUS * angle.cos(), RADIUS * angle.sin()
@@ -55,7 +45,7 @@ class Task:
         return GaussianMixture(means, self.spread, SCHEDULES[self.schedule], weights)
 
     def likelihoods(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """p(y | x) of each control."""
+        """Return p(y | x) of each control."""
         right, up = torch.eye(max(self.dim, 2), dtype=dtype)[:2, : self.dim]
         if self.likelihood == "logistic":
             return {"side": Logistic(right)}
@@ -68,13 +58,13 @@ class Task:
 
     @property
     def title(self) -> str:
-        """What a picture of it is called: what is unlike the usual is said."""
+        """Title of a picture, with every unusual value."""
         unusual = [f"{self.steps} steps"] * (self.steps != 25) + [f"spread {self.spread}"] * (self.spread != 0.4)
         return f"{self.likelihood}, {self.schedule}\n{', '.join(unusual)}".strip()
 
     @property
     def conditions(self) -> Conditions:
-        """Both conditions with every y, and with every part of it where controls may be left out."""
+        """Both conditions with every y, and with every part of it if controls may be null."""
         sizes = {name: likelihood.classes for name, likelihood in self.likelihoods().items()}
         return Conditions({"c": torch.arange(2)}, sizes, tuple(sizes) if self.nullable else ())
 
@@ -84,7 +74,7 @@ class Task:
         return SCHEDULES[self.schedule].times(self.steps, SIGMA_END)
 
     def reward(self, dtype: torch.dtype = torch.float32) -> Reward:
-        """γ Σ log p(y | x)."""
+        """Return γ Σ log p(y | x)."""
         return Reward(self.likelihoods(dtype), self.gamma)
 
 
@@ -92,7 +82,7 @@ GROWING = Task("flow", "linear-Gaussian")  # the task whose dimensions and steps
 
 
 class Answers:
-    """What is known of a task on lattices (D ≤ 2), for every pair (c, y).
+    """Answer exactly, on lattices (D ≤ 2), for every pair (c, y) of a task.
 
     Args:
         task: the task.
@@ -110,7 +100,7 @@ class Answers:
         self.rewards = prior_table(task.reward(torch.float64), self.conditions, x_0)  # (G, P, K)
 
     def of(self, pair: int) -> tuple[LatticeChain, Tensor]:
-        """The chain of a pair and its reward (P,)."""
+        """Return the chain of a pair and its reward (P,)."""
         g, y = divmod(pair, self.conditions.classes)
         return self.chains[g], self.rewards[g, :, y]
 
@@ -120,30 +110,30 @@ class Answers:
         return torch.tensor([self.gap(self.best(pair), pair) for pair in range(self.conditions.pairs)])
 
     def gap(self, outcome: Outcome, pair: int) -> float:
-        """log Z − J of what was done for a pair."""
+        """Return log Z − J of an outcome for a pair."""
         chain, reward = self.of(pair)
         return chain.log_z(reward) - outcome.objective
 
     def best(self, pair: int) -> Outcome:
-        """What the best policy with the prior's std does for a pair."""
+        """Return the outcome of the best policy with the prior's std for a pair."""
         chain, reward = self.of(pair)
         return chain.outcome(chain.best(reward), reward)
 
     def plugged_in(self, pair: int) -> Outcome:
-        """What the exact E[x_0 | x_t, y] does for a pair, in the place of the prior's x̂."""
+        """Return the outcome of the exact E[x_0 | x_t, y] for a pair, in place of the prior's x̂."""
         chain, reward = self.of(pair)
         log_p = chain.prior.log_density(chain.lattices[-1].points, chain.times[-1], chain.cond["c"])
         return chain.outcome(chain.plugged_in(log_p + reward), reward)
 
     def outcome(self, policy: Denoiser, pair: int) -> Outcome:
-        """What a policy, or a denoiser guided by labels as a policy is, does for a pair."""
+        """Return the outcome of a policy, or of another denoiser that takes labels, for a pair."""
         chain, reward = self.of(pair)
         labels, _ = self.conditions.of(torch.tensor([pair]))
         return chain.outcome(list(chain.steps(Doubled(policy), **labels)), reward)
 
 
 class Doubled(Denoiser):
-    """A policy in single precision, asked and answering in double.
+    """Call a policy in single precision from double precision.
 
     Args:
         policy: the policy, or another denoiser that takes labels.
@@ -159,7 +149,7 @@ class Doubled(Denoiser):
 
 
 def new_policy(task: Task, seed: int = 0) -> Policy:
-    """The prior with untrained controls: still the prior."""
+    """Make a policy of the prior with untrained controls, which is still the prior."""
     prior, sizes = task.prior(), task.conditions.controls
     controls = [
         SideControl(name, tuple(map(str, range(size))), prior, conditions=2, seed=seed) for name, size in sizes.items()
