@@ -38,26 +38,26 @@ def compare(
         return
     if quick:
         raise ValueError("--quick is of ctrl compare exact. Here ask for less: --methods, --labels, --strengths, -n.")
-    asked = {
+    choices = {
         "labels": numbers("labels", labels, int), "strengths": numbers("strengths", strengths, float),
         "seeds": numbers("seeds", seeds, int), "methods": methods.split(",") if methods else [],
     }  # fmt: skip
     with job_options(quiet, trust, overwrite) as options:
-        found = compare_job(run, out, **asked, n=n, resume=resume, options=options)
+        result = compare_job(run, out, **choices, n=n, resume=resume, options=options)
     if not quiet:
-        typer.echo(f"{in_words(found)}\nreport: {(out or run / 'compare') / 'report.html'}")
+        typer.echo(f"{in_words(result)}\nreport: {(out or run / 'compare') / 'report.html'}")
 
 
 def numbers(option: str, text: str | None, kind: type) -> list:
-    """The numbers of a list with commas.
+    """Read the numbers of a list with commas.
 
     Raises:
-        ValueError: something else stands in it, or a negative number.
+        ValueError: an entry that is no number, or negative.
     """
     try:
-        found = [kind(part) for part in text.split(",")] if text else []
+        values = [kind(part) for part in text.split(",")] if text else []
     except ValueError:
-        found = [-1]
-    if any(number < 0 or not math.isfinite(number) for number in found):
+        values = [-1]
+    if any(value < 0 or not math.isfinite(value) for value in values):
         raise ValueError(f"--{option} {text}: give numbers with commas between them, such as 50,100.")
-    return found
+    return values
