@@ -35,18 +35,10 @@ def default_batch(denoiser: Denoiser) -> int:
 
 @torch.no_grad()
 def paths(
-    denoiser: Denoiser,
-    n: int,
-    times: Times,
-    generator: torch.Generator,
-    cond: dict[str, Tensor] | None = None,
-    labels: dict[str, Tensor] | None = None,
-    strength: float = 1.0,
-    compare: bool = False,
-    eta: float = 1.0,
-    batch: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Paths:
+    denoiser: Denoiser, n: int, times: Times, generator: torch.Generator, cond: dict[str, Tensor] | None = None,
+    labels: dict[str, Tensor] | None = None, strength: float = 1.0, compare: bool = False, eta: float = 1.0,
+    batch: int | None = None, progress: Callable[[int], None] | None = None,
+) -> Paths:  # fmt: skip
     """Simulate n paths in batches, without a graph; ranks share the batches, and each returns all paths.
 
     Args:

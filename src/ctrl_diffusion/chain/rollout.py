@@ -106,18 +106,10 @@ class Checkpointed(torch.autograd.Function):
 
 
 def rollout(
-    denoiser: Denoiser,
-    x_1: Tensor,
-    times: Times,
-    eta: float = 1.0,
-    generator: torch.Generator | None = None,
-    compare: bool = False,
-    read: bool = True,
-    cond: dict[str, Tensor] | None = None,
-    at_state: Callable[[int, Tensor], Tensor] | None = None,
-    noise: Sequence[Tensor] | None = None,
-    **control,
-) -> Trajectory:
+    denoiser: Denoiser, x_1: Tensor, times: Times, eta: float = 1.0, generator: torch.Generator | None = None,
+    compare: bool = False, read: bool = True, cond: dict[str, Tensor] | None = None,
+    at_state: Callable[[int, Tensor], Tensor] | None = None, noise: Sequence[Tensor] | None = None, **control,
+) -> Trajectory:  # fmt: skip
     """Simulate from noise to data.
 
     Under a gradient the graph holds the states only: every step is recomputed on the way back (checkpointing), with its

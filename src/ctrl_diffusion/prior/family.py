@@ -44,11 +44,7 @@ class Family:
 def image_size(
     size: tuple[int, int] | None, sample_size: int | tuple[int, int], factor: int, patch: int = 1
 ) -> tuple[int, int]:
-    """Return (H, W) of images: `size`, or that of the network's latents, each covering `factor` pixels a side.
-
-    Raises:
-        ValueError: not a multiple of what one patch of latents covers.
-    """
+    """Return (H, W) of images: `size`, or `factor` times that of latents; refuse sides that are no whole patches."""
     sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     height, width = size or (factor * sides[0], factor * sides[1])
     if height % (factor * patch) or width % (factor * patch):

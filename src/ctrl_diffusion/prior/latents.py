@@ -15,12 +15,7 @@ def factor_of(vae: nn.Module) -> int:
 
 
 class Autoencoder(Codec):
-    """Turn images (B, C, H, W) in [−1, 1] into latents of about unit variance, and back.
-
-    Args:
-        vae: an AutoencoderKL of diffusers; it is frozen.
-        size: (H, W) of the images.
-    """
+    """Turn images of a size (H, W) into latents of about unit variance and back, by an AutoencoderKL; it is frozen."""
 
     latent = True
     batch = 16  # images are many times their latents

@@ -19,11 +19,7 @@ NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def find_pipeline(source: str | Path) -> Path:
-    """Return a pipeline's folder, downloaded from the hub if `source` is no path here but OWNER/NAME.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return a pipeline's folder, downloaded from the hub if `source` is no path but OWNER/NAME; refuse any other."""
     folder = Path(source)
     if folder.exists() or not is_hub_id(str(source)):
         if not (folder / "model_index.json").is_file():
@@ -58,8 +54,7 @@ def quiet() -> Iterator[None]:
         library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # about fields of old configs, which still mean what they did
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", FutureWarning)  # of fields in old configs, which keep their meaning
             yield
     finally:
         for library, (level, bars) in zip(libraries, before, strict=True):
@@ -69,11 +64,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_pipeline(folder: Path, index: dict[str, Any]) -> Any:
-    """Load a pipeline in float32 on the CPU: its parts, or where it encodes text the pipeline itself.
-
-    Raises:
-        ValueError: a part is missing.
-    """
+    """Load a pipeline in float32 on the CPU, or its parts alone where these will do; refuse one that lacks a part."""
     family = FAMILIES[index["_class_name"]]
     if family.ALONE:
         return load_parts(folder, index, family.PARTS)

@@ -53,16 +53,9 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
     all_gather: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
-        self,
-        network: nn.Module,
-        call: Call,
-        schedule: Schedule,
-        prediction: Prediction,
-        shape: tuple[int, ...],
-        clip: float | None = None,
-        site: ControlSite | None = None,
-        precision: torch.dtype | None = None,
-    ) -> None:
+        self, network: nn.Module, call: Call, schedule: Schedule, prediction: Prediction, shape: tuple[int, ...],
+        clip: float | None = None, site: ControlSite | None = None, precision: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.network = network.requires_grad_(False).eval()
         self.call, self.schedule, self.prediction, self.shape = call, schedule, prediction, shape
@@ -74,9 +67,8 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
 
     def with_call(self, call: Call) -> "NetworkDenoiser":
         """Return a denoiser on the same network, called in another way."""
-        other = NetworkDenoiser(
-            self.network, call, self.schedule, self.prediction, self.shape, self.clip, self.site, self.precision
-        )
+        settings = self.schedule, self.prediction, self.shape, self.clip, self.site, self.precision
+        other = NetworkDenoiser(self.network, call, *settings)
         other.all_gather = self.all_gather
         return other
 

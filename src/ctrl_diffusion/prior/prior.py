@@ -98,8 +98,7 @@ class Prior:
             size: (H, W) of the images, for families that make any; None for the size it was trained on.
 
         Raises:
-            ValueError: no such folder or hub id, not a pipeline, damaged, of a kind that is not supported, or a size it
-                cannot make.
+            ValueError: it is not found, no pipeline, damaged, not supported, or cannot make the size.
         """
         folder = find_pipeline(source)
         try:
@@ -121,16 +120,13 @@ class Prior:
     def from_pipeline(
         cls, pipeline: Any, name: str, size: tuple[int, int] | None = None, id2label: dict[str, str] | None = None
     ) -> "Prior":
-        """Make a prior of a pipeline's parts.
+        """Make a prior of an object that has a pipeline's parts, by the name of the pipeline's class.
 
         Args:
-            pipeline: has the parts as attributes.
-            name: of the pipeline's class.
+            pipeline: the parts.
+            name: of the class.
             size: see `from_pretrained`.
             id2label: number → names of the class, separated by commas.
-
-        Raises:
-            ValueError: it is not supported.
         """
         family = FAMILIES[name].load(pipeline, size)
         names = {
@@ -161,11 +157,7 @@ class Prior:
         return replace(self, denoiser=self.denoiser.with_call(call), classes=len(prompts), names=names)
 
     def number_of(self, name: str) -> int:
-        """Return the class of a name, or of a prompt, which is encoded if it is new.
-
-        Raises:
-            ValueError: the prior is given no text and has no class of that name.
-        """
+        """Return the class of a name, or of a prompt, which is encoded if it is new; refuse an unknown name."""
         if name not in self.names and self.text is None:
             some = ", ".join(list(self.names)[:10])
             raise ValueError(f"must be one of the prior's {self.classes} classes ({some} …), got {name!r}.")
@@ -176,11 +168,7 @@ class Prior:
         return self.names[name]
 
     def unconditional(self) -> "Prior":
-        """Return the prior p(x) of a prior p(x | c): the same network under its null class.
-
-        Raises:
-            ValueError: it is unconditional already, or was not trained with a null class.
-        """
+        """Return the prior p(x) of a prior p(x | c): the same network under its null class, if it has one."""
         if self.null is None:
             reason = "is unconditional already" if self.classes is None else "was not trained with a class for none"
             raise ValueError(f"unconditional: this prior {reason}. Leave it out.")

@@ -20,11 +20,7 @@ KEPT = 2
 
 
 class Checkpoints:
-    """Write and read the states of one training.
-
-    Args:
-        folder: where they are kept.
-    """
+    """Write and read the states of one training in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,14 +30,10 @@ class Checkpoints:
         return sorted(path.with_suffix(".safetensors") for path in self.folder.glob("[0-9]*.json"))
 
     def write(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Write a state and remove all but the one before it.
-
-        Args:
-            tensors: by name, on any device.
-            about: JSON values, which are restored to the bit.
+        """Write tensors from any device and JSON values, to the bit; remove all states but the one before.
 
         Raises:
-            OSError: it cannot be written; earlier states stay.
+            OSError: the state cannot be written; earlier states stay.
         """
         paths = self.paths()
         path = self.folder / f"{int(paths[-1].stem) + 1 if paths else 1:08d}.safetensors"

@@ -48,15 +48,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def undamaged(folder: Path, advice: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn read errors inside into one ValueError saying that the folder is damaged; re-raise PermissionError.
-
-    Args:
-        folder: which is read.
-        advice: what the user should do.
-        but: more errors to re-raise.
-
-    Raises:
-        ValueError: the folder is damaged.
+    """Turn read errors inside into one ValueError: the folder is damaged, and what to do; re-raise `but` and
+    PermissionError.
     """
     try:
         yield

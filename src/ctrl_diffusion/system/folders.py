@@ -16,15 +16,11 @@ LOCK = ".lock"
 
 
 def check_output(folder: Path, marker: str, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written, or whose files must not be overwritten.
+    """Refuse a folder that cannot be written, or that holds files not to be overwritten.
 
     Args:
-        folder: to write into.
-        marker: a file that only this job writes, by which its folders are told from any other.
+        marker: a file that only this job writes; other folders are not overwritten at all.
         overwrite: whether files of an earlier job may be replaced.
-
-    Raises:
-        ValueError: what is in the way, and what to do.
     """
     if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         if not overwrite:

@@ -31,11 +31,7 @@ _alone = _sharded = False
 
 
 def state() -> PartialState:
-    """Return accelerate's state of this process; without CUDA, ranks communicate by gloo on CPUs.
-
-    Raises:
-        ValueError: the launcher asks for a way of sharding other than FSDP2.
-    """
+    """Return accelerate's state of this process, on a CPU without CUDA; refuse to shard other than by FSDP2."""
     global _sharded
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("a model is not sharded by DeepSpeed here. Launch with --use_fsdp --fsdp_version 2.")
@@ -90,11 +86,7 @@ def rank_slice(n: int) -> slice:
 
 
 def rank_rows(n: int) -> slice:
-    """Return this rank's rows of a batch of n.
-
-    Raises:
-        ValueError: a rank would have no row; or, with sharded weights, the ranks would have unequally many.
-    """
+    """Return this rank's rows of a batch of n; refuse a batch too small, or with sharded weights unequal shares."""
     size = world_size()
     if n < size:
         raise ValueError(f"a batch of {n} cannot be shared by {size} processes. Raise batch, or launch fewer.")
@@ -116,11 +108,7 @@ def all_gather(rows: Tensor, dim: int = 0) -> Tensor:
 
 
 def broadcast(make: Callable[[], T]) -> T:
-    """Call `make` on rank 0 alone and return its result, which must be on the CPU, on every rank.
-
-    Raises:
-        Exception: whatever `make` raised on rank 0, on every rank.
-    """
+    """Call `make` on rank 0 alone and return its result, on the CPU, or raise its error on every rank."""
     if world_size() == 1:
         return make()
     result: list = [None, None]

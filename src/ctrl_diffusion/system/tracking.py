@@ -18,11 +18,7 @@ TRACKED, PROJECT = "tracking", "ctrl"  # a folder of the run; the project's name
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers that accelerate does not know, or whose package is not installed.
-
-    Raises:
-        ValueError: a tracker, and what to do.
-    """
+    """Refuse trackers that accelerate does not know, or whose package is not installed."""
     known = sorted(str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL)
     for name in names:
         if name not in known:
@@ -48,11 +44,7 @@ class Tracking:
         self.updates = 0  # of all stages
 
     def start(self, records: list[dict[str, Any]]) -> None:
-        """Open the trackers after the records of a log; TensorBoard drops what it has of later updates.
-
-        Warns:
-            RuntimeWarning: a tracker cannot be opened.
-        """
+        """Open the trackers after the records of a log; TensorBoard drops what it has of later updates."""
         self.close()
         self.updates = sum("loss" in record for record in records)
         if not self.names or not ranks.is_main():
@@ -66,10 +58,9 @@ class Tracking:
         }
 
         def open_tracker(name: str) -> None:
-            # it must change neither device nor precision
-            accelerator = Accelerator(
-                device_placement=False, mixed_precision="no", log_with=[name], project_dir=str(folder)
-            )
+            # device and precision stay as they are
+            parts = {"log_with": [name], "project_dir": str(folder)}
+            accelerator = Accelerator(device_placement=False, mixed_precision="no", **parts)
             accelerator.init_trackers(PROJECT, init_kwargs=options)
             (self.trackers[name],) = accelerator.trackers
             if name != "tensorboard":  # which would make a folder named by the time for them
