@@ -210,7 +210,7 @@ def on_a_scale(n, seed, rule=False):
 def test_a_gaussian_head_finds_mean_and_deviation():
     (x, y, *_), (x_c, y_c, *_), (x_t, y_t, mean, std) = (on_a_scale(n, i) for i, n in enumerate((3000, 500, 3000)))
     p = calibrate(fit_classifier(x, y, 9, Architecture("gaussian", 4), Recipe(20, lr=3e-3)), x_c, y_c)
-    density = p.density(p.scores(x_t), p.temperature)
+    density = p.head.density(p.scores(x_t), p.temperature)
     report = report_classifier(p, x_t, y_t)
     assert float((density.mean - mean).square().mean()) < 0.05
     assert float((density.stddev / std).log().abs().mean()) < 0.15
@@ -238,7 +238,7 @@ def test_the_density_at_the_levels_and_between_them(tmp_path):
 def test_labels_without_noise_do_not_make_a_needle():
     x, y, *_ = on_a_scale(600, 0, rule=True)
     p = fit_classifier(x, y, 9, Architecture("gaussian", 4), Recipe(30))
-    assert float(p.density(p.scores(x), 1e-6).stddev.min()) == pytest.approx(RESOLUTION)
+    assert float(p.head.density(p.scores(x), 1e-6).stddev.min()) == pytest.approx(RESOLUTION)
 
 
 def test_large_images_are_looked_at_a_few_at_a_time(monkeypatch):

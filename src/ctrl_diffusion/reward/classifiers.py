@@ -76,18 +76,10 @@ class ClassifierSettings(Strict):
 
 
 class Choice(NamedTuple):
-    """What is fitted, where the settings leave it open."""
+    """Hold what the settings may leave open."""
 
     architecture: Architecture
     weight_decay: float = Recipe.weight_decay
-
-
-class Posterior(NamedTuple):
-    """A panel that has p̂ alone, what p̂ was chosen to be, and the held-out part of its images or latents."""
-
-    panel: Panel
-    choice: Choice
-    held_out: LabelledImages
 
 
 def open_choices(settings: ClassifierSettings, space: LabelSpace) -> list[Choice]:
@@ -98,7 +90,7 @@ def open_choices(settings: ClassifierSettings, space: LabelSpace) -> list[Choice
     if settings.factory:
         return [Choice(Architecture())]
     named = settings.head != "auto" and not space.scale
-    heads = (settings.head,) if named else [name for name, head in HEADS.items() if head.fits(space)]
+    heads = (settings.head,) if named else [name for name, head in HEADS.items() if head.suits(space)]
     if settings.backbone:
         return [Choice(Architecture(head), decay) for head, decay in product(heads, DECAYS)]
     trunks: set[tuple[int, int | None]] = {
@@ -115,14 +107,15 @@ def epochs_of(updates: int, part: Sized) -> int:
 
 @dataclass
 class Fitter:
-    """Fit p̂ of a control, and judges like it, each on a part of the labels.
+    """Fit p̂ of a control, and then a judge of the same kind, each on a part of the labels.
 
     Args:
         control: the column of y.
         condition: the column of c of p̂(y | x, c); None for p̂(y | x).
         settings: of the classifiers.
-        seed: of the fits.
-        device: on which the classifiers are fitted, and stay.
+        seed: of the fit of p̂; a judge's is the next.
+        device: on which they are fitted, and stay.
+        choice: of the best calibrated p̂, once it is fitted.
     """
 
     control: str
@@ -130,10 +123,10 @@ class Fitter:
     settings: ClassifierSettings
     seed: int = 0
     device: torch.device | str = "cpu"
+    choice: Choice | None = None
 
     @cached_property
     def trunk(self) -> Frozen | None:
-        """The frozen backbone, if there is one."""
         return Frozen(self.settings.backbone).to(self.device) if self.settings.backbone else None
 
     def epochs(self, fitting: LabelledImages) -> int:
@@ -160,10 +153,7 @@ class Fitter:
         self, part: LabelledImages, inputs: tuple[Tensor, ...], choice: Choice, seed: int, advance: Advance,
         watch: tuple[Tensor, ...] | None = None,
     ) -> Scorer:  # fmt: skip
-        """Fit one classifier, uncalibrated, on a part of the labels whose `inputs` are given.
-
-        `watch` is what early stopping measures.
-        """
+        """Fit one classifier, uncalibrated, on the `inputs` of a part; early stopping measures on `watch`."""
         x, y, *c = inputs
         augment = None if self.trunk else AUGMENTATIONS[self.settings.augment]
         recipe = Recipe(epochs_of(self.settings.updates, y), BATCH, weight_decay=choice.weight_decay, augment=augment)
@@ -172,42 +162,48 @@ class Fitter:
             advance, self.device,
         )  # fmt: skip
 
-    def finished(self, classifier: Scorer) -> Scorer:
+    def finish(self, classifier: Scorer) -> Scorer:
         """Put a fitted classifier on its backbone and the device."""
         classifier.trunk = self.trunk or classifier.trunk
         return classifier.to(self.device)
 
-    def calibrated(
-        self, fitting: LabelledImages, calibration: LabelledImages, advance: Advance
-    ) -> tuple[Scorer, Choice]:
-        """Fit every open choice; return the best by calibrated NLL on the calibration part, and its choice."""
+    def calibrated(self, fitting: LabelledImages, calibration: LabelledImages, advance: Advance) -> Scorer:
+        """Fit every open choice; return and remember the best by calibrated NLL on the calibration part."""
         x, *labels = self.inputs(fitting)
         inputs, unseen = (self.trunk.fit(x) if self.trunk else x, *labels), self.inputs(calibration)
         watch, fits = unseen if self.settings.early_stopping else None, []
         for choice in open_choices(self.settings, fitting.space(self.control)):
             classifier = self.fit(fitting, inputs, choice, self.seed, advance, watch)
             fits.append((calibrated_nll(classifier, *unseen), len(fits), classifier, choice))
-        return min(fits)[2:]
+        _, _, classifier, self.choice = min(fits)
+        return self.finish(classifier)
 
     def posterior(
         self, images: Sequence[LabelledImages], advance: Advance, encode: Callable[[Tensor], Tensor] | None = None
-    ) -> Posterior:
+    ) -> tuple[Panel, LabelledImages]:
         """Fit, calibrate and report p̂, with the region it was fitted on.
 
         Args:
             images: three parts: to fit, to calibrate, held out.
             advance: called after each of `epochs` epochs.
             encode: images → latents, for a p̂ on these.
+
+        Returns:
+            A panel that has p̂ alone, and the held-out part, images or latents as p̂ takes them.
         """
         fitting, calibration, held_out = (part.through(encode) if self.settings.latents else part for part in images)
-        classifier, choice = self.calibrated(fitting, calibration, advance)
-        self.finished(classifier).latent = self.settings.latents
+        classifier = self.calibrated(fitting, calibration, advance)
+        classifier.latent = self.settings.latents
         quality = report_classifier(classifier, *examples(held_out, self.control, self.condition))
-        panel = Panel(self.control, held_out.space(self.control), tuple(images[0].x.shape[1:]), classifier, quality)
+        shape, space = tuple(images[0].x.shape[1:]), held_out.space(self.control)
         with torch.no_grad():
-            known, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
-        panel.support = Support.fit(known).calibrate(torch.cat(unseen))
-        return Posterior(panel, choice, held_out)
+            fitted, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
+        support = Support.fit(fitted).calibrate(torch.cat(unseen))
+        return Panel(self.control, space, shape, classifier, quality, support=support), held_out
+
+    def judge(self, part: LabelledImages, advance: Advance) -> Scorer:
+        """Fit a judge as p̂ was chosen to be, uncalibrated."""
+        return self.finish(self.fit(part, self.inputs(part), self.choice, self.seed + 1, advance))
 
 
 @torch.no_grad()
@@ -244,18 +240,11 @@ def check_settings(
 
 
 def fit_panel(
-    data: LabelledImages,
-    control: str,
-    condition: str | None = None,
-    ruler: bool = False,
-    settings: ClassifierSettings | None = None,
-    seed: int = 0,
-    phase: Phase = silent,
-    judge_data: LabelledImages | None = None,
-    encode: Callable[[Tensor], Tensor] | None = None,
-    device: torch.device | str = "cpu",
-    check: bool = True,
-) -> tuple[Panel, LabelledImages]:
+    data: LabelledImages, control: str, condition: str | None = None, ruler: bool = False,
+    settings: ClassifierSettings | None = None, seed: int = 0, phase: Phase = silent,
+    judge_data: LabelledImages | None = None, encode: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu", check: bool = True,
+) -> tuple[Panel, LabelledImages]:  # fmt: skip
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
     Args:
@@ -285,7 +274,7 @@ def fit_panel(
     fitter = Fitter(control, condition if settings.conditional else None, settings, seed, device)
     epochs = fitter.epochs(images[0]) + sum(epochs_of(settings.updates, part) for part in judge_parts)
     advance = phase("classifier", epochs)
-    panel, choice, held_out = fitter.posterior(images[:3], advance, encode)
+    panel, held_out = fitter.posterior(images[:3], advance, encode)
     if check and not panel.informed:
         q = panel.quality
         raise ValueError(
@@ -294,9 +283,8 @@ def fit_panel(
             "bring more of them."
         )
     for part in judge_parts:
-        judge = fitter.fit(part, fitter.inputs(part), choice, seed + 1, advance)
-        panel.judge = fitter.finished(judge)
-        panel.judge_accuracy = accuracy(judge, images[2], control, fitter.condition)
+        panel.judge = fitter.judge(part, advance)
+        panel.judge_accuracy = accuracy(panel.judge, images[2], control, fitter.condition)
     if condition:
         panel.condition, panel.condition_values = condition, data.values[condition]
         fitting = joined(*images[:2], *images[3:])

@@ -12,7 +12,6 @@ from torch import Tensor
 from .scorer import Architecture, Scorer
 
 Network = Callable[[Sequence[int], int], Scorer]  # from the shape of x, (C, H, W) or (F,), and K
-Augment = Callable[[Tensor], Tensor]  # changes a batch of x in ways that keep y
 
 
 @dataclass
@@ -20,16 +19,12 @@ class ClassifierReport:
     """Hold p̂'s quality on held-out data.
 
     Args:
-        accuracy: share of the labels that p̂ finds likeliest; of y on a scale, that are nearest to the level that p̂'s
-            mean is nearest to.
-        nll: in nats; of y on a scale in units of levels.
-        ece: over 10 bins of confidence; of y on a scale the mean distance of how often the central intervals of
-            10 … 90 % hold y from what they say (Kuleshov et al. 2018).
-        temperature: T.
-        chance_nll: of the best guess without x: the entropy of the labels (given c, for p̂(y | x, c)); of y on a scale
-            that of one normal distribution for all.
-        nll_stderr: standard error of nll.
-        nll_uncalibrated: nll at T = 1.
+        accuracy: share of labels that p̂ finds likeliest; on a scale, whose nearest level p̂'s mean is nearest to.
+        nll, nll_stderr, nll_uncalibrated: in nats, its standard error, and at T = 1; on a scale in units of levels.
+        ece: over 10 bins of confidence; on a scale the mean distance of how often the central intervals of 10 … 90 %
+            hold y from what they say (Kuleshov et al. 2018).
+        chance_nll: of the best guess without x: the entropy of the labels (given c, for p̂(y | x, c)); on a scale that
+            of one normal distribution.
         brier: mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); None on a scale.
         auroc: area under the curve of one class against the rest, mean over classes; None on a scale, or if a class is
             missing from the data.
@@ -82,7 +77,6 @@ class Recipe:
     """Describe a fit by AdamW under a one-cycle schedule.
 
     Args:
-        epochs, batch, lr, weight_decay: the optimiser's.
         augment: changes a batch of x in ways that keep y.
     """
 
@@ -90,41 +84,32 @@ class Recipe:
     batch: int = 32
     lr: float = 1e-2
     weight_decay: float = 1e-3
-    augment: Augment | None = None
+    augment: Callable[[Tensor], Tensor] | None = None
 
 
 def fit_classifier(
-    x: Tensor,
-    y: Tensor,
-    classes: int,
-    network: Network | None = None,
-    recipe: Recipe | None = None,
-    c: Tensor | None = None,
-    watch: tuple[Tensor, ...] | None = None,
-    seed: int = 0,
-    progress: Callable[[], None] | None = None,
-    device: torch.device | str = "cpu",
-) -> Scorer:
+    x: Tensor, y: Tensor, classes: int, network: Network | None = None, recipe: Recipe | None = None,
+    c: Tensor | None = None, watch: tuple[Tensor, ...] | None = None, seed: int = 0,
+    progress: Callable[[], None] | None = None, device: torch.device | str = "cpu",
+) -> Scorer:  # fmt: skip
     """Fit p̂(y | x), or p̂(y | x, c), on clean x; return it uncalibrated, in eval mode, frozen, on the CPU.
 
     Args:
-        x: (n, C, H, W), or features (n, F) for a network of these.
-        y: labels (n,).
-        classes: K.
+        x: (n, C, H, W), or features (n, F) for a network that takes these.
+        y: labels (n,), of K classes or levels.
         network: builds what is fitted; None for `Architecture()`, a categorical `Classifier`.
         recipe: of the optimiser; None for `Recipe()`.
         c: class numbers (n,) of the condition, 0 … network.conditions − 1.
-        watch: (x, y), or (x, y, c), that the fit does not see; the weights of the epoch whose NLL there, calibrated, is
-            the least are kept. None keeps the last.
+        watch: (x, y), or (x, y, c), not fitted on, whose least calibrated NLL picks the epoch; None picks the last.
         seed: of weights and order; global random state is left alone.
         progress: called after each epoch.
-        device: on which it is fitted.
+        device: to fit on.
     """
     best, least = None, math.inf
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = (network or Architecture())(x.shape[1:], classes)
-        for _ in epochs(classifier, (x, y, c), recipe or Recipe(), device):
+        classifier = (network or Architecture())(x.shape[1:], classes).to(device)
+        for _ in epochs(classifier, x, y, c, recipe or Recipe()):
             if watch and (nll := calibrated_nll(classifier.eval(), *watch)) < least:
                 least, best = nll, {name: value.clone() for name, value in classifier.state_dict().items()}
             if progress:
@@ -135,20 +120,18 @@ def fit_classifier(
     return classifier.requires_grad_(False).eval().cpu()
 
 
-def epochs(
-    classifier: Scorer, rows: tuple[Tensor, Tensor, Tensor | None], recipe: Recipe, device: torch.device | str
-) -> Iterator[None]:
-    """Fit a classifier in place on (x, y, c); yield after each epoch."""
-    x, y, c = rows
+def epochs(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None, recipe: Recipe) -> Iterator[None]:
+    """Fit a classifier in place, on the device where it is; yield after each epoch."""
     weights = class_weights(classifier, y) if classifier.balanced else None
-    optimizer = torch.optim.AdamW(classifier.to(device).parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     batches = -(-len(x) // recipe.batch)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches)
     for _ in range(recipe.epochs):
         classifier.train()
         for batch in torch.randperm(len(x)).chunk(batches):
             inputs = x[batch] if recipe.augment is None else recipe.augment(x[batch])
-            loss = classifier.fit_loss(classifier.scores(inputs, None if c is None else c[batch]), y[batch])
+            score = classifier.scores(inputs, None if c is None else c[batch])
+            loss = classifier.head.nll(score, 1.0, y[batch].to(score.device), **classifier.head_weights)
             # not the weighted mean: dividing by a batch's own weights would move the balance
             loss = loss.mean() if weights is None else (weights[y[batch]].to(loss) * loss).mean()
             optimizer.zero_grad()
@@ -194,14 +177,11 @@ def calibrated_nll(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = 
 def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> ClassifierReport:
     """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
     score, temperature = classifier.scores(x, c), classifier.temperature
-    log_prob, density = (
-        classifier.log_prob_from(score, temperature).cpu(),
-        classifier.density(score.cpu(), temperature.cpu()),
-    )
+    density = classifier.head.density(score.cpu(), temperature.cpu())
     return ClassifierReport(
         nll=float(classifier.nll(score, temperature, y, "mean")),
         temperature=float(temperature),
         nll_stderr=float(classifier.nll(score, temperature, y).std() / len(y) ** 0.5),
         nll_uncalibrated=float(classifier.nll(score, 1.0, y, "mean")),
-        **classifier.head.figures(log_prob, density, y, c),
+        **classifier.head.figures(classifier.log_prob_from(score, temperature).cpu(), density, y, c),
     )

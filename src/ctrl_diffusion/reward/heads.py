@@ -27,13 +27,14 @@ class Head:
     """
 
     name: ClassVar[str]
+    outputs: ClassVar[int | None] = None  # scores of each x; None for K
     scale: ClassVar[bool] = False  # whether y is a place between levels 0 … K − 1
 
     def __init__(self, classes: int) -> None:
-        self.classes = self.outputs = classes
+        self.classes = classes
 
     @classmethod
-    def fits(cls, space: LabelSpace) -> bool:
+    def suits(cls, space: LabelSpace) -> bool:
         """Return whether to try this head on such labels where the settings leave it open."""
         return not space.scale
 
@@ -55,13 +56,10 @@ class Head:
         return F.nll_loss(self.log_prob(score, temperature, **weights), y, reduction=reduction)
 
     def figures(self, log_prob: Tensor, density: Normal | None, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
-        """Measure p̂ on n examples: those fields of `ClassifierReport` that depend on the kind of label.
+        """Measure log p̂ (n, K), or on a scale its density (n,), at labels y (n,), given c (n,) if p̂ is conditional.
 
-        Args:
-            log_prob: log p̂ (n, K).
-            density: p̂'s density (n,) of y on a scale.
-            y: labels (n,).
-            c: classes (n,) of the condition of p̂(y | x, c).
+        Returns:
+            The fields of `ClassifierReport` that depend on the kind of label.
         """
         p, counts = log_prob.exp(), y.bincount(minlength=self.classes)
         groups = [] if c is None else [c == group for group in c.unique()]
@@ -86,20 +84,13 @@ class Categorical(Head):
 
 
 class Ordinal(Head):
-    """Read one score s of ordered classes (cumulative logits, McCullagh 1980): P(y > k) = σ((s − b_k) / T).
+    """Read one score s of ordered classes (McCullagh 1980): P(y > k) = σ((s − b_k) / T), K − 1 increasing cuts b."""
 
-    The K − 1 cuts b increase; they are fitted beside the network.
-    """
-
-    name = "ordinal"
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes)
-        self.outputs = 1
+    name, outputs = "ordinal", 1
 
     @classmethod
-    def fits(cls, space: LabelSpace) -> bool:
-        """Three or more classes have an order if their names are numbers."""
+    def suits(cls, space: LabelSpace) -> bool:
+        """Return whether there are three or more classes whose names are numbers, hence in order."""
         return not space.scale and space.size > 2 and all(map(is_number, space.values))
 
     def weights(self) -> dict[str, Tensor]:
@@ -118,15 +109,10 @@ class Ordinal(Head):
 class Gaussian(Head):
     """Read mean and log standard deviation of y on a scale, in levels (Nix & Weigend 1994); T scales the deviation."""
 
-    name = "gaussian"
-    scale = True
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(classes)
-        self.outputs = 2
+    name, outputs, scale = "gaussian", 2, True
 
     @classmethod
-    def fits(cls, space: LabelSpace) -> bool:
+    def suits(cls, space: LabelSpace) -> bool:
         return space.scale
 
     def density(self, score: Tensor, temperature: Tensor | float) -> Normal:

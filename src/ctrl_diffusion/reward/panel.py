@@ -1,4 +1,4 @@
-"""Hold p̂ of one control with its judge and its reader, and save and load them as one folder.
+"""Hold p̂ of one control with its judge and its reader; save and load them as one folder.
 
 classifier.*    p̂(y | x), the reward, fitted on one part of the labels, calibrated on a second
 support.*       the region p̂ was fitted on
@@ -101,7 +101,7 @@ class Panel:
         """Return, of y on a scale, the central intervals of 10 … 90 % and the share of y each holds: two (9,)."""
         x, y, *c = self.examples(data)
         scores, temperature = self.classifier.scores(x, *c), self.classifier.temperature
-        return coverage(self.classifier.density(scores.cpu(), temperature.cpu()), y)
+        return coverage(self.classifier.head.density(scores.cpu(), temperature.cpu()), y)
 
     def metrics(self) -> dict[str, Any]:
         """Return the figures by the names metrics.json uses."""

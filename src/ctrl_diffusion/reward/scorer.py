@@ -1,7 +1,6 @@
-"""Compute p̂(y | x) or p̂(y | x, c) on clean x by a network, and read, save and load it.
+"""Compute p̂(y | x) or p̂(y | x, c) on clean x by a network; save and load it.
 
-`Classifier` is a small convolutional network with average pooling, fitted on a few hundred images of any size. One
-temperature T, fitted on a split of its own, divides the logits (Guo et al. 2017).
+One temperature T, fitted on a split of its own, divides the logits (Guo et al. 2017).
 """
 
 import json
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Normal
 
 from ..system.files import read_tensors, write_json, write_tensors
 from .heads import HEADS
@@ -23,7 +21,7 @@ PIXELS_AT_ONCE = 2**22  # of images in one pass: a convolution at full size keep
 
 
 class Scorer(nn.Module):
-    """Compute log p̂(y | x), or log p̂(y | x, c), from a trunk's features, by a head and a temperature.
+    """Compute log p̂(y | x), or log p̂(y | x, c), from a trunk's features by a head and a temperature.
 
     Args:
         trunk: x (B, *) → features (B, F).
@@ -44,18 +42,13 @@ class Scorer(nn.Module):
     described: str
 
     def __init__(
-        self,
-        trunk: nn.Module,
-        width: int,
-        classes: int,
-        head: str = "categorical",
-        balanced: bool = False,
+        self, trunk: nn.Module, width: int, classes: int, head: str = "categorical", balanced: bool = False,
         conditions: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.head, self.balanced, self.conditional = HEADS[head](classes), balanced, conditions > 0
         self.classes, self.trunk = classes, trunk
-        self.score = nn.Linear(width, self.head.outputs) if width else nn.Identity()
+        self.score = nn.Linear(width, self.head.outputs or classes) if width else nn.Identity()
         if conditions:
             self.film = nn.Embedding.from_pretrained(torch.zeros(conditions, 2 * width), freeze=False)
         for name, value in self.head.weights().items():
@@ -102,10 +95,6 @@ class Scorer(nn.Module):
         """Return log p̂ in nats at labels y (B,), which on a scale may lie between levels: (B,)."""
         return -self.nll(self.scores(x, c), self.temperature, y)
 
-    def density(self, score: Tensor, temperature: Tensor | float) -> Normal | None:
-        """Return p̂'s density (B,) over the scale from raw scores; None if y is a class."""
-        return self.head.density(score, temperature)
-
     @property
     def head_weights(self) -> dict[str, Tensor]:
         """What the head has fitted beside the scores, by name."""
@@ -122,10 +111,6 @@ class Scorer(nn.Module):
         if self.balanced:
             return F.nll_loss(self.log_prob_from(score, temperature), y, reduction=reduction)
         return self.head.nll(score, temperature, y, reduction, **self.head_weights)
-
-    def fit_loss(self, score: Tensor, y: Tensor) -> Tensor:
-        """Return the loss in nats at labels y (B,) that the fit weighs and averages: p̂ under even classes, T = 1."""
-        return self.head.nll(score, 1.0, y.to(score.device), **self.head_weights)
 
     def save(self, folder: Path, about: dict[str, Any] | None = None) -> None:
         """Write `classifier.safetensors`, and `classifier.json` with its shape and what else `about` says of it."""
@@ -144,7 +129,7 @@ class Scorer(nn.Module):
 
 
 class Classifier(Scorer):
-    """Compute p̂(y | x) by a small convolutional network.
+    """Compute p̂(y | x) by a small convolutional network with average pooling, fitted on a few hundred images.
 
     Args:
         channels: of x.
@@ -156,17 +141,9 @@ class Classifier(Scorer):
     """
 
     def __init__(
-        self,
-        channels: int,
-        classes: int,
-        head: str = "categorical",
-        grid: int = 1,
-        depth: int = 1,
-        halvings: int = 0,
-        width: int = 32,
-        balanced: bool = False,
-        conditions: int = 0,
-    ) -> None:
+        self, channels: int, classes: int, head: str = "categorical", grid: int = 1, depth: int = 1, halvings: int = 0,
+        width: int = 32, balanced: bool = False, conditions: int = 0,
+    ) -> None:  # fmt: skip
         layers: list[nn.Module] = []
         for i in range(depth):
             stride = 2 if 1 <= i <= halvings else 1
@@ -182,10 +159,7 @@ class Classifier(Scorer):
         self.described = f"{convolutions}, average pooling to {grid} × {grid}, head: {head}"
 
     def evidence(self, x: Tensor) -> Tensor:
-        """Return the pooled convolutions (B, grid² · width).
-
-        The layer after them learns to drop what does not decide y, and with it what tells an image from noise.
-        """
+        # the layer after the pooling learns to drop what does not decide y, and with it what tells an image from noise
         return self.in_parts(self.trunk[:-2], x)
 
 

@@ -134,7 +134,7 @@ class Run:
         if settings.ruler:
             return panel.space.places(MEASURES[settings.ruler](x))
         scores = panel.judge.scores(x.to(self.prior.denoiser.device))
-        return panel.judge.density(scores, panel.judge.temperature).mean.cpu()
+        return panel.judge.head.density(scores, panel.judge.temperature).mean.cpu()
 
     def is_outside(self, x_0: Tensor, images: Tensor) -> Tensor:
         """Return whether each sample (n, *), with its image, lies outside the region some p̂ was fitted on: (n,)."""

@@ -169,7 +169,7 @@ class Comparison:
                 name, condition = settings.name, settings.condition if settings.classifier.conditional else None
                 fitter = Fitter(name, condition, settings.classifier, seed, prior.denoiser.device)
                 advance = self.phase(f"classifier of {name}", fitter.epochs(images[name][0]))
-                panels[name] = fitter.posterior(images[name], advance, encoder_of(prior)).panel
+                panels[name], _ = fitter.posterior(images[name], advance, encoder_of(prior))
                 if not panels[name].informed:
                     warnings.warn(
                         f"{n} labels, seed {seed}: p̂ of {name!r} is not clearly better than chance. Training would "
