@@ -15,12 +15,12 @@ class Binomial(Head):
     name, outputs = "binomial", 1
 
     def weights(self):
-        return {"load": torch.zeros(())}
+        return {"loading": torch.zeros(())}
 
-    def log_prob(self, score, temperature, load):
+    def log_prob(self, score, temperature, loading):
         k, n = torch.arange(self.classes), self.classes - 1
         ways = torch.lgamma(torch.tensor(n + 1.0)) - torch.lgamma(k + 1.0) - torch.lgamma(n - k + 1.0)
-        logit = (score + load) / temperature
+        logit = (score + loading) / temperature
         return ways + k * F.logsigmoid(logit) + (n - k) * F.logsigmoid(-logit)
 
 
@@ -34,7 +34,7 @@ def test_a_head_from_elsewhere_is_one_class_and_one_row(monkeypatch, tmp_path):
     x, y = torch.randn(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 5
     fitted = fit_classifier(x, y, 5, Architecture("binomial"), Recipe(2))
     torch.testing.assert_close(fitted.log_prob(x).exp().sum(1), torch.ones(30))
-    assert float(fitted.state_dict()["load"]) != 0
+    assert float(fitted.state_dict()["loading"]) != 0
     fitted.save(tmp_path)
     assert torch.equal(Classifier.load(tmp_path).log_prob(x), fitted.log_prob(x))
 
