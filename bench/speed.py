@@ -44,6 +44,7 @@ from ctrl_diffusion.system.files import rounded
 HERE = Path(__file__).parent
 PEER = HERE.parent / "runs" / "peer"
 BEFORE = "d456200"  # the commit before its steps were measured
+BEFORE_BENCH = "0d18236"  # the last commit whose bench/speed.py runs on it
 PEER_PACKAGES = ("torch==2.13.0", "trl==0.22.2", "diffusers==0.35.2", "transformers<5", "peft")
 BATCH, STEPS, ROUNDS = 8, 10, 9
 GAP_UPDATES, GAP_EVERY = 400, 10
@@ -182,19 +183,21 @@ def against_trl(folder: Path) -> dict[str, Any]:
 def against_before(folder: Path) -> dict[str, Any]:
     """Compare this library with an earlier commit of itself."""
     with TemporaryDirectory() as before:
-        archive = subprocess.run(["git", "archive", BEFORE, "src"], cwd=HERE.parent, check=True, capture_output=True)
-        subprocess.run(["tar", "-x", "-C", before], input=archive.stdout, check=True)
+        for commit, parts in ((BEFORE, ["src"]), (BEFORE_BENCH, ["bench", "tests"])):
+            archive = subprocess.run(
+                ["git", "archive", commit, *parts], cwd=HERE.parent, check=True, capture_output=True
+            )
+            subprocess.run(["tar", "-x", "-C", before], input=archive.stdout, check=True)
         commands: dict[str, Command] = {}
         for name in (DRAWN[0], *LEARNERS):
-            command = ours(folder, name, batch_of(name), STEPS)
-            commands |= {name: command, f"{name} before": ("env", f"PYTHONPATH={before}/src", *command)}
+            python, script, *arguments = ours(folder, name, batch_of(name), STEPS)
+            old = ("env", f"PYTHONPATH={before}/src", python, f"{before}/bench/speed.py", *arguments)
+            commands |= {name: (python, script, *arguments), f"{name} before": old}
         with raced(commands, ROUNDS) as run:
+            pairs = {name: (run[name], run[f"{name} before"]) for name in (DRAWN[0], *LEARNERS)}
             return {
-                name: {
-                    "time": ratio(run[name], run[f"{name} before"]),
-                    "memory": run[name].megabytes / run[f"{name} before"].megabytes,
-                }
-                for name in (DRAWN[0], *LEARNERS)
+                name: {"time": ratio(new, old), "memory": new.megabytes / old.megabytes}
+                for name, (new, old) in pairs.items()
             }
 
 
