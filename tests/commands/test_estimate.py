@@ -11,7 +11,7 @@ import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ctrl_diffusion.commands.jobs import demo, estimate
-from ctrl_diffusion.commands.jobs.estimate import estimate_job, evaluations_of_samples, probes_of, some
+from ctrl_diffusion.commands.jobs.estimate import estimate_job, evaluations_of_samples, few_images, probes_of
 from ctrl_diffusion.commands.jobs.inspect import evaluations
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
@@ -68,13 +68,13 @@ def test_classifiers_are_tried_on_some_images_of_every_class():
     y, c = torch.zeros(6000).long(), torch.arange(6000) % 10
     y[:12] = 1  # a rare class is there whole
     data = LabelledImages(torch.zeros(6000, 1, 1, 1), {"y": y, "c": c}, {"y": ("a", "b"), "c": tuple("0123456789")})
-    few = some(data, ["y", "c"])
+    few = few_images(data, ["y", "c"])
     assert few.labels["y"].bincount()[1] == 12
     assert (few.labels["c"].bincount() >= 200).all()
     assert len(few) < 4000
-    assert some(data[torch.arange(3000)], ["y", "c"]).x.shape[0] == 3000
+    assert few_images(data[torch.arange(3000)], ["y", "c"]).x.shape[0] == 3000
     many = LabelledImages(torch.zeros(6000, 1), {"y": torch.arange(6000) % 300}, {"y": tuple(map(str, range(300)))})
-    assert (some(many, ["y"]).labels["y"].bincount() == 10).all(), "as few as a class may have"
+    assert (few_images(many, ["y"]).labels["y"].bincount() == 10).all(), "as few as a class may have"
 
 
 def test_what_takes_its_time_is_extrapolated(data, monkeypatch):

@@ -11,7 +11,7 @@ from pipelines import BUILDERS
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.chain.rollout import rollout
-from ctrl_diffusion.commands.jobs.inspect import in_words, inspected
+from ctrl_diffusion.commands.jobs.inspect import describe, in_words
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
@@ -220,7 +220,7 @@ def test_a_pipeline_is_inspected(folders, name):
     """What is said is what diffusers' own objects say."""
     prior, pipeline = opened(folders, name), folders[name][1]
     bare = sum(p.numel() for p in prior.denoiser.network.parameters())
-    found = inspected(prior)
+    found = describe(prior)
     assert (found["family"], found["parameters"]) == (type(pipeline).__name__, bare)
     kinds = {"SD 2": "v_prediction", "SD 3": "flow", "Flux": "flow"}
     assert found["prediction_type"] == kinds.get(name, "epsilon")

@@ -1,4 +1,4 @@
-"""The command line: arguments in, Python API, one clear line when something is wrong."""
+"""Run the command line: every error of the user's is one clear line."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Add new conditional controls to pre-trained diffusion and flow models.",
 )
-SHARED = ("demo", "train", "add", "sample", "evaluate")  # what several processes do together
+SHARED = ("demo", "train", "add", "sample", "evaluate")  # commands that several processes run together
 
 
 def quiet_dependencies() -> None:
@@ -46,7 +46,7 @@ def quiet_dependencies() -> None:
 
 
 def show_warning(message: Warning | str, category: type, filename: str, *_: object) -> None:
-    """A warning of ours is one line; a dependency's is none of the user's business."""
+    """Print a warning of ours as one line, and none of a dependency."""
     if Path(__file__).parents[1] in Path(filename).parents and not OTHER:
         typer.echo(f"ctrl: warning: {message}", err=True)
 
@@ -71,7 +71,7 @@ def root(
         raise ValueError(f"ctrl {name} is the work of one process: start it without accelerate launch.")
 
 
-# the order of `ctrl --help`: a command's function and an example of it
+# each command with an example, in the order of `ctrl --help`
 COMMANDS = {
     demo: "ctrl demo --out runs/demo --seed 0",
     classifier: "ctrl classifier photos --control texture --prior my-pipeline --out runs/texture-classifier",
@@ -89,12 +89,12 @@ for command, example in COMMANDS.items():
 
 
 def stop(*_: object) -> None:
-    """A terminal's Ctrl-C and a system's SIGTERM mean the same."""
+    """Treat SIGTERM like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Entry point: what went wrong is one line, and exit code 2; 130 for a job that was asked to stop."""
+    """Run the entry point; exit with 2 after an error, which is one line, and with 130 after an interrupt."""
     quiet_dependencies()
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -1,4 +1,4 @@
-"""ctrl evaluate."""
+"""Define `ctrl evaluate`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ctrl exact."""
+"""Define `ctrl exact`."""
 
 from pathlib import Path
 from typing import Annotated

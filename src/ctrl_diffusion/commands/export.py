@@ -1,4 +1,4 @@
-"""ctrl export."""
+"""Define `ctrl export`."""
 
 from pathlib import Path
 from typing import Annotated

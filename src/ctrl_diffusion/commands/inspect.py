@@ -1,4 +1,4 @@
-"""ctrl inspect."""
+"""Define `ctrl inspect`."""
 
 import json
 from typing import Annotated
@@ -16,8 +16,8 @@ def inspect(
 ) -> None:
     """Say what a pre-trained model is, and what training a control on it would take."""
     from ..prior.prior import open_prior
-    from .jobs.inspect import in_words, inspected
+    from .jobs.inspect import describe, in_words
 
     model = open_prior(prior, size)
-    found = inspected(model.with_prompts([""]) if model.text else model)
-    typer.echo(json.dumps(found, indent=2) if json_ else in_words(found))
+    facts = describe(model.with_prompts([""]) if model.text else model)
+    typer.echo(json.dumps(facts, indent=2) if json_ else in_words(facts))

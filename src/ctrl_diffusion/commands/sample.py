@@ -1,4 +1,4 @@
-"""ctrl sample."""
+"""Define `ctrl sample`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,13 +1,10 @@
-"""The demos' material: scikit-learn's digits, the rulers, the offline datasets and the settings.
+"""Train a demo control on the embedded model: three tasks on scikit-learn's digits.
 
-ink        y is the stroke weight: the mean pixel on a scale from 0 (black) to 1, in four even classes cut at the
-           quartiles of the real digits and named 1 (light) … 4 (heavy), for each of the prior's ten digits. The true
-           ink of any sample is measured by the ruler that made the labels, not by a network.
-digit      y is the digit itself, and the prior never hears of it: it is asked for its null class. A judge fitted on
-           other digits says what came out.
-ink,slant  two controls from two datasets that share no image; the second does not know the digit. y of slant is the
-           way the strokes lean, left or right of the median. It is trained and certified on eight digits: a 6 leans
-           left and a 7 right by its shape, whoever wrote it.
+ink        y is the stroke weight, the mean pixel from 0 (black) to 1, in four classes of equal size, named 1 (light)
+           … 4 (heavy), for each of the prior's ten digits. The ruler that made the labels measures the samples too.
+digit      y is the digit, and the prior is used by its null class. A judge fitted on other digits measures y.
+ink,slant  two controls from two datasets that share no image; that of slant has no digit. Slant is whether the strokes
+           lean left or right of the median, on eight digits: a 6 leans left and a 7 right by its shape.
 """
 
 from dataclasses import replace
@@ -26,12 +23,11 @@ from ...run.folder import DATA_FOLDERS, RunFolder
 from ...run.prepare import prepare
 from ...system.progress import DEFAULT, JobOptions
 from ...system.strict import merged
-from . import demo
 from .train import reserved, start_training
 
-# ink does not care where it is nor which side is up, and its classes are ordered
+# ink depends on neither place nor orientation, and its classes are ordered
 OF_INK = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
-# few updates: of 250 labels too few are left to calibrate what is fitted until it is sure of itself
+# few updates: 250 labels leave too few to calibrate a classifier that is fitted until it is overconfident
 OF_SLANT = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 500}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ink": {
@@ -41,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digit": {
         "prior": "digits",
         "unconditional": True,
-        # the names are numbers and yet in no order; what tells digits apart is where the strokes are
+        # the names are numbers, but not in an order; digits differ in where the strokes are
         "controls": [{"name": DIGIT, "classifier": {"head": "categorical", "grid": 4, "depth": 2}}],
         # ten classes share the samples of the one condition
         "weighted": {"cache": 4000},
@@ -55,48 +51,47 @@ SETTINGS: dict[str, dict[str, Any]] = {
             {"name": INK, "condition": DIGIT, "ruler": INK, "classifier": OF_INK},
             {"name": SLANT, "ruler": SLANT, "classifier": OF_SLANT},
         ],
-        # eight combinations share the samples of a digit, and the rarest comes once in a hundred
+        # eight combinations share the samples of a digit, the rarest one in a hundred
         "weighted": {"cache": 4000},
         "adjoint": {"updates": 1200},
         "evaluation": {"prior_samples": 4000, "paths": 2000},
     },
 }
 LABELLED = {"ink": 500, "digit": 200, "ink,slant": 250}  # for each control
-JUDGED = 200  # digits, at least
+JUDGED = 200  # digits for the judge, at least
 
 
 def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list[tuple[LabelledImages, LabelledImages]]:
-    """For each control of a demo its offline dataset, drawn evenly over its classes, and digits nobody else was given.
+    """Draw a dataset for each control of a demo, evenly over its classes, and one of the remaining digits for its judge.
 
-    The datasets share no image; the second of each pair is for the judge.
+    The datasets of the controls share no image, and none with those of the judges.
 
     Args:
         controls: of SETTINGS.
         seed: of the draw.
-        labels: for each control; None for what the demo has.
+        labels: for each control; None for the demo's default.
 
     Raises:
         ValueError: so many labels leave too few digits for the judge.
     """
     x, c = digits()
-    known = {DIGIT: c, INK: ink_ruler(x), SLANT: slant_ruler(x)}
-    wanted = torch.isin(c, torch.tensor(SETTINGS[controls].get("classes", range(10))))
-    rest, drawn = wanted.nonzero().squeeze(1).numpy(), []
+    measured = {DIGIT: c, INK: ink_ruler(x), SLANT: slant_ruler(x)}
+    usable = torch.isin(c, torch.tensor(SETTINGS[controls].get("classes", range(10))))
+    rest, parts = usable.nonzero().squeeze(1).numpy(), []
     count = labels or LABELLED[controls]
     if (most := (len(rest) - JUDGED) // len(SETTINGS[controls]["controls"])) < count:
         raise ValueError(f"--labels {count}: of {len(rest)} digits {JUDGED} are for the judge. Ask for {most} at most.")
     for settings in SETTINGS[controls]["controls"]:
-        y = known[settings["name"]]
-        rows, rest = train_test_split(
-            rest, train_size=count, stratify=y[rest].numpy(), random_state=seed
-        )  # fmt: skip
-        drawn.append(rows)
+        y = measured[settings["name"]]
+        rows, rest = train_test_split(rest, train_size=count, stratify=y[rest].numpy(), random_state=seed)
+        parts.append(rows)
 
-    def of(settings: dict[str, Any], rows: np.ndarray) -> LabelledImages:
-        labels = {name: y for name, y in known.items() if name in (settings["name"], settings.get("condition"))}
+    def labelled(settings: dict[str, Any], rows: np.ndarray) -> LabelledImages:
+        labels = {name: y for name, y in measured.items() if name in (settings["name"], settings.get("condition"))}
         return LabelledImages(x, labels, {name: VALUES[name] for name in labels})[rows]
 
-    return [(of(s, rows), of(s, rest)) for s, rows in zip(SETTINGS[controls]["controls"], drawn, strict=True)]
+    controls_parts = zip(SETTINGS[controls]["controls"], parts, strict=True)
+    return [(labelled(settings, rows), labelled(settings, rest)) for settings, rows in controls_parts]
 
 
 def demo_values(controls: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -127,13 +122,13 @@ def demo_job(
         values: settings by the names of `Config`, over those of the demo.
         out, options: see `train_job`.
         controls: of SETTINGS.
-        labels: for each control; None for what the demo has.
+        labels: for each control; None for the demo's default.
     """
     out, values = Path(out), demo_values(controls, values)
     folder = RunFolder(out)
     seed = Config.from_values(values).seed
     with reserved(folder, options.overwrite), TemporaryDirectory() as scratch:
-        datasets = demo.labelled_digits(controls, seed, labels)
+        datasets = labelled_digits(controls, seed, labels)
         for control, pair in zip(values["controls"], datasets, strict=True):
             for kind, data in zip(DATA_FOLDERS, pair, strict=True):
                 path = Path(scratch, kind, control["name"]) if len(datasets) > 1 else Path(scratch, kind)

@@ -1,7 +1,7 @@
-"""Leaving again: a run becomes a folder that diffusers loads where nothing of ours is installed.
+"""Export a run as a folder that diffusers loads without this package.
 
-The folder has the prior's pipeline, `controls/NAME/` with each control (and its LoRA alone, in the format diffusers
-loads), `pipeline.py` (`controlled.py` and what it imports, each a copy of ours side by side), and a model card.
+The folder has the prior's pipeline, `controls/NAME/` with each control (and its LoRA alone, in diffusers' own format),
+`pipeline.py` with copies of the files it imports, and a model card.
 """
 
 import ast
@@ -23,7 +23,6 @@ from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 
 INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
-PACKAGE = Path(__file__).parents[2]
 FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
 
 
@@ -36,7 +35,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         options: trust and overwriting.
 
     Raises:
-        ValueError: no finished run, or a folder that holds something else.
+        ValueError: no finished run, a folder that holds something else, or a model family of another package.
     """
     check_output(out, INDEX, options.overwrite)
     run = Run.load(folder, trust=options.trust)
@@ -50,18 +49,12 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     parts = {name: part for name, part in named.items() if isinstance(part, list) and part[0] is not None}
     clear(out, FILES)
     for name in parts:
-        if (prior / name).is_dir():
-            shutil.copytree(prior / name, out / name, dirs_exist_ok=True)
-        else:  # beside the index, as in early pipelines
-            (out / name).mkdir(exist_ok=True)
-            for pattern in ("scheduler_config.json",) if name == "scheduler" else ("config.json", f"{WEIGHTS}*"):
-                for file in prior.glob(pattern):
-                    shutil.copy(file, out / name / file.name)
-    for name in run.names:
-        place = out / controlled.CONTROLS / name
-        run.policy.controls[name].save(place)
-        if lora := run.policy.controls[name].lora(family.PARTS[0]):
-            write_tensors(place / LORA, lora)
+        copy_part(prior, out, name)
+    for name, control in run.policy.controls.items():
+        path = out / controlled.CONTROLS / name
+        control.save(path)
+        if lora := control.lora(family.PARTS[0]):
+            write_tensors(path / LORA, lora)
     for name, text in sources().items():
         write_text(out / f"{name}.py", text)
     shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
@@ -69,23 +62,31 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     chain: dict[str, Any] = config.model_dump(
         include={"steps", "sigma_end", "time_power", "guidance", "negative_prompt", "size", "unconditional"}
     )
-    # last: a folder with it is whole
-    write_json(
-        out / INDEX,
-        {
-            **parts,
-            "_class_name": ["pipeline", "ControlledPipeline"],
-            "_diffusers_version": index.get("_diffusers_version"),
-            "base": index["_class_name"],
-            "flags": {name: value for name, value in index.items() if isinstance(value, bool)},
-            "chain": {**chain, "controls": run.names},
-            "id2label": index.get("id2label"),
-        },
-    )
+    about = {
+        **parts,
+        "_class_name": ["pipeline", "ControlledPipeline"],
+        "_diffusers_version": index.get("_diffusers_version"),
+        "base": index["_class_name"],
+        "flags": {name: value for name, value in index.items() if isinstance(value, bool)},
+        "chain": {**chain, "controls": run.names},
+        "id2label": index.get("id2label"),
+    }
+    write_json(out / INDEX, about)  # last: it marks a complete folder
+
+
+def copy_part(prior: Path, out: Path, name: str) -> None:
+    """Copy a part of a pipeline into its folder; early pipelines have its files beside the index."""
+    if (prior / name).is_dir():
+        shutil.copytree(prior / name, out / name, dirs_exist_ok=True)
+        return
+    (out / name).mkdir(exist_ok=True)
+    for pattern in ("scheduler_config.json",) if name == "scheduler" else ("config.json", f"{WEIGHTS}*"):
+        for file in prior.glob(pattern):
+            shutil.copy(file, out / name / file.name)
 
 
 def push_to_hub(out: Path, name: str) -> None:
-    """Upload an exported folder to OWNER/NAME on the hub, which is made if it is not there.
+    """Upload an exported folder to OWNER/NAME on the hub, and create the repository if there is none.
 
     Raises:
         ValueError: the hub does not take it.
@@ -96,13 +97,13 @@ def push_to_hub(out: Path, name: str) -> None:
         hub = HfApi()
         hub.create_repo(name, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=out, commit_message="ctrl export")
-    except Exception as error:  # no network, no token, a name that is taken: an exception for each
+    except Exception as error:  # a different exception for no network, no token or a name that is taken
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{out} is written, but the hub does not take it as {name}: {reason}") from error
 
 
 def sources() -> dict[str, str]:
-    """Read the files of an exported folder: run/pipeline.py and all it imports of ours, side by side, by name."""
+    """Read the files of an exported folder: run/pipeline.py and all it imports of ours, by name."""
     texts: dict[str, str] = {}
     paths = [Path(controlled.__file__)]
     for path in paths:
@@ -113,7 +114,7 @@ def sources() -> dict[str, str]:
         raise RuntimeError("two files of an exported folder would have one name.")
     pipeline = texts.pop("pipeline")
     named = "\n".join(f"from .{name} import __doc__ as _  # noqa: F401" for name in texts)
-    # diffusers copies, of all that lies beside a pipeline.py, what it imports itself
+    # diffusers copies only those files beside a pipeline.py that it imports itself
     return texts | {"pipeline": f"{pipeline}\n\n# diffusers looks here for the files it has to copy\n{named}\n"}
 
 
@@ -131,22 +132,22 @@ def flattened(path: Path) -> tuple[str, list[Path]]:
             imported += [target / f"{name}.py" for name in names]
         else:
             imported.append(target / "__init__.py")
-        here = "" if imported[-1].parent == target and imported[-1].stem != "__init__" else target.name
+        package = "" if imported[-1].parent == target and imported[-1].stem != "__init__" else target.name
         source = ast.get_source_segment(text, node)
-        text = text.replace(source, f"from .{here}{source[source.index(' import') :]}", 1)
+        text = text.replace(source, f"from .{package}{source[source.index(' import') :]}", 1)
     return text, imported
 
 
 def model_card(folder: Path, run: Run, base: str) -> str:
-    """What a stranger should know before using it."""
+    """Render the model card."""
     metrics = RunFolder(folder).read_metrics()
     classifiers = metrics["classifier"] if len(run.names) > 1 else {run.name: metrics["classifier"]}
-    asked = {name: control.values[-1] for name, control in run.policy.controls.items()}
+    example = {name: control.values[-1] for name, control in run.policy.controls.items()}
     first = "" if run.prior.classes is None else f"class_labels={run.prior.class_names[0]!r}, "
     if run.prior.text:
         first = f"{run.config.prompts[0]!r}, "
     templates = Environment(loader=PackageLoader("ctrl_diffusion.report"), trim_blocks=True)
     return templates.get_template("card.md").render(
         run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,
-        call=f"{first}controls={asked}",
+        call=f"{first}controls={example}",
     )  # fmt: skip

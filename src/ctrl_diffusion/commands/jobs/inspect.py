@@ -1,4 +1,4 @@
-"""What a pre-trained model is, and what training a control on it takes."""
+"""Describe a pre-trained model and the cost of training a control on it."""
 
 from typing import Any
 
@@ -18,16 +18,16 @@ from ...run.defaults import suggested
 MEGABYTE = 1e6
 
 
-def inspected(prior: Prior) -> dict[str, Any]:
-    """Family, sizes and the cost of an update with the settings `ctrl train` would choose for a control of two classes.
+def describe(prior: Prior) -> dict[str, Any]:
+    """Describe a prior's family, sizes and the cost of an update, with the settings `ctrl train` would choose for it.
 
-    Memory is counted in float32: the weights, and once more those a control changes; what AdamW and the averaged
-    weights hold for the control; and what an update of `adjoint` keeps for the gradient, of a micro-batch or of all its
-    regressed steps at once, from one step run on one row and on two. A decoder is not counted. Evaluations are of the
-    network, per sample of an update, as (forward, forward and backward); a guided call counts as two.
+    Memory is counted in float32, without a decoder: the weights, twice for those that a control changes; the control,
+    its gradient, its average and AdamW's moments; and what an update of `adjoint` keeps for the gradient, measured by
+    one step on one row and on two. Evaluations are of the network, for each sample of an update, as (forward, forward
+    and backward); a guided call counts as two.
 
     Args:
-        prior: of a model that is given text, one with prompts; it is given a control.
+        prior: with prompts if it is given text; a control of two classes is attached to it.
     """
     denoiser = prior.denoiser
     parameters = sum(p.numel() for p in denoiser.network.parameters())
@@ -35,7 +35,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
     values = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=min(groups, 20), classes=2)
     config = Config.from_values({"prior": "-", "control": "-", "data": "-", **values})
     control = LoRAControl("probe", ("no", "yes"), denoiser, config.rank)
-    trained = sum(p.numel() for group in control.parameter_groups().values() for p in group)
+    trainable = sum(p.numel() for group in control.parameter_groups().values() for p in group)
     policy = Policy(denoiser, control)
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
     per_sample = {name: [calls(prior) * n for n in each] for name, each in evaluations(config).items()}
@@ -48,7 +48,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
         "conditions": "text" if prior.text else prior.classes,
         "guidance": prior.text and prior.text.guidance,
         "parameters": parameters,
-        "control_parameters": trained,
+        "control_parameters": trainable,
         "step": {
             "batch": config.adjoint.batch,
             "micro_batch": config.micro_batch,
@@ -56,7 +56,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
             "evaluations": per_sample,
             "memory_mb": {
                 "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
-                "control": round(4 * 5 * trained / MEGABYTE, 1),  # itself, its gradient, two moments, the average
+                "control": round(4 * 5 * trainable / MEGABYTE, 1),  # itself, gradient, two moments, average
                 "activations": round(config.adjoint.rows_kept(config.micro_batch) * (two - one) / MEGABYTE, 1),
             },
         },
@@ -64,7 +64,7 @@ def inspected(prior: Prior) -> dict[str, Any]:
 
 
 def calls(prior: Prior) -> int:
-    """How often the network is called for one evaluation of a sample: twice under guidance."""
+    """Count the network's calls for one evaluation of a sample: two under guidance."""
     return 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
 
 
@@ -75,16 +75,16 @@ def evaluations(config: Config) -> dict[str, Evaluations]:
 
 
 def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
-    """What one step of the policy keeps for the gradient of so many rows, bytes."""
+    """Measure the bytes that one step of the policy keeps for the gradient of so many rows."""
     first = torch.zeros(rows, dtype=torch.long)
     cond = {} if prior.classes is None else {"c": first}
     held: dict[StorageWeakRef, int] = {}
-    own = {StorageWeakRef(p.untyped_storage()) for p in policy.parameters()}
+    weights = {StorageWeakRef(p.untyped_storage()) for p in policy.parameters()}
 
     def hold(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if (known := StorageWeakRef(storage)) not in own:
-            held[known] = storage.nbytes()
+        if (reference := StorageWeakRef(storage)) not in weights:
+            held[reference] = storage.nbytes()
         return tensor
 
     x_t = torch.zeros(rows, *policy.shape, device=policy.device, requires_grad=True)
@@ -95,19 +95,19 @@ def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
     return sum(held.values())
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """What `inspected` found, for people."""
-    step, memory = found["step"], found["step"]["memory_mb"]
-    conditions = {None: "none", "text": f"text, guidance {found['guidance']}"}
-    sizes = " × ".join(map(str, found["sample_shape"]))
-    if found["image_shape"] != found["sample_shape"]:
-        sizes += f", latents of images {' × '.join(map(str, found['image_shape']))}"
+def in_words(facts: dict[str, Any]) -> str:
+    """Format the result of `describe` for a terminal."""
+    step, memory = facts["step"], facts["step"]["memory_mb"]
+    conditions = {None: "none", "text": f"text, guidance {facts['guidance']}"}
+    sizes = " × ".join(map(str, facts["sample_shape"]))
+    if facts["image_shape"] != facts["sample_shape"]:
+        sizes += f", latents of images {' × '.join(map(str, facts['image_shape']))}"
     lines = {
-        "family": found["family"],
-        "predicts": f"{found['prediction_type']}, schedule {found['schedule']}",
+        "family": facts["family"],
+        "predicts": f"{facts['prediction_type']}, schedule {facts['schedule']}",
         "x": sizes,
-        "conditions": conditions.get(found["conditions"], f"{found['conditions']} classes"),
-        "parameters": f"{found['parameters']:,}, and {found['control_parameters']:,} of a control of two classes",
+        "conditions": conditions.get(facts["conditions"], f"{facts['conditions']} classes"),
+        "parameters": f"{facts['parameters']:,}, and {facts['control_parameters']:,} of a control of two classes",
         "an update": f"{step['batch']} samples, chain of {step['chain']} steps",
         "memory": ", ".join(f"{name} {size:,.0f} MB" for name, size in memory.items()) + " (float32, adjoint)",
     }
