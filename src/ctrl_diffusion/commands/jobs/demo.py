@@ -62,7 +62,7 @@ JUDGED = 200  # digits for the judge, at least
 
 
 def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list[tuple[LabelledImages, LabelledImages]]:
-    """Draw a dataset for each control of a demo, evenly over its classes, and one of the remaining digits for its judge.
+    """Draw a dataset for each control of a demo, evenly over its classes, and one of the other digits for its judge.
 
     The datasets of the controls share no image, and none with those of the judges.
 
