@@ -73,11 +73,7 @@ def job_options(quiet: bool, trust: bool = False, overwrite: bool = False, quick
 def control_values(
     data: list[str], control: list[str], condition: list[str], classifier: list[Path], skip_bad: bool
 ) -> dict[str, Any]:
-    """Return the settings of the controls: of a single one beside the other keys, of several as a list.
-
-    Raises:
-        ValueError: an option that is not given once for each control.
-    """
+    """Return the settings of the controls: of a single one beside the other keys, of several as a list."""
     n = len(control)
     for name, texts in (("data", data), ("classifier", classifier), ("condition", condition)):
         if len(texts) > max(1, n) or (n > 1 and len(texts) not in (0, n)):
@@ -92,11 +88,7 @@ def control_values(
 
 
 def read_values(options: dict[str, Any], config: Path | None, override: list[str], trust: bool) -> dict[str, Any]:
-    """Return the settings of a file, those of -o over them, and over both the options that are not None.
-
-    Raises:
-        ValueError: a wrong file or override, or code that the file names and the command line does not.
-    """
+    """Return the settings of a file, those of -o over them, and over both the options that are not None."""
     from ..run.config import check_code, read_settings, with_overrides
 
     options = {key: value for key, value in options.items() if value is not None}

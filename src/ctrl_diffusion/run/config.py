@@ -204,11 +204,7 @@ class Config(Strict):
 
 
 def list_controls(values: Any) -> Any:
-    """Return settings with the keys of a single control, where they stand beside the others, moved into `controls`.
-
-    Raises:
-        ValueError: such keys beside a list of several controls.
-    """
+    """Return settings with the keys of a single control moved into `controls`; refuse them beside several controls."""
     single = ("control", *ControlSettings.model_fields)
     if not isinstance(values, dict) or not (keys := [key for key in single if key in values and key != "name"]):
         return values
@@ -222,16 +218,12 @@ def list_controls(values: Any) -> Any:
 
 
 def is_list_of_groups(values: Any) -> bool:
-    """Return whether `controls` has the right form."""
+    """Return whether `controls` are a list of groups of keys."""
     return isinstance(values, list) and all(isinstance(group, dict) for group in values)
 
 
 def check_present(values: dict[str, Any], *names: str) -> None:
-    """Refuse settings with listed controls that lack one of `names`, or a control's data or name.
-
-    Raises:
-        ValueError: the option that gives the first of them; or controls that are no list.
-    """
+    """Refuse settings with listed controls that lack one of `names`, or a control's data or name."""
     controls = values.get("controls") or [{}]
     if not is_list_of_groups(controls):
         raise ValueError(f"controls must be a list with a group of keys for each control, got {controls!r}.")
@@ -256,9 +248,7 @@ def split_names(values: dict[str, Any]) -> dict[str, Any]:
 def with_overrides(values: dict[str, Any], overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a file under those of `-o KEY=VALUE`, and both under a command's own options.
 
-    Raises:
-        ValueError: an override of another form, or a place that a list does not have. Unknown keys are the config's to
-            refuse.
+    An override of another form, or to a place that a list does not have, is refused here; unknown keys by the config.
     """
     values = list_controls({**values, **options})
     for text in overrides:
@@ -303,17 +293,9 @@ def named_code(values: Any) -> set[str]:
 
 
 def check_code(values: Any, options: Any, trust: bool, source: Path | None, overrides: Sequence[str] = ()) -> None:
-    """Refuse settings that would run code which the command line does not name.
+    """Refuse settings that would run code, unless `trust` is set or the command line names it.
 
-    Args:
-        values: all settings.
-        options: those that are a command's own options.
-        trust: whether any code may run.
-        source: what an error calls the settings.
-        overrides: those given by `-o`.
-
-    Raises:
-        ValueError: what would run, and how to let it.
+    The command line gives `options`, which are part of the settings `values`, and `overrides`.
     """
     foreign = [] if trust else sorted(named_code(values) - named_code(options))
     foreign = [code for code in foreign if not any(text.endswith((f"={code}", f":{code}")) for text in overrides)]
@@ -336,11 +318,7 @@ def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str,
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read a YAML file of some or all settings; its paths become absolute.
-
-    Raises:
-        ValueError: not YAML, or no mapping.
-    """
+    """Read a YAML file of some or all settings; its paths become absolute."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -77,14 +77,11 @@ class PreparedTraining:
 
 
 def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTraining:
-    """Read prior, data and classifiers, and choose the settings that depend on them.
+    """Read prior, data and classifiers, and choose the settings that depend on them; refuse what is wrong with any.
 
     Args:
         values: settings by the names of `Config`, with prior, data and control at least.
         options: progress and trust.
-
-    Raises:
-        ValueError: whatever is wrong with the settings or the files.
     """
     values = resolved(values)
     config = Config.from_values(values)  # wrong settings are reported before wrong files
@@ -114,11 +111,7 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
 def complete(
     values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], classes: list[int] | None
 ) -> Config:
-    """Return the config with defaults for this prior and these data where `values` has none.
-
-    Raises:
-        ValueError: a batch, a number of steps or of samples that does not suit them.
-    """
+    """Return the config with defaults for this prior and these data where `values` has none; refuse what cannot be."""
     sizes = {each.name: each.classes for each in inputs}
     fixed = [each.name for each in inputs if each.settings.settled_from]
     labels = Conditions.for_training({}, sizes, fixed).classes
@@ -138,11 +131,7 @@ def complete(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file, one a line; blank lines are left out.
-
-    Raises:
-        ValueError: it cannot be read, has none, or more than can be trained one by one.
-    """
+    """Read the prompts of a file, one a line, without blank lines; refuse none, or too many to train one by one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -156,11 +145,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def prompts_of(controls: list[ControlSettings]) -> list[str]:
-    """Read the prompts in the data's column of c.
-
-    Raises:
-        ValueError: no data have such a column, or more prompts than can be trained one by one.
-    """
+    """Read the prompts in the data's column of c; refuse data without one, or too many prompts."""
     control = next((control for control in controls if control.condition), None)
     if control is None:
         raise ValueError(
@@ -179,11 +164,7 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
 
 
 def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOptions = DEFAULT) -> ControlInputs:
-    """Read the data and classifiers of a control; without a prior the images keep their size.
-
-    Raises:
-        ValueError: whatever is wrong with them.
-    """
+    """Read the data and classifiers of a control; without a prior the images keep their size."""
     if settings.settled_from:
         folder = RunFolder(settings.settled_from).classifier(settings.name)
         return ControlInputs(settings, None, Panel.load(folder, options.trust), read_pages(folder))
@@ -217,16 +198,7 @@ def read_data(
 ) -> LabelledImages:
     """Read a dataset at the prior's size, with the classes of c numbered as the prior numbers them.
 
-    Args:
-        source: a folder, a table, or a dataset on the hub.
-        settings: of the control.
-        prior: None keeps the size of the images.
-        values: the classes or levels that p̂ knows; None for those in the data.
-        condition: whether to read c, if the settings name it.
-        phase: shows progress.
-
-    Raises:
-        ValueError: wrong data, or a condition for a prior that has none.
+    `values` are the classes or levels that p̂ knows, None for those in the data; `condition` says whether to read c.
     """
     name, c = settings.name, settings.condition if condition else None
     if c and prior and prior.classes is None and not prior.text:
@@ -245,11 +217,7 @@ def read_data(
 
 
 def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
-    """Warn of images that occur twice, or in the judge's data too, whatever their files are called.
-
-    Warns:
-        UserWarning: how many, and the first two.
-    """
+    """Warn of images that occur twice, or in the judge's data too, whatever their files are called."""
     digests = data.digests()
     first: dict[bytes, int] = {}
     copies = [(first[d], row) for row, d in enumerate(digests, start=1) if first.setdefault(d, row) != row]
@@ -281,11 +249,7 @@ def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
 
 
 def select_inputs(inputs: ControlInputs, classes: list[int] | None) -> ControlInputs:
-    """Return the inputs with the rows of the classes that are trained.
-
-    Raises:
-        ValueError: the rows or the panel do not suffice for these classes.
-    """
+    """Return the inputs with the rows of the classes that are trained; refuse too few rows, or a panel of others."""
     settings, data, judge_data, panel = inputs.settings, inputs.data, inputs.judge_data, inputs.panel
     if data and classes and settings.condition:
         data = select_classes(data, settings.condition, classes)
@@ -301,11 +265,7 @@ def select_inputs(inputs: ControlInputs, classes: list[int] | None) -> ControlIn
 
 
 def check_batches(config: Config) -> None:
-    """Refuse a batch that the processes cannot share, or not evenly where they must.
-
-    Raises:
-        ValueError: the learner and its batch.
-    """
+    """Refuse a learner's batch that the processes cannot share, or not evenly where they must."""
     for name in config.learners:
         try:
             ranks.rank_rows(getattr(config, name).batch)
@@ -369,11 +329,7 @@ def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> list[int] | N
 
 @torch.no_grad()
 def dependences(inputs: list[ControlInputs], panels: dict[str, Panel], prior: Prior) -> dict[str, dict[str, float]]:
-    """Measure for any two controls from one dataset how their labels depend on each other once x is known.
-
-    Warns:
-        RuntimeWarning: they do, and adding their rewards is doubtful.
-    """
+    """Measure how the labels of any two controls from one dataset depend on each other once x is known; warn if so."""
     figures = {}
     for pair in combinations([each for each in inputs if each.data and not each.settings.skip_bad], 2):
         first, second = pair

@@ -64,15 +64,8 @@ JUDGED = 200  # digits for the judge, at least
 def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list[tuple[LabelledImages, LabelledImages]]:
     """Draw a dataset for each control of a demo, evenly over its classes, and one of the other digits for its judge.
 
-    The datasets of the controls share no image, and none with those of the judges.
-
-    Args:
-        controls: of SETTINGS.
-        seed: of the draw.
-        labels: for each control; None for the demo's default.
-
-    Raises:
-        ValueError: so many labels leave too few digits for the judge.
+    The datasets of the controls share no image, and none with those of the judges. `labels` are for each control; None
+    takes the demo's default, and more than leave enough digits for the judge are refused.
     """
     x, c = digits()
     measured = {DIGIT: c, INK: ink_ruler(x), SLANT: slant_ruler(x)}
@@ -95,11 +88,7 @@ def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list
 
 
 def demo_values(controls: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return a demo's settings under `values`, of which `classifier` goes to every control.
-
-    Raises:
-        ValueError: no such demo.
-    """
+    """Return a demo's settings under `values`, of which `classifier` goes to every control."""
     if controls not in SETTINGS:
         raise ValueError(f"the demo's controls are {' or '.join(SETTINGS)}; got {controls!r}.")
     others = {key: value for key, value in values.items() if key != "classifier"}
@@ -118,11 +107,7 @@ def demo_job(
 ) -> dict[str, Any]:
     """Do `train_job` on the embedded prior and labelled digits, which are written into the run folder.
 
-    Args:
-        values: settings by the names of `Config`, over those of the demo.
-        out, options: see `train_job`.
-        controls: of SETTINGS.
-        labels: for each control; None for the demo's default.
+    `values` are settings over those of the demo; for `controls` and `labels` see `labelled_digits`.
     """
     out, values = Path(out), demo_values(controls, values)
     folder = RunFolder(out)

@@ -35,11 +35,7 @@ COPIES = 12
 
 
 def estimate_job(values: dict[str, Any], options: JobOptions = DEFAULT) -> dict[str, Any]:
-    """Estimate what `train_job` would take with the same settings and options; write nothing.
-
-    Raises:
-        ValueError: what `train_job` would refuse before it fits anything, or several processes.
-    """
+    """Estimate what `train_job` would take with the same settings and options; write nothing."""
     if ranks.world_size() > 1:
         raise ValueError("--dry-run: one process measures what one takes. Start it without accelerate launch.")
     job = prepare(values, options)

@@ -27,16 +27,7 @@ FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
 
 
 def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
-    """Write a finished run as a pipeline of diffusers.
-
-    Args:
-        folder: the run.
-        out: the folder to write.
-        options: trust and overwriting.
-
-    Raises:
-        ValueError: no finished run, a folder that holds something else, or a model family of another package.
-    """
+    """Write the finished run of a folder as a pipeline of diffusers; `options` are trust and overwriting."""
     check_output(out, INDEX, options.overwrite)
     run = Run.load(folder, trust=options.trust)
     config = run.config
@@ -86,11 +77,7 @@ def copy_part(prior: Path, out: Path, name: str) -> None:
 
 
 def push_to_hub(out: Path, name: str) -> None:
-    """Upload an exported folder to OWNER/NAME on the hub, and create the repository if there is none.
-
-    Raises:
-        ValueError: the hub does not take it.
-    """
+    """Upload an exported folder to OWNER/NAME on the hub, and create the repository if there is none."""
     from huggingface_hub import HfApi
 
     try:
