@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, create_model, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.tables import HUB
@@ -173,7 +173,10 @@ class Config(Strict):
     @classmethod
     def from_values(cls, values: Any, source: str = "settings") -> Self:
         """Check values, which may have a single control without the list; raises ValueError as `Strict` does."""
-        config = super().from_values(list_controls(values), source)
+        # a learner that a package elsewhere added to LEARNERS has a group of settings like ours
+        added = {name: (row.Settings, row.Settings()) for name, row in LEARNERS.items() if name not in cls.model_fields}
+        whole = create_model("Config", __base__=cls, **added) if added else cls
+        config = super(Config, whole).from_values(list_controls(values), source)
         names = config.names
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{source}: two controls are named {twice.pop()!r}. Name every control once.")
