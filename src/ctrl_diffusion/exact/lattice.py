@@ -103,15 +103,9 @@ class LatticeChain:
     """
 
     def __init__(
-        self,
-        prior: Denoiser,
-        times: Times,
-        radius: float,
-        spread: float,
-        eta: float = 1.0,
-        cond: dict[str, Tensor] | None = None,
-        spacing: float = SPACING,
-    ) -> None:
+        self, prior: Denoiser, times: Times, radius: float, spread: float, eta: float = 1.0,
+        cond: dict[str, Tensor] | None = None, spacing: float = SPACING,
+    ) -> None:  # fmt: skip
         (dim,) = prior.shape
         if dim > 2:
             raise ValueError(f"a lattice serves 1 or 2 dimensions, got {dim}.")

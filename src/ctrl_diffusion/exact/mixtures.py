@@ -31,13 +31,9 @@ class GaussianMixture(Denoiser):
     """
 
     def __init__(
-        self,
-        means: Tensor,
-        std: float | Tensor,
-        schedule: Schedule,
-        weights: Tensor | None = None,
+        self, means: Tensor, std: float | Tensor, schedule: Schedule, weights: Tensor | None = None,
         axes: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         components, dim = means.shape
         self.register_buffer("means", means)

@@ -57,22 +57,14 @@ class Adjoints(NamedTuple):
 
 
 def adjoints_of(
-    policy: Policy,
-    path: Trajectory,
-    reward_gradient: Tensor,
-    labels: Labels,
-    cond: dict[str, Tensor],
-    eta: float = 1.0,
-    clip: float = float("inf"),
-    lean: bool = False,
-) -> Adjoints:
+    policy: Policy, path: Trajectory, reward_gradient: Tensor, labels: Labels, cond: dict[str, Tensor],
+    eta: float = 1.0, clip: float = float("inf"), lean: bool = False,
+) -> Adjoints:  # fmt: skip
     """Carry the reward's gradient back along a path of the policy.
 
     Args:
-        policy: the policy that drew the path.
-        path: N steps of B samples.
+        policy, path, labels, cond: N steps of B samples, and the policy that drew them.
         reward_gradient: a_N (B, *), the gradient of the reward at the last state.
-        labels, cond: of the path.
         eta: churn.
         clip: largest norm of std_i a_{i+1}, the control that one sample may demand of a step.
         lean: go back through the prior's chain only, without the terms in u.
@@ -113,7 +105,6 @@ class Adjoint(Revisiting):
         """Declare what can be set."""
 
         kept_states: ClassVar[int] = 4  # states and noise; adjoints and the prior's means
-
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
         lr_adapter: float = Field(1.5e-3, gt=0)

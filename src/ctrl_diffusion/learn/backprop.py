@@ -32,7 +32,6 @@ class Backprop(OnPolicy):
         """Declare what can be set."""
 
         kept_states: ClassVar[int] = 2  # states and noise
-
         updates: int = Field(200, ge=1)
         batch: int = Field(64, ge=1)
         clip: float = Field(10.0, gt=0)  # largest norm of std_i ∇J after step i, the control one path may demand of it

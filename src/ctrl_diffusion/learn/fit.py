@@ -41,16 +41,9 @@ class Update:
 
 
 def fit(
-    policy: Policy,
-    steps: Iterator[Step],
-    updates: int,
-    lr: dict[str, float],
-    ema_decay: float = 0.995,
-    warmup: int = 20,
-    max_norm: float = 100.0,
-    max_skipped: int = 5,
-    begin: dict[str, Tensor] | None = None,
-) -> Iterator[Update]:
+    policy: Policy, steps: Iterator[Step], updates: int, lr: dict[str, float], ema_decay: float = 0.995,
+    warmup: int = 20, max_norm: float = 100.0, max_skipped: int = 5, begin: dict[str, Tensor] | None = None,
+) -> Iterator[Update]:  # fmt: skip
     """Train the policy's controls on a learner's stream of losses; the caller logs and stops.
 
     Args:
@@ -105,9 +98,8 @@ class Weights:
 
     def __init__(self, policy: Policy, accelerator: Accelerator, ema_decay: float) -> None:
         groups, self.policy, self.parameters = policy.parameter_groups(), policy, policy.trainable()
-        adamw = torch.optim.AdamW(
-            [{"params": members} for members in groups.values()], betas=(0.9, 0.99), weight_decay=0.0
-        )
+        members = [{"params": group} for group in groups.values()]
+        adamw = torch.optim.AdamW(members, betas=(0.9, 0.99), weight_decay=0.0)
         self.groups, self.optimizer = tuple(groups), accelerator.prepare(adamw)
         self.ema = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
 

@@ -46,12 +46,7 @@ class OnPolicy(Learner):
         super().__init__(times, batch, **options)
         if not 0.0 < eta <= 1.0:
             raise ValueError(f"this learner needs noise in every step: eta must lie in (0, 1], got {eta}. Use 1.0.")
-        self.eta = eta
-
-    @property
-    def steps(self) -> int:
-        """Steps of the chain."""
-        return len(self.times) - 1
+        self.eta, self.steps = eta, len(times) - 1
 
     @property
     def rows(self) -> slice:

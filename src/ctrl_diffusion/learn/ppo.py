@@ -78,7 +78,6 @@ class PPO(Revisiting):
         """Declare what can be set."""
 
         kept_states: ClassVar[int] = 2  # states and noise
-
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
         lr_adapter: float = Field(5e-4, gt=0)

@@ -31,7 +31,6 @@ class LearnerSettings(Strict):
     """Hold a learner's settings, and derive from them what an update costs."""
 
     kept_states: ClassVar[int] = 0  # tensors like x_t that are kept of each step of each path
-
     updates: int = Field(ge=1)
     batch: int = Field(ge=1)  # samples an update, or paths a rollout
     lr_embedding: float = Field(1e-2, gt=0)  # peak learning rates of the two groups of parameters
@@ -94,6 +93,7 @@ class Learner(ABC):
     ) -> None:
         self.times, self.micro, self.offload = times, micro, offload
         self.settings = self.Settings(**values if batch is None else {"batch": batch, **values})
+        self.batch = self.settings.batch
 
     @classmethod
     def from_settings(
@@ -107,11 +107,6 @@ class Learner(ABC):
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         """Yield losses without end."""
-
-    @property
-    def batch(self) -> int:
-        """Samples an update."""
-        return self.settings.batch
 
 
 class Noised(NamedTuple):
