@@ -36,8 +36,8 @@ def test_resampling_by_weight_makes_any_policy_exact(schedule):
     assert float(x_0[y == 0].mean()) == pytest.approx(0.0, abs=5 * error)
     assert float(x_0[y == 1].mean()) == pytest.approx(variance, abs=5 * error)
     exact = math.sqrt(variance) * torch.randn(n, 1, generator=torch.Generator().manual_seed(2)) + variance
-    asked, plain = x_0[y == 1], before[:n]
-    assert energy_test(asked, exact, 50)[0] < 0.5 * energy_test(plain, exact, 50)[0]
+    tilted_x, plain = x_0[y == 1], before[:n]
+    assert energy_test(tilted_x, exact, 50)[0] < 0.5 * energy_test(plain, exact, 50)[0]
 
 
 def test_rows_keep_their_place_and_their_seed():

@@ -69,17 +69,17 @@ def test_under_a_gradient_the_same_path_and_the_gradient_of_the_chain():
     labels, x_1 = {"y": torch.tensor([0, 1, 0, 1])}, torch.randn(4, 2, dtype=torch.float64)
     table = policy.controls["y"].table.weight
     path = rollout(policy, x_1, times, generator=torch.Generator().manual_seed(2), compare=True, labels=labels)
-    (found,) = torch.autograd.grad(path.x_0.sum() + path.kl.sum(), table)
+    (gradient,) = torch.autograd.grad(path.x_0.sum() + path.kl.sum(), table)
     with torch.no_grad():
         again = rollout(policy, x_1, times, generator=torch.Generator().manual_seed(2), compare=True, labels=labels)
     assert torch.equal(path.x.detach(), again.x)
     x_t, kl, generator = x_1, 0.0, torch.Generator().manual_seed(2)
     for t, s in zip(times[:-1], times[1:], strict=True):
-        here = transition(policy, x_t, t, s, labels=labels)
-        kl = kl + here.kl(transition(policy.prior, x_t, t, s)).sum()
-        x_t = here.rsample(torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype))
+        gaussian = transition(policy, x_t, t, s, labels=labels)
+        kl = kl + gaussian.kl(transition(policy.prior, x_t, t, s)).sum()
+        x_t = gaussian.rsample(torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype))
     (expected,) = torch.autograd.grad(policy.prior(x_t, times[-1]).sum() + kl, table)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_numbers_kept_from_inference_mode_serve_a_gradient():

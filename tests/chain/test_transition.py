@@ -26,8 +26,8 @@ def chain(scheduler, kind, eta, **step_options):
     for i in range(STEPS - 1):  # diffusers' last step goes to σ = 0, where our chain does not
         k, next_k = scheduler.timesteps[i], scheduler.timesteps[i + 1]
         noise = torch.randn(ours.shape, generator=torch.Generator().manual_seed(i + 1))
-        here = transition(denoiser, ours, (float(k) + 1) / 1000, (float(next_k) + 1) / 1000, eta)
-        ours = here.rsample(noise)
+        gaussian = transition(denoiser, ours, (float(k) + 1) / 1000, (float(next_k) + 1) / 1000, eta)
+        ours = gaussian.rsample(noise)
         theirs = step_options["call"](scheduler, wiggle(theirs, k.expand(8).float()), k, theirs, noise, i)
         worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)))
     return worst
@@ -80,9 +80,9 @@ def test_known_data_keep_their_marginals(schedule, eta):
     t, s = 0.7, 0.55
     x_0, noise = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
-    here = step(schedule, x_0, alpha_t * x_0 + sigma_t * noise, t, s, eta)
-    kept = (here.mean - alpha_s * x_0) / noise
-    torch.testing.assert_close(kept**2 + here.std**2, (sigma_s**2).expand(4, 3), rtol=1e-9, atol=0)
+    gaussian = step(schedule, x_0, alpha_t * x_0 + sigma_t * noise, t, s, eta)
+    kept = (gaussian.mean - alpha_s * x_0) / noise
+    torch.testing.assert_close(kept**2 + gaussian.std**2, (sigma_s**2).expand(4, 3), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
@@ -95,9 +95,9 @@ def test_eta_one_is_the_posterior_of_the_forward_process(schedule):
     step_variance = sigma_t**2 - ratio**2 * sigma_s**2
     variance = 1 / (1 / sigma_s**2 + ratio**2 / step_variance)
     mean = variance * (alpha_s * x_0 / sigma_s**2 + ratio * x_t / step_variance)
-    here = step(schedule, x_0, x_t, t, s, 1.0)
-    torch.testing.assert_close(here.mean, mean, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(here.std**2, variance, rtol=1e-10, atol=0)
+    gaussian = step(schedule, x_0, x_t, t, s, 1.0)
+    torch.testing.assert_close(gaussian.mean, mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gaussian.std**2, variance, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
@@ -108,8 +108,8 @@ def test_the_chain_converges_to_the_marginals_at_first_order(schedule):
     def error(steps):
         variance, times = torch.ones((), dtype=torch.float64), schedule.times(steps, 0.1)
         for t, s in zip(times[:-1], times[1:], strict=True):
-            here = transition(prior, torch.tensor([[0.0], [1.0]], dtype=torch.float64), t, s)
-            variance = (here.mean[1] - here.mean[0]).squeeze() ** 2 * variance + here.std**2
+            gaussian = transition(prior, torch.tensor([[0.0], [1.0]], dtype=torch.float64), t, s)
+            variance = (gaussian.mean[1] - gaussian.mean[0]).squeeze() ** 2 * variance + gaussian.std**2
         alpha, sigma = schedule(times[-1])
         return abs(float(variance - (0.36 * alpha**2 + sigma**2)))
 

@@ -25,9 +25,9 @@ def condition_of(prior, n=2):
     return {} if prior.classes is None else {"c": torch.arange(n) % 2}
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     # 1e-4; the states of an ε-model that never was trained grow to hundreds, of which that is less than eight ulps
-    torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-4, 1e-6 * float(expected.abs().max())))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=max(1e-4, 1e-6 * float(expected.abs().max())))
 
 
 def controlled(prior, seed=0, scale=0.1):

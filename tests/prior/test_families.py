@@ -39,25 +39,25 @@ def network_output(folders, name, x_t, timestep, c):
     if name == "DiT":
         return pipeline.transformer(x_t, t, class_labels=c).sample[:, :4]
     if name in ("SD 1", "SD 2"):
-        asked, without = pipeline.encode_prompt(texts, "cpu", 1, True)
-        halves = [pipeline.unet(x_t, t, h).sample for h in (asked, without)]
+        states, null = pipeline.encode_prompt(texts, "cpu", 1, True)
+        halves = [pipeline.unet(x_t, t, h).sample for h in (states, null)]
     if name == "SDXL":
-        asked, without, pooled, unpooled = pipeline.encode_prompt(texts, device="cpu")
+        states, null, pooled, null_pooled = pipeline.encode_prompt(texts, device="cpu")
         ids = torch.tensor([[32.0, 48, 0, 0, 32, 48]]).repeat(len(x_t), 1)
         halves = [
             pipeline.unet(x_t, t, h, added_cond_kwargs={"text_embeds": p, "time_ids": ids}).sample
-            for h, p in ((asked, pooled), (without, unpooled))
+            for h, p in ((states, pooled), (null, null_pooled))
         ]
     if name == "SD 3":
-        asked, without, pooled, unpooled = pipeline.encode_prompt(texts, None, None, device="cpu")
-        halves = [pipeline.transformer(x_t, h, p, t).sample for h, p in ((asked, pooled), (without, unpooled))]
+        states, null, pooled, null_pooled = pipeline.encode_prompt(texts, None, None, device="cpu")
+        halves = [pipeline.transformer(x_t, h, p, t).sample for h, p in ((states, pooled), (null, null_pooled))]
     if name == "Flux":
-        asked, pooled, text_ids = pipeline.encode_prompt(texts, None, device="cpu")
+        states, pooled, text_ids = pipeline.encode_prompt(texts, None, device="cpu")
         _, height, width = x_t.shape[1:]
         packed = pipeline._pack_latents(x_t, len(x_t), 4, height, width)
         ids = pipeline._prepare_latent_image_ids(len(x_t), height // 2, width // 2, "cpu", torch.float32)
         velocity = pipeline.transformer(
-            packed, asked, pooled, t / 1000, ids, text_ids, torch.full((len(x_t),), guidance)
+            packed, states, pooled, t / 1000, ids, text_ids, torch.full((len(x_t),), guidance)
         ).sample  # fmt: skip
         return pipeline._unpack_latents(velocity, 4 * height, 4 * width, 4)
     return halves[1] + guidance * (halves[0] - halves[1])
@@ -146,9 +146,9 @@ def test_attention_is_pytorchs_own(folders, name, monkeypatch):
     prior, called = opened(folders, name), []  # its prompts are encoded before the count
     attention = torch.nn.functional.scaled_dot_product_attention
 
-    def counted(*given, **options):
+    def counted(*arguments, **options):
         called.append(1)
-        return attention(*given, **options)
+        return attention(*arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     x = torch.randn(2, *prior.denoiser.shape)
@@ -220,14 +220,14 @@ def test_a_pipeline_is_inspected(folders, name):
     """What is said is what diffusers' own objects say."""
     prior, pipeline = opened(folders, name), folders[name][1]
     bare = sum(p.numel() for p in prior.denoiser.network.parameters())
-    found = describe(prior)
-    assert (found["family"], found["parameters"]) == (type(pipeline).__name__, bare)
+    report = describe(prior)
+    assert (report["family"], report["parameters"]) == (type(pipeline).__name__, bare)
     kinds = {"SD 2": "v_prediction", "SD 3": "flow", "Flux": "flow"}
-    assert found["prediction_type"] == kinds.get(name, "epsilon")
-    assert found["schedule"] == ("RectifiedFlow" if kinds.get(name) == "flow" else "VariancePreserving")
-    assert 0 < found["control_parameters"]
-    assert found["step"]["memory_mb"]["activations"] > 0
-    assert in_words(found).startswith("family       " + found["family"])
+    assert report["prediction_type"] == kinds.get(name, "epsilon")
+    assert report["schedule"] == ("RectifiedFlow" if kinds.get(name) == "flow" else "VariancePreserving")
+    assert 0 < report["control_parameters"]
+    assert report["step"]["memory_mb"]["activations"] > 0
+    assert in_words(report).startswith("family       " + report["family"])
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
@@ -262,7 +262,7 @@ def test_large_images_may_be_decoded_in_tiles(folders):
     prior = Prior.from_pretrained(folders["SD 1"][0], (64, 96)).placed("cpu", tiling=True)
     assert prior.codec.vae.use_tiling
     tiles = []
-    prior.codec.vae.decoder.register_forward_hook(lambda module, given, out: tiles.append(out.shape[2:]))
+    prior.codec.vae.decoder.register_forward_hook(lambda module, args, out: tiles.append(out.shape[2:]))
     z = torch.randn(1, *prior.denoiser.shape, requires_grad=True)
     images = prior.decode(z)
     assert images.shape == (1, 3, 64, 96)

@@ -37,8 +37,8 @@ def test_early_pipelines_have_their_parts_beside_the_index(folders, tmp_path):
         (tmp_path / "early" / part).rmdir()
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        found, expected = (Prior.from_pretrained(f).denoiser(x, 0.5) for f in (tmp_path / "early", folders["DDPM"][0]))
-    assert torch.equal(found, expected)
+        actual, expected = (Prior.from_pretrained(f).denoiser(x, 0.5) for f in (tmp_path / "early", folders["DDPM"][0]))
+    assert torch.equal(actual, expected)
 
 
 def test_a_flow_is_not_read_from_a_scheduler_of_diffusion(folders, tmp_path):
@@ -72,11 +72,11 @@ def test_a_broken_text_pipeline_is_one_line(folders, tmp_path, change, message):
 
 def test_the_hub_is_asked_for_names_alone(monkeypatch, folders):
     """What it gives is a folder, without pickles; what it does not is one line."""
-    asked = {}
-    given_back = str(folders["SD 1"][0])
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name, **how: asked.update(how) or given_back)
+    options = {}
+    answer = str(folders["SD 1"][0])
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda name, **how: options.update(how) or answer)
     assert Prior.from_pretrained("someone/something").pipeline == "StableDiffusionPipeline"
-    assert asked["use_safetensors"] is True
+    assert options["use_safetensors"] is True
     monkeypatch.undo()
     with pytest.raises(ValueError, match="someone/something is no folder here, and the hub does not give it") as caught:
         Prior.from_pretrained("someone/something")

@@ -37,9 +37,9 @@ def test_half_precision_is_the_networks_alone(folders, name, stored, precision):
     # a rounding of 2⁻⁸ (bf16) or 2⁻¹¹ at each of some ten layers, through guidance
     close = (0.15 if precision == "bf16" else 0.03) * float(before.abs().max())
     torch.testing.assert_close(bare, before, rtol=0, atol=close)
-    said, meant = (steered - bare).flatten(), (expected - before).flatten()
+    shift, expected_shift = (steered - bare).flatten(), (expected - before).flatten()
     # what rounding adds is less than half of what the control says
-    assert torch.cosine_similarity(said, meant, dim=0) > 0.9
+    assert torch.cosine_similarity(shift, expected_shift, dim=0) > 0.9
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -58,7 +58,7 @@ def test_what_a_learner_asks_for_in_half_precision_is_what_it_asks_for_in_full(f
         next(fit(policy, stream, 1, {"embedding": 1e-9, "adapter": 1e-9}, max_norm=1e9), None)
         return torch.cat([p.grad.flatten() for p in policy.trainable()])
 
-    # asked of the optimiser's input: fit empties the gradients after its step
+    # read off the optimiser's input: fit empties the gradients after its step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "zero_grad", lambda self, set_to_none=True: None)
         half, full = gradient(precision), gradient("no")
@@ -69,7 +69,7 @@ def test_what_a_learner_asks_for_in_half_precision_is_what_it_asks_for_in_full(f
 
 def test_the_certificate_is_in_full_precision(folders):
     """The KL of a small control in bfloat16 is that of the rounding; probes and certificates do not know of it."""
-    found = {}
+    kls = {}
     for precision in ("no", "bf16"):
         prior = opened(folders, "SD 1").placed("cpu", precision)
         policy = controlled(prior, scale=1e-4)
@@ -80,10 +80,10 @@ def test_the_certificate_is_in_full_precision(folders):
             return paths(policy, 4, times, torch.Generator().manual_seed(0), cond, labels, compare=True).kl.mean()
 
         with policy.base.full_precision():
-            found[precision] = kl()
-        found[f"{precision}, as trained"] = kl()
-    assert found["bf16"] == found["no"] == found["no, as trained"]
-    assert found["bf16, as trained"] > 10 * found["no"]
+            kls[precision] = kl()
+        kls[f"{precision}, as trained"] = kl()
+    assert kls["bf16"] == kls["no"] == kls["no, as trained"]
+    assert kls["bf16, as trained"] > 10 * kls["no"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -111,6 +111,6 @@ def test_encoders_stored_in_half_precision_are_used_in_full(folders, tmp_path, n
     prior = Prior.from_pretrained(tmp_path / "half", SIZE.get(name)).with_prompts(PROMPTS)
     x = torch.randn(2, *prior.denoiser.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, expected = (p.denoiser(x, 0.5, **condition_of(p)) for p in (prior, opened(folders, name)))
+        actual, expected = (p.denoiser(x, 0.5, **condition_of(p)) for p in (prior, opened(folders, name)))
     # half a precision of the encoders' weights, 2⁻¹¹, through the guided network
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)

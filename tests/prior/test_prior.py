@@ -25,8 +25,8 @@ def test_the_denoiser_reads_the_network_as_diffusers_does(digits):
         v = pipeline.transformer(x_t, k, class_labels=c).sample
         alpha_bar = pipeline.scheduler.alphas_cumprod[k].view(-1, 1, 1, 1)
         expected = alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * v
-        found = digits.denoiser((x_t), (k.double() + 1) / 1000, c=c)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = digits.denoiser((x_t), (k.double() + 1) / 1000, c=c)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert (digits.classes, digits.denoiser.shape) == (10, (1, 8, 8))
 
 
@@ -67,8 +67,8 @@ def test_a_unet_pipeline_is_read_as_its_scheduler_reads_it(tmp_path, kind, predi
         predicted = loaded.unet(x_t, k).sample
         loaded.scheduler.set_timesteps(1000)
         expected = loaded.scheduler.step(predicted, k, x_t).pred_original_sample
-        found = prior.denoiser(x_t, (k + 1) / 1000)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        actual = prior.denoiser(x_t, (k + 1) / 1000)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_null_and_strength_0_are_the_pipelines_own_network(tmp_path):

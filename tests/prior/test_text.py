@@ -77,9 +77,9 @@ def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, s
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
     run = tmp_path / "run"
-    given = ["--prompts", tmp_path / "prompts.txt"] if source == "file" else ["--condition", "prompt"]
+    prompts = ["--prompts", tmp_path / "prompts.txt"] if source == "file" else ["--condition", "prompt"]
     done = ctrl_here(
-        "train", "--prior", folders["SD 1"][0], *given, "--data", tmp_path / "data", "--control", "dark", "--config",
+        "train", "--prior", folders["SD 1"][0], *prompts, "--data", tmp_path / "data", "--control", "dark", "--config",
         tmp_path / "tiny.yaml", "--quiet", "--out", run,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -98,8 +98,8 @@ def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, s
     metrics = json.loads((run / "metrics.json").read_text())
     assert (metrics["ctrl"]["class_accuracy"] is None) == (source == "file")
     assert Image.open(next((run / "samples").glob("0*.png"))).size == (32, 32)
-    asked = ["sample", run, "--set", "dark=yes", "--class", "a nine", "-n", 2, "--quiet", "--out", tmp_path / "nine"]
-    assert ctrl_here(*asked).returncode == 0
+    command = ["sample", run, "--set", "dark=yes", "--class", "a nine", "-n", 2, "--quiet", "--out", tmp_path / "nine"]
+    assert ctrl_here(*command).returncode == 0
     column = "c" if source == "file" else "prompt"
     assert (tmp_path / "nine" / "metadata.csv").read_text().splitlines()[:2] == [
         f"file_name,{column},dark",

@@ -34,7 +34,7 @@ def states(tmp_path):
 def test_a_damaged_state_is_removed_with_a_warning(states):
     older, newer = states.paths()
     newer.write_bytes(newer.read_bytes()[:-1] + b"x")
-    with pytest.warns(UserWarning, match=r"is damaged \(its checksum is another\): training goes on from before it"):
+    with pytest.warns(UserWarning, match=r"is damaged \(its checksum differs\): training goes on from before it"):
         tensors, _ = states.newest()
     assert tensors["number"] == 0
     assert states.paths() == [older]

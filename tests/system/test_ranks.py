@@ -96,8 +96,8 @@ def training(name, learner, root, learners=LEARNERS):
     assert all(p.grad is None for p in policy.trainable())
     figures = [[u.loss, u.gradient_norm, *(u.metrics[key] for key in sorted(u.metrics))] for u in updates]
     prior = [p for name, p in policy.prior.named_parameters() if "lora_" not in name]
-    here = [getattr(p, "to_local", lambda p=p: p)() for p in prior]
-    held = sum(p.numel() for p in here) / max(1, sum(p.numel() for p in prior))  # the ring has no weights
+    shards = [getattr(p, "to_local", lambda p=p: p)() for p in prior]
+    held = sum(p.numel() for p in shards) / max(1, sum(p.numel() for p in prior))  # the ring has no weights
     return {"weights": policy.snapshot(), "figures": torch.tensor(figures), "held": held}
 
 
@@ -105,17 +105,17 @@ def simulated():
     """Paths in batches, and where the stream is after them."""
     torch.set_default_dtype(torch.float32)
     task = Task("flow", "logistic", steps=4)
-    policy, found = new_policy(task), []
+    policy, results = new_policy(task), []
     for p in policy.trainable():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(3))
     for n in (23, 4):  # of the second a rank has none
         labels, cond = task.conditions.of(torch.arange(n) % task.conditions.pairs)
         generator, seen = torch.Generator().manual_seed(4), []
         how = {"compare": True, "batch": 5, "progress": seen.append}
-        found += paths(policy, n, task.times, generator, cond, labels, **how)
+        results += paths(policy, n, task.times, generator, cond, labels, **how)
         assert sum(seen) == n
-        found.append(generator.get_state())
-    return found
+        results.append(generator.get_state())
+    return results
 
 
 def without_the_sum():
@@ -147,12 +147,12 @@ def everything(root):
     """All that is compared."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    found = {"refused": refusal(lambda: ranks.broadcast(only_first))}
-    found |= {pair: training(*pair, root) for pair in TRAININGS}
-    found["embedding"] = without_the_sum()
-    found["paths"] = simulated()
-    found["small"] = refusal(lambda: ranks.rank_rows(1))
-    return found
+    results = {"refused": refusal(lambda: ranks.broadcast(only_first))}
+    results |= {pair: training(*pair, root) for pair in TRAININGS}
+    results["embedding"] = without_the_sum()
+    results["paths"] = simulated()
+    results["small"] = refusal(lambda: ranks.rank_rows(1))
+    return results
 
 
 def whole_and_sharded(root, trainings):
@@ -160,25 +160,25 @@ def whole_and_sharded(root, trainings):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     LoRAControl._merged = LoRAControl._unmerged  # as where weights are sharded: W + BA would round otherwise
-    found = {False: in_step(root, trainings)}
+    results = {False: in_step(root, trainings)}
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    found[True] = in_step(root, trainings)
-    return found
+    results[True] = in_step(root, trainings)
+    return results
 
 
 def in_step(root, trainings):
-    found = {pair: training(*pair, root, EVEN) for pair in trainings}
+    results = {pair: training(*pair, root, EVEN) for pair in trainings}
     policy, _, conditions, times = model("two", root)
     for p in policy.trainable():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(3))
-    found["paths"] = []
+    results["paths"] = []
     for n in (11, 3):  # three batches, of which one rank has one less, and one
         pair = torch.arange(n) % conditions.pairs
         labels = {"side": pair % 2, "tone": torch.where(pair < 5, -1, pair % 2)}
         how = {"compare": True, "batch": 4, "strength": 1.5}
-        found["paths"] += paths(policy, n, times, torch.Generator().manual_seed(4), {}, labels, **how)
-    found["uneven"] = refusal(lambda: ranks.rank_rows(3))
-    return found
+        results["paths"] += paths(policy, n, times, torch.Generator().manual_seed(4), {}, labels, **how)
+    results["uneven"] = refusal(lambda: ranks.rank_rows(3))
+    return results
 
 
 def rank_of_two(rank, port, root, work):
@@ -206,7 +206,7 @@ def started(work, root, families):
 
 
 def ended(two, root):
-    """What each of them found."""
+    """Return the results of each."""
     for process in two:
         process.join(timeout=600)  # processes out of step wait for each other for ever
         process.kill()
@@ -215,7 +215,7 @@ def ended(two, root):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     """What one process finds, and each of two."""
     root = tmp_path_factory.mktemp("ranks")
     two = started(everything, root, ("DDPM", "SD 1"))
@@ -243,8 +243,8 @@ def sharded_too(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "learner"), TRAININGS)
-def test_two_processes_train_as_one_with_the_same_batch(found, name, learner):
-    check_alike(*(each[name, learner] for each in found))
+def test_two_processes_train_as_one_with_the_same_batch(results, name, learner):
+    check_alike(*(each[name, learner] for each in results))
 
 
 @pytest.mark.parametrize(("name", "learner"), SHARDED)
@@ -294,30 +294,30 @@ def test_what_cannot_go_in_step_is_refused(sharded, monkeypatch):
 
 
 def test_sharded_weights_are_where_accelerate_puts_them():
-    said = refusal(lambda: shard(None, "cuda:1"))
-    assert said == "device: sharded weights are where accelerate puts them. Use auto, not cuda:1."
+    output = refusal(lambda: shard(None, "cuda:1"))
+    assert output == "device: sharded weights are where accelerate puts them. Use auto, not cuda:1."
 
 
-def test_paths_of_two_processes_are_those_of_one_to_the_bit(found):
-    for one, *two in zip(*(each["paths"] for each in found), strict=True):
+def test_paths_of_two_processes_are_those_of_one_to_the_bit(results):
+    for one, *two in zip(*(each["paths"] for each in results), strict=True):
         for other in two:
             assert torch.equal(one, other)
             assert one.dtype == other.dtype
 
 
-def test_the_embeddings_of_two_processes_would_part_without_the_sum_of_their_gradients(found):
-    _, first, second = (each["embedding"] for each in found)
+def test_the_embeddings_of_two_processes_would_part_without_the_sum_of_their_gradients(results):
+    _, first, second = (each["embedding"] for each in results)
     assert (first - second).abs().max() > LR / 10
-    alike = [each["ring", "backprop"]["weights"][0] for each in found[1:]]
+    alike = [each["ring", "backprop"]["weights"][0] for each in results[1:]]
     assert torch.equal(*alike)
 
 
-def test_what_rank_0_refuses_all_refuse(found):
-    assert [each["refused"] for each in found] == ["nothing to write to"] * 3
-    assert found[0]["small"] is None
+def test_what_rank_0_refuses_all_refuse(results):
+    assert [each["refused"] for each in results] == ["nothing to write to"] * 3
+    assert results[0]["small"] is None
     assert (
-        found[1]["small"]
-        == found[2]["small"]
+        results[1]["small"]
+        == results[2]["small"]
         == ("a batch of 1 cannot be shared by 2 processes. Raise batch, or launch fewer.")
     )
 
@@ -327,29 +327,29 @@ def launched(how, *arguments):
     plain = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     where = ["--main_process_port", free_port(), "-m", "ctrl_diffusion"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *how.split(), *plain, *where, *arguments]
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(part) for part in command], **told)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(part) for part in command], **pipes)
 
 
 @pytest.fixture(scope="module", params=["--multi_gpu", "--use_fsdp --fsdp_version 2"])
 def launched_run(request, tmp_path_factory):
-    """How two processes were launched, a run of all learners on them, and what they said."""
+    """How two processes were launched, a run of all learners on them, and what they output."""
     root = tmp_path_factory.mktemp("launched")
     (root / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
     process = launched(request.param, "demo", "--config", root / "settings.yaml", "--out", root / "run")
-    said, warned = process.communicate(timeout=600)
+    output, warned = process.communicate(timeout=600)
     assert process.returncode == 0, warned
-    return request.param, root / "run", said, warned
+    return request.param, root / "run", output, warned
 
 
 @pytest.mark.slow
 def test_a_launched_run_is_that_of_one_process(launched_run, ctrl):
     """In single precision AdamW may take a whole step, either way, for a gradient that is nothing but rounding."""
-    _, folder, said, warned = launched_run
+    _, folder, output, warned = launched_run
     alone = folder.parent / "alone"
     done = ctrl("demo", "--config", folder.parent / "settings.yaml", "--out", alone)
     assert done.returncode == 0, done.stderr
-    assert said.replace(str(folder), "") == done.stdout.replace(str(alone), "")
+    assert output.replace(str(folder), "") == done.stdout.replace(str(alone), "")
     assert warned.count("ctrl: warning") == done.stderr.count("ctrl: warning")
     files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (folder, alone)]
     assert files[0] == files[1]
@@ -361,7 +361,7 @@ def test_a_launched_run_is_that_of_one_process(launched_run, ctrl):
         assert miss.mean() < 1e-3 * lr * updates
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (folder, alone)]
     for name in ("gap_nats", "objective_nats", "log_z_nats"):
-        pair = [found["certificate"][name] for found in metrics]
+        pair = [each["certificate"][name] for each in metrics]
         assert pair[0] == pytest.approx(pair[1], rel=1e-3), name
 
 

@@ -1,4 +1,4 @@
-"""Whoever follows a training from outside is told what its log says."""
+"""Trackers are sent what the log of a training says."""
 
 import json
 
@@ -24,12 +24,12 @@ def shown(folder):
 
 
 def test_tensorboard_has_the_figures_of_every_update(tmp_path):
-    told = Tracking(["tensorboard"], tmp_path, {})
-    told.start([])
+    trackers = Tracking(["tensorboard"], tmp_path, {})
+    trackers.start([])
     for record in [*RECORDS, {**RECORDS[1], "kept": True}]:
-        told.log(record)
-    told.log_metrics({"certificate/gap_nats": 0.5})
-    told.close()
+        trackers.log(record)
+    trackers.log_metrics({"certificate/gap_nats": 0.5})
+    trackers.close()
     assert shown(tmp_path) == {
         "weighted/J": [(0, -3.0), (1, -2.0)],
         "weighted/loss": [(1, 2.0)],
@@ -41,20 +41,20 @@ def test_tensorboard_has_the_figures_of_every_update(tmp_path):
 
 
 def test_what_is_done_again_is_shown_once(tmp_path):
-    told = Tracking(["tensorboard"], tmp_path, {})
+    trackers = Tracking(["tensorboard"], tmp_path, {})
     for begin, losses in ((0, {1: 8.0, 2: 8.0}), (0, {1: 5.0, 2: 4.0, 3: 9.0, 4: 9.0}), (2, {3: 3.0, 4: 2.0})):
-        told.start([{"loss": 0.0}] * begin)
+        trackers.start([{"loss": 0.0}] * begin)
         for update, loss in losses.items():
-            told.log({"stage": "adjoint", "update": update, "loss": loss})
-    told.close()
+            trackers.log({"stage": "adjoint", "update": update, "loss": loss})
+    trackers.close()
     assert shown(tmp_path) == {"adjoint/loss": [(1, 5.0), (2, 4.0), (3, 3.0), (4, 2.0)]}
 
 
 def test_nobody_is_told_unasked(tmp_path):
-    told = Tracking([], tmp_path, {})
-    told.start([])
-    told.log(RECORDS[1])
-    told.close()
+    trackers = Tracking([], tmp_path, {})
+    trackers.start([])
+    trackers.log(RECORDS[1])
+    trackers.close()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -62,21 +62,21 @@ def test_a_tracker_that_fails_is_told_no_more(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left")
 
-    told = Tracking(["tensorboard"], tmp_path, {})
-    told.start([])
+    trackers = Tracking(["tensorboard"], tmp_path, {})
+    trackers.start([])
     monkeypatch.setattr(TensorBoardTracker, "log", full)
     with pytest.warns(RuntimeWarning, match="tensorboard is dropped: no space left"):
-        told.log(RECORDS[1])
-    told.log(RECORDS[1])
+        trackers.log(RECORDS[1])
+    trackers.log(RECORDS[1])
     monkeypatch.setattr(TensorBoardTracker, "start", full)
     with pytest.warns(RuntimeWarning, match="tensorboard is dropped"):
-        told.start(RECORDS[:2])
-    told.close()
+        trackers.start(RECORDS[:2])
+    trackers.close()
 
 
 def test_a_tracker_that_is_not_there(ctrl_here, tmp_path, monkeypatch):
-    given = ("--prior", "digits", "--data", "nowhere", "--control", "y", "--out", tmp_path / "run")
-    done = ctrl_here("train", *given, "--track", "abacus")
+    arguments = ("--prior", "digits", "--data", "nowhere", "--control", "y", "--out", tmp_path / "run")
+    done = ctrl_here("train", *arguments, "--track", "abacus")
     assert done.returncode == 2
     assert done.stderr.startswith("ctrl: --track abacus: unknown. There are: ")
     assert "tensorboard" in done.stderr
@@ -99,7 +99,7 @@ def test_a_run_tells_what_its_log_says(tmp_path, ctrl_here):
     figures = shown(tmp_path / "run")
     assert [update for update, _ in figures["adjoint/loss"]] == [4, 5, 6, 7]
     log, kept = log[:-1], log[-1]
-    assert kept["kept"], "told when it was made"
+    assert kept["kept"], "sent when it was made"
     for stage in ("weighted", "adjoint"):
         losses = [record["loss"] for record in log if record["stage"] == stage and "loss" in record]
         assert len(figures[f"{stage}/J"]) == sum("J" in record for record in log if record["stage"] == stage)

@@ -171,7 +171,7 @@ def test_what_is_left_behind_is_noticed(elsewhere):
 
 
 def test_a_device_that_is_not_here_is_one_line(folders):
-    with pytest.raises(ValueError, match="device: 'cuda:7' is not to be had here") as caught:
+    with pytest.raises(ValueError, match="device: 'cuda:7' is not available here") as caught:
         Prior.from_pretrained(folders / "DDPM").placed("cuda:7")
     assert "\n" not in str(caught.value)
 

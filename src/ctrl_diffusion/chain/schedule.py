@@ -152,9 +152,7 @@ def coefficients(function: Callable[..., tuple[Tensor, ...]], like: Tensor, *arg
 
 
 @lru_cache(maxsize=2**12)
-def _cached(
-    function: Callable, arguments: tuple[Hashable, ...], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
+def _cached(function: Callable, arguments: tuple, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Return coefficients in the device and precision in which they are needed."""
     with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a gradient
         return [value.to(device, dtype) for value in function(*arguments)]

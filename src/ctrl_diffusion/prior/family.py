@@ -82,9 +82,9 @@ def make_denoiser(family: Family, scheduler: Any) -> NetworkDenoiser:
         raise ValueError(f"it is a flow, whose schedule is read from FlowMatchEulerDiscreteScheduler, not {kind}")
     if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
         raise ValueError(f"its {kind} has no discrete noise schedule to read")
-    known = [prediction for prediction in get_args(Prediction) if prediction != "flow"]
-    if config.prediction_type not in known:
-        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}; known: {', '.join(known)}")
+    kinds = [prediction for prediction in get_args(Prediction) if prediction != "flow"]
+    if config.prediction_type not in kinds:
+        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}; known: {', '.join(kinds)}")
     if config.get("thresholding"):
         raise ValueError("its scheduler asks for dynamic thresholding of x̂, which is not supported")
     clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None

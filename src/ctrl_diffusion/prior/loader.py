@@ -92,6 +92,6 @@ def load_parts(folder: Path, index: dict[str, Any], needed: tuple[str, ...]) -> 
     parts = {}
     for name, kind in kinds.items():
         part = getattr(diffusers, kind)
-        place = folder / name if (folder / name).is_dir() else folder  # in early pipelines beside the index
-        parts[name] = part.from_pretrained(place, **(NO_PICKLE if issubclass(part, diffusers.ModelMixin) else {}))
+        path = folder / name if (folder / name).is_dir() else folder  # in early pipelines beside the index
+        parts[name] = part.from_pretrained(path, **(NO_PICKLE if issubclass(part, diffusers.ModelMixin) else {}))
     return SimpleNamespace(**parts)

@@ -83,7 +83,7 @@ class Prior:
             self.denoiser.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         except (RuntimeError, AssertionError) as error:  # torch built without it raises the latter
             reason = " ".join(str(error).split())[:100]
-            raise ValueError(f"device: {device!r} is not to be had here ({reason}). Use auto.") from error
+            raise ValueError(f"device: {device!r} is not available here ({reason}). Use auto.") from error
         self.denoiser.set_precision(PRECISIONS[precision])
         if tiling:
             self.codec.enable_tiling()
@@ -150,7 +150,7 @@ class Prior:
         if self.text is None:
             raise ValueError("this prior is given no text. Leave the prompts out.")
         if not prompts or len(set(prompts)) < len(prompts):
-            raise ValueError("prompts must be distinct, and one at least.")
+            raise ValueError("prompts must be distinct, and at least one.")
         call = Prompted(self.text, self.text.guidance if guidance is None else guidance, negative)
         call.add(prompts)
         names = {prompt: i for i, prompt in enumerate(prompts)}

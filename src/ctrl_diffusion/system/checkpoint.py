@@ -54,7 +54,7 @@ class Checkpoints:
         for path in reversed(self.paths()):
             try:
                 if sha256(path) != json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]:
-                    raise ValueError("its checksum is another")
+                    raise ValueError("its checksum differs")
                 with safe_open(path, "pt") as file:
                     about = json.loads(file.metadata()["about"])
                 return load_file(path), about

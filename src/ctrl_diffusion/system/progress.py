@@ -16,10 +16,10 @@ def silent(what: str, total: int) -> Advance:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Hold what a job is told beside its settings; no result depends on it but by `quick`.
+    """Hold the options of a job beside its settings; only `quick` changes results.
 
     Args:
-        phase: told of progress.
+        phase: shows progress.
         trust: run code that files name.
         overwrite: whether what an earlier job of the kind wrote may go.
         quick: a smoke test: a fraction of the training.

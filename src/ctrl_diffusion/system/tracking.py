@@ -19,10 +19,10 @@ TRACKED, PROJECT = "tracking", "ctrl"  # a folder of the run; the project's name
 
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers that accelerate does not know, or whose package is not installed."""
-    known = sorted(str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL)
+    services = sorted(str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL)
     for name in names:
-        if name not in known:
-            raise ValueError(f"--track {name}: unknown. There are: {', '.join(known)}.")
+        if name not in services:
+            raise ValueError(f"--track {name}: unknown. There are: {', '.join(services)}.")
         if name not in map(str, get_available_trackers()):
             raise ValueError(f"--track {name}: its package is not installed. Try: pip install {name}")
 
