@@ -52,10 +52,10 @@ def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 50) -> 
 def main() -> None:
     quiet_dependencies()
     prior, reader = Prior.from_pretrained(DIGITS), fit_reader()
-    settings = Config(data="", **{k: demo.SETTINGS["ink"][k] for k in ("prior", "control")})
+    config = Config.from_values(demo.demo_values("ink", {}))
     x, c = digits()
     training, unseen = (x[torch.as_tensor(rows)] for rows in split())
-    times = prior.denoiser.times(settings.steps, settings.sigma_end, settings.time_power)
+    times = prior.denoiser.times(config.steps, config.sigma_end, config.time_power)
     digit = torch.arange(10).repeat_interleave(200)
     samples = paths(prior.denoiser, len(digit), times, stream(0, "bench"), {"c": digit}).x_0
     samples = samples.clamp(-1, 1)
