@@ -1,1 +1,1 @@
-"""Tasks whose answer is known: mixtures, lattices, and every learner and baseline held against them."""
+"""Measure every learner and baseline on tasks whose answer is known: mixtures and lattices."""

@@ -3,7 +3,7 @@
 The prior is a ring of eight Gaussians in the first two dimensions, under two conditions c: all components alike, or
 those to the right more often. A learner gets what it would get of any prior: a denoiser, a reward, conditions. Where
 D ≤ 2 it is measured on lattices (`lattice.py`), without samples: its KL from the target, and the floor below which no
-learner can get. The certificate beside it is the one every run reports, from samples.
+learner can get. The certificate beside it is the one a run reports, from samples.
 """
 
 import time

@@ -1,1 +1,1 @@
-"""The learners, one file each, and the only training loop."""
+"""Train the control by a learner, one file each, in the only training loop."""

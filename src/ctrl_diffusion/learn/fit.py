@@ -120,7 +120,7 @@ class Weights:
         return tensors
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take everything from a state."""
+        """Restore everything from a state."""
         self.policy.restore([state[f"weight.{i}"] for i in range(len(self.parameters))])
         self.ema.shadow_params = [state[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
         for i, p in enumerate(self.parameters):
@@ -158,7 +158,7 @@ def accumulate(policy: Policy, steps: Iterator[Step], accelerator: Accelerator) 
     """Add up the gradients of the parts of an update, over all ranks; return None if the stream has ended."""
     parts: list[dict[str, float | Tensor]] = []
     for step in steps:
-        accelerator.backward(loss_scale(policy) * step.loss)  # without a look at whether it is finite: that would wait
+        accelerator.backward(loss_scale(policy) * step.loss)  # finite or not: a check would wait for the device
         parts.append({"": step.loss.detach(), **step.metrics})  # no metric of a learner has an empty name
         if step.last:
             break

@@ -8,7 +8,7 @@ from .ppo import PPO
 from .step import Learner
 from .weighted import Weighted
 
-# a package of one's own may add a row
+# another package may add a row
 LEARNERS: dict[str, type[Learner]] = {"weighted": Weighted, "adjoint": Adjoint, "backprop": Backprop, "ppo": PPO}
 
 

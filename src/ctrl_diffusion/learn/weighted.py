@@ -37,9 +37,9 @@ class Weighted(Learner):
 
     Args:
         x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn.
-        times, batch, micro, settings: see `Learner`.
-        even: learn at w ≡ 1 the effect of re-noising alone, which is the same for every label.
-        learned_renoising: a snapshot of the policy's controls that learned it; None subtracts nothing.
+        times, batch, options: see `Learner`.
+        even: learn at w ≡ 1, where the effect of re-noising alone is left, the same for every label.
+        learned_renoising: a snapshot of the controls after training at w ≡ 1, whose effect is subtracted; or None.
     """
 
     class Settings(LearnerSettings):
@@ -57,7 +57,8 @@ class Weighted(Learner):
             return {**({RENOISING: first} if self.renoising else {}), name: self}
 
         def evaluations(self, steps: int) -> Evaluations:
-            return Evaluations(2 if self.renoising else 0, 1)  # the effect of re-noising: its control less the prior
+            # the effect of re-noising takes x̂ of the control that learned it, and of the prior
+            return Evaluations(2 if self.renoising else 0, 1)
 
     def __init__(
         self, x_0: Tensor, times: Times, batch: int | None = None, *, even: bool = False,
