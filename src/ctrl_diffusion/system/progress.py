@@ -21,9 +21,9 @@ class JobOptions:
     Args:
         phase: shows progress.
         trust: run code that files name.
-        overwrite: whether what an earlier job of the kind wrote may go.
-        quick: a smoke test: a fraction of the training.
-        command: what the user typed, for the report; None for a command of the same effect.
+        overwrite: replace what an earlier job of the kind wrote.
+        quick: train a fraction, as a smoke test.
+        command: what the user typed, for the report; None for one of the same effect.
     """
 
     phase: Phase = silent
