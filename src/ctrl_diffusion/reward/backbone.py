@@ -1,11 +1,12 @@
-"""p̂(y | x) on networks from elsewhere: a vision network of transformers (CLIP, DINOv2, ViT, …), or one of your own.
+"""Compute p̂(y | x) by networks from elsewhere: a vision network of transformers (CLIP, DINOv2, ViT, …), or your own.
 
-Of the first only a linear head is fitted, on features that are computed once and standardised; a gradient reaches x
+On the first only a linear head is fitted, to features that are computed once and standardised; a gradient reaches x
 through the frozen network. Saved are the head, the scale of the features and the network's name or folder.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,22 +20,31 @@ from .scorer import Classifier, Scorer
 
 
 class Elsewhere(ValueError):
-    """What a classifier needs from elsewhere is not there, or not what it should be; one line, whatever it quotes."""
+    """Say in one line that what a classifier needs from elsewhere is missing or wrong."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
+@contextmanager
+def required(failure: str, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Turn errors into one `Elsewhere` that says what failed."""
+    try:
+        yield
+    except errors as error:
+        raise Elsewhere(f"{failure}: {error}") from error
+
+
 class Frozen(nn.Module):
-    """x (B, C, H, W) in [−1, 1] → standardised features (B, F) of a frozen network.
+    """Compute standardised features (B, F) of x (B, C, H, W) in [−1, 1] by a frozen network.
 
     x is stretched to the network's size (bicubic, antialiased), grey is repeated and an alpha channel left out. Size,
     mean and deviation of a pixel are those of the saved image processor; without one the size is the config's and x
     stays in [−1, 1]. The features are the network's own pooling (`pooler_output`: CLIP's and DINOv2's normalised class
-    token, the mean of a convolutional network), or the mean of the last tokens where it has none that was trained.
+    token, the mean of a convolutional network), or the mean of the last tokens if it has no trained one.
 
     Args:
-        source: a folder or a hub id that `AutoModel` opens; of a network with two towers the eyes are taken.
+        source: a folder or a hub id that `AutoModel` opens; of a network with two towers the vision tower.
 
     Raises:
         Elsewhere: it cannot be read, or has no features of images.
@@ -43,14 +53,15 @@ class Frozen(nn.Module):
     def __init__(self, source: str) -> None:
         super().__init__()
         self.source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        try:
-            with torch.random.fork_rng(devices=[]):  # a pooling that the checkpoint lacks is drawn
-                network, info = AutoModel.from_pretrained(
-                    self.source, output_loading_info=True, use_safetensors=True, trust_remote_code=False
-                )
+        with (
+            required(
+                f"the backbone {source} cannot be read", (OSError, ValueError, KeyError, ImportError, RuntimeError)
+            ),
+            torch.random.fork_rng(devices=[]),  # a pooling that the checkpoint lacks is initialised at random
+        ):
+            options = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+            network, info = AutoModel.from_pretrained(self.source, **options)
             self.network = getattr(network, "vision_model", network).eval().requires_grad_(False)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise Elsewhere(f"the backbone {source} cannot be read: {error}") from error
         self.pooled = not any("pooler" in key for key in info["missing_keys"])
         try:
             processor, _ = ImageProcessingMixin.get_image_processor_dict(self.source)
@@ -63,16 +74,15 @@ class Frozen(nn.Module):
         for name in ("image_mean", "image_std"):
             pixel = torch.tensor(processor.get(name, [0.5] * 3)).view(3, 1, 1)
             self.register_buffer(name, pixel, persistent=False)
-        try:
+        failure = f"the backbone {source} has no features of images"
+        with required(failure, (TypeError, ValueError, AttributeError, RuntimeError)):
             grey = self.raw(torch.zeros(1, 3, 8, 8))[0]
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise Elsewhere(f"the backbone {source} has no features of images: {error}") from error
-        self.register_buffer("grey", grey)  # by which the network is known again
+        self.register_buffer("grey", grey)  # a fingerprint of the network
         self.register_buffer("mean", torch.zeros_like(grey))
         self.register_buffer("std", torch.ones_like(grey))
 
     def raw(self, x: Tensor) -> Tensor:
-        """The network's features (B, F)."""
+        """Return the network's features (B, F), not standardised."""
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x[:, :3]
         x = F.interpolate((x + 1) / 2, self.size, mode="bicubic", antialias=True)
         out = self.network(pixel_values=(x - self.image_mean) / self.image_std)
@@ -98,7 +108,7 @@ class Frozen(nn.Module):
 
 
 class Backbone(Scorer):
-    """p̂(y | x) by a linear head on `Frozen` features.
+    """Compute p̂(y | x) by a linear head on `Frozen` features.
 
     Args:
         backbone: see `Frozen`.
@@ -111,15 +121,9 @@ class Backbone(Scorer):
     borrowed = "trunk.network."
 
     def __init__(
-        self,
-        backbone: str,
-        width: int,
-        classes: int,
-        head: str = "categorical",
-        balanced: bool = False,
-        conditions: int = 0,
-        trunk: nn.Module | None = None,
-    ) -> None:
+        self, backbone: str, width: int, classes: int, head: str = "categorical", balanced: bool = False,
+        conditions: int = 0, trunk: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(trunk or Frozen(backbone), width, classes, head, balanced, conditions)
         self.shape = {
             "backbone": backbone, "width": width, "classes": classes, "head": head, "balanced": balanced,
@@ -136,14 +140,14 @@ class Backbone(Scorer):
         """
         classifier = super().load(folder)
         trunk = classifier.trunk
-        now = trunk.raw(torch.zeros(1, 3, 8, 8))[0]
-        if now.shape != trunk.grey.shape or not torch.allclose(now, trunk.grey, rtol=1e-2, atol=1e-2):
+        grey = trunk.raw(torch.zeros(1, 3, 8, 8))[0]
+        if grey.shape != trunk.grey.shape or not torch.allclose(grey, trunk.grey, rtol=1e-2, atol=1e-2):
             raise Elsewhere(f"the backbone {trunk.source} is not the one the head was fitted on.")
         return classifier
 
 
 class Own(Scorer):
-    """p̂(y | x) by a network of the user's own; its logits are also its features.
+    """Compute p̂(y | x) by a network of the user's own; its logits are also its features.
 
     Args:
         factory: "module:function", importable or beside the working directory; called with K and (C, H, W), it returns
@@ -152,32 +156,24 @@ class Own(Scorer):
         input: (C, H, W).
 
     Raises:
-        Elsewhere: one line for each way this can be wrong.
+        Elsewhere: it cannot be imported or called, or does not return such a network.
     """
 
     def __init__(self, factory: str, classes: int, input: Sequence[int], balanced: bool = False) -> None:
         name, _, attribute = factory.partition(":")
         if not name or not attribute:
             raise Elsewhere(f"classifier.factory: {factory!r} is not of the form module:function.")
-        try:
+        with required(f"classifier.factory: cannot import {name}"):
             make = function_of(factory)
-        except Exception as error:
-            raise Elsewhere(f"classifier.factory: cannot import {name}: {error}") from error
         if not callable(make):
             raise Elsewhere(f"classifier.factory: {name} has no function {attribute}.")
-        try:
+        with required(f"classifier.factory: {factory}({classes}, {tuple(input)}) failed"):
             network = make(classes, tuple(input))
-        except Exception as error:
-            raise Elsewhere(f"classifier.factory: {factory}({classes}, {tuple(input)}) failed: {error}") from error
         if not isinstance(network, nn.Module):
             raise Elsewhere(f"classifier.factory: {factory} must return an nn.Module, got {type(network).__name__}.")
-        try:
-            with torch.no_grad():
-                logits = network.eval()(torch.zeros(2, *input))
-        except Exception as error:
-            raise Elsewhere(
-                f"classifier.factory: the network fails on x (2, {', '.join(map(str, input))}): {error}"
-            ) from error
+        shape = ", ".join(map(str, input))
+        with required(f"classifier.factory: the network fails on x (2, {shape})"), torch.no_grad():
+            logits = network.eval()(torch.zeros(2, *input))
         if not isinstance(logits, Tensor) or logits.shape != (2, classes):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise Elsewhere(f"classifier.factory: the network must give logits (B, {classes}), got {got} for B = 2.")
@@ -190,14 +186,10 @@ KINDS = {kind.__name__: kind for kind in (Classifier, Own, Backbone)}
 
 
 def load_classifier(folder: Path, trust: bool = False) -> Scorer:
-    """Read a saved classifier of any kind.
-
-    Args:
-        folder: of `Scorer.save`.
-        trust: run the code it names, of a network of one's own.
+    """Read a saved classifier of any kind; with `trust` run the code that it names.
 
     Raises:
-        Elsewhere: it needs what is not there, or code that is not trusted.
+        Elsewhere: it needs what is missing, or code that is not trusted.
     """
     about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
     if about["kind"] == Own.__name__ and not trust:

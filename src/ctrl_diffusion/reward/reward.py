@@ -1,4 +1,4 @@
-"""The reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
+"""Compute the reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
 from collections.abc import Collection, Sequence
 from typing import Protocol
@@ -13,78 +13,72 @@ from ..data.labels import NULL, Labels
 
 
 class Likelihood(Protocol):
-    """p(y | x) of one control: a `Classifier`, a scikit-learn one (`classifier.Estimator`), or a closed form.
+    """Describe p(y | x) of one control: a `Classifier`, a scikit-learn one (`Estimator`), or a closed form.
 
-    One that is p(y | x, c) says so by an attribute `conditional` that is true, and is then given the prior's conditions
-    as keywords of `log_prob`; one that looks at the latents of a latent model by an attribute `latent`.
+    A true attribute `conditional` says that it is p(y | x, c), whose `log_prob` takes the prior's conditions as
+    keywords; a true attribute `latent` that x are the latents of a latent model.
     """
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(y | x) in nats (B, K) for x (B, *)."""
+        """Return log p(y | x) in nats (B, K) for x (B, *)."""
         ...
 
 
 class Reward:
-    """r(x_0, y, c) = γ Σ_controls log p̂(y | x_0), or p̂(y | x_0, c).
+    """Compute r(x_0, y, c) = γ Σ_controls log p̂(y | x_0), or p̂(y | x_0, c).
 
     Args:
         classifiers: one per control.
-        gamma: γ ≥ 0; 1 asks for the posterior itself.
-        codec: turns x_0 into the images p̂ looks at; None for the identity.
+        gamma: γ ≥ 0; 1 targets the posterior itself.
+        codec: decodes x_0 to the images p̂ takes; None for the identity.
         device: where p̂ is; None for where x_0 is.
     """
 
     def __init__(
-        self,
-        classifiers: dict[str, Likelihood],
-        gamma: float = 1.0,
-        codec: Codec | None = None,
+        self, classifiers: dict[str, Likelihood], gamma: float = 1.0, codec: Codec | None = None,
         device: torch.device | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if gamma < 0:
             raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
         self.classifiers, self.gamma, self.codec, self.device = classifiers, gamma, codec or Codec(), device
 
     def __call__(self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """Reward (B,) of x_0 (B, *) under the prior's conditions, B rows each; a null label earns nothing."""
+        """Return the reward (B,) of x_0 (B, *) under conditions of B rows each; a null label earns nothing."""
         if self.codec.latent and not torch.is_grad_enabled() and len(x_0) > self.codec.batch:
             rows = parts(len(x_0), self.codec.batch)
             return torch.cat([self(x_0[r], rows_of(labels, r), rows_of(cond or {}, r)) for r in rows])
         total = x_0.new_zeros(len(x_0))
         for name, x in self.views(x_0, labels).items():
             y = labels[name].to(x.device)
-            if y.is_floating_point():
-                classifier, given = self.asked(name, x, cond)
-                chosen = self.gamma * classifier.log_prob_at(x, y, **given)
+            if y.is_floating_point():  # places on a scale
+                rewards = self.gamma * self.classifiers[name].log_prob_at(x, y, **self.conditions_of(name, x, cond))
             else:
-                chosen = self.table(name, x, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
-            total = total + torch.where(y == NULL, 0.0, chosen).to(total)
+                rewards = self.table(name, x, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+            total = total + torch.where(y == NULL, 0.0, rewards).to(total)
         return total
 
     def views(self, x_0: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-        """What the p̂ of each control looks at, of x_0 (B, *): x_0 itself, or the images of a latent model."""
+        """Return what each control's p̂ takes of x_0 (B, *): x_0 itself, or the images of a latent model."""
         x = x_0.to(self.device)
         latent = {name for name in names if getattr(self.classifiers[name], "latent", False)}
         images = self.codec.decode(x) if len(latent) < len(names) else x
         return {name: x if name in latent else images for name in names}
 
     def table(self, name: str, x: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """Reward of every class of one control: (B, K) of what p̂ looks at, x (B, *)."""
-        classifier, given = self.asked(name, x, cond)
-        return self.gamma * classifier.log_prob(x, **given)
+        """Return one control's reward of every class (B, K), of x (B, *) as its p̂ takes it."""
+        return self.gamma * self.classifiers[name].log_prob(x, **self.conditions_of(name, x, cond))
 
-    def asked(self, name: str, x: Tensor, cond: dict[str, Tensor] | None) -> tuple[Likelihood, dict[str, Tensor]]:
-        """A control's p̂, and what of the conditions it is to be given beside x."""
-        classifier = self.classifiers[name]
-        given = (cond or {}) if getattr(classifier, "conditional", False) else {}
-        return classifier, {key: row.to(x.device) for key, row in given.items()}
+    def conditions_of(self, name: str, x: Tensor, cond: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Return the conditions that a control's p̂ depends on: all or none, on the device of x."""
+        conditional = getattr(self.classifiers[name], "conditional", False)
+        return {key: row.to(x.device) for key, row in (cond or {}).items()} if conditional else {}
 
 
 class Among:
-    """p̂(y | x, c) fitted on some of the prior's classes, for a prior that numbers c among all of them.
+    """Renumber c for a p̂(y | x, c) fitted on some of the prior's classes.
 
     Args:
-        likelihood: counts c 0 … n − 1.
+        likelihood: numbers c 0 … n − 1.
         classes: the prior's numbers of these n.
     """
 
@@ -95,15 +89,15 @@ class Among:
         self.latent = getattr(likelihood, "latent", False)
 
     def log_prob(self, x: Tensor, c: Tensor) -> Tensor:
-        """log p̂(y | x, c) in nats (B, K); raises ValueError for a c the labels do not have."""
+        """Return log p̂(y | x, c) in nats (B, K); raise ValueError for a c the labels do not have."""
         return self.likelihood.log_prob(x, self.number(c))
 
     def log_prob_at(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
-        """log p̂(y | x, c) in nats at places y (B,) between levels: (B,); raises as `log_prob` does."""
+        """Return log p̂(y | x, c) in nats at places y (B,) on a scale: (B,); raise as `log_prob` does."""
         return self.likelihood.log_prob_at(x, y, self.number(c))
 
     def number(self, c: Tensor) -> Tensor:
-        """What the likelihood calls the prior's classes c (B,)."""
+        """Return the likelihood's numbers of the prior's classes c (B,)."""
         same = c[:, None] == self.classes.to(c.device)
         if not same.any(1).all():
             raise ValueError(f"p̂(y | x, c) knows c in {self.classes.tolist()}, got {c.unique().tolist()}.")
@@ -111,10 +105,10 @@ class Among:
 
 
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
-    """Reward of every y (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn.
+    """Return the reward of every y (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn.
 
     Raises:
-        ValueError: a reward that is not finite.
+        ValueError: a reward is not finite.
     """
     group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
     tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
@@ -124,13 +118,14 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
             tables[name].append(reward.table(name, x, conditions.cond_of(g)).to(x_0))
     total = x_0.new_zeros(len(x_0), conditions.classes)
     for (name, rows), classes in zip(tables.items(), conditions.combinations.unbind(1), strict=True):
-        table = checked(torch.cat(rows), name)
+        table = torch.cat(rows)
+        check_finite(table, name)
         total = total + torch.where(classes == NULL, 0.0, table[:, classes.clamp(min=0)])
     return total.view(conditions.groups, -1, conditions.classes)
 
 
-def checked(table: Tensor, name: str) -> Tensor:
-    """The rewards (B, K) of one control, if all are finite."""
+def check_finite(table: Tensor, name: str) -> None:
+    """Refuse rewards (B, K) of one control that are not finite."""
     wrong = ~table.isfinite()
     if wrong.any():
         y = int(wrong.any(0).nonzero()[0])
@@ -138,4 +133,3 @@ def checked(table: Tensor, name: str) -> Tensor:
             f"the reward of {name!r} is not finite on samples of the prior: {float(table[wrong[:, y], y][0])} for "
             f"class {y} on {int(wrong[:, y].sum())} of {len(table)}. p̂ must give every class a probability above 0."
         )
-    return table

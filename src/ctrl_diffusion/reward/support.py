@@ -1,12 +1,8 @@
-"""How far samples are from the labelled images: whether p̂ is asked about what it was fitted on.
+"""Measure how far samples are from the labelled images p̂ was fitted on: p̂ may be high where nobody labelled anything.
 
-A reward is followed to where p̂ is high, and p̂ may be high where nobody labelled anything. The distance is Mahalanobis'
-on the classifier's evidence, with the covariance of the fitting part shrunk (Ledoit & Wolf 2004), since the features
-often outnumber the images (Lee et al. 2018 use it to find what a network was not trained on). Distances to the nearest
-neighbours found the same on digits, but have a number to choose and keep every image's features.
-
-The border is conformal (Vovk et al. 2005): of n images the fit has not seen, the ⌈0.95 (n + 1)⌉-th by distance. A new
-image like them lies beyond it with a probability of at most 5 %.
+The distance is Mahalanobis' on the classifier's evidence (Lee et al. 2018), with a shrunk covariance (Ledoit & Wolf
+2004), since the features often outnumber the images. The border is conformal (Vovk et al. 2005): of n images the fit
+has not seen, the ⌈0.95 (n + 1)⌉-th by distance. A new image like them lies beyond it with a probability of at most 5 %.
 """
 
 import math
@@ -24,7 +20,7 @@ BEYOND = 0.05  # the share of unseen labelled images that lie outside
 
 @dataclass
 class Support:
-    """The region of features (F,) that labelled images fill.
+    """Describe the region of features (F,) that labelled images fill.
 
     Args:
         mean: (F,).
@@ -38,7 +34,7 @@ class Support:
 
     @classmethod
     def fit(cls, features: Tensor) -> "Support":
-        """From features (n, F) of the fitting part."""
+        """Estimate it from features (n, F) of the fitting part."""
         mean, std = features.mean(0), features.std(0)
         std = std.clamp(min=1e-3 * float(std.max()))  # a feature that never moved would see every difference
         covariance = torch.from_numpy(LedoitWolf().fit(((features - mean) / std).numpy()).covariance_).to(mean)
@@ -46,21 +42,21 @@ class Support:
         return cls(mean, axes / variance.sqrt() / std[:, None], torch.tensor(math.inf))
 
     def calibrate(self, features: Tensor, share: float = BEYOND) -> "Support":
-        """Set the border from features (n, F) the fit has not seen, so that `share` of them lie beyond."""
+        """Set the border so that `share` of features (n, F) the fit has not seen lie beyond; return the support."""
         rank = math.ceil((1 - share) * (len(features) + 1))
         self.border = self.distance(features).sort().values[min(rank, len(features)) - 1]
         return self
 
     def distance(self, features: Tensor) -> Tensor:
-        """From the middle of the fitting part, in standard deviations: (n,)."""
+        """Return distances (n,) from the mean of the fitting part, in standard deviations."""
         return ((features - self.mean) @ self.whitening).norm(dim=1)
 
     def outside(self, features: Tensor) -> Tensor:
-        """Whether each of features (n, F) lies beyond the border: (n,)."""
+        """Return whether each of features (n, F) lies beyond the border: (n,)."""
         return self.distance(features) > self.border
 
     def share(self, features: Tensor) -> float:
-        """How many of features (n, F) lie beyond the border: 0.05 of what is like the labelled images."""
+        """Return the share of features (n, F) beyond the border: 0.05 of what is like the labelled images."""
         return float(self.outside(features).float().mean())
 
     def save(self, path: Path) -> None:
