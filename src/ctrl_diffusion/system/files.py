@@ -48,9 +48,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def undamaged(folder: Path, advice: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn read errors inside into one ValueError: the folder is damaged, and what to do; re-raise `but` and
-    PermissionError.
-    """
+    """Turn read errors inside into one ValueError saying the folder is damaged; re-raise PermissionError and `but`."""
     try:
         yield
     except (PermissionError, *but):

@@ -58,9 +58,8 @@ class Tracking:
         }
 
         def open_tracker(name: str) -> None:
-            # device and precision stay as they are
-            parts = {"log_with": [name], "project_dir": str(folder)}
-            accelerator = Accelerator(device_placement=False, mixed_precision="no", **parts)
+            unchanged = {"device_placement": False, "mixed_precision": "no"}
+            accelerator = Accelerator(**unchanged, log_with=[name], project_dir=str(folder))
             accelerator.init_trackers(PROJECT, init_kwargs=options)
             (self.trackers[name],) = accelerator.trackers
             if name != "tensorboard":  # which would make a folder named by the time for them
