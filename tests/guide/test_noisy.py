@@ -7,7 +7,7 @@ from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, per_sample
 from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture, Logistic
 from ctrl_diffusion.guide.classifier_guidance import ClassifierGuidance
 from ctrl_diffusion.guide.noisy import fit_noisy, with_clock
-from ctrl_diffusion.reward.fit import Recipe
+from ctrl_diffusion.reward.fit import Recipe, any_side_up
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.reward.scorer import Architecture
 
@@ -45,6 +45,20 @@ def test_held_out_labels_say_when_not_to_believe_the_fit():
     # nothing beats log 2; 4,000 labels know an NLL to 0.01, the temperature of 60 is off by little more
     assert nll[0] > math.log(2) + 0.1
     assert nll[1] < math.log(2) + 0.05
+
+
+def test_one_seed_fits_the_same_whatever_the_global_state():
+    """An augmentation draws from the global generator, of the fitting part and of the held-out part alike."""
+    schedule, y = Cosine(), torch.arange(40) % 2
+    x = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) + (y.view(-1, 1, 1, 1) - 0.5)
+    options = {"held_out": (x[:20], y[:20]), "recipe": Recipe(2, augment=any_side_up), "seed": 3}
+    fits = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        fits.append(fit_noisy(x[20:], y[20:], 2, schedule, schedule.times(5, 0.1), **options).classifier.state_dict())
+        assert torch.equal(torch.get_rng_state(), before), "the global state is left alone"
+    assert all(torch.equal(value, fits[1][name]) for name, value in fits[0].items())
 
 
 @pytest.mark.parametrize("conditions", [0, 2])

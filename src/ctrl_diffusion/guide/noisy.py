@@ -70,7 +70,9 @@ def fit_noisy(
     watch = None
     if held_out:
         x_held, *labels = (row.repeat_interleave(VIEWS, dim=0) for row in held_out)
-        watch = (noised(with_clock(x_held, 0.0, schedule)), *labels)
+        with torch.random.fork_rng(devices=[]):  # an augmentation draws from the global generator
+            torch.default_generator.manual_seed(seed)
+            watch = (noised(with_clock(x_held, 0.0, schedule)), *labels)
     network, noisy_recipe = of_vectors if x.ndim == 2 else architecture, replace(recipe, augment=noised)
     clean = with_clock(x, 0.0, schedule)
     classifier = fit_classifier(clean, y, classes, network, noisy_recipe, c, watch, seed, progress)
