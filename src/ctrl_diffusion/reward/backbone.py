@@ -133,11 +133,7 @@ class Backbone(Scorer):
 
     @classmethod
     def load(cls, folder: Path) -> "Backbone":
-        """Read a saved head and the backbone it was fitted on.
-
-        Raises:
-            Elsewhere: the backbone is gone, or is not the one it was.
-        """
+        """Read a saved head and its backbone; raise `Elsewhere` if that is gone, or is not the one it was."""
         classifier = super().load(folder)
         trunk = classifier.trunk
         grey = trunk.raw(torch.zeros(1, 3, 8, 8))[0]

@@ -181,15 +181,10 @@ class Fitter:
     def posterior(
         self, images: Sequence[LabelledImages], advance: Advance, encode: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Panel, LabelledImages]:
-        """Fit, calibrate and report p̂, with the region it was fitted on.
-
-        Args:
-            images: three parts: to fit, to calibrate, held out.
-            advance: called after each of `epochs` epochs.
-            encode: images → latents, for a p̂ on these.
+        """Fit, calibrate and report p̂ on three parts, the last of them held out; `encode` makes latents of images.
 
         Returns:
-            A panel that has p̂ alone, and the held-out part, images or latents as p̂ takes them.
+            A panel that has p̂ alone, with its support, and the held-out part, images or latents as p̂ takes them.
         """
         fitting, calibration, held_out = (part.through(encode) if self.settings.latents else part for part in images)
         classifier = self.calibrated(fitting, calibration, advance)
@@ -222,11 +217,7 @@ def joined(*parts: LabelledImages) -> LabelledImages:
 def check_settings(
     settings: ClassifierSettings, data: LabelledImages, control: str, condition: str | None, latents: bool
 ) -> None:
-    """Refuse settings that do not suit the data, or latents where there are none.
-
-    Raises:
-        ValueError: which, and what to do.
-    """
+    """Refuse settings that do not suit the data, or latents where there are none, by a ValueError."""
     if settings.latents and not latents:
         raise ValueError("classifier.latents: p̂ looks at latents, but there is no prior on latents. Leave it out.")
     if data.space(control).scale and (settings.balanced or settings.factory):
@@ -252,10 +243,8 @@ def fit_panel(
         control: the column of y.
         condition: the column of c; also fits a reader, and p̂ and the judge depend on it if they are conditional.
         ruler: whether a ruler measures y, so that no judge is needed.
-        settings: of the classifiers.
         seed: of the parts and the fits.
-        phase: told of progress.
-        judge_data: what the judge is fitted on, also beside a ruler, so that p̂ keeps the more of the data.
+        judge_data: what the judge is fitted on, also beside a ruler; p̂ then keeps more of the data.
         encode: images → latents, for a p̂ on these.
         device: on which they are fitted, and stay.
         check: refuse a p̂ no better than chance.

@@ -20,11 +20,7 @@ RESOLUTION = 0.25
 
 
 class Head:
-    """Read raw scores (B, outputs) as p̂ of one of K classes, 0 … K − 1.
-
-    Args:
-        classes: K.
-    """
+    """Read raw scores (B, outputs) as p̂ of one of K classes, 0 … K − 1."""
 
     name: ClassVar[str]
     outputs: ClassVar[int | None] = None  # scores of each x; None for K
@@ -56,11 +52,7 @@ class Head:
         return F.nll_loss(self.log_prob(score, temperature, **weights), y, reduction=reduction)
 
     def figures(self, log_prob: Tensor, density: Normal | None, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
-        """Measure log p̂ (n, K), or on a scale its density (n,), at labels y (n,), given c (n,) if p̂ is conditional.
-
-        Returns:
-            The fields of `ClassifierReport` that depend on the kind of label.
-        """
+        """Measure log p̂ (n, K), or its density (n,), at labels y (n,): the rest of a `ClassifierReport`."""
         p, counts = log_prob.exp(), y.bincount(minlength=self.classes)
         groups = [] if c is None else [c == group for group in c.unique()]
         return {

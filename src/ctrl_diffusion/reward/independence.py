@@ -19,17 +19,11 @@ from torch import Tensor
 
 @dataclass
 class Dependence:
-    """Hold what the labels still say about each other given x.
+    """Hold what the labels still say about each other given x."""
 
-    Args:
-        nats: the gain per example, less what chance alone is expected to give; at least 0.
-        p_value: of a gain as large from independent labels.
-        rows: examples that have both labels.
-    """
-
-    nats: float
-    p_value: float
-    rows: int
+    nats: float  # the gain per example, less what chance alone is expected to give; at least 0
+    p_value: float  # of a gain as large from independent labels
+    rows: int  # examples that have both labels
 
     @property
     def doubtful(self) -> bool:

@@ -35,15 +35,11 @@ class Panel:
         control: the column p̂ was fitted on.
         space: what y is.
         shape: (C, H, W) of the images it was fitted on.
-        classifier: p̂(y | x).
-        quality: of p̂ on held-out data.
+        classifier, support: p̂(y | x), and the region it was fitted on.
+        quality, judge_accuracy, reader_accuracy: on held-out data.
         judge: a classifier of y that shares no label with p̂; None where a ruler measures y.
-        judge_accuracy: on held-out data.
         reader: a classifier of c; None if the data have no condition.
-        reader_accuracy: on held-out data.
-        condition: the column of c, which the reader was fitted on and p̂(y | x, c) depends on.
-        condition_values: the names of its classes, in order.
-        support: the region p̂ was fitted on.
+        condition, condition_values: the column of c, and the names of its classes in order.
     """
 
     control: str
@@ -127,9 +123,8 @@ class Panel:
             ValueError: no such folder, a damaged one, or one that needs a network which is not there.
         """
         if not (folder / "classifier.json").is_file():
-            raise ValueError(
-                f"{folder} holds no classifier. Fit one with: ctrl classifier DATA --control NAME --out DIR"
-            )
+            command = "ctrl classifier DATA --control NAME --out DIR"
+            raise ValueError(f"{folder} holds no classifier. Fit one with: {command}")
         with undamaged(folder, "Fit it again.", but=(Elsewhere,)):
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
             report = dict(about["report"])

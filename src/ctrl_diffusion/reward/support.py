@@ -20,17 +20,11 @@ BEYOND = 0.05  # the share of unseen labelled images that lie outside
 
 @dataclass
 class Support:
-    """Describe the region of features (F,) that labelled images fill.
+    """Describe the region of features (F,) that labelled images fill."""
 
-    Args:
-        mean: (F,).
-        whitening: (F, F), after which distances are Euclidean.
-        border: the distance within which 95 % of unseen labelled images lie; infinite before `calibrate`.
-    """
-
-    mean: Tensor
-    whitening: Tensor
-    border: Tensor
+    mean: Tensor  # (F,)
+    whitening: Tensor  # (F, F), after which distances are Euclidean
+    border: Tensor  # the distance within which 95 % of unseen labelled images lie; infinite before `calibrate`
 
     @classmethod
     def fit(cls, features: Tensor) -> "Support":
