@@ -441,7 +441,7 @@ def test_a_control_on_a_scale_is_asked_for_by_value(ctrl_here, quick_run, tmp_pa
     assert metrics["scale"]["ink"]["r2"] < 1
     assert (tmp_path / "run" / "scale-ink.png").is_file()
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Asked for and measured" in page
+    assert "Requested and measured" in page
     assert "None" not in re.sub(r"<pre.*?</pre>", "", page, flags=re.S)
     assert "None" not in (tmp_path / "run" / "classifier" / "report.html").read_text()
     done = ctrl_here("sample", tmp_path / "run", "--set", "ink=0.31", "-n", 3, "--out", tmp_path / "some", "--quiet")

@@ -82,7 +82,7 @@ def test_a_strangers_pipeline_goes_through_untouched(ctrl, tmp_path):
     table = (root / "checks" / "metadata.csv").read_text().splitlines()
     assert table == ["file_name,texture", *(f"0000{i}.png,checks" for i in range(3))]
     page = (root / "run" / "report.html").read_text()
-    assert "in the eyes of a judge" in page
+    assert "according to a judge" in page
     config = yaml.safe_load((root / "run" / "config.yaml").read_text())
     (control,) = config["controls"]
     assert (config["classes"], control["condition"], control["ruler"]) == (None, None, None)

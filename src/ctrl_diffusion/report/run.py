@@ -1,4 +1,4 @@
-"""Pictures and HTML pages of a run and of a classifier."""
+"""Draw the pictures of a run, and write its report.html."""
 
 import base64
 import shutil
@@ -17,11 +17,11 @@ from ..run.measure import Measurements, PictureSamples, ScaleSamples, columns_of
 from ..run.metrics import RunMetrics, SweepPoint
 from ..run.run import Run
 from .classifier import confusion_figure
-from .style import CTRL, QUIET, STYLE, embedded, headline, render, shortened, show_grid, told_apart
+from .style import CTRL, QUIET, STYLE, distinct_endings, embedded, headline, render, shortened, show_grid
 
 
 def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str], label: str) -> Figure:
-    """One grid per title, side by side; columns are the prior's classes, rows the control's."""
+    """Draw one grid per title, side by side; columns are the prior's classes, rows the control's."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(pictures), 0.52 * len(rows) + 0.6), layout="constrained")
         for axes, (title, x) in zip(np.ravel(figure.subplots(1, len(pictures))), pictures.items(), strict=True):
@@ -31,9 +31,9 @@ def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str]
 
 
 def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
-    """J climbing to log Z, KL and reward at the probes of a run; the last record says which control was kept.
+    """Plot J, which climbs to log Z, KL and reward at the probes of a run; the last record is of the kept control.
 
-    The stage that learns what `weighted` takes off is no control yet and left out.
+    The stage of re-noising is left out: its weights are no control yet.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
@@ -42,13 +42,13 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
         probes: list[tuple[int, dict]] = []
         *records, kept = [record for record in records if record["stage"] != RENOISING]
         for stage in dict.fromkeys(record["stage"] for record in records):
-            mine = [record for record in records if record["stage"] == stage]
+            stage_records = [record for record in records if record["stage"] == stage]
             if kept["stage"] == stage:
                 kept_at = position + kept["update"]
-            probes += [(position + record["update"], record) for record in mine if "J" in record]
-            position += max(record["update"] for record in mine)
+            probes += [(position + record["update"], record) for record in stage_records if "J" in record]
+            position += max(record["update"] for record in stage_records)
             ends.append((position, stage))
-        x = [at for at, _ in probes]
+        x = [number for number, _ in probes]
         for axes, key, title in (
             (left, "J", "J"),
             (middle, "probe_kl", "KL from the prior"),
@@ -73,7 +73,7 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
 
 
 def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str) -> Figure:
-    """Accuracy of prior, policy and target for each class asked for."""
+    """Plot the accuracy of prior, policy and target for each class requested."""
     bars = {
         "prior": (evaluation.prior, QUIET),
         "CTRL": (evaluation.ctrl, CTRL),
@@ -83,12 +83,12 @@ def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str)
         figure = Figure(figsize=(min(9, max(3.6, 1.2 + 0.75 * len(values))), 3.3), layout="constrained")
         axes = figure.subplots()
         for i, (name, (score, colour)) in enumerate(bars.items()):
-            at = [k + (i - 1) * 0.27 for k in range(len(values))]
-            axes.bar(at, score.confusion.diagonal().numpy(), width=0.25, color=colour, label=name)
+            x = [k + (i - 1) * 0.27 for k in range(len(values))]
+            axes.bar(x, score.confusion.diagonal().numpy(), width=0.25, color=colour, label=name)
         names = [shortened(value) for value in values]
         axes.set_xticks(range(len(values)), names, rotation=40 if sum(map(len, names)) > 40 else 0)
         axes.tick_params(axis="x", length=0)
-        axes.set(xlabel=f"{control} asked for", ylabel="share that has it", ylim=(0, 1.02))
+        axes.set(xlabel=f"{control} requested", ylabel="share that has it", ylim=(0, 1.02))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         headline(axes, "Accuracy against target")
     return figure
@@ -104,8 +104,8 @@ def scale_figure(samples: ScaleSamples, levels: Sequence[str], control: str) -> 
         ticks = range(0, len(levels), 2)
         axes.set_xticks(ticks, [levels[i] for i in ticks])
         axes.set_yticks(ticks, [levels[i] for i in ticks])
-        axes.set(xlabel=f"{control} asked for", ylabel=f"{control} that came")
-        headline(axes, "Asked for and measured")
+        axes.set(xlabel=f"{control} requested", ylabel=f"{control} measured")
+        headline(axes, "Requested and measured")
     return figure
 
 
@@ -119,7 +119,7 @@ def sweep_figure(sweep: dict[str, list[SweepPoint]], target_accuracy: float, tra
             x = [getattr(point, kind) for point in points]
             lines = {
                 "accuracy": ([point.accuracy for point in points], CTRL, "o"),
-                "still the class asked for": ([point.class_accuracy for point in points], "#444", "s"),
+                "still the class requested": ([point.class_accuracy for point in points], "#444", "s"),
                 "diversity / target’s": ([point.diversity_ratio for point in points], "#c2661c", "^"),
             }
             for name, (y, colour, marker) in lines.items():
@@ -132,14 +132,14 @@ def sweep_figure(sweep: dict[str, list[SweepPoint]], target_accuracy: float, tra
             axes.set_xticks(x)
             axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind])
             headline(axes, {"strength": "Strength", "steps": "Sampling steps"}[kind] + " (grey: as trained)")
-        panels[0].set_ylim(bottom=0)  # of both, once both are drawn: set before, it would cut the second off
+        panels[0].set_ylim(bottom=0)  # shared, so set it after both are drawn: earlier it would cut the second off
         handles = panels[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
 def plane_figure(run: Run, x: Tensor) -> Figure:
-    """`plane`."""
+    """Draw the samples of `measure.plane`."""
     (first, rows), (second, columns) = [(n, run.policy.controls[n].values) for n in run.names[:2]]
     across = x.shape[2]
     with matplotlib.rc_context(STYLE):
@@ -168,15 +168,16 @@ def write_report(
         folder: the run's; its classifier/ has been reported already.
         run: the finished run.
         metrics: the figures, as metrics.json has them.
-        measurements: of which they are.
-        samples: to show.
+        measurements: that they come from.
+        samples: of the pictures.
         records: of the training log.
         command: that the user typed.
     """
     control, values, classes, evaluation = run.name, run.values, run.config.classes, measurements.evaluation
     column_names = [""] * columns_of(run)
     if classes is not None:
-        column_names = [shortened(name, 8) for name in told_apart([run.prior.class_names[c] for c in classes[:10]])]
+        endings = distinct_endings([run.prior.class_names[c] for c in classes[:10]])
+        column_names = [shortened(name, 8) for name in endings]
     pictures = {f"Prior, which ignores {control}": samples.prior, "CTRL, same noise": samples.ctrl}
     measured = "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
     figures = {
@@ -184,7 +185,7 @@ def write_report(
         "curves": curves_figure(records, evaluation.certificate.log_z),
         "accuracy": accuracy_figure(evaluation, values, control),
         "confusion": confusion_figure(
-            evaluation.ctrl.confusion, values, f"{control} asked for", measured, "Confusion of CTRL, %"
+            evaluation.ctrl.confusion, values, f"{control} requested", measured, "Confusion of CTRL, %"
         ),
         "sweep": sweep_figure(metrics.sweep, evaluation.target.accuracy, run.config.steps),
     }
@@ -207,7 +208,7 @@ def write_report(
 
 
 def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:
-    """J, log Z, gap and its standard error for each class, averaged over the prior's conditions."""
+    """Return J, log Z, gap and its standard error of each class, averaged over the prior's conditions."""
     pairs = evaluation.certificate.pairs
     tables = (pairs.objective, pairs.log_z, pairs.stderr.square())
     objective, log_z, variance = (table.view(-1, classes) for table in tables)
@@ -217,10 +218,10 @@ def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:
 
 
 def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:
-    """Nested settings as GROUP.KEY: VALUE."""
-    out: dict[str, Any] = {}
+    """Flatten nested settings to GROUP.KEY: VALUE."""
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             value = dict(enumerate(value))
-        out |= flattened(value, f"{under}{key}.") if isinstance(value, dict) else {f"{under}{key}": value}
-    return out
+        flat |= flattened(value, f"{under}{key}.") if isinstance(value, dict) else {f"{under}{key}": value}
+    return flat

@@ -56,24 +56,24 @@ def show_grid(axes: Axes, x: Tensor, rows: int, row_names: list[str], column_nam
 
 
 def shortened(text: str, most: int = 12) -> str:
-    """A label that fits an axis."""
+    """Shorten a label to fit an axis."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def told_apart(names: Sequence[str]) -> list[str]:
-    """Names without the words they all begin with, which for prompts may be all that an axis has room for."""
+def distinct_endings(names: Sequence[str]) -> list[str]:
+    """Leave out the words that all names begin with, as prompts do: an axis has room for few."""
     words = [name.split() for name in names]
-    shared = next((i for i, ones in enumerate(zip(*words, strict=False)) if len(set(ones)) > 1), 0)
-    return [" ".join(ones[shared:]) for ones in words]
+    shared = next((i for i, column in enumerate(zip(*words, strict=False)) if len(set(column)) > 1), 0)
+    return [" ".join(row[shared:]) for row in words]
 
 
 def headline(axes: Axes, text: str) -> None:
-    """A title in the house's style."""
+    """Set the title of axes, bold and to the left."""
     axes.set_title(text, loc="left", fontsize=10, fontweight="bold")
 
 
 def sheet_figure(x: Tensor, columns: int = 8) -> Figure:
-    """One picture of all samples x (n, C, H, W), row by row."""
+    """Draw all samples x (n, C, H, W) in one picture, row by row."""
     rows = -(-len(x) // columns)
     blank = torch.ones(rows * columns - len(x), *x.shape[1:])
     with matplotlib.rc_context(STYLE):
@@ -83,7 +83,7 @@ def sheet_figure(x: Tensor, columns: int = 8) -> Figure:
 
 
 def plain_ticks(*axes: Axis) -> None:
-    """Numbers as they are on logarithmic axes, a few to each power of ten."""
+    """Label logarithmic axes with plain numbers, a few to each power of ten."""
     for axis in axes:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter("{x:g}")

@@ -1,7 +1,7 @@
-"""A pipeline of diffusers with the controls of a run: what `ctrl export` leaves, and what runs where it is loaded.
+"""Sample a prior with its controls as a pipeline of diffusers, from a folder that `ctrl export` wrote.
 
-An exported folder carries a copy of this file as its pipeline.py, and of what it imports: it needs diffusers and peft,
-and nothing of ours.
+An exported folder has a copy of this file as its pipeline.py, and of every file of ours that it imports: to load it,
+diffusers and peft are enough.
 """
 
 import inspect
@@ -37,7 +37,7 @@ def with_parts(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class ControlledPipeline(DiffusionPipeline):
-    """Samples of p(x | c, y): `pipe("a horse", controls={"texture": "checks"}, control_strength=1.2)`.
+    """Sample p(x | c, y): `pipe("a horse", controls={"texture": "checks"}, control_strength=1.2)`.
 
     Args:
         scheduler: of the pipeline the controls were trained on.
@@ -62,7 +62,7 @@ class ControlledPipeline(DiffusionPipeline):
 
     @property
     def policy(self) -> Policy:
-        """The prior with its controls, attached when they are first asked for."""
+        """The prior with its controls, which are loaded at the first use."""
         return self._opened()[1]
 
     def _opened(self) -> tuple[Prior, Policy]:
@@ -79,12 +79,12 @@ class ControlledPipeline(DiffusionPipeline):
         return self._ready
 
     def _parts(self) -> Any:
-        """The pipeline the controls were trained on, or its parts where these will do."""
+        """Return the pipeline the controls were trained on, or its parts if the family needs no more."""
         if FAMILIES[self.config.base].ALONE:
             return SimpleNamespace(**self.components)
         kind = getattr(diffusers, self.config.base)
-        wanted = inspect.signature(kind).parameters
-        needed = [name for name, p in wanted.items() if p.default is p.empty or name in self.components]
+        parameters = inspect.signature(kind).parameters
+        needed = [name for name, p in parameters.items() if p.default is p.empty or name in self.components]
         with quiet():
             return kind(**{name: self.components.get(name) for name in needed}, **(self.config.flags or {}))
 
@@ -125,14 +125,13 @@ class ControlledPipeline(DiffusionPipeline):
             ValueError: an unknown control, value or class; a prompt or class missing or not wanted.
         """
         prior, policy = self._opened()
-        asked = prompt if prior.text else class_labels
-        other = class_labels if prior.text else prompt
-        if (asked is None) != (prior.classes is None) or other is not None:
+        condition, other = (prompt, class_labels) if prior.text else (class_labels, prompt)
+        if (condition is None) != (prior.classes is None) or other is not None:
             wants = "a prompt" if prior.text else "no condition" if prior.classes is None else "class_labels"
             raise ValueError(f"this model takes {wants}.")
         cond, n = {}, num_images_per_prompt
-        if asked is not None:
-            rows = [asked] if isinstance(asked, (str, int)) else list(asked)
+        if condition is not None:
+            rows = [condition] if isinstance(condition, (str, int)) else list(condition)
             c = torch.tensor([self._class(str(row)) for row in rows]).repeat_interleave(num_images_per_prompt)
             cond, n = {"c": c}, len(c)
         labels = {name: torch.full((n,), self._label(name, value)) for name, value in (controls or {}).items()}
@@ -145,9 +144,9 @@ class ControlledPipeline(DiffusionPipeline):
         images = formatted(prior.decode(path.x_0).clamp(-1, 1), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
-    def _class(self, asked: str) -> int:
+    def _class(self, name: str) -> int:
         try:
-            return self._opened()[0].number_of(asked)
+            return self._opened()[0].number_of(name)
         except ValueError as error:
             raise ValueError(f"class_labels {error}") from error
 
@@ -159,7 +158,7 @@ class ControlledPipeline(DiffusionPipeline):
 
 
 def formatted(x: Tensor, kind: str) -> Any:
-    """Images (n, C, H, W) in [−1, 1] as diffusers gives them."""
+    """Convert images (n, C, H, W) in [−1, 1] to an output type of diffusers."""
     if kind == "pt":
         return (x + 1) / 2
     pixels: np.ndarray = ((x + 1) / 2).permute(0, 2, 3, 1).cpu().float().numpy()

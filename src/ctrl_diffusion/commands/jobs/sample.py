@@ -19,7 +19,7 @@ SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sa
 
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:
-    """Samples with the labels they were asked for; a null label is blank."""
+    """Return samples with the labels requested; a null label is blank."""
     values, numbers = {}, {}
     for name, control in run.policy.controls.items():
         y = labels.get(name, torch.full((len(x_0),), NULL))
@@ -28,17 +28,17 @@ def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, T
         numbers[name] = torch.tensor([values[name].index(text) for text in texts])
     if not cond:
         return LabelledImages(x_0, numbers, values)
-    column = next((control.condition for control in run.config.controls if control.condition), "c")
+    column = next((settings.condition for settings in run.config.controls if settings.condition), "c")
     return LabelledImages(x_0, {column: cond["c"], **numbers}, {column: run.prior.class_names, **values})
 
 
 def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
-    """The class, or the place on a scale, of every control that `--set CONTROL=VALUE` settings ask for.
+    """Read `--set CONTROL=VALUE` settings; return the class, or the place on a scale, of each control.
 
     Raises:
         ValueError: not of that form, an unknown control or value.
     """
-    chosen = {}
+    labels = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in run.policy.controls:
@@ -46,10 +46,10 @@ def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
                 f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
             )
         try:
-            chosen[name] = run.policy.controls[name].label_of(value)
+            labels[name] = run.policy.controls[name].label_of(value)
         except ValueError as error:
             raise ValueError(f"--set {setting}: {error}") from error
-    return chosen
+    return labels
 
 
 def sample_job(
@@ -64,7 +64,7 @@ def sample_job(
     exact: bool = False,
     options: JobOptions = DEFAULT,
 ) -> None:
-    """Write n samples, a sheet of them (`grid.png`) and what was asked for (`sample.json`).
+    """Write n samples, a sheet of them (`grid.png`) and the settings they were drawn with (`sample.json`).
 
     Raises:
         ValueError: a wrong setting or class, a folder that holds something, or too few paths that count (exact).
@@ -86,25 +86,19 @@ def sample_job(
         cond["c"] = classes[torch.arange(n) % len(classes)]
     ranks.broadcast(lambda: check_output(out, SAMPLE_FILES[-1], options.overwrite))
     generator = torch.Generator().manual_seed(seed)
-    how = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": options.phase}
-    x_0 = run.sample(y, **how, **cond, latents=True)
+    sampling = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": options.phase}
+    x_0 = run.sample(y, **sampling, **cond, latents=True)
     images = run.images(x_0)
     outside, images = outside_share(run, x_0, images), images.clamp(-1, 1)
-    asked = {
-        "set": settings,
-        "class": c,
-        "n": n,
-        "strength": strength,
-        "steps": steps or run.config.steps,
-        "seed": seed,
-        "exact": exact,
-        "outside_support": outside,
-    }
+    request = {
+        "set": settings, "class": c, "n": n, "strength": strength, "steps": steps or run.config.steps, "seed": seed,
+        "exact": exact, "outside_support": outside,
+    }  # fmt: skip
 
     def write() -> None:
         clear(out, SAMPLE_FILES)
         write_imagefolder(out, labelled(run, images, y, cond))
         save_figure(out / "grid.png", sheet_figure(images))
-        write_json(out / "sample.json", asked)
+        write_json(out / "sample.json", request)
 
     ranks.broadcast(write)

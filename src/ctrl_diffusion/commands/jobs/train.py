@@ -49,12 +49,12 @@ def classifier_job(
     """Fit p̂, the judge, and the reader of a condition on labelled images, and report them.
 
     Args:
-        settings: of the control, as of a training; a ruler, or what was fitted before, is left aside.
+        settings: of the control, as for a training; a ruler or an earlier classifier is ignored.
         out: the folder to write.
-        prior: a pipeline folder, at whose size the images are read; None takes them as they are.
-        seed: of the parts and the fits.
+        prior: a pipeline folder, whose size the images are read at; None keeps their own size.
+        seed: of the split and the fits.
         options: progress and overwriting.
-        size: (height, width) of the prior's images, of one that makes any.
+        size: (height, width) of the prior's images, if it can make several sizes.
 
     Raises:
         ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
@@ -113,7 +113,7 @@ def train_job(
     phase: Phase = silent,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Train a control, certify it and report it in a run folder; see `JobOptions` for what stands by its own name here.
+    """Train a control, certify it and report it in a run folder.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
@@ -129,20 +129,20 @@ def train_job(
 
     Raises:
         ValueError: the settings, data or folder are not as they should be, or p̂ is no better than chance.
-        Interrupted, MemoryError, OSError: what happened on the way, and how to go on (`resume_job`).
+        Interrupted, MemoryError, OSError: what happened, and how to go on (`resume_job`).
     """
     return train_with(given, Path(out), JobOptions(phase, trust, overwrite, quick, command))
 
 
 def train_with(given: dict[str, Any], out: Path, options: JobOptions) -> dict[str, Any]:
-    """Train as `train_job` does."""
+    """Train as `train_job` does, with its options in one object."""
     folder = RunFolder(out)
     with reserved(folder, options.overwrite):
         return start_training(prepare(given, options), folder, options)
 
 
 def add_job(run: str | Path, given: dict[str, Any], out: Path, options: JobOptions = DEFAULT) -> dict[str, Any]:
-    """Train one more control on a finished run, whose own controls stay as they are; otherwise as `train_job`.
+    """Train one more control on a finished run, whose controls stay fixed; otherwise as `train_job`.
 
     Args:
         run: the run folder; it is not changed.
@@ -166,8 +166,7 @@ def start_training(
 ) -> dict[str, Any]:
     """Fit every p̂ of a prepared training, write the run folder, and train; `demo_data` has datasets to copy into it.
 
-    The folder stays untouched until every p̂ has proved worth a training; from then on the run can be resumed at any
-    moment, with what lies in checkpoint/.
+    The folder stays untouched until every p̂ is fitted and accepted; from then on the run can be resumed at any moment.
     """
     config, seconds = quick(job.config) if options.quick else job.config, {}
     with timed(seconds, "classifier"):

@@ -1,0 +1,67 @@
+"""A run with an untrained control: what it refuses, and that it samples the prior."""
+
+import pytest
+import torch
+
+from ctrl_diffusion.commands.jobs.demo import labelled_digits
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
+from ctrl_diffusion.run.config import Config
+from ctrl_diffusion.run.measure import PolicyPaths, policy_paths, probe
+from ctrl_diffusion.run.run import Run
+
+
+@pytest.fixture(scope="module")
+def panel():
+    data = labelled_digits("ink", 0)[0][0]
+    fitting = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=150)
+    return fit_panel(data, "ink", ruler=True, settings=fitting)[0]
+
+
+@pytest.fixture
+def run(digits, panel):
+    control = {"name": "ink", "data": "-", "ruler": "ink"}
+    config = Config.from_values({"prior": "digits", "controls": [control], "classes": [3, 5], "steps": 2, "rank": 2})
+    return Run.start(config, digits, {"ink": panel})
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def test_an_untrained_control_changes_nothing(run):
+    c = torch.tensor([3, 5, 3, 5])
+    samples = [run.sample(torch.full((4,), y), c, generator=seeded()) for y in (-1, 0, 3)]
+    assert samples[0].shape == (4, 1, 8, 8)
+    for other in samples[1:]:
+        torch.testing.assert_close(other, samples[0])
+    paths = policy_paths(run, run.conditions, 2, "test")
+    assert isinstance(paths, PolicyPaths)
+    torch.testing.assert_close(paths.kl, torch.zeros(run.conditions.pairs * 2))
+
+
+def test_probes_share_their_noise(run):
+    first, second = probe(run, 2), probe(run, 2)
+    assert first.figures == second.figures
+    assert torch.equal(first.log_w, second.log_w)
+
+
+@pytest.mark.parametrize(
+    ("y", "c", "message"),
+    [
+        ([0, 1], None, "this prior needs c, classes 0 … 9"),
+        ([0, 1], [3], "c and y must be equally many, got 1 and 2"),
+        ([0, 1], [3, 10], "c must lie in 0 … 9, got 3 … 10"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(run, y, c, message):
+    with pytest.raises(ValueError, match=message):
+        run.sample(torch.tensor(y), None if c is None else torch.tensor(c))
+
+
+def test_what_is_no_run_is_not_opened(tmp_path):
+    for folder, message in ((tmp_path / "none", "there is no folder"), (tmp_path, "it has no config.yaml")):
+        with pytest.raises(ValueError, match=message):
+            Run.load(folder)
+    Config.from_values({"prior": "digits", "control": "ink", "data": "-"}).write(tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="it lacks classifier, control"):
+        Run.load(tmp_path)
