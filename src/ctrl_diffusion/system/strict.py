@@ -42,7 +42,8 @@ class Strict(BaseModel):
                     model = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, Strict))
             near = get_close_matches(str(key), model.model_fields, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{'.'.join(map(str, (*groups, key)))}: {error['msg']}, got {error['input']!r}{hint}"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{'.'.join(map(str, (*groups, key)))}: {message}, got {error['input']!r}{hint}"
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
