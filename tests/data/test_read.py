@@ -109,7 +109,7 @@ def test_numbers_of_many_values_are_a_scale(tmp_path):
     assert (len(data.values["ink"]), data.values["ink"][0], data.values["ink"][-1]) == (9, "0.04", "0.76")
     y = data.labels["ink"]
     torch.testing.assert_close(y, (torch.arange(81) / 100 - 0.04) / 0.72 * 8)
-    assert data.space("ink").number_at(float(y[50])) == pytest.approx(0.5)
+    assert float(data.space("ink").text_of(float(y[50]))) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="row 1: ink must be one of low, high, got '0.0'"):
         read_images(tmp_path, {"ink": {"low": 0, "high": 1}}, SHAPE)
     few = read_images(tmp_path, {"digit": None}, SHAPE)

@@ -6,7 +6,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-HELD_OUT = 300
+DIGIT, INK, SLANT = "digit", "ink", "slant"
+VALUES = {DIGIT: tuple("0123456789"), INK: tuple("1234"), SLANT: ("left", "right")}
+UPRIGHT = (0, 1, 2, 3, 4, 5, 8, 9)  # digits that lean either way
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -18,12 +20,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def split() -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of `digits()` the prior is trained on, and the rows it never sees."""
     c = digits()[1].numpy()
-    return train_test_split(np.arange(len(c)), test_size=HELD_OUT, stratify=c, random_state=0)
-
-
-DIGIT, INK, SLANT = "digit", "ink", "slant"
-VALUES = {DIGIT: tuple("0123456789"), INK: tuple("1234"), SLANT: ("left", "right")}
-UPRIGHT = (0, 1, 2, 3, 4, 5, 8, 9)  # digits that lean either way
+    return train_test_split(np.arange(len(c)), test_size=300, stratify=c, random_state=0)
 
 
 def on_paper(x: Tensor) -> Tensor:
@@ -37,7 +34,7 @@ def ink(x: Tensor) -> Tensor:
 
 
 def slant(x: Tensor) -> Tensor:
-    """Return pixels right per pixel up, the slope of ink's columns on its rows: (n,) of x (n, C, H, W) in [−1, 1]."""
+    """Return the slope (n,) of ink's columns on its rows, pixels right per pixel up, of x (n, C, H, W) in [−1, 1]."""
     weight = on_paper(x).mean(1)
     height, width = weight.shape[1:]
     up, right = torch.meshgrid(-torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij")

@@ -18,12 +18,9 @@ IN_MEMORY = 2**28  # bytes; what is larger as floats stays on disk as bytes
 
 
 def open_image(file: Path | bytes) -> Image.Image:
-    """Read one image, upright, as 8-bit grey, RGB or RGBA.
+    """Read one image, upright, as 8-bit grey, RGB or RGBA; refuse (ValueError) one unreadable, too large or of floats.
 
     16 bits are scaled to 8, the orientation a camera noted is applied, palettes are looked up.
-
-    Raises:
-        ValueError: it cannot be read, is too large, or has pixels that are no whole numbers.
     """
     try:
         with warnings.catch_warnings():
@@ -60,12 +57,7 @@ def to_array(image: Image.Image, channels: int, size: tuple[int, int]) -> np.nda
 
 
 class Images:
-    """Hold x (n, C, H, W) in [−1, 1] as bytes; rows become floats when they are indexed.
-
-    Args:
-        pixels: (N, H, W, C) bytes.
-        rows: which of them, all if None.
-    """
+    """Hold x (n, C, H, W) in [−1, 1] as rows of bytes (N, H, W, C); they become floats when they are indexed."""
 
     def __init__(self, pixels: Tensor, rows: Tensor | None = None) -> None:
         self.pixels = pixels
@@ -88,9 +80,8 @@ class Images:
         return Images(self.pixels, self.rows[rows])
 
 
-def blank(n: int, height: int, width: int, channels: int) -> Tensor:
+def blank(*shape: int) -> Tensor:
     """Allocate bytes (n, H, W, C) in memory or, if they were too many as floats, in a temporary file."""
-    shape = n, height, width, channels
     if 4 * math.prod(shape) <= IN_MEMORY:
         return torch.empty(shape, dtype=torch.uint8)
     with tempfile.TemporaryFile() as file:

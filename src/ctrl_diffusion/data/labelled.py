@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from ..system.files import atomic, write_text
+from ..system.files import atomic
 from .images import Images
 from .labels import LabelSpace
 
@@ -51,15 +50,12 @@ class LabelledImages:
     def from_dataset(
         cls, dataset: Sequence, names: Sequence[str], values: Mapping[str, Sequence[str]]
     ) -> "LabelledImages":
-        """Read a map-style torch Dataset of (x, label, …) into memory, x (C, H, W) in [−1, 1].
+        """Read a map-style torch Dataset into memory; refuse (ValueError) other items, and labels that are no class.
 
         Args:
-            dataset: its items are x and one class number for each name.
+            dataset: its items are x (C, H, W) in [−1, 1] and one class number for each name.
             names: of the labels, in the items' order.
             values: what the classes of each are called, in order.
-
-        Raises:
-            ValueError: an item of another form, or a label that is no class.
         """
         rows = [dataset[i] for i in range(len(dataset))]
         for i, (x, *labels) in enumerate(rows):
@@ -109,11 +105,9 @@ class LabelledImages:
     def split(self, column: str, shares: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> list["LabelledImages"]:
         """Split into disjoint parts by shares of the whole, stratified by a column; the last takes the rest."""
         self.check_classes(column)
-        y = self.strata(column).numpy()
-        classes = len(np.unique(y))
-        rest, parts = np.arange(len(self)), []
+        y, rest, parts = self.strata(column).numpy(), np.arange(len(self)), []
         for share in shares[:-1]:
-            size = max(classes, round(share * len(self)))
+            size = max(len(np.unique(y)), round(share * len(self)))
             part, rest = train_test_split(rest, train_size=size, stratify=y[rest], random_state=seed)
             parts.append(self[part])
         return [*parts, self[rest]]
@@ -133,10 +127,9 @@ def save_image(path: Path, pixels: np.ndarray) -> None:
 
 def write_imagefolder(folder: Path, data: LabelledImages) -> None:
     """Write the images as PNG and then `metadata.csv`, so that a folder with a table is complete."""
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["file_name", *data.labels])
+    rows = [["file_name", *data.labels]]
     for i, pixels in enumerate(to_pixels(data.x)):
         save_image(folder / f"{i:05d}.png", pixels)
-        writer.writerow([f"{i:05d}.png", *(data.values[name][y[i]] for name, y in data.labels.items())])
-    write_text(folder / "metadata.csv", table.getvalue())
+        rows.append([f"{i:05d}.png", *(data.values[name][y[i]] for name, y in data.labels.items())])
+    with atomic(folder / "metadata.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)

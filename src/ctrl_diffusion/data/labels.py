@@ -18,14 +18,10 @@ class LabelSpace:
 
     The label of a class is its number 0 … size − 1. A scale has evenly spaced levels 0 … size − 1 and its label is a
     float between them. NULL (−1) is no label, in both.
-
-    Args:
-        values: what the user calls the classes or levels, in order; levels are numbers.
-        scale: whether y is on a scale.
     """
 
-    values: tuple[str, ...]
-    scale: bool = False
+    values: tuple[str, ...]  # what the user calls the classes or levels, in order; levels are numbers
+    scale: bool = False  # whether y is on a scale
 
     @classmethod
     def from_numbers(cls, texts: Iterable[str]) -> "LabelSpace":
@@ -48,11 +44,6 @@ class LabelSpace:
         first, last = self.ends
         return (numbers - first) / (last - first) * (self.size - 1)
 
-    def number_at(self, place: float) -> float:
-        """Return the number at a place on the scale."""
-        first, last = self.ends
-        return first + place / (self.size - 1) * (last - first)
-
     def label_of(self, value: str | float, name: str) -> int | float:
         """Return the label of a value, as the user writes it; refuse (ValueError) any other value of `name`."""
         text = str(value)
@@ -69,7 +60,10 @@ class LabelSpace:
         """Return the text of a label: its class, its number on the scale, blank for null."""
         if label == NULL:
             return ""
-        return f"{self.number_at(label):.6g}" if self.scale else self.values[label]
+        if not self.scale:
+            return self.values[label]
+        first, last = self.ends
+        return f"{first + label / (self.size - 1) * (last - first):.6g}"
 
     def nearest(self, y: Tensor) -> Tensor:
         """Return the class number, or the number of the nearest level, of labels y (n,), none of them null."""
@@ -78,7 +72,7 @@ class LabelSpace:
     def check(self, y: Tensor, name: str) -> None:
         """Refuse (ValueError) labels (n,) of `name` that are no classes, or off the scale; null is allowed."""
         last = self.size - 1
-        if y.min() < NULL or y.max() > last or ((y < 0) & (y != NULL)).any():
+        if y.max() > last or ((y < 0) & (y != NULL)).any():
             got = f"{y.min():g} … {y.max():g}"
             raise ValueError(f"labels of {name!r} must lie in 0 … {last} (−1 for null), got {got}.")
         if y.is_floating_point() and not self.scale:

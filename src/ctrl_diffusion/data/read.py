@@ -31,11 +31,7 @@ def in_order(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 class BadRow(Exception):
-    """Refuse a row that cannot be used; `kind` says of what kind it is, in a word or two."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
+    """Refuse a row: of what kind it is, in a word or two, and why it cannot be used."""
 
 
 def read_images(
@@ -54,26 +50,21 @@ def read_images(
         mapping: the column a label is in, if it is called otherwise, or MODULE:FUNCTION, a rule (`rules`).
         scales: whether a label is a place on a scale; left out, numbers of more than MOST_CLASSES values are.
         tags: the tag a label is about, "yes" where it stands in the column, "no" where it does not.
-        skip_bad: leave out rows that cannot be used, and say how many; otherwise the first is an error.
+        skip_bad: leave out rows that cannot be used, with one warning; otherwise the first is an error.
         phase: reports progress.
 
     Raises:
         ValueError: no table, a missing column, a row that cannot be used; with skip_bad, if more than half cannot.
-
-    Warns:
-        UserWarning: images were resized, or rows left out.
     """
     table, mapping, scales = open_table(source), mapping or {}, scales or {}
     rules = {name: load_rule(text) for name, text in mapping.items() if ":" in text}
     texts = read_texts(table, {name: mapping.get(name, name) for name in columns if name not in rules}, tags or {})
     texts |= {name: [""] * table.rows for name in rules}
-    if shape and shape[0] not in MODES:
-        raise ValueError(
-            f"the prior makes images of {shape[0]} channels; image files have {', '.join(map(str, MODES))}."
-        )
     channels, height, width = shape or shape_of(table)
-    pixels, kept, resized, bad = blank(table.rows, height, width, channels), [], [], []
-    first_rows: dict[str, int] = {}
+    if channels not in MODES:
+        kinds = ", ".join(map(str, MODES))
+        raise ValueError(f"the prior makes images of {channels} channels; image files have {kinds}.")
+    pixels, kept, resized, bad, first_rows = blank(table.rows, height, width, channels), [], [], [], {}
     advance = delayed(phase, "reading images", table.rows)
     for i in range(table.rows):
         try:
@@ -84,10 +75,10 @@ def read_images(
             for name, numbers in columns.items():
                 check_label(name, texts[name][i], numbers, scales.get(name))
         except BadRow as error:
-            text = f"{table.name} row {i + 1}: {error}"
+            kind, reason = error.args
+            bad.append((kind, f"{table.name} row {i + 1}: {reason}"))
             if not skip_bad:
-                raise ValueError(text + ".") from error
-            bad.append((error.kind, text))
+                raise ValueError(f"{bad[0][1]}.") from error
         else:
             if image.size != (width, height):
                 resized.append((i + 1, image.size))
@@ -103,11 +94,7 @@ def read_images(
 
 
 def read_texts(table: Table, columns: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, list[str]]:
-    """Read every row's text of each label from its column; of a label about a tag, whether the column lists the tag.
-
-    Raises:
-        ValueError: a column is missing, or no row has the tag.
-    """
+    """Read every row's text of each label from its column; of a label about a tag, whether the column lists the tag."""
     table.check_columns(columns.values())
     texts = {name: table.texts(column) for name, column in columns.items()}
     for name, tag in tags.items():
@@ -143,9 +130,8 @@ def read_image(table: Table, row: int, first_rows: dict[str, int]) -> Image.Imag
         raise BadRow("unreadable images", f"cannot read {name} ({error}). Mend it or remove the row") from error
     if isinstance(file, Path):
         if before := first_rows.get(str(file)):
-            raise BadRow(
-                "repeated images", f"{name} is in row {before} too and might stand in two parts of a split. Keep one"
-            )
+            text = f"{name} is in row {before} too and might stand in two parts of a split. Keep one"
+            raise BadRow("repeated images", text)
         first_rows[str(file)] = row + 1
     return image
 
@@ -169,11 +155,7 @@ def check_label(name: str, text: str, numbers: Numbers | None, scale: bool | Non
 
 
 def warn_of_rows(table: Table, bad: list[tuple[str, str]], resized: list[tuple[int, tuple]], size: str) -> None:
-    """Warn of bad rows (kind, error), which were left out, and of rows (number, their size) that were resized.
-
-    Raises:
-        ValueError: more than half of the rows cannot be used.
-    """
+    """Warn of bad rows (kind, error), which were left out, and of resized rows (number, size); refuse too many bad."""
     if bad:
         counts = ", ".join(f"{n} × {kind}" for kind, n in Counter(kind for kind, _ in bad).items())
         text = f"{table.name}: {len(bad)} of {table.rows} rows cannot be used ({counts}; the first: {bad[0][1]})"

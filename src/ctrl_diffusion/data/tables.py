@@ -16,23 +16,14 @@ IMAGE_COLUMNS = ("file_name", "image", "path")
 
 @dataclass
 class Table:
-    """Describe a dataset whose images are not opened yet.
+    """Describe a dataset whose images are not opened yet."""
 
-    Args:
-        name: what an error calls it.
-        columns: its columns.
-        texts: column → every row's label as text, blank where there is none.
-        image: row from 0 → the path or the bytes of its image, and what to call it.
-        rows: how many.
-        cache: what must live as long as the table.
-    """
-
-    name: str
+    name: str  # what an error calls it
     columns: list[str]
-    texts: Callable[[str], list[str]]
-    image: Callable[[int], tuple[Path | bytes, str]]
+    texts: Callable[[str], list[str]]  # column → every row's label as text, blank where there is none
+    image: Callable[[int], tuple[Path | bytes, str]]  # row from 0 → the path or bytes of its image, what to call it
     rows: int
-    cache: tempfile.TemporaryDirectory | None = None
+    cache: tempfile.TemporaryDirectory | None = None  # what must live as long as the table
 
     @classmethod
     def from_file(cls, path: Path) -> "Table":
@@ -91,48 +82,39 @@ class Table:
 
 
 def open_table(source: str | Path) -> Table:
-    """Open a dataset by its path, or by its name on the hub.
-
-    Raises:
-        ValueError: there is none, or it cannot be read as a table of images.
-    """
+    """Open a dataset by its path, or its name on the hub; refuse (ValueError) what is no table of images."""
     path, name = Path(source), str(source)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-        from datasets import load_from_disk
-
-        return Table.from_dataset(one_split(load(lambda: load_from_disk(str(path)), path), path), str(path), path)
+        dataset = load(lambda datasets: datasets.load_from_disk(str(path)), path)
+        return Table.from_dataset(one_split(dataset, path), str(path), path)
     if path.is_dir():
         file = next((path / name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None)
         if file is None:
-            raise ValueError(
-                f"{path} has no metadata.csv or metadata.jsonl. Write one with file_name and one column per label."
-            )
+            advice = "Write one with file_name and one column per label."
+            raise ValueError(f"{path} has no metadata.csv or metadata.jsonl. {advice}")
         return Table.from_file(file)
     if path.suffix == ".parquet" and path.is_file():
-        from datasets import Dataset
-
         cache = tempfile.TemporaryDirectory()  # on disk: images in a table may be more than memory holds
-        dataset = load(lambda: Dataset.from_parquet(str(path), cache_dir=cache.name), path)
+        dataset = load(lambda datasets: datasets.Dataset.from_parquet(str(path), cache_dir=cache.name), path)
         return replace(Table.from_dataset(dataset, str(path), path.parent), cache=cache)
     if path.is_file():
         if path.suffix not in (".csv", ".jsonl"):
             raise ValueError(f"{path} is no table: .csv, .jsonl and .parquet are read, and folders.")
         return Table.from_file(path)
     if HUB.fullmatch(name):
-        from datasets import load_dataset
-
-        dataset = load(lambda: load_dataset(name, split="train"), f"{name} is no folder or file here, and")
+        subject = f"{name} is no folder or file here, and"
+        dataset = load(lambda datasets: datasets.load_dataset(name, split="train"), subject)
         return Table.from_dataset(dataset, name, None)
     raise ValueError(f"there is no folder or file {source}, and it is no OWNER/NAME of a dataset on the hub.")
 
 
-def load(reader: Callable[[], Any], source: str | Path) -> Any:
+def load(reader: Callable[[Any], Any], source: str | Path) -> Any:
     """Read a source by the library `datasets`, without its progress bars; keep one line of its error."""
-    from datasets import disable_progress_bars
+    import datasets
 
-    disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
-        return reader()
+        return reader(datasets)
     except Exception as error:  # its readers raise nearly anything
         cause = error.__cause__ or error
         raise ValueError(f"{source} cannot be read: {' '.join(str(cause).split())[:200]}") from error
