@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ctrl_diffusion.data.read import read_images
-from ctrl_diffusion.data.rules import jpeg_kilobytes, jpeg_size, label_by, load_rule
+from ctrl_diffusion.data.read import label_by, read_images
+from ctrl_diffusion.data.rules import jpeg_kilobytes, jpeg_size, load_rule
 
 
 def noise(size):

@@ -21,12 +21,9 @@ RAREST = 10  # fewest examples of a class: with fewer, some part of a split woul
 
 @dataclass
 class LabelledImages:
-    """Hold n labelled examples.
+    """Hold n labelled examples: x (n, C, H, W) in [−1, 1] and, by column, labels and what the user calls their values.
 
-    Args:
-        x: (n, C, H, W) in [−1, 1].
-        labels: column → (n,) class numbers, or places on a scale as floats.
-        values: column → what the user calls its classes or levels, in order.
+    Labels (n,) are class numbers, or places on a scale as floats; values are the classes or levels, in order.
     """
 
     x: Tensor | Images
@@ -52,10 +49,8 @@ class LabelledImages:
     ) -> "LabelledImages":
         """Read a map-style torch Dataset into memory; refuse (ValueError) other items, and labels that are no class.
 
-        Args:
-            dataset: its items are x (C, H, W) in [−1, 1] and one class number for each name.
-            names: of the labels, in the items' order.
-            values: what the classes of each are called, in order.
+        Its items are x (C, H, W) in [−1, 1] and one class number for each of `names`, in this order; `values` are what
+        the classes of each are called, in order.
         """
         rows = [dataset[i] for i in range(len(dataset))]
         for i, (x, *labels) in enumerate(rows):
@@ -64,8 +59,8 @@ class LabelledImages:
         labels = {name: torch.tensor([int(row[1 + i]) for row in rows]) for i, name in enumerate(names)}
         for name, y in labels.items():
             if y.min() < 0 or y.max() >= len(values[name]):
-                last = len(values[name]) - 1
-                raise ValueError(f"{name} must be a class 0 … {last}, got {int(y.min())} … {int(y.max())}.")
+                got = f"{int(y.min())} … {int(y.max())}"
+                raise ValueError(f"{name} must be a class 0 … {len(values[name]) - 1}, got {got}.")
         return cls(torch.stack([row[0].float() for row in rows]), labels, {n: tuple(values[n]) for n in names})
 
     def through(self, encode: Callable[[Tensor], Tensor]) -> "LabelledImages":

@@ -14,7 +14,7 @@ from ..system.progress import Phase, delayed, silent
 from .images import MODES, as_x, blank, is_grey, open_image, to_array
 from .labelled import LabelledImages
 from .labels import LabelSpace, is_number
-from .rules import Rule, label_by, load_rule
+from .rules import Rule, load_rule
 from .tables import Table, open_table
 
 MOST_CLASSES = 64
@@ -30,7 +30,7 @@ def in_order(texts: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(distinct))
 
 
-class BadRow(Exception):
+class BadRow(ValueError):
     """Refuse a row: of what kind it is, in a word or two, and why it cannot be used."""
 
 
@@ -71,7 +71,7 @@ def read_images(
             image = read_image(table, i, first_rows)
             array = to_array(image, channels, (width, height))
             for name, rule in rules.items():
-                texts[name][i] = apply_rule(rule, Image.fromarray(array[..., 0] if channels == 1 else array))
+                texts[name][i] = label_by(rule, Image.fromarray(array[..., 0] if channels == 1 else array))
             for name, numbers in columns.items():
                 check_label(name, texts[name][i], numbers, scales.get(name))
         except BadRow as error:
@@ -114,7 +114,7 @@ def shape_of(table: Table) -> tuple[int, int, int]:
         try:
             size = size or read_image(table, i, {}).size
             grey = grey and is_grey(table.image(i)[0])
-        except (BadRow, ValueError, OSError):  # reported when the row is read
+        except (ValueError, OSError):  # reported when the row is read
             continue
     return (1 if grey else 3, *(size or (1, 1))[::-1])
 
@@ -136,12 +136,15 @@ def read_image(table: Table, row: int, first_rows: dict[str, int]) -> Image.Imag
     return image
 
 
-def apply_rule(rule: Rule, image: Image.Image) -> str:
-    """Label an image by a rule."""
+def label_by(rule: Rule, image: Image.Image) -> str:
+    """Return the label a rule gives an image, as text; refuse a rule that fails or gives none."""
     try:
-        return label_by(rule, image)
-    except ValueError as error:
-        raise BadRow("rules that failed", str(error)) from error
+        label = rule(image)
+    except Exception as error:  # the user's own code
+        raise BadRow("rules that failed", f"the rule failed on it: {type(error).__name__}: {error}") from error
+    if not isinstance(label, (str, int, float)) or not str(label).strip():
+        raise BadRow("rules that failed", f"the rule must return a text or a number, got {label!r}")
+    return str(label).strip()
 
 
 def check_label(name: str, text: str, numbers: Numbers | None, scale: bool | None) -> None:

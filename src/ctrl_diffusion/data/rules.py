@@ -37,17 +37,6 @@ def load_rule(name: str) -> Rule:
     return rule
 
 
-def label_by(rule: Rule, image: Image.Image) -> str:
-    """Return the label a rule gives an image, as text; refuse (ValueError) a rule that fails or gives none."""
-    try:
-        label = rule(image)
-    except Exception as error:  # the user's own code
-        raise ValueError(f"the rule failed on it: {type(error).__name__}: {error}") from error
-    if not isinstance(label, (str, int, float)) or not str(label).strip():
-        raise ValueError(f"the rule must return a text or a number, got {label!r}")
-    return str(label).strip()
-
-
 def jpeg_kilobytes(image: Image.Image, quality: int = 95) -> float:
     """Return the size of the image as a JPEG file in kilobytes of 1,000 bytes."""
     file = io.BytesIO()

@@ -39,12 +39,11 @@ class Table:
         if not rows:
             raise ValueError(f"{path} has no rows. Write one line per image.")
         columns = [str(name) for name in rows[0]]
-
-        def texts(column: str) -> list[str]:
-            return [as_text(row.get(column)) for row in rows]
-
-        names = texts(image_column(columns, str(path)))
-        return cls(str(path), columns, texts, lambda i: (path_inside(path.parent, names[i]), names[i]), len(rows))
+        texts = {name: [as_text(row.get(name)) for row in rows] for name in columns}
+        files = texts[image_column(columns, str(path))]
+        return cls(
+            str(path), columns, texts.__getitem__, lambda i: (path_inside(path.parent, files[i]), files[i]), len(rows)
+        )
 
     @classmethod
     def from_dataset(cls, dataset: Any, name: str, root: Path | None) -> "Table":
@@ -86,7 +85,12 @@ def open_table(source: str | Path) -> Table:
     path, name = Path(source), str(source)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         dataset = load(lambda datasets: datasets.load_from_disk(str(path)), path)
-        return Table.from_dataset(one_split(dataset, path), str(path), path)
+        if isinstance(dataset, dict):  # of splits
+            if "train" not in dataset and len(dataset) > 1:
+                splits = ", ".join(dataset)
+                raise ValueError(f"{path} has the splits {splits} and none called train. Save the one to be used.")
+            dataset = dataset.get("train") or next(iter(dataset.values()))
+        return Table.from_dataset(dataset, str(path), path)
     if path.is_dir():
         file = next((path / name for name in ("metadata.csv", "metadata.jsonl") if (path / name).is_file()), None)
         if file is None:
@@ -118,15 +122,6 @@ def load(reader: Callable[[Any], Any], source: str | Path) -> Any:
     except Exception as error:  # its readers raise nearly anything
         cause = error.__cause__ or error
         raise ValueError(f"{source} cannot be read: {' '.join(str(cause).split())[:200]}") from error
-
-
-def one_split(dataset: Any, path: Path) -> Any:
-    """Choose the `train` split, or the only one; refuse several of which none is called train."""
-    if not isinstance(dataset, dict):
-        return dataset
-    if "train" not in dataset and len(dataset) > 1:
-        raise ValueError(f"{path} has the splits {', '.join(dataset)} and none called train. Save the one to be used.")
-    return dataset.get("train") or next(iter(dataset.values()))
 
 
 def as_text(value: Any) -> str:
