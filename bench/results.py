@@ -139,9 +139,14 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def labels_table(result: dict[str, Any], labels: int) -> str:
-    """Return the rows of one number of labels, the chosen settings in bold."""
-    lines, unit = [], result["about"]["prior_evaluations"]
+def labels_table(result: dict[str, Any], labels: int, exact: float) -> str:
+    """Return the rows of one number of labels, the chosen settings in bold, after the prior and an exact sampler."""
+    unit, prior = result["about"]["prior_evaluations"], result["prior"]
+    of_prior = [number(prior[key], digits) if key in prior else "–" for key, (_, digits) in COLUMNS.items()]
+    lines = [
+        ["the prior, no control", "0", *of_prior, "1.0×", "0.0×"],
+        ["exact sampler, same p̂", "1", number(exact, 3), *["–"] * (len(COLUMNS) + 1)],
+    ]
     for row in (row for row in result["rows"] if row["labels"] == labels):
         settings = " ".join(f"{key} {value}" for key, value in row["settings"].items())
         name = f"**{row['title']}**" if row["chosen"] else row["title"]
@@ -157,7 +162,6 @@ def difference_tables(result: dict[str, Any]) -> str:
     rows, parts = result["against"], []
     counts = sorted({row["labels"] for row in rows})
     for w in dict.fromkeys(row["w"] for row in rows):
-        cost = "one evaluation a step, the prior's own cost" if w == 1 else "two evaluations a step"
         lines = []
         for rival, title in RIVALS.items():
             of_rival = sorted((r for r in rows if (r["w"], r["rival"]) == (w, rival)), key=lambda r: r["labels"])
@@ -166,8 +170,8 @@ def difference_tables(result: dict[str, Any]) -> str:
                 for row in of_rival
             ]
             lines.append([title, *cells])
-        parts.append(f"CTRL at w = {w:g} ({cost}) less each rival's chosen setting, accuracy (diversity):")
-        parts.append(markdown(["", *(f"{n} labels" for n in counts)], lines))
+        head = f"CTRL at w = {w:g} less each rival at its chosen setting: accuracy (diversity)"
+        parts.append(markdown([head, *(f"{n} labels" for n in counts)], lines))
     return "\n\n".join(parts)
 
 
@@ -238,7 +242,10 @@ def summary(results: list[dict[str, Any]]) -> str:
         figures[f"accuracy {task}"] = span(means(rows_of(result, "ctrl", w), "accuracy"), 3)
         ctrl = rows_of(result, "ctrl", 1.0)
         figures[f"diversity {task}"] = span(means(ctrl, "diversity_ratio"), 2)
-        below += [a - b for a, b in zip(exact_accuracy(result), means(ctrl, "accuracy"), strict=True)]
+        figures[f"gap {task}"] = span(means(ctrl, "gap_nats"), 1)
+        of_task = [a - b for a, b in zip(exact_accuracy(result), means(ctrl, "accuracy"), strict=True)]
+        figures[f"below {task}"] = span(of_task, 2)
+        below += of_task
     figures["below exact"] = span(below, 2)
     unit = results[0]["about"]["prior_evaluations"]
     particles = [row for result in results for row in result["rows"] if row["method"] in PARTICLES]
@@ -258,27 +265,21 @@ def page() -> str:
     parts = [
         "# Results: CTRL and the baselines on digits",
         overview_table(results),
-        "Every method at the setting that trials chose; means over three seeds ± half of the 95 % interval below. "
-        "Network and gradients: evaluations of the network, and gradients through it, in units of a sample of the "
-        "prior. Made by `python bench/results.py`; [how it is compared](baselines.md#comparing).",
-        "![Accuracy, diversity and distance from the conditional against the number of labels](results.png)",
+        "Every method at the setting that trials chose; means over three seeds, further down ± half of the 95 % "
+        "interval. Made by `python bench/results.py`; [how it is compared](baselines.md#comparing).",
+        "![Accuracy, diversity and gap against the number of labels](results.png)",
         summary(results),
     ]
     for (task, about), result in zip(TASKS.items(), results, strict=True):
-        prior = result["prior"]
         parts.append(f"## {about['title']}")
         parts.append(f"![Accuracy against diversity and fidelity]({slug(task)}-pareto.png)")
-        parts.append(
-            f"The prior without a control: accuracy {prior['accuracy']:.3f}, Fréchet distance {prior['frechet']:.2f}."
-        )
         parts.append(difference_tables(result))
         counts = sorted({row["labels"] for row in result["rows"]})
         for n, exact in zip(counts, exact_accuracy(result), strict=True):
-            parts.append(f"**{n} labels** of each control; an exact sampler with the same p̂: {exact:.3f}.")
-            parts.append(labels_table(result, n))
+            parts += [f"### {n} labels", labels_table(result, n, exact)]
             parts += [
-                f"Seed {cell['seed']}: p̂ of {' and '.join(cell['uninformed'])} is not clearly better than chance on "
-                "held-out data. `ctrl train` would refuse it; here everyone uses it."
+                f"Seed {cell['seed']}: p̂ of {' and '.join(cell['uninformed'])} is not clearly better than chance. "
+                "`ctrl train` would refuse it; here every method uses it."
                 for cell in result["cells"]
                 if cell["labels"] == n and cell["uninformed"]
             ]
