@@ -78,7 +78,7 @@ def train_autoencoder(x: Tensor, updates: int, generator: torch.Generator) -> Au
 
 
 def text_parts() -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """A tokenizer of one token a letter, and an encoder with random weights."""
+    """Make a tokenizer of one token a letter, and an encoder with random weights."""
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     vocabulary = {name: i for i, name in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     start, end = len(letters), len(letters) + 1

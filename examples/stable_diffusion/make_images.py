@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def opened(prior: str) -> StableDiffusionPipeline:
-    """A pipeline that samples as the paper does, on a GPU in half precision where there is one.
+    """Open the pipeline to sample as the paper does, on a GPU in half precision where there is one.
 
     The safety checker is left out: the black image it puts in a picture's place is a very small JPEG.
     """
@@ -33,7 +33,7 @@ def opened(prior: str) -> StableDiffusionPipeline:
 
 
 def write_images(folder: Path, pipeline: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace) -> None:
-    """The imagefolder; its metadata.csv is written last, so that a folder without one is not finished."""
+    """Write the imagefolder, its metadata.csv last, so that a folder without one is not finished."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{i:05d}.png" for i in range(args.n)]
     asked = [prompts[i % len(prompts)] for i in range(args.n)]

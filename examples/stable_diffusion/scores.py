@@ -63,7 +63,7 @@ class Aesthetic:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> float:
-        """The score of an image, stretched to CLIP's square (bicubic)."""
+        """Score an image, stretched to CLIP's square (bicubic)."""
         if self.network is None:
             self.load()
         size = self.network.config.image_size
