@@ -10,70 +10,41 @@ from typing import Any
 __version__ = version("ctrl-diffusion")
 
 # where the public names live; loaded on first use, so that `ctrl --help` does not wait for torch
-_HOME = {
-    "Adjoint": "learn.adjoint",
-    "Backprop": "learn.backprop",
-    "BestOf": "guide.selection",
-    "Certificate": "evaluate.certificate",
-    "Classifier": "reward.scorer",
-    "ClassifierGuidance": "guide.classifier_guidance",
-    "Conditions": "control.conditions",
-    "Config": "run.config",
-    "DPS": "guide.reconstruction",
-    "Denoiser": "chain.denoise",
-    "Estimator": "reward.scorer",
-    "FeynmanKac": "guide.particles",
-    "FreeGuidance": "guide.free_guidance",
-    "Importance": "guide.selection",
-    "Labelled": "learn.labelled",
-    "Judges": "reward.panel:Panel",  # its name in 0.1
-    "LabelledImages": "data.labelled",
-    "LoRAControl": "control.lora",
-    "MPGD": "guide.reconstruction",
-    "PPO": "learn.ppo",
-    "Panel": "reward.panel",
-    "Policy": "control.policy",
-    "Prior": "prior.prior",
-    "Rejection": "guide.selection",
-    "Reward": "reward.reward",
-    "Run": "run.run",
+_MODULES = {
+    "Denoiser": "chain.denoise", "paths": "chain.paths",
+    "LabelledImages": "data.labelled", "read_images": "data.read",
+    "as_denoiser": "prior.network", "Prior": "prior.prior",
+    "Conditions": "control.conditions", "LoRAControl": "control.lora", "Policy": "control.policy",
+    "fit_panel": "reward.classifiers", "calibrate": "reward.fit", "fit_classifier": "reward.fit",
+    "report_classifier": "reward.fit", "Panel": "reward.panel", "Reward": "reward.reward",
+    "prior_table": "reward.reward", "Classifier": "reward.scorer", "Estimator": "reward.scorer",
     "Support": "reward.support",
-    "TDS": "guide.particles",
-    "Weighted": "learn.weighted",
-    "as_denoiser": "prior.network",
-    "calibrate": "reward.fit",
-    "certify": "evaluate.certificate",
-    "exact_samples": "evaluate.resample",
-    "fit": "learn.fit",
-    "fit_classifier": "reward.fit",
-    "fit_judges": "reward.classifiers:fit_panel",  # its name in 0.1
-    "fit_panel": "reward.classifiers",
-    "fit_noisy": "guide.noisy",
-    "paths": "chain.paths",
-    "prior_table": "reward.reward",
-    "read_images": "data.read",
-    "report_classifier": "reward.fit",
-    "resume_job": "commands.jobs.train",
-    "train_job": "commands.jobs.train",
-}
-__all__ = sorted(_HOME)
+    "Adjoint": "learn.adjoint", "Backprop": "learn.backprop", "fit": "learn.fit", "Labelled": "learn.labelled",
+    "PPO": "learn.ppo", "Weighted": "learn.weighted",
+    "ClassifierGuidance": "guide.classifier_guidance", "FreeGuidance": "guide.free_guidance",
+    "fit_noisy": "guide.noisy", "FeynmanKac": "guide.particles", "TDS": "guide.particles",
+    "DPS": "guide.reconstruction", "MPGD": "guide.reconstruction", "BestOf": "guide.selection",
+    "Importance": "guide.selection", "Rejection": "guide.selection",
+    "Certificate": "evaluate.certificate", "certify": "evaluate.certificate", "exact_samples": "evaluate.resample",
+    "Config": "run.config", "Run": "run.run",
+    "resume_job": "commands.jobs.train", "train_job": "commands.jobs.train",
+    "Judges": "reward.panel:Panel", "fit_judges": "reward.classifiers:fit_panel",  # names of 0.1
+}  # fmt: skip
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, attribute = _HOME[name].partition(":")
+    module, _, attribute = _MODULES[name].partition(":")
     return getattr(import_module(f".{module}", __name__), attribute or name)
 
 
 # modules of version 0.1 that documents, settings and scripts name, and where their contents live now
 _MOVED = {
-    "assets": "prior.prior",
-    "cli": "commands.app",
-    "denoise": "prior.network",
-    "rules": "data.rules",
+    "assets": "prior.prior", "cli": "commands.app", "denoise": "prior.network", "rules": "data.rules",
     "schedule": "chain.schedule",
-}
+}  # fmt: skip
 
 
 class _Moved:
@@ -87,8 +58,8 @@ class _Moved:
         """Leave the making of an empty module to Python."""
 
     def exec_module(self, module: ModuleType) -> None:
-        home = import_module(f".{_MOVED[module.__name__.rpartition('.')[2]]}", __name__)
-        module.__getattr__ = lambda attribute: getattr(home, attribute)
+        contents = import_module(f".{_MOVED[module.__name__.rpartition('.')[2]]}", __name__)
+        module.__getattr__ = lambda attribute: getattr(contents, attribute)
 
     def get_code(self, name: str) -> CodeType:
         """Give the entry point of `python -m ctrl_diffusion.cli`."""

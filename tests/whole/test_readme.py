@@ -92,5 +92,5 @@ def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page):
 
 @pytest.mark.parametrize("name", ctrl_diffusion.__all__)
 def test_public_names_are_where_they_are_said_to_be(name):
-    home, _, attribute = ctrl_diffusion._HOME[name].partition(":")
-    assert getattr(ctrl_diffusion, name) is getattr(import_module(f"ctrl_diffusion.{home}"), attribute or name)
+    module, _, attribute = ctrl_diffusion._MODULES[name].partition(":")
+    assert getattr(ctrl_diffusion, name) is getattr(import_module(f"ctrl_diffusion.{module}"), attribute or name)
