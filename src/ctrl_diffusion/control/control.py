@@ -19,13 +19,7 @@ from ..data.labels import NULL, LabelSpace
 
 
 class Control(nn.Module, ABC):
-    """Steer a prior by one label y, a class or a place on a scale (`LabelSpace`); NULL (−1) means uncontrolled.
-
-    Args:
-        name: the label's name.
-        values: what the user calls the classes or levels, in order.
-        scale: whether y is on a scale.
-    """
+    """Steer a prior by one label y of a `LabelSpace` (values, scale); NULL (−1) means uncontrolled."""
 
     fixed = False  # whether it keeps its parameters while other controls are trained
 
@@ -43,10 +37,6 @@ class Control(nn.Module, ABC):
         for p in chain.from_iterable(self.parameter_groups().values()):
             p.requires_grad_(False)
         return self
-
-    def label_of(self, value: str | float) -> int | float:
-        """Return the label of a value, as the user writes it; refuse (ValueError) any other."""
-        return self.space.label_of(value, self.name)
 
     @abstractmethod
     def active(self, y: Tensor) -> AbstractContextManager[None]:

@@ -21,13 +21,10 @@ class LoRAControl(Control):
     """Control a pre-trained network by one LoRA adapter and one zero-initialised embedding table.
 
     Args:
-        name: the label's name, also the adapter's.
-        values: what the user calls the classes, in order.
+        name, values, scale: of the label y: what the user calls it and its classes or levels; whether it is on a scale.
         denoiser: the prior; its network is given the adapter, switched off.
-        rank: rank of the adapter.
+        rank, alpha: of the adapter, whose scale is α/rank; None for a scale of 1.
         seed: of the adapter's random half (the other half is zero).
-        scale: whether y is on a scale.
-        alpha: of the adapter, whose scale is α/rank; None for a scale of 1.
         targets: PEFT's target modules, names or endings of names; None for those of the network's family.
 
     Raises:

@@ -14,26 +14,18 @@ from .control import Control
 
 
 class RowGroup(NamedTuple):
-    """Hold the rows of a batch on which the same controls act.
+    """Hold the rows of a batch on which the same controls act."""
 
-    Args:
-        active: whether each control acts (K,).
-        rows: their numbers (n,); of a dummy row the first.
-        positions: where their results belong (n,); of a dummy row behind the whole batch.
-    """
-
-    active: Tensor
-    rows: Tensor
-    positions: Tensor
+    active: Tensor  # (K,), whether each control acts
+    rows: Tensor  # (n,), their numbers; of a dummy row the first
+    positions: Tensor  # (n,), where their results belong; of a dummy row behind the whole batch
 
 
 def row_groups(active: Tensor, all_gather: Callable[[Tensor], Tensor] | None) -> list[RowGroup]:
-    """Group a batch's rows by the controls that act on them: one whose label is null must leave no trace.
+    """Group a batch's rows by the controls that act on them (K, B): one whose label is null must leave no trace.
 
-    Args:
-        active: whether each control acts on each row (K, B).
-        all_gather: concatenates the columns of all ranks, where these must call the network in step: each then has
-            every group that any rank has, if need be with a dummy row.
+    Where all ranks must call the network in step, `all_gather` concatenates their columns: each then has every group
+    that any rank has, if need be with a dummy row.
     """
     columns = torch.cat([active, all_gather(active)], dim=1) if all_gather else active
     patterns, pattern = columns.unique(dim=1, return_inverse=True)
@@ -47,12 +39,7 @@ def row_groups(active: Tensor, all_gather: Callable[[Tensor], Tensor] | None) ->
 
 
 class Policy(Denoiser):
-    """Combine the prior with controls: itself a denoiser, so every sampler takes it.
-
-    Args:
-        prior: the pre-trained denoiser.
-        controls: attached to that denoiser.
-    """
+    """Combine a prior with controls that are attached to it: itself a denoiser, so every sampler takes it."""
 
     def __init__(self, prior: Denoiser, *controls: Control) -> None:
         super().__init__()
@@ -72,8 +59,7 @@ class Policy(Denoiser):
         """Return x̂ (B, *) under labels; rows whose labels are all null are the prior's, bit for bit at equal batch.
 
         Args:
-            x_t: (B, *) at time t.
-            t: a number or (B,).
+            x_t: (B, *) at time t, a number or (B,).
             labels: control → (B,) classes, NULL for uncontrolled rows; a control left out is null.
             strength: w; the mean is (1 − w) mean_pre + w mean_g, which is linear in x̂.
             cond: the prior's own conditions.
@@ -81,8 +67,13 @@ class Policy(Denoiser):
         Raises:
             ValueError: an unknown control, or a class out of range.
         """
+        for name, y in (labels or {}).items():
+            if name not in self.controls:
+                names = ", ".join(self.controls) or "none"
+                raise ValueError(f"unknown control {name!r}; this policy has: {names}.")
+            self.controls[name].space.check(y, name)
         all_gather = getattr(self.base, "all_gather", None)  # of sharded weights
-        labels = {n: y for n, y in self.checked(labels or {}).items() if all_gather or (y != NULL).any()}
+        labels = {n: y for n, y in (labels or {}).items() if all_gather or (y != NULL).any()}
         if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
         groups = row_groups(torch.stack([y != NULL for y in labels.values()]), all_gather)
@@ -107,15 +98,6 @@ class Policy(Denoiser):
             for name, y in labels.items():
                 stack.enter_context(self.controls[name].active(y))
             return self.base(x_t, t, **cond)
-
-    def checked(self, labels: Labels) -> Labels:
-        """Return the labels; refuse (ValueError) those of an unknown control and those that are none of its labels."""
-        for name, y in labels.items():
-            if name not in self.controls:
-                names = ", ".join(self.controls) or "none"
-                raise ValueError(f"unknown control {name!r}; this policy has: {names}.")
-            self.controls[name].space.check(y, name)
-        return labels
 
     def snapshot(self) -> list[Tensor]:
         """Copy the controls' parameters."""

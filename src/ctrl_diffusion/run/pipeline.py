@@ -154,7 +154,7 @@ class ControlledPipeline(DiffusionPipeline):
         controls = self.policy.controls
         if name not in controls:
             raise ValueError(f"unknown control {name!r}; this pipeline has: {', '.join(controls)}.")
-        return controls[name].label_of(value)
+        return controls[name].space.label_of(value, name)
 
 
 def formatted(x: Tensor, kind: str) -> Any:

@@ -46,7 +46,7 @@ def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
                 f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
             )
         try:
-            labels[name] = run.policy.controls[name].label_of(value)
+            labels[name] = run.policy.controls[name].space.label_of(value, name)
         except ValueError as error:
             raise ValueError(f"--set {setting}: {error}") from error
     return labels
