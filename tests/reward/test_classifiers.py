@@ -10,7 +10,7 @@ from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import score_samples
-from ctrl_diffusion.reward.classifiers import Choice, ClassifierSettings, fit_panel, joined, open_choices
+from ctrl_diffusion.reward.classifiers import Choice, ClassifierSettings, fit_panel, open_choices
 from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.reward import Among, Reward
 from ctrl_diffusion.reward.scorer import Architecture
@@ -45,7 +45,8 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
     for name in ("fit_classifier", "calibrated_nll"):
         spy(name)
     ((data, others),) = demo.labelled_digits("ink", 0)
-    both = tagged(joined(data, others))
+    labels = {name: torch.cat([data.labels[name], others.labels[name]]) for name in data.labels}
+    both = tagged(LabelledImages(torch.cat([data.x, others.x]), labels, data.values))
     data, others = both[range(500)], both[range(500, len(both))]
     _, held_out = fit_panel(data, "ink", settings=FAST, judge_data=others if elsewhere else None)
     reward, judge = seen["fit_classifier"]
@@ -195,5 +196,5 @@ def test_latents_are_refused_where_there_are_none_or_they_would_be_turned():
     with pytest.raises(ValueError, match="p̂ looks at latents, but there is no prior on latents. Leave it out"):
         fit_panel(data, "ink", settings=ClassifierSettings(latents=True))
     for wrong in ({"backbone": "x"}, {"augment": "half_turn"}, {"augment": "any_side_up"}):
-        with pytest.raises(ValueError, match="latents excludes a backbone, and turning"):
+        with pytest.raises(ValueError, match="latents excludes a backbone and turning"):
             ClassifierSettings(latents=True, **wrong)

@@ -22,9 +22,6 @@ from .scorer import Classifier, Scorer
 class Elsewhere(ValueError):
     """Say in one line that what a classifier needs from elsewhere is missing or wrong."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
 
 @contextmanager
 def required(failure: str, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
@@ -32,7 +29,7 @@ def required(failure: str, errors: tuple[type[Exception], ...] = (Exception,)) -
     try:
         yield
     except errors as error:
-        raise Elsewhere(f"{failure}: {error}") from error
+        raise Elsewhere(" ".join(f"{failure}: {error}".split())) from error
 
 
 class Frozen(nn.Module):
@@ -41,24 +38,16 @@ class Frozen(nn.Module):
     x is stretched to the network's size (bicubic, antialiased), grey is repeated and an alpha channel left out. Size,
     mean and deviation of a pixel are those of the saved image processor; without one the size is the config's and x
     stays in [−1, 1]. The features are the network's own pooling (`pooler_output`: CLIP's and DINOv2's normalised class
-    token, the mean of a convolutional network), or the mean of the last tokens if it has no trained one.
-
-    Args:
-        source: a folder or a hub id that `AutoModel` opens; of a network with two towers the vision tower.
-
-    Raises:
-        Elsewhere: it cannot be read, or has no features of images.
+    token, the mean of a convolutional network), or the mean of the last tokens if it has no trained one. `source` is a
+    folder or a hub id that `AutoModel` opens, else `Elsewhere`; of two towers the vision tower is taken.
     """
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        with (
-            required(
-                f"the backbone {source} cannot be read", (OSError, ValueError, KeyError, ImportError, RuntimeError)
-            ),
-            torch.random.fork_rng(devices=[]),  # a pooling that the checkpoint lacks is initialised at random
-        ):
+        errors = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+        # a pooling that the checkpoint lacks is initialised at random
+        with required(f"the backbone {source} cannot be read", errors), torch.random.fork_rng(devices=[]):
             options = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
             network, info = AutoModel.from_pretrained(self.source, **options)
             self.network = getattr(network, "vision_model", network).eval().requires_grad_(False)
@@ -72,8 +61,7 @@ class Frozen(nn.Module):
             size = (size.get("height") or size["shortest_edge"], size.get("width") or size["shortest_edge"])
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         for name in ("image_mean", "image_std"):
-            pixel = torch.tensor(processor.get(name, [0.5] * 3)).view(3, 1, 1)
-            self.register_buffer(name, pixel, persistent=False)
+            self.register_buffer(name, torch.tensor(processor.get(name, [0.5] * 3)).view(3, 1, 1), persistent=False)
         failure = f"the backbone {source} has no features of images"
         with required(failure, (TypeError, ValueError, AttributeError, RuntimeError)):
             grey = self.raw(torch.zeros(1, 3, 8, 8))[0]
@@ -108,14 +96,7 @@ class Frozen(nn.Module):
 
 
 class Backbone(Scorer):
-    """Compute p̂(y | x) by a linear head on `Frozen` features.
-
-    Args:
-        backbone: see `Frozen`.
-        width: F.
-        classes, head, balanced, conditions: see `Scorer`.
-        trunk: None opens the backbone; while the head is fitted, on features, the identity.
-    """
+    """Compute p̂(y | x) by a linear head on `Frozen` features (B, width), or on x itself with an identity as trunk."""
 
     at_once = 32
     borrowed = "trunk.network."
@@ -125,18 +106,15 @@ class Backbone(Scorer):
         conditions: int = 0, trunk: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__(trunk or Frozen(backbone), width, classes, head, balanced, conditions)
-        self.shape = {
-            "backbone": backbone, "width": width, "classes": classes, "head": head, "balanced": balanced,
-            "conditions": conditions,
-        }  # fmt: skip
+        self.shape = {"backbone": backbone, "width": width, "classes": classes, "head": head, "balanced": balanced}
+        self.shape["conditions"] = conditions
         self.described = f"the {width} frozen features of {backbone}, linear head: {head}"
 
     @classmethod
     def load(cls, folder: Path) -> "Backbone":
         """Read a saved head and its backbone; raise `Elsewhere` if that is gone, or is not the one it was."""
         classifier = super().load(folder)
-        trunk = classifier.trunk
-        grey = trunk.raw(torch.zeros(1, 3, 8, 8))[0]
+        trunk, grey = classifier.trunk, classifier.trunk.raw(torch.zeros(1, 3, 8, 8))[0]
         if grey.shape != trunk.grey.shape or not torch.allclose(grey, trunk.grey, rtol=1e-2, atol=1e-2):
             raise Elsewhere(f"the backbone {trunk.source} is not the one the head was fitted on.")
         return classifier
@@ -145,14 +123,8 @@ class Backbone(Scorer):
 class Own(Scorer):
     """Compute p̂(y | x) by a network of the user's own; its logits are also its features.
 
-    Args:
-        factory: "module:function", importable or beside the working directory; called with K and (C, H, W), it returns
-            an `nn.Module` from x (B, C, H, W) in [−1, 1] to logits (B, K).
-        classes, balanced: see `Scorer`.
-        input: (C, H, W).
-
-    Raises:
-        Elsewhere: it cannot be imported or called, or does not return such a network.
+    `factory` is "module:function", importable or beside the working directory; called with K and (C, H, W), it returns
+    an `nn.Module` from x (B, C, H, W) in [−1, 1] to logits (B, K), else `Elsewhere` says what is wrong.
     """
 
     def __init__(self, factory: str, classes: int, input: Sequence[int], balanced: bool = False) -> None:
@@ -182,14 +154,9 @@ KINDS = {kind.__name__: kind for kind in (Classifier, Own, Backbone)}
 
 
 def load_classifier(folder: Path, trust: bool = False) -> Scorer:
-    """Read a saved classifier of any kind; with `trust` run the code that it names.
-
-    Raises:
-        Elsewhere: it needs what is missing, or code that is not trusted.
-    """
+    """Read a saved classifier of any kind; with `trust` run the code that it names, else raise `Elsewhere`."""
     about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
     if about["kind"] == Own.__name__ and not trust:
-        raise Elsewhere(
-            f"{folder} runs code: p̂ is made by {about['shape']['factory']}. If you know it, pass --trust (trust=True)."
-        )
+        factory = about["shape"]["factory"]
+        raise Elsewhere(f"{folder} runs code: p̂ is made by {factory}. If you know it, pass --trust (trust=True).")
     return KINDS[about["kind"]].load(folder)

@@ -38,38 +38,26 @@ def checked_head(name: str) -> str:
 
 
 class ClassifierSettings(Strict):
-    """Describe p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen.
-
-    Args:
-        balanced: fit with every class weighing the same; p̂ stays the posterior under the data's own frequencies.
-        early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
-        conditional: p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
-        backbone: a frozen vision network of transformers, a folder or a hub id, on whose features a linear head is
-            fitted; grid, depth and augment are not used then.
-        factory: "module:function" that makes the network, from K and (C, H, W).
-        latents: p̂ takes a latent model's latents: no decoder in training; the judge takes images all the same.
-    """
+    """Describe p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen."""
 
     head: Annotated[str, AfterValidator(checked_head)] = "auto"
     grid: Literal["auto"] | PositiveInt = "auto"
     depth: Literal["auto"] | PositiveInt = "auto"
     augment: Literal["none", "shift", "any_side_up", "half_turn"] = "shift"
     updates: int = Field(1500, ge=1)
-    balanced: bool = False
-    early_stopping: bool = False
-    conditional: bool = False
-    backbone: str | None = None
-    factory: str | None = None
-    latents: bool = False
+    balanced: bool = False  # every class weighs the same; p̂ stays the posterior under the data's own frequencies
+    early_stopping: bool = False  # keep p̂'s best epoch on the calibration part instead of the last
+    conditional: bool = False  # p̂(y | x, c), for a y whose meaning depends on c; needs the column of c
+    backbone: str | None = None  # a folder or hub id, see `Frozen`; grid, depth and augment are not used then
+    factory: str | None = None  # "module:function" that makes the network, from K and (C, H, W)
+    latents: bool = False  # p̂ takes a latent model's latents: no decoder in training; the judge takes images
 
     @model_validator(mode="after")
     def one_kind(self) -> "ClassifierSettings":
         """Refuse settings that exclude each other."""
-        # what was trained on images does not know latents
         if self.latents and (self.backbone or self.augment in ("any_side_up", "half_turn")):
-            raise ValueError(
-                "latents excludes a backbone, and turning: a turned image's latents are not turned latents"
-            )
+            # what was trained on images does not know latents
+            raise ValueError("latents excludes a backbone and turning: a turned image's latents are not turned latents")
         if self.factory and (self.backbone or self.conditional or self.head == "ordinal"):
             raise ValueError("factory excludes backbone, conditional and an ordinal head")
         return self
@@ -83,16 +71,14 @@ class Choice(NamedTuple):
 
 
 def open_choices(settings: ClassifierSettings, space: LabelSpace) -> list[Choice]:
-    """Return the heads, grids and depths to try where the settings leave them open; on a backbone heads and decays.
-
-    Few convolutions averaged over the image see amounts, a grid of averages sees places, more convolutions see shapes.
-    """
+    """Return the heads, grids and depths to try where the settings leave them open; on a backbone heads and decays."""
     if settings.factory:
         return [Choice(Architecture())]
     named = settings.head != "auto" and not space.scale
     heads = (settings.head,) if named else [name for name, head in HEADS.items() if head.suits(space)]
     if settings.backbone:
         return [Choice(Architecture(head), decay) for head, decay in product(heads, DECAYS)]
+    # few convolutions averaged over the image see amounts, a grid of averages sees places, more convolutions see shapes
     trunks: set[tuple[int, int | None]] = {
         (grid if settings.grid == "auto" else settings.grid, depth if settings.depth == "auto" else settings.depth)
         for grid, depth in ((1, None), (4, None), (1, DEEP))
@@ -107,23 +93,14 @@ def epochs_of(updates: int, part: Sized) -> int:
 
 @dataclass
 class Fitter:
-    """Fit p̂ of a control, and then a judge of the same kind, each on a part of the labels.
+    """Fit p̂ of a control, and then a judge of the same kind, each on a part of the labels."""
 
-    Args:
-        control: the column of y.
-        condition: the column of c of p̂(y | x, c); None for p̂(y | x).
-        settings: of the classifiers.
-        seed: of the fit of p̂; a judge's is the next.
-        device: on which they are fitted, and stay.
-        choice: of the best calibrated p̂, once it is fitted.
-    """
-
-    control: str
-    condition: str | None
+    control: str  # the column of y
+    condition: str | None  # the column of c of p̂(y | x, c); None for p̂(y | x)
     settings: ClassifierSettings
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    choice: Choice | None = None
+    seed: int = 0  # of the fit of p̂; a judge's is the next
+    device: torch.device | str = "cpu"  # on which they are fitted, and stay
+    choice: Choice | None = None  # of the best calibrated p̂, once it is fitted
 
     @cached_property
     def trunk(self) -> Frozen | None:
@@ -157,18 +134,22 @@ class Fitter:
         x, y, *c = inputs
         augment = None if self.trunk else AUGMENTATIONS[self.settings.augment]
         recipe = Recipe(epochs_of(self.settings.updates, y), BATCH, weight_decay=choice.weight_decay, augment=augment)
-        return fit_classifier(
-            x, y, len(part.values[self.control]), self.network(choice, part), recipe, c[0] if c else None, watch, seed,
-            advance, self.device,
-        )  # fmt: skip
+        options = (self.network(choice, part), recipe, c[0] if c else None, watch, seed, advance, self.device)
+        return fit_classifier(x, y, len(part.values[self.control]), *options)
 
     def finish(self, classifier: Scorer) -> Scorer:
         """Put a fitted classifier on its backbone and the device."""
         classifier.trunk = self.trunk or classifier.trunk
         return classifier.to(self.device)
 
-    def calibrated(self, fitting: LabelledImages, calibration: LabelledImages, advance: Advance) -> Scorer:
-        """Fit every open choice; return and remember the best by calibrated NLL on the calibration part."""
+    def posterior(
+        self, images: Sequence[LabelledImages], advance: Advance, encode: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Panel, LabelledImages]:
+        """Fit every open choice on one of three parts, keep the best calibrated on the next, report on the last.
+
+        `encode` makes latents of images. Returns the panel of p̂, and the last part, images or latents as p̂ takes them.
+        """
+        fitting, calibration, held_out = (part.through(encode) if self.settings.latents else part for part in images)
         x, *labels = self.inputs(fitting)
         inputs, unseen = (self.trunk.fit(x) if self.trunk else x, *labels), self.inputs(calibration)
         watch, fits = unseen if self.settings.early_stopping else None, []
@@ -176,18 +157,7 @@ class Fitter:
             classifier = self.fit(fitting, inputs, choice, self.seed, advance, watch)
             fits.append((calibrated_nll(classifier, *unseen), len(fits), classifier, choice))
         _, _, classifier, self.choice = min(fits)
-        return self.finish(classifier)
-
-    def posterior(
-        self, images: Sequence[LabelledImages], advance: Advance, encode: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Panel, LabelledImages]:
-        """Fit, calibrate and report p̂ on three parts, the last of them held out; `encode` makes latents of images.
-
-        Returns:
-            A panel that has p̂ alone, with its support, and the held-out part, images or latents as p̂ takes them.
-        """
-        fitting, calibration, held_out = (part.through(encode) if self.settings.latents else part for part in images)
-        classifier = self.calibrated(fitting, calibration, advance)
+        classifier = self.finish(classifier)
         classifier.latent = self.settings.latents
         quality = report_classifier(classifier, *examples(held_out, self.control, self.condition))
         shape, space = tuple(images[0].x.shape[1:]), held_out.space(self.control)
@@ -206,12 +176,6 @@ def accuracy(classifier: Scorer, data: LabelledImages, column: str, condition: s
     """Return the share of a column's labels that the classifier finds likeliest."""
     x, y, *c = examples(data, column, condition)
     return float((classifier.log_prob(x, *c).argmax(1).cpu() == data.space(column).nearest(y)).float().mean())
-
-
-def joined(*parts: LabelledImages) -> LabelledImages:
-    """Join parts of one dataset."""
-    labels = {name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels}
-    return LabelledImages(joined_x([part.x for part in parts]), labels, parts[0].values)
 
 
 def check_settings(
@@ -238,23 +202,16 @@ def fit_panel(
 ) -> tuple[Panel, LabelledImages]:  # fmt: skip
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
+    Returns the panel, and the held-out part that none of them was fitted on, images or latents as p̂ takes them. Raises
+    ValueError if the settings do not suit the data, or p̂ is not better than chance there by two standard errors.
+
     Args:
-        data: the labelled images.
-        control: the column of y.
-        condition: the column of c; also fits a reader, and p̂ and the judge depend on it if they are conditional.
+        control, condition: the columns of y and c. c also gets a reader; conditional p̂ and judge depend on it.
         ruler: whether a ruler measures y, so that no judge is needed.
-        seed: of the parts and the fits.
         judge_data: what the judge is fitted on, also beside a ruler; p̂ then keeps more of the data.
         encode: images → latents, for a p̂ on these.
         device: on which they are fitted, and stay.
         check: refuse a p̂ no better than chance.
-
-    Returns:
-        The panel, and the held-out part that none of them was fitted on, images or latents as p̂ takes them.
-
-    Raises:
-        ValueError: on held-out data p̂ is not better than chance by two standard errors; p̂(y | x, c) without a
-            column of c, or with too few examples of one; p̂ on latents, and nothing to encode images with.
     """
     settings = settings or ClassifierSettings()
     check_settings(settings, data, control, condition, encode is not None)
@@ -276,11 +233,10 @@ def fit_panel(
         panel.judge_accuracy = accuracy(panel.judge, images[2], control, fitter.condition)
     if condition:
         panel.condition, panel.condition_values = condition, data.values[condition]
-        fitting = joined(*images[:2], *images[3:])
+        parts = (*images[:2], *images[3:])
+        x, c = joined_x([part.x for part in parts]), torch.cat([part.labels[condition] for part in parts])
         advance = phase(f"reader of {condition}", READER[1].epochs)
-        panel.reader = fit_classifier(
-            fitting.x, fitting.labels[condition], len(panel.condition_values), *READER, seed=seed, progress=advance,
-            device=device,
-        ).to(device)  # fmt: skip
+        options = {"seed": seed, "progress": advance, "device": device}
+        panel.reader = fit_classifier(x, c, len(panel.condition_values), *READER, **options).to(device)
         panel.reader_accuracy = accuracy(panel.reader, images[2], condition)
     return panel, held_out

@@ -1,7 +1,7 @@
 """Fit, calibrate and report a classifier."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,31 +16,20 @@ Network = Callable[[Sequence[int], int], Scorer]  # from the shape of x, (C, H, 
 
 @dataclass
 class ClassifierReport:
-    """Hold p̂'s quality on held-out data.
+    """Hold p̂'s quality on held-out data, NLLs in nats; on a scale y is measured in levels."""
 
-    Args:
-        accuracy: share of labels that p̂ finds likeliest; on a scale, whose nearest level p̂'s mean is nearest to.
-        nll, nll_stderr, nll_uncalibrated: in nats, its standard error, and at T = 1; on a scale in units of levels.
-        ece: over 10 bins of confidence; on a scale the mean distance of how often the central intervals of 10 … 90 %
-            hold y from what they say (Kuleshov et al. 2018).
-        chance_nll: of the best guess without x: the entropy of the labels (given c, for p̂(y | x, c)); on a scale that
-            of one normal distribution.
-        brier: mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); None on a scale.
-        auroc: area under the curve of one class against the rest, mean over classes; None on a scale, or if a class is
-            missing from the data.
-        r2: share of the variance of y on a scale that p̂'s mean explains; None for classes.
-    """
-
-    accuracy: float
+    accuracy: float  # share of labels that p̂ finds likeliest; on a scale, whose nearest level p̂'s mean is nearest to
     nll: float
-    ece: float
+    ece: float  # in 10 bins; on a scale of how often the central intervals of 10 … 90 % hold y (Kuleshov et al. 2018)
     temperature: float
-    chance_nll: float
+    chance_nll: float  # of the best guess without x, for p̂(y | x, c) given c; on a scale a normal distribution
     nll_stderr: float
-    nll_uncalibrated: float
-    brier: float | None
-    auroc: float | None
-    r2: float | None = None
+    nll_uncalibrated: float  # at T = 1
+    brier: float | None  # mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); None on a scale
+    auroc: (
+        float | None
+    )  # of one class against the rest, mean over classes; None on a scale, or where a class is missing
+    r2: float | None = None  # share of the variance of y on a scale that p̂'s mean explains; None for classes
 
 
 def any_side_up(x: Tensor) -> Tensor:
@@ -61,30 +50,23 @@ def shift(x: Tensor) -> Tensor:
     most = max(1, min(height, width) // 8)
     padded = F.pad(x, (most,) * 4, mode="replicate")
     down, right = torch.randint(2 * most + 1, (2, n, 1))
-    rows = (down + torch.arange(height))[:, None, :, None]
-    columns = (right + torch.arange(width))[:, None, None, :]
+    rows, columns = (down + torch.arange(height))[:, None, :, None], (right + torch.arange(width))[:, None, None, :]
     return padded[torch.arange(n).view(n, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1), rows, columns]
 
 
 # what may be done to x without changing y
-AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
-    "none": None, "shift": shift, "any_side_up": any_side_up, "half_turn": half_turn
-}  # fmt: skip
+AUGMENTATIONS = {"none": None, "shift": shift, "any_side_up": any_side_up, "half_turn": half_turn}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describe a fit by AdamW under a one-cycle schedule.
-
-    Args:
-        augment: changes a batch of x in ways that keep y.
-    """
+    """Describe a fit by AdamW under a one-cycle schedule."""
 
     epochs: int = 200
     batch: int = 32
     lr: float = 1e-2
     weight_decay: float = 1e-3
-    augment: Callable[[Tensor], Tensor] | None = None
+    augment: Callable[[Tensor], Tensor] | None = None  # changes a batch of x in ways that keep y
 
 
 def fit_classifier(
@@ -96,20 +78,36 @@ def fit_classifier(
 
     Args:
         x: (n, C, H, W), or features (n, F) for a network that takes these.
-        y: labels (n,), of K classes or levels.
+        y, classes: labels (n,), of K classes or levels.
         network: builds what is fitted; None for `Architecture()`, a categorical `Classifier`.
-        recipe: of the optimiser; None for `Recipe()`.
         c: class numbers (n,) of the condition, 0 … network.conditions − 1.
         watch: (x, y), or (x, y, c), not fitted on, whose least calibrated NLL picks the epoch; None picks the last.
         seed: of weights and order; global random state is left alone.
-        progress: called after each epoch.
-        device: to fit on.
     """
-    best, least = None, math.inf
+    recipe, best, least = recipe or Recipe(), None, math.inf
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         classifier = (network or Architecture())(x.shape[1:], classes).to(device)
-        for _ in epochs(classifier, x, y, c, recipe or Recipe()):
+        weights = None
+        if classifier.balanced:
+            counts = y.bincount(minlength=classifier.classes).clamp(min=1)
+            classifier.log_frequency.copy_((counts / counts.sum()).log())
+            weights = len(y) / (classifier.classes * counts)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        batches = -(-len(x) // recipe.batch)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches)
+        for _ in range(recipe.epochs):
+            classifier.train()
+            for batch in torch.randperm(len(x)).chunk(batches):
+                inputs = x[batch] if recipe.augment is None else recipe.augment(x[batch])
+                score = classifier.scores(inputs, None if c is None else c[batch])
+                loss = classifier.head.nll(score, 1.0, y[batch].to(score.device), **classifier.head_weights)
+                # not the weighted mean: dividing by a batch's own weights would move the balance
+                loss = loss.mean() if weights is None else (weights[y[batch]].to(loss) * loss).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                cycle.step()
             if watch and (nll := calibrated_nll(classifier.eval(), *watch)) < least:
                 least, best = nll, {name: value.clone() for name, value in classifier.state_dict().items()}
             if progress:
@@ -118,34 +116,6 @@ def fit_classifier(
         classifier.load_state_dict(best)
         classifier.temperature.fill_(1.0)
     return classifier.requires_grad_(False).eval().cpu()
-
-
-def epochs(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None, recipe: Recipe) -> Iterator[None]:
-    """Fit a classifier in place, on the device where it is; yield after each epoch."""
-    weights = class_weights(classifier, y) if classifier.balanced else None
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    batches = -(-len(x) // recipe.batch)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches)
-    for _ in range(recipe.epochs):
-        classifier.train()
-        for batch in torch.randperm(len(x)).chunk(batches):
-            inputs = x[batch] if recipe.augment is None else recipe.augment(x[batch])
-            score = classifier.scores(inputs, None if c is None else c[batch])
-            loss = classifier.head.nll(score, 1.0, y[batch].to(score.device), **classifier.head_weights)
-            # not the weighted mean: dividing by a batch's own weights would move the balance
-            loss = loss.mean() if weights is None else (weights[y[batch]].to(loss) * loss).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            cycle.step()
-        yield
-
-
-def class_weights(classifier: Scorer, y: Tensor) -> Tensor:
-    """Set a balanced classifier's frequencies from labels y (n,); return the weights (K,) that even them out."""
-    counts = y.bincount(minlength=classifier.classes).clamp(min=1)
-    classifier.log_frequency.copy_((counts / counts.sum()).log())
-    return len(y) / (classifier.classes * counts)
 
 
 @torch.no_grad()
@@ -161,8 +131,7 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None,
         nll = float(classifier.nll(score, math.exp(log_temperature), y, "sum"))
         return nll + 0.5 * (log_temperature / spread) ** 2
 
-    best = minimize_scalar(objective, bounds=(-3.0, 3.0), method="bounded")
-    classifier.temperature.fill_(math.exp(best.x))
+    classifier.temperature.fill_(math.exp(minimize_scalar(objective, bounds=(-3.0, 3.0), method="bounded").x))
     return classifier
 
 
@@ -178,10 +147,9 @@ def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None
     """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
     score, temperature = classifier.scores(x, c), classifier.temperature
     density = classifier.head.density(score.cpu(), temperature.cpu())
+    figures = classifier.head.figures(classifier.log_prob_from(score, temperature).cpu(), density, y, c)
+    nll, uncalibrated = (float(classifier.nll(score, t, y, "mean")) for t in (temperature, 1.0))
+    stderr = float(classifier.nll(score, temperature, y).std() / len(y) ** 0.5)
     return ClassifierReport(
-        nll=float(classifier.nll(score, temperature, y, "mean")),
-        temperature=float(temperature),
-        nll_stderr=float(classifier.nll(score, temperature, y).std() / len(y) ** 0.5),
-        nll_uncalibrated=float(classifier.nll(score, 1.0, y, "mean")),
-        **classifier.head.figures(classifier.log_prob_from(score, temperature).cpu(), density, y, c),
+        nll=nll, temperature=float(temperature), nll_stderr=stderr, nll_uncalibrated=uncalibrated, **figures
     )

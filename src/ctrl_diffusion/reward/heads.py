@@ -32,7 +32,7 @@ class Head:
     @classmethod
     def suits(cls, space: LabelSpace) -> bool:
         """Return whether to try this head on such labels where the settings leave it open."""
-        return not space.scale
+        return space.scale == cls.scale
 
     def weights(self) -> dict[str, Tensor]:
         """Return what is fitted beside the network, by name, as it is before the fit."""
@@ -54,13 +54,14 @@ class Head:
     def figures(self, log_prob: Tensor, density: Normal | None, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
         """Measure log p̂ (n, K), or its density (n,), at labels y (n,): the rest of a `ClassifierReport`."""
         p, counts = log_prob.exp(), y.bincount(minlength=self.classes)
-        groups = [] if c is None else [c == group for group in c.unique()]
+        chance = float(Distribution(probs=counts / len(y)).entropy())
+        if c is not None:
+            groups = [c == group for group in c.unique()]
+            chance = sum(guess_nll(y[group], self.classes) * float(group.float().mean()) for group in groups)
         return {
             "accuracy": float((log_prob.argmax(1) == y).float().mean()),
             "ece": float(multiclass_calibration_error(p, y, num_classes=self.classes, n_bins=10)),
-            "chance_nll": sum(guess_nll(y[group], self.classes) * float(group.float().mean()) for group in groups)
-            if groups
-            else float(Distribution(probs=counts / len(y)).entropy()),
+            "chance_nll": chance,
             "brier": float((p - F.one_hot(y, self.classes)).square().sum(1).mean()),
             "auroc": float(multiclass_auroc(p, y, num_classes=self.classes)) if 0 < counts.min() < len(y) else None,
         }
@@ -93,8 +94,7 @@ class Ordinal(Head):
         above = (score - cuts) / temperature  # logits of y > k
         # log(σ(a) − σ(b)) for a > b, as log σ(a) + log σ(−b) + log(1 − e^(b − a)): exact far in the tails
         tops, bottoms = F.logsigmoid(above), F.logsigmoid(-above)
-        gaps = torch.log(-torch.expm1(above[:, 1:] - above[:, :-1]))
-        between = tops[:, :-1] + bottoms[:, 1:] + gaps
+        between = tops[:, :-1] + bottoms[:, 1:] + torch.log(-torch.expm1(above[:, 1:] - above[:, :-1]))
         return torch.cat([bottoms[:, :1], between, tops[:, -1:]], dim=1)
 
 
@@ -103,18 +103,13 @@ class Gaussian(Head):
 
     name, outputs, scale = "gaussian", 2, True
 
-    @classmethod
-    def suits(cls, space: LabelSpace) -> bool:
-        return space.scale
-
     def density(self, score: Tensor, temperature: Tensor | float) -> Normal:
         # beyond e^±5 levels no deviation is believable, and its square would overflow
         std = temperature * score[:, 1].clamp(-5, 5).exp()
         return Normal(score[:, 0], (std.square() + RESOLUTION**2).sqrt(), validate_args=False)
 
     def log_prob(self, score: Tensor, temperature: Tensor | float) -> Tensor:
-        levels = torch.arange(self.classes).to(score)[:, None]
-        return self.density(score, temperature).log_prob(levels).T
+        return self.density(score, temperature).log_prob(torch.arange(self.classes).to(score)[:, None]).T
 
     def nll(self, score: Tensor, temperature: Tensor | float, y: Tensor, reduction: str = "none") -> Tensor:
         losses = -self.density(score, temperature).log_prob(y)
@@ -122,9 +117,9 @@ class Gaussian(Head):
 
     def figures(self, log_prob: Tensor, density: Normal, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
         nominal, empirical = coverage(density, y)
-        nearest, last = density.mean.round(), self.classes - 1
+        nearest, true = (place.round().clamp(0, self.classes - 1) for place in (density.mean, y))
         return {
-            "accuracy": float((nearest.clamp(0, last) == y.round().clamp(0, last)).float().mean()),
+            "accuracy": float((nearest == true).float().mean()),
             "ece": float((nominal - empirical).abs().mean()),
             "chance_nll": float(Normal(y.mean(), y.std()).entropy()),
             "brier": None,
@@ -139,8 +134,7 @@ HEADS: dict[str, type[Head]] = {head.name: head for head in (Categorical, Ordina
 def guess_nll(y: Tensor, classes: int) -> float:
     """Return the NLL in nats of the best guess of y (n,) without x: the entropy, its bias corrected (Miller 1955)."""
     counts = y.bincount(minlength=classes)
-    entropy = Distribution(probs=counts / len(y)).entropy()
-    return float(entropy) + (int((counts > 0).sum()) - 1) / (2 * len(y))
+    return float(Distribution(probs=counts / len(y)).entropy()) + (int((counts > 0).sum()) - 1) / (2 * len(y))
 
 
 def coverage(density: Normal, y: Tensor) -> tuple[Tensor, Tensor]:

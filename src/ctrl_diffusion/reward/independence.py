@@ -27,7 +27,6 @@ class Dependence:
 
     @property
     def doubtful(self) -> bool:
-        """Whether independence should not be relied on."""
         return self.p_value < 1e-3 and self.nats > 0.01
 
 
@@ -39,8 +38,8 @@ def dependence(log_p: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Depend
 
     def best(interaction: bool) -> float:
         """Return the maximum of the mean log-likelihood; it is concave, so there is one."""
-        parts = [torch.zeros(first, 1), torch.zeros(1, second), torch.zeros(first, second)][: 3 if interaction else 2]
-        parts = [part.double().requires_grad_() for part in parts]
+        shapes = [(first, 1), (1, second), (first, second)][: 3 if interaction else 2]
+        parts = [torch.zeros(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
         search = torch.optim.LBFGS(parts, max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:

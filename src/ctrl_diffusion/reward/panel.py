@@ -25,44 +25,32 @@ from .scorer import Classifier, Scorer
 from .support import Support
 
 SUPPORT = "support.safetensors"
+OTHERS, ACCURACIES = ("judge", "reader"), ("judge_accuracy", "reader_accuracy")
 
 
 @dataclass
 class Panel:
-    """Hold the classifiers of one control.
+    """Hold the classifiers of one control."""
 
-    Args:
-        control: the column p̂ was fitted on.
-        space: what y is.
-        shape: (C, H, W) of the images it was fitted on.
-        classifier, support: p̂(y | x), and the region it was fitted on.
-        quality, judge_accuracy, reader_accuracy: on held-out data.
-        judge: a classifier of y that shares no label with p̂; None where a ruler measures y.
-        reader: a classifier of c; None if the data have no condition.
-        condition, condition_values: the column of c, and the names of its classes in order.
-    """
-
-    control: str
+    control: str  # the column of y
     space: LabelSpace
-    shape: tuple[int, int, int]
-    classifier: Scorer
-    quality: ClassifierReport
-    judge: Scorer | None = None
+    shape: tuple[int, int, int]  # (C, H, W) of the images
+    classifier: Scorer  # p̂(y | x)
+    quality: ClassifierReport  # on held-out data, as the accuracies below
+    judge: Scorer | None = None  # shares no label with p̂; None where a ruler measures y
     judge_accuracy: float | None = None
-    reader: Classifier | None = None
+    reader: Classifier | None = None  # of c; None if the data have no condition
     reader_accuracy: float | None = None
-    condition: str | None = None
+    condition: str | None = None  # the column of c
     condition_values: tuple[str, ...] = ()
-    support: Support | None = None
+    support: Support | None = None  # the region p̂ was fitted on
 
     @property
     def values(self) -> tuple[str, ...]:
-        """What the user calls the classes or levels of y."""
         return self.space.values
 
     @property
     def latent(self) -> bool:
-        """Whether p̂ takes latents instead of images."""
         return self.classifier.latent
 
     @property
@@ -72,9 +60,8 @@ class Panel:
 
     def to(self, device: torch.device) -> "Panel":
         """Move the networks to a device; return the panel."""
-        for network in (self.classifier, self.judge, self.reader):
-            if network:
-                network.to(device)
+        for network in filter(None, (self.classifier, self.judge, self.reader)):
+            network.to(device)
         return self
 
     @torch.no_grad()
@@ -101,8 +88,7 @@ class Panel:
 
     def metrics(self) -> dict[str, Any]:
         """Return the figures by the names metrics.json uses."""
-        accuracies = {"judge_accuracy": self.judge_accuracy, "reader_accuracy": self.reader_accuracy}
-        return {**asdict(self.quality), **accuracies}
+        return {**asdict(self.quality), **{name: getattr(self, name) for name in ACCURACIES}}
 
     def save(self, folder: Path) -> None:
         """Write the folder's weights and `classifier.json`."""
@@ -111,25 +97,22 @@ class Panel:
         self.classifier.save(folder, about)
         if self.support:
             self.support.save(folder / SUPPORT)
-        for name, classifier in (("judge", self.judge), ("reader", self.reader)):
-            if classifier:
+        for name in OTHERS:
+            if classifier := getattr(self, name):
                 classifier.save(folder / name)
 
     @classmethod
     def load(cls, folder: Path, trust: bool = False) -> "Panel":
-        """Read a folder that `save` wrote; with `trust` run code that it names.
-
-        Raises:
-            ValueError: no such folder, a damaged one, or one that needs a network which is not there.
-        """
+        """Read a folder that `save` wrote; with `trust` run code that it names; refuse (ValueError) a damaged one."""
         if not (folder / "classifier.json").is_file():
-            command = "ctrl classifier DATA --control NAME --out DIR"
-            raise ValueError(f"{folder} holds no classifier. Fit one with: {command}")
+            raise ValueError(
+                f"{folder} holds no classifier. Fit one with: ctrl classifier DATA --control NAME --out DIR"
+            )
         with undamaged(folder, "Fit it again.", but=(Elsewhere,)):
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
-            report = dict(about["report"])
-            accuracies = {name: report.pop(name) for name in ("judge_accuracy", "reader_accuracy")}
-            others = {n: load_classifier(folder / n, trust) for n in ("judge", "reader") if (folder / n).is_dir()}
+            report = about["report"]
+            accuracies = {name: report.pop(name) for name in ACCURACIES}
+            others = {name: load_classifier(folder / name, trust) for name in OTHERS if (folder / name).is_dir()}
             support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
             classifier = load_classifier(folder, trust)
             classifier.latent = about.get("latent", False)

@@ -75,12 +75,7 @@ class Reward:
 
 
 class Among:
-    """Renumber c for a p̂(y | x, c) fitted on some of the prior's classes.
-
-    Args:
-        likelihood: numbers c 0 … n − 1.
-        classes: the prior's numbers of these n.
-    """
+    """Renumber c for a p̂(y | x, c) that numbers some of the prior's `classes` 0 … n − 1."""
 
     conditional = True
 
@@ -107,29 +102,22 @@ class Among:
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     """Return the reward of every y (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn.
 
-    Raises:
-        ValueError: a reward is not finite.
+    Raises ValueError if a reward is not finite.
     """
     group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
     tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
-    few = reward.codec.batch
-    for part, g in zip(x_0.split(few), group.split(few), strict=True):
-        for name, x in reward.views(part, tables).items():
-            tables[name].append(reward.table(name, x, conditions.cond_of(g)).to(x_0))
+    for rows in parts(len(x_0), reward.codec.batch):
+        for name, x in reward.views(x_0[rows], tables).items():
+            tables[name].append(reward.table(name, x, conditions.cond_of(group[rows])).to(x_0))
     total = x_0.new_zeros(len(x_0), conditions.classes)
-    for (name, rows), classes in zip(tables.items(), conditions.combinations.unbind(1), strict=True):
-        table = torch.cat(rows)
-        check_finite(table, name)
+    for (name, batches), classes in zip(tables.items(), conditions.combinations.unbind(1), strict=True):
+        table = torch.cat(batches)
+        wrong = ~table.isfinite()
+        if wrong.any():
+            y = int(wrong.any(0).nonzero()[0])
+            raise ValueError(
+                f"the reward of {name!r} is not finite on samples of the prior: {float(table[wrong[:, y], y][0])} for "
+                f"class {y} on {int(wrong[:, y].sum())} of {len(table)}. p̂ must give every class a probability above 0."
+            )
         total = total + torch.where(classes == NULL, 0.0, table[:, classes.clamp(min=0)])
     return total.view(conditions.groups, -1, conditions.classes)
-
-
-def check_finite(table: Tensor, name: str) -> None:
-    """Refuse rewards (B, K) of one control that are not finite."""
-    wrong = ~table.isfinite()
-    if wrong.any():
-        y = int(wrong.any(0).nonzero()[0])
-        raise ValueError(
-            f"the reward of {name!r} is not finite on samples of the prior: {float(table[wrong[:, y], y][0])} for "
-            f"class {y} on {int(wrong[:, y].sum())} of {len(table)}. p̂ must give every class a probability above 0."
-        )

@@ -23,14 +23,12 @@ PIXELS_AT_ONCE = 2**22  # of images in one pass: a convolution at full size keep
 class Scorer(nn.Module):
     """Compute log p̂(y | x), or log p̂(y | x, c), from a trunk's features by a head and a temperature.
 
+    A `balanced` fit weighs every class alike. The network then knows the posterior under even classes; the labels' log
+    frequencies are added after the temperature, so that p̂ is the posterior under these, balanced or not.
+
     Args:
-        trunk: x (B, *) → features (B, F).
-        width: F; 0 if the trunk gives the logits (B, K) themselves.
-        classes: K, of classes or of a scale's levels.
-        head: a name in HEADS.
-        balanced: whether the fit weighs every class as if it were as frequent as the others. The network then knows
-            the posterior under even classes; the log frequencies of the labels are added to it, after the temperature,
-            so that p̂ is the posterior under the labels' own frequencies, balanced or not.
+        trunk: x (B, *) → features (B, width), or the logits (B, K) themselves if width is 0.
+        classes, head: K, of classes or of a scale's levels; a name in HEADS.
         conditions: number of classes of c, 0 for p̂(y | x). c scales and shifts the features (FiLM, Perez et al. 2018):
             an embedding that is only added moves the logits alike for every x and could not reverse y's meaning.
     """
@@ -72,11 +70,7 @@ class Scorer(nn.Module):
         return torch.cat([trunk(part.to(self.temperature.device)) for part in parts])
 
     def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """Return raw scores of x (B, head.outputs), given class numbers c (B,) if it is p̂(y | x, c).
-
-        Raises:
-            ValueError: c is missing, superfluous or unknown.
-        """
+        """Return raw scores (B, head.outputs) of x, given c (B,) for p̂(y | x, c); refuse (ValueError) a wrong c."""
         features = self.features(x)
         if (c is not None) != self.conditional:
             raise ValueError("this is p̂(y | x, c): give c." if self.conditional else "this is p̂(y | x): leave c out.")
@@ -132,7 +126,6 @@ class Classifier(Scorer):
     """Compute p̂(y | x) by a small convolutional network with average pooling, fitted on a few hundred images.
 
     Args:
-        channels: of x.
         classes, head, balanced, conditions: see `Scorer`.
         grid: cells a side of the average pooling: 1 for textures and amounts, 4 for shapes.
         depth: convolutions of 3 × 3; more than one are normalised by groups.
@@ -149,14 +142,14 @@ class Classifier(Scorer):
             stride = 2 if 1 <= i <= halvings else 1
             layers.append(nn.Conv2d(width if i else channels, width, 3, padding=1, stride=stride))
             layers += [nn.GroupNorm(8, width), nn.SiLU()] if depth > 1 else [nn.SiLU()]
-        pooled = [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Linear(grid * grid * width, 2 * width), nn.SiLU()]
-        super().__init__(nn.Sequential(*layers, *pooled), 2 * width, classes, head, balanced, conditions)
+        layers += [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Linear(grid * grid * width, 2 * width), nn.SiLU()]
+        super().__init__(nn.Sequential(*layers), 2 * width, classes, head, balanced, conditions)
         self.shape = {
             "channels": channels, "classes": classes, "head": head, "grid": grid, "depth": depth, "halvings": halvings,
             "width": width, "balanced": balanced, "conditions": conditions,
         }  # fmt: skip
-        convolutions = "1 convolution" if depth == 1 else f"{depth} convolutions"
-        self.described = f"{convolutions}, average pooling to {grid} × {grid}, head: {head}"
+        layer = "1 convolution" if depth == 1 else f"{depth} convolutions"
+        self.described = f"{layer}, average pooling to {grid} × {grid}, head: {head}"
 
     def evidence(self, x: Tensor) -> Tensor:
         # the layer after the pooling learns to drop what does not decide y, and with it what tells an image from noise
@@ -165,16 +158,11 @@ class Classifier(Scorer):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describe a `Classifier` to fit; call it with the shape (C, H, W) of x and K to build the network.
-
-    Args:
-        depth: convolutions; None for as few as bring the short side to about 8 pixels.
-        head, grid, balanced, conditions: see `Classifier`.
-    """
+    """Describe a `Classifier` to fit; call it with the shape (C, H, W) of x and K to build the network."""
 
     head: str = "categorical"
     grid: int = 1
-    depth: int | None = None
+    depth: int | None = None  # convolutions; None for as few as bring the short side to about 8 pixels
     balanced: bool = False
     conditions: int = 0
 
@@ -189,26 +177,21 @@ class Estimator:
     """Use a fitted scikit-learn classifier as p̂(y | x). It has no gradient: train with `weighted` and `ppo`.
 
     Args:
-        estimator: with `predict_proba`, fitted on rows of pixels (n, C · H · W) and classes 0 … K − 1.
-        classes: K.
+        estimator: with `predict_proba`, fitted on rows of pixels (n, C · H · W) and `classes` 0 … K − 1, or ValueError.
         smallest: no probability is taken to be less; a reward must be finite.
-
-    Raises:
-        ValueError: no `predict_proba`, not fitted, or fitted on other classes than 0 … K − 1.
     """
 
     def __init__(self, estimator: Any, classes: int, smallest: float = 1e-4) -> None:
         if not hasattr(estimator, "predict_proba"):
             raise ValueError(f"{type(estimator).__name__} has no predict_proba: p̂(y | x) needs probabilities.")
-        known = list(getattr(estimator, "classes_", []))
-        if known != list(range(classes)):
-            raise ValueError(
-                f"the classifier was fitted on the classes {known}; needed: 0 … {classes - 1}, every one and no other."
-            )
+        fitted = list(getattr(estimator, "classes_", []))
+        if fitted != list(range(classes)):
+            needed = f"0 … {classes - 1}, every one and no other"
+            raise ValueError(f"the classifier was fitted on the classes {fitted}; needed: {needed}.")
         self.estimator, self.smallest = estimator, smallest
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return log p̂(y | x) in nats (B, K) for x (B, *)."""
-        p = torch.from_numpy(self.estimator.predict_proba(x.detach().flatten(1).cpu().numpy()))
-        p = p.clamp(min=self.smallest)
+        pixels = x.detach().flatten(1).cpu().numpy()
+        p = torch.from_numpy(self.estimator.predict_proba(pixels)).clamp(min=self.smallest)
         return (p / p.sum(1, keepdim=True)).log().to(x)

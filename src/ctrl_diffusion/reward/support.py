@@ -54,10 +54,8 @@ class Support:
         return float(self.outside(features).float().mean())
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file."""
         write_tensors(path, vars(self))
 
     @classmethod
     def load(cls, path: Path) -> "Support":
-        """Read what `save` wrote."""
         return cls(**read_tensors(path))
