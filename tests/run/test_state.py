@@ -48,6 +48,6 @@ def test_the_best_control_is_kept(rewards, averaged, kept):
         best.consider(record, j + 5 * noise + own - own.mean(), reward + 4 * noise + own - own.mean())
     with torch.no_grad():
         policy.trainable()[0].fill_(9)
-    best.restore()
+    policy.restore(best.snapshot)
     assert best.record["update"] == kept
     assert (policy.trainable()[0] == kept).all()

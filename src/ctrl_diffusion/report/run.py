@@ -37,9 +37,8 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
-        position, ends = 0, []
-        probes: list[tuple[int, dict]] = []
+        panels = figure.subplots(1, 3)
+        position, ends, probes = 0, [], []
         *records, kept = [record for record in records if record["stage"] != RENOISING]
         for stage in dict.fromkeys(record["stage"] for record in records):
             stage_records = [record for record in records if record["stage"] == stage]
@@ -49,36 +48,29 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
             position += max(record["update"] for record in stage_records)
             ends.append((position, stage))
         x = [number for number, _ in probes]
-        for axes, key, title in (
-            (left, "J", "J"),
-            (middle, "probe_kl", "KL from the prior"),
-            (right, "probe_reward", "reward"),
-        ):
+        keys = {"J": "J", "probe_kl": "KL from the prior", "probe_reward": "reward"}
+        for axes, (key, title) in zip(panels, keys.items(), strict=True):
             axes.plot(x, [record[key] for _, record in probes], color=CTRL, marker="o", markersize=2.5, linewidth=1.2)
             axes.plot(kept_at, kept[key], color="#333", marker="o", markersize=7, markerfacecolor="none")
             headline(axes, f"{title} (nats)")
             axes.set_xlabel("updates")
             for end, stage in ends:
                 axes.axvline(end, color=QUIET, linewidth=0.8)
-                axes.text(
-                    end, 0.02, f"{stage} ", transform=axes.get_xaxis_transform(), ha="right", color="#777", fontsize=8
-                )
-        left.axhline(log_z, color="#333", linewidth=1, linestyle="--")
-        left.annotate(
+                style = {"transform": axes.get_xaxis_transform(), "ha": "right", "color": "#777", "fontsize": 8}
+                axes.text(end, 0.02, f"{stage} ", **style)
+        panels[0].axhline(log_z, color="#333", linewidth=1, linestyle="--")
+        panels[0].annotate(
             f"log Z = {log_z:.2f}", (0.98, log_z), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", ha="right", color="#333", fontsize=8,
         )  # fmt: skip
-        left.margins(y=0.12)
+        panels[0].margins(y=0.12)
     return figure
 
 
 def accuracy_figure(evaluation: Evaluation, values: Sequence[str], control: str) -> Figure:
     """Plot the accuracy of prior, policy and target for each class requested."""
-    bars = {
-        "prior": (evaluation.prior, QUIET),
-        "CTRL": (evaluation.ctrl, CTRL),
-        "target: a perfect learner": (evaluation.target, "#8fb8d8"),
-    }
+    bars = {"prior": (evaluation.prior, QUIET), "CTRL": (evaluation.ctrl, CTRL)}
+    bars["target: a perfect learner"] = evaluation.target, "#8fb8d8"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(min(9, max(3.6, 1.2 + 0.75 * len(values))), 3.3), layout="constrained")
         axes = figure.subplots()
@@ -101,9 +93,8 @@ def scale_figure(samples: ScaleSamples, levels: Sequence[str], control: str) -> 
         axes = figure.subplots()
         axes.scatter(samples.requested.numpy(), samples.measured.numpy(), s=3, alpha=0.4, color=CTRL, linewidths=0)
         axes.plot([0, len(levels) - 1], [0, len(levels) - 1], color="#333", linewidth=1)
-        ticks = range(0, len(levels), 2)
-        axes.set_xticks(ticks, [levels[i] for i in ticks])
-        axes.set_yticks(ticks, [levels[i] for i in ticks])
+        axes.set_xticks(range(0, len(levels), 2), levels[::2])
+        axes.set_yticks(range(0, len(levels), 2), levels[::2])
         axes.set(xlabel=f"{control} requested", ylabel=f"{control} measured")
         headline(axes, "Requested and measured")
     return figure
@@ -114,7 +105,7 @@ def sweep_figure(sweep: dict[str, list[SweepPoint]], target_accuracy: float, tra
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, (kind, trained) in zip(panels, (("strength", 1.0), ("steps", trained_steps)), strict=True):
+        for axes, kind, trained in zip(panels, ("strength", "steps"), (1.0, trained_steps), strict=True):
             points = sweep[kind]
             x = [getattr(point, kind) for point in points]
             lines = {
@@ -126,9 +117,8 @@ def sweep_figure(sweep: dict[str, list[SweepPoint]], target_accuracy: float, tra
                 if None not in y:
                     axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
             axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
-            axes.axhline(
-                target_accuracy, color=CTRL, linewidth=0.8, linestyle="--", zorder=0, label="target’s accuracy"
-            )
+            style = {"color": CTRL, "linewidth": 0.8, "linestyle": "--", "zorder": 0}
+            axes.axhline(target_accuracy, **style, label="target’s accuracy")
             axes.set_xticks(x)
             axes.set(xlabel={"strength": "strength w", "steps": "sampling steps"}[kind])
             headline(axes, {"strength": "Strength", "steps": "Sampling steps"}[kind] + " (grey: as trained)")
@@ -154,24 +144,12 @@ def plane_figure(run: Run, x: Tensor) -> Figure:
 
 
 def write_report(
-    folder: RunFolder,
-    run: Run,
-    metrics: RunMetrics,
-    measurements: Measurements,
-    samples: PictureSamples,
-    records: list[dict[str, Any]],
-    command: str,
-) -> None:
-    """Write the pictures of a run and a self-contained report.html.
+    folder: RunFolder, run: Run, metrics: RunMetrics, measurements: Measurements, samples: PictureSamples,
+    records: list[dict[str, Any]], command: str,
+) -> None:  # fmt: skip
+    """Write the pictures of a run and a self-contained report.html; its classifier/ has been reported already.
 
-    Args:
-        folder: the run's; its classifier/ has been reported already.
-        run: the finished run.
-        metrics: the figures, as metrics.json has them.
-        measurements: that they come from.
-        samples: of the pictures.
-        records: of the training log.
-        command: that the user typed.
+    The records are those of its log, and the command is what the user typed.
     """
     control, values, classes, evaluation = run.name, run.values, run.config.classes, measurements.evaluation
     column_names = [""] * columns_of(run)
@@ -179,14 +157,12 @@ def write_report(
         endings = distinct_endings([run.prior.class_names[c] for c in classes[:10]])
         column_names = [shortened(name, 8) for name in endings]
     pictures = {f"Prior, which ignores {control}": samples.prior, "CTRL, same noise": samples.ctrl}
-    measured = "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
+    axes = f"{control} requested", "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
     figures = {
         "grid": grid_figure(pictures, [shortened(value) for value in values], column_names, control),
         "curves": curves_figure(records, evaluation.certificate.log_z),
         "accuracy": accuracy_figure(evaluation, values, control),
-        "confusion": confusion_figure(
-            evaluation.ctrl.confusion, values, f"{control} requested", measured, "Confusion of CTRL, %"
-        ),
+        "confusion": confusion_figure(evaluation.ctrl.confusion, values, *axes, "Confusion of CTRL, %"),
         "sweep": sweep_figure(metrics.sweep, evaluation.target.accuracy, run.config.steps),
     }
     for name, scale in measurements.scales.items():
@@ -196,8 +172,8 @@ def write_report(
     images = {name: embedded(folder.picture(name), figure) for name, figure in figures.items()}
     for i, name in enumerate(run.names):
         picture = "reliability" if i == 0 else f"reliability-{name}"
-        shutil.copyfile(folder.classifier(name) / "reliability.png", folder.picture(picture))
-        images[picture] = base64.b64encode(folder.picture(picture).read_bytes()).decode()
+        path = shutil.copyfile(folder.classifier(name) / "reliability.png", folder.picture(picture))
+        images[picture] = base64.b64encode(path.read_bytes()).decode()
     render(
         folder.report, "report.html", images=images, metrics=metrics, config=run.config, control=control,
         conditional=any(panel.classifier.conditional for panel in run.panels.values()),
@@ -210,7 +186,7 @@ def write_report(
 def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:
     """Return J, log Z, gap and its standard error of each class, averaged over the prior's conditions."""
     pairs = evaluation.certificate.pairs
-    tables = (pairs.objective, pairs.log_z, pairs.stderr.square())
+    tables = pairs.objective, pairs.log_z, pairs.stderr.square()
     objective, log_z, variance = (table.view(-1, classes) for table in tables)
     stderr = (variance.mean(0) / len(variance)).sqrt()
     objective, log_z = objective.mean(0), log_z.mean(0)

@@ -20,14 +20,9 @@ from ..system.files import atomic, write_text
 
 CTRL, QUIET = "#0b62a4", "#c9ced6"
 STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666",
-    "figure.dpi": 160,
-    "text.parse_math": False,
-}
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#666", "figure.dpi": 160, "text.parse_math": False,
+}  # fmt: skip
 
 
 def save_figure(path: Path, figure: Figure) -> None:

@@ -10,15 +10,13 @@ metrics.json, samples/, the pictures and report.html
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..system.checkpoint import Checkpoints
 from ..system.files import write_text
-from ..system.folders import check_output, clear, locked
+from ..system.folders import check_output, clear
 from ..system.tracking import TRACKED
 from .config import Config
 
@@ -43,43 +41,26 @@ FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # t
 
 @dataclass
 class StartRecord:
-    """What was known of a run before its first update: checkpoint/run.json.
+    """Hold what was known of a run before its first update: checkpoint/run.json."""
 
-    Args:
-        command: that the user typed.
-        seconds: that each part took.
-        labels: the number of labelled images of each control.
-        dependence: of the labels of each pair of controls, for metrics.json.
-        fixed: the settings that may not change any more (`fixed_settings`).
-    """
-
-    command: str
-    seconds: dict[str, float]
-    labels: dict[str, int]
-    dependence: dict[str, Any]
-    fixed: dict[str, Any]
+    command: str  # that the user typed
+    seconds: dict[str, float]  # that each part took
+    labels: dict[str, int]  # the number of labelled images of each control
+    dependence: dict[str, Any]  # of the labels of each pair of controls, for metrics.json
+    fixed: dict[str, Any]  # the settings that may not change any more (`fixed_settings`)
 
 
 class RunFolder:
-    """Name the files of a run folder, and tell its state.
-
-    Args:
-        path: of the folder, which need not be there yet.
-    """
+    """Name the files of a run folder, which need not be there yet, and tell its state."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path = Path(path)
         self.config, self.log = path / "config.yaml", path / RUN_FILES[-1]
         self.metrics, self.report, self.samples = path / "metrics.json", path / "report.html", path / "samples"
-        self.start = path / CHECKPOINT / "run.json"
+        self.start, self.checkpoints = path / CHECKPOINT / "run.json", Checkpoints(path / CHECKPOINT)
 
     def __str__(self) -> str:
         return str(self.path)
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """The states from which training can go on."""
-        return Checkpoints(self.path / CHECKPOINT)
 
     def picture(self, name: str) -> Path:
         """Return the path of a picture."""
@@ -113,19 +94,9 @@ class RunFolder:
         """Whether a training has written this folder, so that `--overwrite` may clear it."""
         return self.log.is_file()
 
-    def missing(self) -> list[str]:
-        """Return the names of the parts that an unfinished run lacks."""
-        return [name for name in ("classifier", "control") if not (self.path / name).is_dir()]
-
     def check_free(self, overwrite: bool) -> None:
         """Refuse a folder that holds something, unless that is a run and may be overwritten; see `check_output`."""
         check_output(self.path, RUN_FILES[-1], overwrite)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other jobs out; see `locked`."""
-        with locked(self.path):
-            yield
 
     def clear(self, data: bool = False) -> None:
         """Remove an earlier run, and of a demo its data; mark the folder as a run's."""
@@ -154,11 +125,7 @@ class RunFolder:
         write_text(self.start, json.dumps(asdict(record)))
 
     def check_unchanged(self, config: Config) -> None:
-        """Refuse settings that training depends on and did not begin with.
-
-        Raises:
-            ValueError: which changed, and from what.
-        """
+        """Refuse settings that training depends on and did not begin with."""
         old, new = self.read_start().fixed, fixed_settings(config)
         if changed := [f"{name} was {old[name]} and is {new[name]}" for name in new if new[name] != old[name]]:
             raise ValueError(f"{self.config}: {'; '.join(changed)}. Put it back to go on, or begin a new run.")

@@ -5,7 +5,6 @@ All noise comes from streams of the run's seed and a purpose, so that a measurem
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -51,19 +50,12 @@ class ScaleSamples(NamedTuple):
     measured: Tensor
 
 
-@dataclass
-class Measurements:
-    """Hold what a finished run is measured by.
-
-    Args:
-        evaluation: scores and certificate.
-        scales: of each control on a scale.
-        sweep: "strength" and "steps" → value → score.
-    """
+class Measurements(NamedTuple):
+    """Hold what a finished run is measured by: its evaluation, samples of each control on a scale, and the sweeps."""
 
     evaluation: Evaluation
     scales: dict[str, ScaleSamples]
-    sweep: dict[str, dict[float, Score]]
+    sweep: dict[str, dict[float, Score]]  # "strength" and "steps" → value → score
 
     @classmethod
     def from_run(cls, run: Run, phase: Phase = silent) -> "Measurements":
@@ -117,18 +109,16 @@ def policy_paths(run: Run, conditions: Conditions, repeats: int, purpose: str, p
     pair = conditions.all(repeats)
     labels, cond = conditions.of(pair)
     generator, advance = stream(run.config.seed, purpose), phase(purpose, len(pair))
+    arguments = run.policy, len(pair), run.times, generator, cond, labels
     with run.policy.base.full_precision():
-        x_0, kl, log_ratio = paths(
-            run.policy, len(pair), run.times, generator, cond, labels, compare=True, progress=advance
-        )
+        x_0, kl, log_ratio = paths(*arguments, compare=True, progress=advance)
     rewards = run.reward(x_0, labels, cond)
     return PolicyPaths(ranks.broadcast(lambda: rewards), x_0, kl, log_ratio)
 
 
 @torch.no_grad()
 def probe(run: Run, repeats: int) -> Probe:
-    """Measure J, reward and KL in nats on a few paths with the same noise at every probe, and the share outside the
-    region p̂ was fitted on."""
+    """Measure J, reward, KL in nats and the share outside p̂'s region, on few paths of the same noise at every probe."""
     rewards, x_0, kl, log_ratio = policy_paths(run, run.training_conditions, repeats, "probe")
     log_w = rewards - log_ratio
     figures = {"J": log_w, "probe_reward": rewards, "probe_kl": kl}
@@ -175,9 +165,8 @@ def evaluate_on(
         if name not in conditions.controls
     }
     certificate = certify(conditions, table, rewards, kl, log_ratio)
-    evaluation = Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled)
-    warn_if_outside(evaluation.prior, evaluation.ctrl)
-    return evaluation
+    warn_if_outside(scores["prior"], scores["ctrl"])
+    return Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled)
 
 
 @torch.no_grad()
@@ -189,10 +178,9 @@ def sample_scales(run: Run, n: int, phase: Phase = silent) -> dict[str, ScaleSam
         if not control.scale:
             continue
         requested, purpose = torch.linspace(0, control.size - 1, n), f"values of {settings.name}"
-        advance = phase(purpose, n)
         cond = run.conditions.cond_of(torch.arange(n) % run.conditions.groups)
         generator, labels = stream(run.config.seed, purpose), {settings.name: requested}
-        x_0 = paths(run.policy, n, run.times, generator, cond, labels, progress=advance).x_0
+        x_0 = paths(run.policy, n, run.times, generator, cond, labels, progress=phase(purpose, n)).x_0
         measured = [run.measure_scale(settings, run.images(part)) for part in x_0.split(1024)]
         scales[settings.name] = ScaleSamples(requested, torch.cat(measured))
     return scales
@@ -201,12 +189,8 @@ def sample_scales(run: Run, n: int, phase: Phase = silent) -> dict[str, ScaleSam
 @torch.no_grad()
 def sweep(
     run: Run, strengths: Sequence[float], steps: Sequence[int], n: int, phase: Phase = silent
-) -> dict[str, dict[float, Score]]:
-    """Score other strengths and other numbers of steps, each on about n samples of the same noise.
-
-    Returns:
-        "strength" and "steps" → value → score.
-    """
+) -> dict[str, dict[float, Score]]:  # "strength" and "steps" → value → score
+    """Score other strengths and numbers of steps, each on about n samples of the same noise."""
     pair = run.conditions.all(repeats_of(n, run.conditions))
     labels, cond = run.conditions.of(pair)
     points = [("strength", w, w, run.config.steps) for w in strengths] + [("steps", k, 1.0, k) for k in steps]
@@ -223,34 +207,24 @@ def sweep(
 def outside_share(run: Run, x_0: Tensor, images: Tensor) -> float | None:
     """Return the share of samples (n, *), with their images, outside the region some p̂ was fitted on; None if unknown.
 
-    Warns:
-        RuntimeWarning: more than twice the prior's share, and more by three standard errors.
+    Warn if it is more than twice the prior's share, and more by three standard errors.
     """
     if not run.second_opinion.outside:
         return None
     share, usual = float(run.is_outside(x_0, images).float().mean()), run.prior_outside
     if leaves_region(share, usual, (usual * (1 - usual) / len(x_0)) ** 0.5):
-        warnings.warn(
-            f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's "
-            f"{usual:.0%}: there p̂ has seen no labels. Compare the judge in report.html.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        text = f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's"
+        advice = "there p̂ has seen no labels. Compare the judge in report.html."
+        warnings.warn(f"{text} {usual:.0%}: {advice}", RuntimeWarning, stacklevel=2)
     return share
 
 
-@dataclass
-class PictureSamples:
-    """Hold the samples that the pictures of a run show; ranks draw them together.
-
-    Args:
-        prior, ctrl: see `same_noise`.
-        plane: see `plane`; None with one control.
-    """
+class PictureSamples(NamedTuple):
+    """Hold the samples that the pictures of a run show (see `same_noise` and `plane`); ranks draw them together."""
 
     prior: Tensor
     ctrl: Tensor
-    plane: Tensor | None
+    plane: Tensor | None  # None with one control
 
     @classmethod
     def from_run(cls, run: Run) -> "PictureSamples":
@@ -279,12 +253,10 @@ def same_noise(run: Run, strength: float, columns: int) -> Tensor:
 
 
 def plane(run: Run, across: int = 4) -> Tensor:
-    """Draw `across` samples for each pair of values of the first two controls, each also left out.
+    """Draw `across` samples for each pair of values of the first two controls, each also left out (which comes first).
 
-    All pairs have the same noise and, if the prior has classes, the middle one of those trained.
-
-    Returns:
-        (1 + classes of the first, 1 + of the second, across, C, H, W), where they are left out first.
+    All pairs have the same noise and, if the prior has classes, the middle one of those trained. Shape of the result:
+    (1 + classes of the first, 1 + of the second, across, C, H, W).
     """
     (first, rows), (second, columns) = [(n, len(run.policy.controls[n].values)) for n in run.names[:2]]
     classes, samples = run.config.classes, []

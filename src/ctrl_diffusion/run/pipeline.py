@@ -39,13 +39,9 @@ def with_parts(init: Callable[..., None]) -> Callable[..., None]:
 class ControlledPipeline(DiffusionPipeline):
     """Sample p(x | c, y): `pipe("a horse", controls={"texture": "checks"}, control_strength=1.2)`.
 
-    Args:
-        scheduler: of the pipeline the controls were trained on.
-        base: the name of that pipeline's class.
-        flags: of that pipeline, such as what SDXL takes for no text.
-        chain: of the run: steps, sigma_end, time_power, guidance, negative_prompt, size, unconditional, controls.
-        id2label: names of the classes.
-        parts: of that pipeline, by the names in PARTS.
+    `base` is the class of the pipeline the controls were trained on, with its scheduler, its flags (such as what SDXL
+    takes for no text) and its parts, by the names in PARTS; `chain` is the run's: steps, sigma_end, time_power,
+    guidance, negative_prompt, size, unconditional, controls; `id2label` names the classes.
     """
 
     _optional_components = list(PARTS)  # noqa: RUF012 — diffusers reads it off the class
@@ -71,8 +67,7 @@ class ControlledPipeline(DiffusionPipeline):
             prior = Prior.from_pipeline(self._parts(), self.config.base, chain["size"], self.config.id2label)
             if prior.text:
                 prior = prior.with_prompts([""], chain["guidance"], chain["negative_prompt"])
-            if chain["unconditional"]:
-                prior = prior.unconditional()
+            prior = prior.unconditional() if chain["unconditional"] else prior
             folder = self._folder() / CONTROLS
             controls = [load_control(folder / name, prior.denoiser, "Export it again.") for name in chain["controls"]]
             self._ready = prior, Policy(prior.denoiser, *controls)
@@ -98,17 +93,11 @@ class ControlledPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        controls: dict[str, str | float] | None = None,
-        control_strength: float = 1.0,
-        class_labels: Sequence[int | str] | int | str | None = None,
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
+        self, prompt: str | Sequence[str] | None = None, controls: dict[str, str | float] | None = None,
+        control_strength: float = 1.0, class_labels: Sequence[int | str] | int | str | None = None,
+        num_images_per_prompt: int = 1, num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None, output_type: str = "pil", return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Draw samples.
 
         Args:
@@ -138,10 +127,9 @@ class ControlledPipeline(DiffusionPipeline):
         chain = self.config.chain
         times = prior.denoiser.times(num_inference_steps or chain["steps"], chain["sigma_end"], chain["time_power"])
         x_1 = normal((n, *policy.shape), policy, generator)
-        path = rollout(
-            policy, x_1, times, generator=generator, cond=cond, labels=labels or None, strength=control_strength
-        )  # fmt: skip
-        images = formatted(prior.decode(path.x_0).clamp(-1, 1), output_type)
+        options = {"cond": cond, "labels": labels or None, "strength": control_strength}
+        x_0 = rollout(policy, x_1, times, generator=generator, **options).x_0
+        images = formatted(prior.decode(x_0).clamp(-1, 1), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
     def _class(self, name: str) -> int:

@@ -32,11 +32,7 @@ from .folder import RunFolder
 
 
 def configured(prior: Prior, config: Config) -> Prior:
-    """Return the prior with the prompts, the device and the precision of a config; unconditional if that says so.
-
-    Raises:
-        ValueError: settings of a prompt for a prior that is given no text.
-    """
+    """Return the prior with the prompts, the device and the precision of a config; unconditional if that says so."""
     if config.prompts is not None:
         prior = prior.with_prompts(config.prompts, config.guidance, config.negative_prompt)
     elif config.guidance is not None or config.negative_prompt:
@@ -59,21 +55,13 @@ def fits(prior: Prior, config: Config, steps: int) -> bool:
 
 @dataclass
 class Run:
-    """Hold a prior, the controls on it, and the classifiers of each control.
-
-    Args:
-        config: the settings.
-        prior: the pre-trained model.
-        policy: the prior with the controls.
-        panels: control → p̂ with its judge and reader.
-        prior_outside: the share of the prior's samples outside the region p̂ was fitted on, if it was measured; else
-            the share of real images.
-    """
+    """Hold a prior, the policy of the controls on it, and the classifiers of each control: p̂ with judge and reader."""
 
     config: Config
     prior: Prior
     policy: Policy
     panels: dict[str, Panel]
+    # the share of the prior's samples outside the region p̂ was fitted on, if it was measured; else that of real images
     prior_outside: float = BEYOND
 
     def __post_init__(self) -> None:
@@ -184,22 +172,16 @@ class Run:
                     raise ValueError(f"{name} is taken from {folder}, which is not there. Bring that run back.")
                 controls.append(load_control(folder, prior.denoiser).fix())
             else:
-                panel = panels[name]
-                settings = {"seed": config.seed + i, "scale": panel.space.scale, **lora}
-                controls.append(LoRAControl(name, panel.values, prior.denoiser, **settings))
+                settings = {"seed": config.seed + i, "scale": panels[name].space.scale, **lora}
+                controls.append(LoRAControl(name, panels[name].values, prior.denoiser, **settings))
         return cls(config, prior, Policy(prior.denoiser, *controls), panels)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto", trust: bool = False) -> "Run":
-        """Open a finished run on any device, whatever it was trained on.
+        """Open a finished run on any device ("auto": CUDA if there is one), whatever it was trained on.
 
-        Args:
-            folder: of the run.
-            device: as torch names it; "auto" for an accelerator of CUDA if there is one.
-            trust: run code that it names, of a p̂ on a network of one's own.
-
-        Raises:
-            ValueError: no such folder, no run, or a run that did not finish.
+        `trust` runs code that the folder names, of a p̂ on a network of one's own. A ValueError says that there is no
+        such folder, no run, or a run that did not finish.
         """
         folder = RunFolder(folder)
         if not folder.path.is_dir():
@@ -207,7 +189,7 @@ class Run:
         if not folder.config.is_file():
             raise ValueError(f"{folder} is not a run folder: it has no config.yaml. Make one with: ctrl train")
         config = Config.read(folder.config).with_(device=device)
-        if missing := folder.missing():
+        if missing := [part for part in ("classifier", "control") if not (folder.path / part).is_dir()]:
             lacks = f"{folder} is an unfinished run: it lacks {', '.join(missing)}"
             raise ValueError(f"{lacks}. Go on with: ctrl train --resume {folder}")
         panels = {name: Panel.load(folder.classifier(name), trust) for name in config.names}
@@ -230,16 +212,9 @@ class Run:
         return evaluate(self, n, phase)
 
     def sample(
-        self,
-        y: Tensor | Labels,
-        c: Tensor | None = None,
-        strength: float = 1.0,
-        steps: int | None = None,
-        generator: torch.Generator | None = None,
-        exact: bool = False,
-        phase: Phase = silent,
-        latents: bool = False,
-    ) -> Tensor:
+        self, y: Tensor | Labels, c: Tensor | None = None, strength: float = 1.0, steps: int | None = None,
+        generator: torch.Generator | None = None, exact: bool = False, phase: Phase = silent, latents: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Draw samples (n, C, H, W) in [−1, 1] of p(x | c, y); images, also of a latent model.
 
         The certificate holds only for the number of steps the control was trained with; report.html shows what the
@@ -260,8 +235,7 @@ class Run:
             ValueError: c or y out of range, of different lengths, or c missing or not wanted; too few paths count for
                 an exact sample.
         """
-        classes = self.prior.classes
-        if (c is None) != (classes is None):
+        if (c is None) != ((classes := self.prior.classes) is None):
             wants = "is unconditional: leave c out" if classes is None else f"needs c, classes 0 … {classes - 1}"
             raise ValueError(f"this prior {wants}.")
         if not isinstance(y, dict) and len(self.names) > 1:

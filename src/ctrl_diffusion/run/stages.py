@@ -25,7 +25,7 @@ from .config import Config
 from .folder import RunFolder
 from .measure import prior_samples, probe
 from .run import Run
-from .state import BestControl, StageStates, TrainingState
+from .state import BestControl, TrainingState
 
 PROBE_PATHS = 160  # of all (c, y) together, at least
 
@@ -52,10 +52,9 @@ def between_probes(config: Config, updates: int) -> int:
 
 def learner_of(run: Run, name: str, phase: Phase) -> Learner:
     """Return the learner of that name with the run's settings."""
-    config = run.config
-    draw = partial(prior_samples, run, purpose="prior samples to learn from", phase=phase)
-    options = {"micro": config.micro_batch, "offload": config.offload}
-    return LEARNERS[name].from_settings(getattr(config, name), run.times, draw, **options)
+    config, draw = run.config, partial(prior_samples, run, purpose="prior samples to learn from", phase=phase)
+    settings, options = getattr(config, name), {"micro": config.micro_batch, "offload": config.offload}
+    return LEARNERS[name].from_settings(settings, run.times, draw, **options)
 
 
 def train(run: Run, phase: Phase = silent, training: TrainingState | None = None) -> Iterator[dict[str, Any]]:
@@ -80,7 +79,7 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
                 learner.learned_renoising = training.renoising
             yield from train_stage(run, stage, learner, phase, training, best)
             learner = None
-            best.restore()
+            run.policy.restore(best.snapshot)
             phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
         training.finish_stage()
     yield {**best.record, "kept": True}
@@ -104,16 +103,15 @@ def train_stage(
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = between_probes(config, settings.updates) if best else settings.updates
     begin = int(resumed["counts"][0]) if resumed else 0
-    states = StageStates(training, generator, carried, config.checkpoint, begin, begin)
+    training.taken, training.saved, training.due = begin, begin, False
     advance, note, skipped = phase(f"learner: {stage.name}", settings.updates), "", {}
     advance(begin)
     record = {"stage": stage.name, "update": begin}
     if best and not resumed:
         yield probed(run, record, paths, training, best)
     try:
-        for update in fit(
-            run.policy, steps, settings.updates, lr, config.ema_decay, max_skipped=config.max_skipped, begin=resumed
-        ):
+        options = {"ema_decay": config.ema_decay, "max_skipped": config.max_skipped, "begin": resumed}
+        for update in fit(run.policy, steps, settings.updates, lr, **options):
             skipped = {"skipped": update.skipped} if update.skipped else {}
             record = {"stage": stage.name, "update": update.number, "loss": update.loss}
             record |= {"grad_norm": update.gradient_norm, **update.metrics, **skipped}
@@ -125,9 +123,9 @@ def train_stage(
                     return
             advance(1, note)
             yield record
-            states.after(update, "J" in record)
+            training.after(update, "J" in record, config.checkpoint, generator, carried)
     except FloatingPointError as error:
-        if best is None or not best.improved:
+        if not (best and best.record["J"] > best.first):
             raise
         yield {"stage": stage.name, "update": record["update"], "stopped": f"diverged: {error}", **skipped}
         return
@@ -151,12 +149,6 @@ def train_in(folder: RunFolder, run: Run, phase: Phase, tracking: Tracking) -> t
 
     The log is cut back to that checkpoint. Out of memory, the micro-batch is halved once and training goes on from the
     last state; apart from rounding, what is trained does not depend on it. With several ranks it is not halved.
-
-    Raises:
-        MemoryError: out of memory again.
-
-    Warns:
-        RuntimeWarning: the micro-batch was halved.
     """
     untrained, may_halve = run.policy.snapshot(), ranks.world_size() == 1  # other ranks would wait for this one
     while True:
@@ -166,7 +158,12 @@ def train_in(folder: RunFolder, run: Run, phase: Phase, tracking: Tracking) -> t
         ranks.broadcast(lambda lines=lines: write_text(folder.log, lines))
         tracking.start(training.records)
         try:
-            log_training(folder, run, phase, tracking, training)
+            with folder.log.open("a", encoding="utf-8") if ranks.is_main() else nullcontext() as file:
+                for record in map(finite, train(run, phase, training)):
+                    training.records.append(record)
+                    tracking.log(record)
+                    if file:
+                        print(line_of(record), end="", file=file, flush=True)
             return training.records, round(training.elapsed, 1)
         except KeyboardInterrupt:
             training.save()
@@ -179,37 +176,17 @@ def train_in(folder: RunFolder, run: Run, phase: Phase, tracking: Tracking) -> t
         may_halve = False
 
 
-def log_training(folder: RunFolder, run: Run, phase: Phase, tracking: Tracking, training: TrainingState) -> None:
-    """Train, and append every record to the training's records, the log and the trackers."""
-    with folder.log.open("a", encoding="utf-8") if ranks.is_main() else nullcontext() as file:
-        for record in map(finite, train(run, phase, training)):
-            training.records.append(record)
-            tracking.log(record)
-            if file:
-                print(line_of(record), end="", file=file, flush=True)
-
-
 def halve_micro_batch(folder: RunFolder, run: Run, training: TrainingState, may_halve: bool) -> None:
-    """Halve the micro-batch in the run's settings and in its config.yaml, with a warning.
-
-    Raises:
-        MemoryError: it may not be halved.
-    """
+    """Halve the micro-batch in the run's settings and in its config.yaml, with a warning, or raise a MemoryError."""
     micro = run.config.micro_batch or list(stages_of(run.config))[training.done].settings.batch
     if not may_halve or micro == 1:
-        raise MemoryError(
-            f"out of memory. In {folder.config} turn down micro_batch (now {micro}) or batch, or set mixed_precision. "
-            f"Then go on with: ctrl train --resume {folder}"
-        )
+        advice = f"In {folder.config} turn down micro_batch (now {micro}) or batch, or set mixed_precision."
+        raise MemoryError(f"out of memory. {advice} Then go on with: ctrl train --resume {folder}")
     run.config = run.config.with_(micro_batch=micro // 2)
     run.config.write(folder.config)
     torch.cuda.empty_cache()
-    warnings.warn(
-        f"out of memory: training goes on with micro_batch {micro // 2} instead of {micro}; updates see as many "
-        "samples as before.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
+    text = f"training goes on with micro_batch {micro // 2} instead of {micro}; updates see as many samples as before."
+    warnings.warn(f"out of memory: {text}", RuntimeWarning, stacklevel=3)
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -24,21 +24,14 @@ class BestControl:
     than one standard error. A control that earns less reward, by more than the error of that loss, needs a J higher by
     its own error and by no less than the loss minus its error: J alone would sell most of a control's reward for as
     much KL.
-
-    Args:
-        policy: whose weights are kept.
-        first: J of the first probe.
-        record: the log's record of the best probe.
-        log_w, rewards: (n,), of its paths.
-        snapshot: its weights.
     """
 
     policy: Policy
-    first: float | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-    log_w: Tensor | None = None
-    rewards: Tensor | None = None
-    snapshot: list[Tensor] = field(default_factory=list)
+    first: float | None = None  # J of the first probe
+    record: dict[str, Any] = field(default_factory=dict)  # of the best probe, for the log
+    log_w: Tensor | None = None  # (n,), of its paths
+    rewards: Tensor | None = None  # (n,)
+    snapshot: list[Tensor] = field(default_factory=list)  # of its weights
 
     def consider(self, record: dict[str, Any], log_w: Tensor, rewards: Tensor) -> bool:
         """Keep the policy if its probe is the best so far; return whether it is. log w and rewards (n,) are its own."""
@@ -54,11 +47,6 @@ class BestControl:
         self.record, self.log_w, self.rewards, self.snapshot = record, log_w, rewards, self.policy.snapshot()
         return True
 
-    @property
-    def improved(self) -> bool:
-        """Whether the best control is better than the first."""
-        return self.first is not None and self.record["J"] > self.first
-
     def reason_to_stop(self, record: dict[str, Any], idle: int, patience: int | None) -> str | None:
         """Return why a learner should stop after a probe, `idle` probes in turn not being the best; None to go on.
 
@@ -67,10 +55,6 @@ class BestControl:
         if record["stage"] != "weighted" and not record["J"] >= self.first - abs(self.first) - COLLAPSE:
             return f"diverged: J fell to {record['J']:.1f} from the {self.first:.1f} training began with"
         return f"no better control in {idle} probes" if patience and idle >= patience else None
-
-    def restore(self) -> None:
-        """Give the policy the best weights back."""
-        self.policy.restore(self.snapshot)
 
 
 def paired(difference: Tensor) -> tuple[float, float]:
@@ -86,31 +70,22 @@ class TrainingState:
     which is saved with the learner's own tensors, the state of `fit` (weights, their averages, AdamW's moments, the
     position in the learning rate's schedule) and the best control. Everything else is computed again to the same
     values: p̂ is in the run folder; untrained controls, prior samples, probes and certificates draw from streams of the
-    seed and their purpose alone.
-
-    Args:
-        best: the best control so far.
-        checkpoints: where states are saved; None saves none.
-        done: the number of finished stages.
-        records: of the log.
-        idle: probes in turn that were not the best.
-        seconds: that training took before this process.
-        renoising: the weights of the control that learned what re-noising alone does.
-        within: the last state of the current stage; empty at its start.
-        unsaved: the newest state, until it is written.
-        started: when this process began to train, by its clock.
+    seed and their purpose alone. Writing takes time, so ten states are taken for each that is written.
     """
 
     best: BestControl
-    checkpoints: Checkpoints | None = None
-    done: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list)
-    idle: int = 0
-    seconds: float = 0.0
-    renoising: list[Tensor] = field(default_factory=list)
-    within: dict[str, Tensor] = field(default_factory=dict)
-    unsaved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    started: float = field(default_factory=time.perf_counter)
+    checkpoints: Checkpoints | None = None  # None saves none
+    done: int = 0  # finished stages
+    records: list[dict[str, Any]] = field(default_factory=list)  # of the log
+    idle: int = 0  # probes in turn that were not the best
+    seconds: float = 0.0  # of training before this process
+    renoising: list[Tensor] = field(default_factory=list)  # the weights that learned what re-noising alone does
+    within: dict[str, Tensor] = field(default_factory=dict)  # the last state of the current stage; empty at its start
+    unsaved: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # the newest state, until it is written
+    started: float = field(default_factory=time.perf_counter)  # when this process began to train
+    taken: int = 0  # the update of the last state that was taken in this stage, and of the last written
+    saved: int = 0
+    due: bool = False  # whether the next state is to be written
 
     @classmethod
     def from_checkpoints(cls, run: Run, checkpoints: Checkpoints) -> "TrainingState":
@@ -121,9 +96,8 @@ class TrainingState:
             best, device = training.best, run.policy.device
             best.first, best.record = about["first"], about["record"]
             best.log_w, best.rewards = tensors.get("log_w"), tensors.get("earned")
-            best.snapshot, training.renoising = (
-                [value.to(device) for value in unpack(name, tensors)] for name in ("best", "renoising")
-            )
+            best.snapshot = [value.to(device) for value in unpack("best", tensors)]
+            training.renoising = [value.to(device) for value in unpack("renoising", tensors)]
             training.within = subset("within", tensors)
             training.done, training.records, training.idle = about["done"], about["records"], about["idle"]
             training.seconds = about["seconds"]
@@ -138,14 +112,13 @@ class TrainingState:
 
     def update(self, within: dict[str, Tensor], save: bool = True) -> None:
         """Take the state of the current stage, and save it now or with the next."""
-        best, self.within = self.best, within
+        self.within, best, base = within, self.best, self.best.policy.base
         tensors = {f"within.{name}": value for name, value in within.items()}
         tensors |= pack("best", best.snapshot) | pack("renoising", self.renoising)
         tensors |= {"log_w": best.log_w, "earned": best.rewards} if best.snapshot else {}
         about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
         about |= {"first": best.first, "record": best.record}
-        about |= {"precision": str(best.policy.base.precision), "gradient_scale": best.policy.base.loss_scale}
-        self.unsaved = tensors, about
+        self.unsaved = tensors, about | {"precision": str(base.precision), "gradient_scale": base.loss_scale}
         if save:
             self.save()
 
@@ -161,36 +134,19 @@ class TrainingState:
             self.checkpoints.write(*self.unsaved)
             self.unsaved = None
 
+    def after(
+        self, update: Update, probed: bool, every: int, generator: torch.Generator, carried: list[Tensor]
+    ) -> None:
+        """Take a state of a stage if it is time and the learner has no paths left to use; save one of `every` updates.
 
-@dataclass
-class StageStates:
-    """Take the states of one stage, more often than they are written.
-
-    Args:
-        training: takes them.
-        generator: of the stage.
-        carried: the learner's own tensors.
-        every: updates between two states that are written; a tenth of them between two that are taken.
-        taken, saved: the updates of the last states.
-        due: whether the next state is to be written.
-    """
-
-    training: TrainingState
-    generator: torch.Generator
-    carried: list[Tensor]
-    every: int
-    taken: int
-    saved: int
-    due: bool = False
-
-    def after(self, update: Update, probed: bool) -> None:
-        """Take a state after an update if it is time, where the learner has no paths left to use."""
-        self.due = self.due or probed or update.number - self.saved >= self.every
-        if not update.state or not self.training.checkpoints:
+        The state has the stage's generator, and the learner's own tensors (`carried`).
+        """
+        self.due = self.due or probed or update.number - self.saved >= every
+        if not update.state or not self.checkpoints:
             return
-        if self.due or update.number - self.taken >= self.every // 10:
+        if self.due or update.number - self.taken >= every // 10:
             within = {f"fit.{name}": value for name, value in update.state().items()}
-            within |= {"generator": self.generator.get_state(), **pack("carried", ranks.gather_lists(self.carried))}
-            self.training.update(within, self.due)
+            within |= {"generator": generator.get_state(), **pack("carried", ranks.gather_lists(carried))}
+            self.update(within, self.due)
             self.taken, self.saved = update.number, update.number if self.due else self.saved
             self.due = False

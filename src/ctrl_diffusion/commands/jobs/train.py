@@ -4,6 +4,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +33,20 @@ from ...run.run import Run, configured
 from ...run.stages import train_in
 from ...system import ranks
 from ...system.files import atomic, write_json
-from ...system.folders import check_output, check_writable, clear, clear_unfinished
+from ...system.folders import check_output, check_writable, clear, clear_unfinished, locked
 from ...system.progress import DEFAULT, Interrupted, JobOptions, Phase, silent, timed
 from ...system.tracking import Tracking, check_trackers
 from .sample import labelled
 
 
 def classifier_job(
-    settings: ControlSettings,
-    out: Path,
-    prior: str | None = None,
-    seed: int = 0,
-    options: JobOptions = DEFAULT,
+    settings: ControlSettings, out: Path, prior: str | None = None, seed: int = 0, options: JobOptions = DEFAULT,
     size: tuple[int, int] | None = None,
-) -> Panel:
-    """Fit p̂, the judge, and the reader of a condition on labelled images, and report them.
+) -> Panel:  # fmt: skip
+    """Fit p̂, the judge, and the reader of a condition on labelled images, and report them in the folder `out`.
 
-    Args:
-        settings: of the control, as for a training; a ruler or an earlier classifier is ignored.
-        out: the folder to write.
-        prior: a pipeline folder, whose size the images are read at; None keeps their own size.
-        seed: of the split and the fits.
-        options: progress and overwriting.
-        size: (height, width) of the prior's images, if it can make several sizes.
-
-    Raises:
-        ValueError: the data or the folder are not as they should be, or p̂ is no better than chance.
+    Settings are as for a training; a ruler or an earlier classifier is ignored. With a prior (a pipeline folder) images
+    are read at its `size`, (height, width) if it can make several; else they keep their own.
     """
     check_output(out, CLASSIFIER_FILES[-1], options.overwrite)
     if size and not prior:
@@ -79,21 +68,14 @@ def classifier_job(
 
 @contextmanager
 def reserved(folder: RunFolder, overwrite: bool) -> Iterator[None]:
-    """Keep a folder for one run, if it is free or may be overwritten; of several ranks the main one locks it.
-
-    Raises:
-        ValueError: what is in the way, and what to do.
-        Interrupted: before training began.
-    """
+    """Keep a folder for one run, if it is free or may be overwritten; of several ranks the main one locks it."""
 
     def reserve() -> None:
         if folder.has_begun and not overwrite:
-            raise ValueError(
-                f"{folder} is a run that did not finish. Go on with it by ctrl train --resume {folder}, or pass "
-                "--overwrite."
-            )
+            advice = f"Go on with it by ctrl train --resume {folder}, or pass --overwrite."
+            raise ValueError(f"{folder} is a run that did not finish. {advice}")
         folder.check_free(overwrite)
-        stack.enter_context(folder.lock())
+        stack.enter_context(locked(folder.path))
 
     try:
         with ExitStack() as stack, ranks.main_warns():
@@ -105,27 +87,15 @@ def reserved(folder: RunFolder, overwrite: bool) -> Iterator[None]:
 
 
 def train_job(
-    given: dict[str, Any],
-    out: str | Path,
-    overwrite: bool = False,
-    quick: bool = False,
-    command: str | None = None,
-    phase: Phase = silent,
-    trust: bool = False,
-) -> dict[str, Any]:
-    """Train a control, certify it and report it in a run folder.
+    given: dict[str, Any], out: str | Path, overwrite: bool = False, quick: bool = False, command: str | None = None,
+    phase: Phase = silent, trust: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a control, certify it and report it in a run folder; return the contents of metrics.json.
 
     Args:
         given: settings by the names of `Config`, of which prior, data and control must be there.
         out: the run folder.
-        overwrite: whether an earlier run in `out` may go.
-        quick: a twentieth of the training, a smoke test.
-        command: what the user typed, for the report.
-        phase: told of progress.
-        trust: run code that a classifier's folder names.
-
-    Returns:
-        The contents of metrics.json.
+        overwrite, quick, command, phase, trust: see `JobOptions`.
 
     Raises:
         ValueError: the settings, data or folder are not as they should be, or p̂ is no better than chance.
@@ -136,25 +106,18 @@ def train_job(
 
 def train_with(given: dict[str, Any], out: Path, options: JobOptions) -> dict[str, Any]:
     """Train as `train_job` does, with its options in one object."""
-    folder = RunFolder(out)
-    with reserved(folder, options.overwrite):
+    with reserved(folder := RunFolder(out), options.overwrite):
         return start_training(prepare(given, options), folder, options)
 
 
 def add_job(run: str | Path, given: dict[str, Any], out: Path, options: JobOptions = DEFAULT) -> dict[str, Any]:
-    """Train one more control on a finished run, whose controls stay fixed; otherwise as `train_job`.
+    """Train one more control on a finished run, which is not changed and whose controls stay fixed; see `train_job`.
 
-    Args:
-        run: the run folder; it is not changed.
-        given: settings by the names of `Config`: of the new control and its training. Prior, chain, classes and γ are
-            the run's.
-        out: the new run folder.
-        options: see `train_job`.
+    Prior, chain, classes and γ are the run's; `given` has the new control and its training.
     """
     RunFolder(out).check_free(options.overwrite)
     old = Run.load(run, trust=options.trust).config
-    path = str(Path(run).resolve())
-    fixed = [{**control.model_dump(), "settled_from": path} for control in old.controls]
+    fixed = [{**control.model_dump(), "settled_from": str(Path(run).resolve())} for control in old.controls]
     given = list_controls(given)
     check_present(given)
     settings = {**given, **old.model_dump(include=KEPT), "controls": [*fixed, *given["controls"]]}
@@ -176,13 +139,9 @@ def start_training(
     run = Run.start(config, job.prior, panels)
     if config.kl_budget:
         lower_gamma(run, config.kl_budget, options.phase)
-    start = StartRecord(
-        options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)]),
-        seconds,
-        {inputs.name: len(inputs.data) for inputs in job.inputs if inputs.data},
-        dependence,
-        fixed_settings(run.config),
-    )
+    command = options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
+    labels = {inputs.name: len(inputs.data) for inputs in job.inputs if inputs.data}
+    start = StartRecord(command, seconds, labels, dependence, fixed_settings(run.config))
     ranks.broadcast(lambda: write_start(folder, job, run, held_out, start, demo_data))
     return finish_training(run, folder, options.phase)
 
@@ -195,41 +154,33 @@ def fit_panels(
     The main rank fits for all: fits on accelerators are not alike to the bit, and ranks that decide differently would
     wait for each other for ever.
     """
-    device, panels, held_out = job.prior.denoiser.device, {}, {}
-    for inputs in job.inputs:
-        name = inputs.name
+    device, held_out = job.prior.denoiser.device, {}
 
-        def fit(inputs: ControlInputs = inputs, name: str = name) -> Panel:
-            s = config.settings_of(name)
-            panel, held_out[name] = fit_panel(
-                inputs.data, name, s.condition, bool(s.ruler), s.classifier, config.seed, phase, inputs.judge_data,
-                encoder_of(job.prior), device,
-            )  # fmt: skip
-            return panel.to("cpu")
+    def fit(inputs: ControlInputs) -> Panel:
+        name, settings = inputs.name, config.settings_of(inputs.name)
+        panel, held_out[name] = fit_panel(
+            inputs.data, name, settings.condition, bool(settings.ruler), settings.classifier, config.seed, phase,
+            inputs.judge_data, encoder_of(job.prior), device,
+        )  # fmt: skip
+        return panel.to("cpu")
 
-        panels[name] = inputs.panel or ranks.broadcast(fit).to(device)
-    return panels, held_out
+    return {i.name: i.panel or ranks.broadcast(partial(fit, i)).to(device) for i in job.inputs}, held_out
 
 
 def write_start(
-    folder: RunFolder,
-    job: PreparedTraining,
-    run: Run,
-    held_out: dict[str, LabelledImages],
-    start: StartRecord,
+    folder: RunFolder, job: PreparedTraining, run: Run, held_out: dict[str, LabelledImages], start: StartRecord,
     demo_data: Path | None,
-) -> None:
+) -> None:  # fmt: skip
     """Clear a run folder, and write all that training needs: settings, classifiers, and last the start record."""
     folder.clear(data=demo_data is not None)
     for name in DATA_FOLDERS if demo_data else ():
         shutil.copytree(demo_data / name, folder.path / name)
     run.config.write(folder.config)
     for inputs in job.inputs:
-        name = inputs.name
-        path = folder.classifier(name)
-        run.panels[name].save(path)
-        if name in held_out:
-            write_classifier_report(path, run.panels[name], held_out[name])
+        path, panel = folder.classifier(inputs.name), run.panels[inputs.name]
+        panel.save(path)
+        if inputs.name in held_out:
+            write_classifier_report(path, panel, held_out[inputs.name])
         for page, content in inputs.pages.items():
             with atomic(path / page) as temporary:
                 temporary.write_bytes(content)
@@ -237,14 +188,9 @@ def write_start(
 
 
 def finish_training(run: Run, folder: RunFolder, phase: Phase) -> dict[str, Any]:
-    """Train a run whose folder has p̂, from its last checkpoint; certify and report it.
+    """Train a run whose folder has p̂, from its last checkpoint; certify and report it; return metrics.json.
 
-    Returns:
-        The contents of metrics.json.
-
-    Raises:
-        Interrupted: by a signal; what is needed to go on is saved.
-        OSError: what cannot be written, and what to do.
+    What is needed to go on is saved at an interruption or an OSError, and the message says how to.
     """
     advice = f"go on with: ctrl train --resume {folder}"
     try:
@@ -270,8 +216,7 @@ def train_and_report(run: Run, folder: RunFolder, phase: Phase, tracking: Tracki
 
     def report() -> dict[str, Any]:
         metrics = RunMetrics.from_run(run, measurements, records, start)
-        values = metrics.as_dict()
-        write_json(folder.metrics, values)
+        write_json(folder.metrics, values := metrics.as_dict())
         for group in ("ctrl", "certificate"):
             tracking.log_metrics({f"{group}/{key}": v for key, v in values[group].items() if isinstance(v, float)})
         write_report(folder, run, metrics, measurements, pictures, records, start.command)
@@ -284,16 +229,11 @@ def train_and_report(run: Run, folder: RunFolder, phase: Phase, tracking: Tracki
 def resume_job(
     folder: str | Path, command: str | None = None, phase: Phase = silent, trust: bool = False
 ) -> dict[str, Any]:
-    """Resume an interrupted run, with the results it would have had; a finished one stays as it is.
+    """Resume an interrupted run, with the results it would have had, or leave a finished one; return metrics.json.
 
     Args:
         folder: of the run.
-        command: what the user typed, for the report if p̂ has still to be fitted.
-        phase: told of progress.
-        trust: run code that its files name.
-
-    Returns:
-        The contents of metrics.json.
+        command, phase, trust: see `JobOptions`.
 
     Raises:
         ValueError: there is no run in it, another job is at it, or what it needs is not as it was.
@@ -306,7 +246,7 @@ def resume_job(
     def reserve() -> tuple[dict[str, Any] | None, bool]:
         """Lock the folder; return the metrics of a finished run, and whether training has begun."""
         check_writable(folder.path)
-        stack.enter_context(folder.lock())
+        stack.enter_context(locked(folder.path))
         if folder.is_finished:
             folder.clear_checkpoint()  # which a kill may have left half removed
             return folder.read_metrics(), True
