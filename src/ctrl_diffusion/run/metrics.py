@@ -33,17 +33,17 @@ class SweepPoint:
 class RunMetrics:
     """Hold the contents of metrics.json, which docs/report.md explains."""
 
-    accuracy_by: str
-    controls: dict[str, Any] | None
+    accuracy_by: str  # "ruler" or "judge", which measured y
+    controls: dict[str, Any] | None  # only of several
     prior: dict[str, Any]
     target: dict[str, Any]
     ctrl: dict[str, Any]
     certificate: dict[str, Any]
     scale: dict[str, dict[str, float]] | None
-    dependence: dict[str, Any] | None
-    training: dict[str, Any]
+    dependence: dict[str, Any] | None  # of the labels of two controls, if images have both
+    training: dict[str, Any]  # the kept control, and the last record of each stage
     sweep: dict[str, list[SweepPoint]]
-    classifier: dict[str, Any]
+    classifier: dict[str, Any]  # the held-out report of p̂, of several controls by their names
     labels: dict[str, int]
     seconds: dict[str, float]
     versions: dict[str, str]

@@ -235,7 +235,8 @@ class Run:
             ValueError: c or y out of range, of different lengths, or c missing or not wanted; too few paths count for
                 an exact sample.
         """
-        if (c is None) != ((classes := self.prior.classes) is None):
+        classes = self.prior.classes
+        if (c is None) != (classes is None):
             wants = "is unconditional: leave c out" if classes is None else f"needs c, classes 0 … {classes - 1}"
             raise ValueError(f"this prior {wants}.")
         if not isinstance(y, dict) and len(self.names) > 1:

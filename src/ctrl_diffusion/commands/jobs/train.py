@@ -164,7 +164,8 @@ def fit_panels(
         )  # fmt: skip
         return panel.to("cpu")
 
-    return {i.name: i.panel or ranks.broadcast(partial(fit, i)).to(device) for i in job.inputs}, held_out
+    panels = {inputs.name: inputs.panel or ranks.broadcast(partial(fit, inputs)).to(device) for inputs in job.inputs}
+    return panels, held_out
 
 
 def write_start(
