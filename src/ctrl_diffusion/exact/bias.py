@@ -42,7 +42,6 @@ from .races import LR, learn
 from .task import Answers, Task, new_policy
 
 FEW, MANY = 500, 20_000  # labelled examples
-PARTICLES = (4, 16, 64)
 SPACING = 1.2  # of the lattices: at 0.7 a hundred steps say the same and take several times as long
 SIDE, REACH, RAREST = 0.4, 2.8, 5.0  # of the cells and of their grid; the fewest samples a cell should expect
 BATCH = 8192  # paths drawn at once
@@ -54,7 +53,7 @@ FLOOR, PLUG_IN, LEARNER = "best Gaussian steps", "exact classifier guidance", "C
 class Size:
     """Set the amount of work; more updates on few labels would overfit them."""
 
-    particles: tuple[int, ...] = PARTICLES
+    particles: tuple[int, ...] = (4, 16, 64)
     samples: int = 3000  # that are counted
     updates: tuple[int, int] = (400, 1600)  # on few and on many labels
     epochs: int = 100  # of p̂
@@ -172,11 +171,9 @@ def selecting_samplers(task: Task, particles: tuple[int, ...]) -> list[Sampler]:
 
 
 class Histogram:
-    """Count samples on a square grid whose cells hold known shares of the target; rare cells count as one.
+    """Count samples on a square grid whose cells hold known shares of samples x_0 (n, 2) of the target.
 
-    Args:
-        x_0: (n, 2), samples of the target.
-        least: share of a cell that counts by itself.
+    All cells with less than the share `least` count as one.
     """
 
     def __init__(self, x_0: Tensor, least: float) -> None:
@@ -199,17 +196,12 @@ class Histogram:
 
 
 def counted_kl(count: Tensor, share: Tensor, samples: float = float("inf")) -> tuple[float, float]:
-    """Return the KL in nats of the distribution that counts (m,) were drawn from, and its standard error.
+    """Return the KL in nats from share q (m,) of what counts (m,) of cells were drawn from, and its standard error.
 
     The mean of Σ f log(f/q) is too large by (m − 1)/(2 n), half of a chi-square of the occupied cells over n (Miller
-    1955), and by as much for the samples that q itself was counted in. The variance is that of log(f/q) over n plus,
+    1955), and by as much for the `samples` that q itself was counted in. The variance is that of log(f/q) over n plus,
     which is left at f = q, a quarter of the chi-square's over n², (m − 1)/(2 n²); from counts the first comes out too
     large by twice the second.
-
-    Args:
-        count: of samples in each cell.
-        share: q (m,), what the KL is from.
-        samples: that q was counted in.
     """
     n, occupied = int(count.sum()), count > 0
     f, over = count[occupied].double() / n, int(occupied.sum()) - 1

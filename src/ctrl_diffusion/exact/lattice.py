@@ -32,13 +32,7 @@ REACH = 5.0  # of a lattice beyond the radius of the data, in standard deviation
 
 
 class Lattice:
-    """Hold the points of a square lattice around 0, float64.
-
-    Args:
-        half: the last point lies at least here on every axis.
-        spacing: of the points.
-        dim: 1 or 2.
-    """
+    """Hold the points of a square lattice of 1 or 2 dimensions around 0 that reaches at least to ±half; float64."""
 
     def __init__(self, half: float, spacing: float, dim: int) -> None:
         n = math.ceil(half / spacing)
@@ -90,16 +84,10 @@ class Outcome:
 
 
 class LatticeChain:
-    """Compute a prior's chain on lattices.
+    """Compute the chain of a prior of D ≤ 2 dimensions in float64 on lattices, under one row of conditions.
 
-    Args:
-        prior: of D ≤ 2 dimensions, in float64.
-        times: the chain's grid.
-        radius, spread: x_0 lies within `radius` of 0 on any axis, but for a normal error of std `spread`.
-        eta: churn, positive.
-        cond: the prior's conditions, one row each.
-        spacing: of the lattices, in standard deviations of the steps; at 1.2 a sum is an integral to 2e-6, in a third
-            of the points.
+    x_0 lies within `radius` of 0 on any axis, but for a normal error of std `spread`. The spacing is in standard
+    deviations of the steps; at 1.2 a sum is an integral to 2e-6, in a third of the points. Eta must be positive.
     """
 
     def __init__(
@@ -242,12 +230,7 @@ def best_mean(lattice: Lattice, value: Tensor, pre: Gaussian) -> Tensor:
 
 
 class Tabulated(Denoiser):
-    """Interpolate a policy that is known on a chain's lattices: it shifts x̂ at each state of the chain.
-
-    Args:
-        chain: the chain; its condition is part of the policy.
-        steps: from every point of each lattice.
-    """
+    """Interpolate a policy whose steps from every point of a chain's lattices are known: it shifts x̂ at each state."""
 
     def __init__(self, chain: LatticeChain, steps: list[Gaussian]) -> None:
         super().__init__()

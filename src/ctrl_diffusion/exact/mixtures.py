@@ -20,7 +20,7 @@ from ..chain.schedule import Schedule, per_sample
 
 
 class GaussianMixture(Denoiser):
-    """Denoise by a mixture of Gaussians with one covariance as the prior.
+    """Denoise with a mixture of K Gaussians of one covariance as the prior.
 
     Args:
         means: (K, D).
@@ -84,11 +84,7 @@ class GaussianMixture(Denoiser):
 
 
 class ComponentLabel:
-    """Label x by the component of a mixture that it came from: nearly deterministic if they lie apart.
-
-    Args:
-        mixture: without conditions.
-    """
+    """Label x by the component of a mixture, without conditions, that it came from."""
 
     def __init__(self, mixture: GaussianMixture) -> None:
         self.mixture, self.classes = mixture, len(mixture.means)
@@ -99,13 +95,7 @@ class ComponentLabel:
 
 
 class Logistic:
-    """Label x by a soft half-space: p(y = 1 | x) = sigmoid(steepness · (direction·x − offset)).
-
-    Args:
-        direction: (D,).
-        offset: where both classes are equally likely.
-        steepness: of the border.
-    """
+    """Label x by a soft half-space: p(y = 1 | x) = sigmoid(steepness · (direction·x − offset))."""
 
     classes = 2
 
@@ -119,13 +109,7 @@ class Logistic:
 
 
 class LinearGaussian:
-    """Measure y = direction·x + std · noise, a continuous y with K values of interest: p(y | x) is a density.
-
-    Args:
-        direction: (D,).
-        values: (K,), the values of y.
-        std: of y given x.
-    """
+    """Measure y = direction·x + std · noise, a continuous y with values (K,) of interest: p(y | x) is a density."""
 
     def __init__(self, direction: Tensor, values: Tensor, std: float) -> None:
         self.direction, self.values, self.std, self.classes = direction, values, std, len(values)

@@ -56,16 +56,7 @@ def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> 
 def learn(
     name: str, task: Task, seed: int = 0, effort: float = 1.0, phase: Phase = silent, policy: Policy | None = None
 ) -> Policy:
-    """Train the policy of an entry of the race.
-
-    Args:
-        name: of ENTRIES.
-        task: what to learn.
-        seed: of everything random.
-        effort: share of the learner's updates.
-        phase: receives progress.
-        policy: to train on, in place; None for an untrained one.
-    """
+    """Train a policy, in place or a new one, as an entry of the race, by a share `effort` of its updates."""
     policy, generator = policy or new_policy(task, seed), stream(seed, "learn")
     for learner, updates in stages(name, task, effort, generator):
         advance = phase(f"{name}, {task.schedule}, {task.likelihood}, γ = {task.gamma:g}", updates)
@@ -111,15 +102,10 @@ class Picture:
 def race(
     task: Task, name: str, answers: Answers | None, seed: int = 0, effort: float = 1.0, phase: Phase = silent
 ) -> tuple[dict[str, Any], Picture | None]:
-    """Train an entry on a task and measure it.
+    """Train an entry on a task and measure it, exactly where the task has answers (D ≤ 2).
 
-    Args:
-        task, name, seed, effort, phase: see `learn`.
-        answers: of the task; None where D > 2.
-
-    Returns:
-        A row by the names of exact.json, None for what is unknown where D > 2; and the picture of the last pair's last
-        states, which the energy test is of, too.
+    Return a row by the names of exact.json, None for what is unknown where D > 2; and the picture of the last pair's
+    last states, which the energy test is of, too.
     """
     begin = time.perf_counter()
     policy = learn(name, task, seed, effort, phase)
@@ -150,9 +136,8 @@ def energy_test(
 ) -> tuple[float, float]:
     """Test whether two samples (n, *) and (m, *) come from one distribution (Székely & Rizzo 2004).
 
-    Returns:
-        The energy distance 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖ (V-statistic, so never negative), and the p-value: the
-        share of random relabellings, with the actual one, that make it at least as large.
+    Return the energy distance 2 E‖x − y‖ − E‖x − x'‖ − E‖y − y'‖ (V-statistic, so never negative), and the p-value: the
+    share of random relabellings, with the actual one, that make it at least as large.
     """
     both, n = torch.cat([x, y]).flatten(1).double(), len(x)
     distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist")

@@ -19,15 +19,8 @@ class SideControl(Control):
     """Control a prior without a network to adapt (a closed form, a plain callable) by a network beside it.
 
     x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y) with f = 0 at first and for a null y; x̂_pre includes the controls attached
-    before. The exact shift is σ_t²/α_t ∇ log h(x_t), so f is of order one at every t.
-
-    Args:
-        name: the label's name.
-        values: what the user calls the classes, in order.
-        denoiser: the prior.
-        conditions: how many conditions c the prior has.
-        width: hidden units.
-        seed: of the initial weights.
+    before. The exact shift is σ_t²/α_t ∇ log h(x_t), so f is of order one at every t. The prior has a number of
+    `conditions` c; f is a network of `width` hidden units.
     """
 
     def __init__(

@@ -82,12 +82,7 @@ GROWING = Task("flow", "linear-Gaussian")  # the task whose dimensions and steps
 
 
 class Answers:
-    """Answer exactly, on lattices (D ≤ 2), for every pair (c, y) of a task.
-
-    Args:
-        task: the task.
-        spacing: of the lattices, see `LatticeChain`.
-    """
+    """Answer exactly, on lattices (D ≤ 2), for every pair (c, y) of a task."""
 
     def __init__(self, task: Task, spacing: float = SPACING) -> None:
         self.task, self.conditions = task, task.conditions
@@ -133,11 +128,7 @@ class Answers:
 
 
 class Doubled(Denoiser):
-    """Call a policy in single precision from double precision.
-
-    Args:
-        policy: the policy, or another denoiser that takes labels.
-    """
+    """Call a policy, or another denoiser that takes labels, in single precision from double precision."""
 
     def __init__(self, policy: Denoiser) -> None:
         super().__init__()
@@ -151,7 +142,5 @@ class Doubled(Denoiser):
 def new_policy(task: Task, seed: int = 0) -> Policy:
     """Make a policy of the prior with untrained controls, which is still the prior."""
     prior, sizes = task.prior(), task.conditions.controls
-    controls = [
-        SideControl(name, tuple(map(str, range(size))), prior, conditions=2, seed=seed) for name, size in sizes.items()
-    ]
-    return Policy(prior, *controls)
+    values = {name: [str(y) for y in range(size)] for name, size in sizes.items()}
+    return Policy(prior, *(SideControl(name, values[name], prior, conditions=2, seed=seed) for name in values))
