@@ -180,7 +180,6 @@ class LoRAControl(Control):
         return {f"{component}.{key}": scale * p if "lora_B" in key else p for key, p in self._state().items()}
 
     def save(self, folder: str | Path) -> None:
-        """Write `control.safetensors` and `control.json` into the folder."""
         tensors = {f"adapter.{key}": value for key, value in self._state().items()}
         write_tensors(Path(folder) / "control.safetensors", {**tensors, "table": self.table.weight})
         arguments = {key: getattr(self, key) for key in ("name", "values", "rank", "scale", "alpha", "targets")}

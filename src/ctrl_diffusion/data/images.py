@@ -65,7 +65,6 @@ class Images:
 
     @property
     def shape(self) -> torch.Size:
-        """(n, C, H, W)."""
         height, width, channels = self.pixels.shape[1:]
         return torch.Size((len(self.rows), channels, height, width))
 

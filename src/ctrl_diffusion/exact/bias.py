@@ -196,7 +196,7 @@ class Histogram:
 
 
 def counted_kl(count: Tensor, share: Tensor, samples: float = float("inf")) -> tuple[float, float]:
-    """Return the KL in nats from share q (m,) of what counts (m,) of cells were drawn from, and its standard error.
+    """Return the KL in nats from the `share` q (m,) of what cell counts (m,) were drawn from, and its standard error.
 
     The mean of Σ f log(f/q) is too large by (m − 1)/(2 n), half of a chi-square of the occupied cells over n (Miller
     1955), and by as much for the `samples` that q itself was counted in. The variance is that of log(f/q) over n plus,
@@ -214,8 +214,8 @@ def counted_kl(count: Tensor, share: Tensor, samples: float = float("inf")) -> t
 def row_of(name: str, common: dict[str, Any], cost: Cost | None = None, **values: Any) -> dict[str, Any]:
     """Return a row by the names of bias.json, None for what is unknown or does not apply."""
     blank = dict.fromkeys(("particles", "labels", "gap_nats"))
-    order = ("network_evaluations", "gradient_evaluations", "classifier_evaluations", "classifier_gradients")
-    costs = {figure: cost and getattr(cost, figure) for figure in order}
+    figures = ("network_evaluations", "gradient_evaluations", "classifier_evaluations", "classifier_gradients")
+    costs = {figure: cost and getattr(cost, figure) for figure in figures}
     return {"method": name, **common, **blank, **values, **costs}
 
 
