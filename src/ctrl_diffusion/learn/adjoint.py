@@ -1,6 +1,6 @@
 """Match adjoints: regress the control on the gradient of its own value-to-go (Domingo-Enrich et al. 2025).
 
-Roll out the policy without a graph. With V_i the value-to-go of the policy along a path, the noise z held fixed,
+With V_i the value-to-go of the policy along a path that was rolled out without a graph, the noise z held fixed,
 
     V_i(x_i) = V_{i+1}(mean_g(x_i) + std_i z_i) − ½‖u_i(x_i)‖² − u_i(x_i)·z_i,      V_N(x_N) = r(x_0(x_N)),
 
@@ -14,8 +14,7 @@ path from x_i in the limit of small steps, and so is its gradient (sticking the 
 The *lean* adjoint of the paper drops all terms in u, a_i = (∂mean_pre,i/∂x_i)ᵀ a_{i+1}: half the cost of a rollout, the
 optimum only in the limit of small steps, and several times the variance when p̂ is steep (docs/lab-notes.md).
 
-Adjoints are heavy-tailed, so each is clipped per sample and per step: under one clip of the batch's gradient a few
-paths would dominate the update.
+Adjoints are heavy-tailed: each is clipped per sample and step, else a few paths would dominate the update.
 """
 
 import math
@@ -60,17 +59,11 @@ def adjoints_of(
     policy: Policy, path: Trajectory, reward_gradient: Tensor, labels: Labels, cond: dict[str, Tensor],
     eta: float = 1.0, clip: float = float("inf"), lean: bool = False,
 ) -> Adjoints:  # fmt: skip
-    """Carry the reward's gradient back along a path of the policy.
+    """Carry a_N (B, *), the reward's gradient at the last state, back along a path of the policy.
 
-    Args:
-        policy, path, labels, cond: N steps of B samples, and the policy that drew them.
-        reward_gradient: a_N (B, *), the gradient of the reward at the last state.
-        eta: churn.
-        clip: largest norm of std_i a_{i+1}, the control that one sample may demand of a step.
-        lean: go back through the prior's chain only, without the terms in u.
+    `clip` bounds the norm of std_i a_{i+1}; `lean` goes back through the prior's chain only, without the terms in u.
     """
-    a, adjoints, means, longer = reward_gradient, [], [], []
-    steps = len(path.times) - 1
+    a, adjoints, means, longer, steps = reward_gradient, [], [], [], len(path.times) - 1
 
     def back(i: int) -> Tensor | None:
         """Return the adjoint one step earlier; the graph that float16 keeps for a second try ends with the call."""
@@ -84,26 +77,23 @@ def adjoints_of(
         if i == 0:
             return None
         if lean:
-            value = (pre.mean * clipped).sum()
-        else:
-            step = transition(policy, x_t, t, s, eta, labels=labels, **cond)
-            u = step.control(pre)
-            value = (step.mean * clipped).sum() - half_square(u).sum() - (u * path.z[i].to(u.device)).sum()
+            return gradient_at(policy, (pre.mean * clipped).sum(), x_t)
+        step = transition(policy, x_t, t, s, eta, labels=labels, **cond)
+        u = step.control(pre)
+        value = (step.mean * clipped).sum() - half_square(u).sum() - (u * path.z[i].to(u.device)).sum()
         return gradient_at(policy, value, x_t)
 
     for i in reversed(range(steps)):
         with torch.set_grad_enabled(i > 0):  # a_0 is not needed
             a = back(i)
-    clipped = sum(torch.stack(longer).cpu().tolist()) / steps
-    return Adjoints(torch.stack(adjoints[::-1]), torch.stack(means[::-1]), clipped)
+    share = sum(torch.stack(longer).cpu().tolist()) / steps
+    return Adjoints(torch.stack(adjoints[::-1]), torch.stack(means[::-1]), share)
 
 
 class Adjoint(Revisiting):
     """Learn by adjoint matching; arguments as of `Revisiting`, adjoints and means are kept with the paths."""
 
     class Settings(LearnerSettings):
-        """Declare what can be set."""
-
         kept_states: ClassVar[int] = 4  # states and noise; adjoints and the prior's means
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
@@ -111,7 +101,7 @@ class Adjoint(Revisiting):
         regressed: int = Field(5, ge=1)  # steps of each path that one update regresses
         reuse: int = Field(4, ge=1)  # updates from one rollout
         clip: float = Field(10.0, gt=0)  # largest norm of std_i a_{i+1}, the control one sample may demand of a step
-        lean: bool = False
+        lean: bool = False  # go back through the prior's chain only
 
         def rows_kept(self, micro: int | None) -> int:
             # regressed steps of the policy; or one step of prior and policy, as the adjoint is carried back
@@ -128,11 +118,10 @@ class Adjoint(Revisiting):
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
-        settings = self.settings
-        transitions = settings.regressed * self.batch  # of an update, on all ranks
+        transitions = self.settings.regressed * self.batch  # of an update, on all ranks
         while True:
             rollout, rewards, (adjoints, means, clipped) = self.roll_out(policy, reward, conditions, generator)
-            for visit in self.visits(settings.regressed, generator):
+            for visit in self.visits(self.settings.regressed, generator):
                 at = visit.step, visit.row
                 step = revisit(policy, rollout, visit, self.eta)
                 u = (step.mean - means[at].to(policy.device)) / step.std
@@ -152,11 +141,11 @@ class Adjoint(Revisiting):
             with torch.no_grad():
                 batches = list(self.fresh_paths(policy, conditions, generator, read=False))  # read out below
             for path, _, labels, cond in batches:
-                earned, gradient = reward_gradient(policy, path, reward, labels, cond)
+                r, gradient = reward_gradient(policy, path, reward, labels, cond)
                 result = adjoints_of(policy, path, gradient, labels, cond, self.eta, settings.clip, settings.lean)
-                rewards.append(earned)
+                rewards.append(r)
                 adjoints.append(result.adjoints.to(device))
                 means.append(result.means.to(device))
-                clipped += result.clipped * len(earned)
+                clipped += result.clipped * len(r)
         joined = Adjoints(torch.cat(adjoints, dim=1), torch.cat(means, dim=1), clipped / self.batch)
         return Rollout.from_parts(batches), torch.cat(rewards), joined

@@ -29,8 +29,6 @@ class Backprop(OnPolicy):
     """Learn by backpropagation, one rollout an update; arguments as of `OnPolicy`."""
 
     class Settings(LearnerSettings):
-        """Declare what can be set."""
-
         kept_states: ClassVar[int] = 2  # states and noise
         updates: int = Field(200, ge=1)
         batch: int = Field(64, ge=1)
@@ -47,8 +45,7 @@ class Backprop(OnPolicy):
     ) -> Iterator[Step]:
         first = max(0, self.steps - (self.settings.through or self.steps))  # the state that the reward stops at
         stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]
-        # of the last update; how many gradients were clipped is known after the backward pass, so it is logged with
-        # the next update
+        # which gradients were clipped is known after the backward pass, so it is logged with the next update
         clipped = [] if carried is None else carried
 
         def at_state(i: int, x_t: Tensor) -> Tensor:
@@ -67,9 +64,8 @@ class Backprop(OnPolicy):
         while True:
             rows, share = 0, self.weight * float(torch.cat(clipped).float().mean()) if clipped else 0.0
             clipped.clear()
-            for path, pair, labels, cond in self.fresh_paths(
-                policy, conditions, generator, compare=True, at_state=at_state
-            ):
+            batches = self.fresh_paths(policy, conditions, generator, compare=True, at_state=at_state)
+            for path, pair, labels, cond in batches:
                 rewards, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
                 check_gradient(rewards)
                 rows += len(pair)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,17 +25,14 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 @dataclass
 class Update:
-    """Say what one update did.
-
-    `state`, to be called before the next update, returns what `fit` needs to continue from here, by name. It is None
-    while the learner has paths left to use.
-    """
+    """Say what one update did."""
 
     number: int  # from 1
     loss: float  # in nats
     gradient_norm: float
     metrics: dict[str, float]  # the learner's
     skipped: int = 0  # updates so far that were left out because they were not finite
+    # called before the next update, returns what `fit` continues from; None while the learner has paths left to use
     state: Callable[[], dict[str, Tensor]] | None = None
 
 
@@ -48,8 +44,7 @@ def fit(
 
     Args:
         policy: its control parameters are trained in place.
-        steps: the learner's stream.
-        updates: how many to take.
+        steps, updates: the learner's stream, and how many updates to take from it.
         lr: peak learning rate per parameter group ("embedding", "adapter").
         ema_decay: of the averaged weights that are kept at the end.
         warmup: updates of linear warm-up; the rest decays as a cosine.
@@ -58,9 +53,8 @@ def fit(
         begin: the state of an earlier update to continue from; `steps` are those that come after it.
 
     An update whose loss or gradient is not finite is left out and counted. In float16 the loss is scaled up; where only
-    the gradient is too large, the scale is lowered instead.
-
-    Ranks begin with rank 0's weights and step on the sum of their losses (`ranks`), so that they stay alike.
+    the gradient is too large, the scale is lowered instead. Ranks begin with rank 0's weights and step on the sum of
+    their losses (`ranks`), so that they stay alike.
 
     Raises:
         FloatingPointError: too many in a row were not finite; the weights keep their last good values.
@@ -68,9 +62,9 @@ def fit(
     ranks.state()  # before accelerate decides by itself: without CUDA it would take this for the only process
     # everything is where the policy is, and in the policy's own precision, whatever accelerate is set up for
     accelerator = Accelerator(device_placement=False, mixed_precision="no")
-    weights, skips, number = Weights(policy, accelerator, ema_decay), Skips(max_skipped), 0
+    weights, number, skipped, in_a_row = Weights(policy, accelerator, ema_decay), 0, 0, 0
     if begin:
-        number, weights.ema.optimization_step, skips.total, skips.in_a_row = begin["counts"].tolist()
+        number, weights.ema.optimization_step, skipped, in_a_row = begin["counts"].tolist()
         weights.load(begin)
     if ranks.world_size() > 1:
         policy.restore(ranks.broadcast(lambda: [value.cpu() for value in policy.snapshot()]))
@@ -81,15 +75,22 @@ def fit(
         if math.isfinite(loss) and math.isfinite(norm):
             i = weights.ema.optimization_step  # updates that were taken
             factor = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
-            weights.step({kind: rate * factor for kind, rate in lr.items()})
-            skips.in_a_row = 0
+            for group in weights.optimizer.param_groups:
+                group["lr"] = lr[group["name"]] * factor
+            weights.optimizer.step()
+            weights.ema.step(weights.parameters)
+            in_a_row = 0
         elif math.isfinite(loss) and loss_scale(policy) > 1:  # too large for float16: this update is left out
             policy.prior.loss_scale = max(1.0, loss_scale(policy) / 16)
         else:
-            skips.count(number, loss, norm, whole)
+            skipped, in_a_row = skipped + 1, in_a_row + whole
+            if in_a_row > max_skipped:
+                name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+                before = f", as in {in_a_row - 1} batches before it" if in_a_row > 1 else ""
+                raise FloatingPointError(f"the {name} of update {number} is {value}{before}. Lower the learning rate.")
         weights.optimizer.zero_grad()
-        counts = [number, weights.ema.optimization_step, skips.total, skips.in_a_row]
-        yield Update(number, loss, norm, metrics, skips.total, partial(weights.state, counts) if whole else None)
+        counts = [number, weights.ema.optimization_step, skipped, in_a_row]
+        yield Update(number, loss, norm, metrics, skipped, partial(weights.state, counts) if whole else None)
     weights.ema.copy_to(weights.parameters)
 
 
@@ -97,18 +98,10 @@ class Weights:
     """Hold the trained weights with their averages and AdamW's moments."""
 
     def __init__(self, policy: Policy, accelerator: Accelerator, ema_decay: float) -> None:
-        groups, self.policy, self.parameters = policy.parameter_groups(), policy, policy.trainable()
-        members = [{"params": group} for group in groups.values()]
-        adamw = torch.optim.AdamW(members, betas=(0.9, 0.99), weight_decay=0.0)
-        self.groups, self.optimizer = tuple(groups), accelerator.prepare(adamw)
+        self.policy, self.parameters = policy, policy.trainable()
+        groups = [{"name": name, "params": group} for name, group in policy.parameter_groups().items()]
+        self.optimizer = accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0))
         self.ema = EMAModel(self.parameters, decay=ema_decay, use_ema_warmup=True, power=0.75)
-
-    def step(self, lr: dict[str, float]) -> None:
-        """Take a step with a learning rate for each group, and average."""
-        for name, group in zip(self.groups, self.optimizer.param_groups, strict=True):
-            group["lr"] = lr[name]
-        self.optimizer.step()
-        self.ema.step(self.parameters)
 
     def state(self, counts: list[int]) -> dict[str, Tensor]:
         """Copy everything by name, with counts."""
@@ -129,33 +122,13 @@ class Weights:
                 self.optimizer.state[p] = dict(zip(MOMENTS, (step, *(m.to(p.device) for m in moments)), strict=True))
 
 
-@dataclass
-class Skips:
-    """Count the updates that are left out because they are not finite."""
+def accumulate(
+    policy: Policy, steps: Iterator[Step], accelerator: Accelerator
+) -> tuple[float, dict[str, float], bool] | None:
+    """Add up the gradients of an update, over parts and ranks; return its loss, metrics and `whole` as in `Step`.
 
-    most: int  # batches of paths in a row
-    total: int = 0  # updates
-    in_a_row: int = 0  # batches of paths
-
-    def count(self, number: int, loss: float, norm: float, whole: bool) -> None:
-        """Count an update, the last of its paths if `whole`; raise FloatingPointError if there are too many."""
-        self.total, self.in_a_row = self.total + 1, self.in_a_row + whole
-        if self.in_a_row > self.most:
-            name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-            before = f", as in {self.in_a_row - 1} batches before it" if self.in_a_row > 1 else ""
-            raise FloatingPointError(f"the {name} of update {number} is {value}{before}. Lower the learning rate.")
-
-
-class Gradient(NamedTuple):
-    """Hold the loss in nats and the metrics of an update whose gradient is in the parameters; `whole` as in `Step`."""
-
-    loss: float
-    metrics: dict[str, float]
-    whole: bool
-
-
-def accumulate(policy: Policy, steps: Iterator[Step], accelerator: Accelerator) -> Gradient | None:
-    """Add up the gradients of the parts of an update, over all ranks; return None if the stream has ended."""
+    None if the stream has ended.
+    """
     parts: list[dict[str, float | Tensor]] = []
     for step in steps:
         accelerator.backward(loss_scale(policy) * step.loss)  # finite or not: a check would wait for the device
@@ -167,13 +140,11 @@ def accumulate(policy: Policy, steps: Iterator[Step], accelerator: Accelerator) 
     sums: Counter[str] = Counter()
     for part in parts:
         sums.update({name: float(value) for name, value in part.items()})  # a Counter adds up
-    metrics = ranks.all_reduce_metrics(sums)
-    loss = metrics.pop("")
-    parameters = policy.trainable()
+    metrics, parameters = ranks.all_reduce_metrics(sums), policy.trainable()
     ranks.all_reduce_gradients(parameters)
     ranks.reshard(policy)
     if loss_scale(policy) != 1.0:
         for p in parameters:
             if p.grad is not None:
                 p.grad /= loss_scale(policy)
-    return Gradient(loss, metrics, step.whole)
+    return metrics.pop(""), metrics, step.whole

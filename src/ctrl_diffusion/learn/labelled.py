@@ -1,8 +1,8 @@
 """Regress the denoiser on labelled data, with no classifier, as classifier-free guidance is trained.
 
-Noise the labelled x_0 and regress the denoiser under their labels, ½‖(x̂(x_t, c, y) − x_0)/σ_t‖² at the times of the
-chain. Labels are dropped at random (Ho & Salimans 2022, algorithm 1) so that one policy serves every choice of
-controls; each row keeps one, as the policy of no label at all is the frozen prior, where there is nothing to learn.
+The loss is ½‖(x̂(x_t, c, y) − x_0)/σ_t‖² at the times of the chain. Labels are dropped at random (Ho & Salimans 2022,
+algorithm 1) so that one policy serves every choice of controls; each row keeps one, as the policy of no label at all is
+the frozen prior, where there is nothing to learn.
 """
 
 from collections.abc import Iterator
@@ -12,15 +12,13 @@ import torch
 from torch import Generator, Tensor
 
 from ..chain.rollout import Times
-from ..chain.rows import parts, rows_of
-from ..chain.schedule import per_sample
-from ..chain.transition import half_square
+from ..chain.rows import rows_of
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..data.labels import NULL, Labels
 from ..reward.reward import Reward
 from ..system import ranks
-from .step import Step, renoised
+from .step import Step, regression
 
 
 @dataclass
@@ -52,11 +50,7 @@ class Labelled:
             row = torch.randint(len(self.x_0), (self.batch,), generator=generator)
             labels, row = rows_of(self.drop_labels(rows_of(self.labels, row), generator), share), row[share]
             cond, x_0 = rows_of(self.cond, row), self.x_0[row].to(policy.device)
-            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator, self.batch)
-            for rows in parts(len(row), self.micro):
-                x_hat = policy(x_t[rows], times[rows], labels=rows_of(labels, rows), **rows_of(cond, rows))
-                loss = half_square((x_hat - x_0[rows]) / per_sample(sigma[rows], x_hat)).sum()
-                yield Step(loss / self.batch, last=rows.stop == len(row))
+            yield from regression(policy, x_0, labels, cond, self, generator)
 
     def drop_labels(self, labels: Labels, generator: Generator) -> Labels:
         """Set labels to null at random, but not all of a row."""

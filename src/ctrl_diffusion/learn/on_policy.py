@@ -37,9 +37,7 @@ class Rollout(NamedTuple):
 class OnPolicy(Learner):
     """Share what learners on the policy's own paths need; a batch is the paths of a rollout.
 
-    Args:
-        times, batch, options: see `Learner`.
-        eta: churn of the chain; must be positive, as u = (mean_g − mean_pre)/std.
+    Arguments as of `Learner`, and `eta`, the churn of the chain: positive, as u = (mean_g − mean_pre)/std.
     """
 
     def __init__(self, times: Times, batch: int | None = None, *, eta: float = 1.0, **options: Any) -> None:
@@ -50,7 +48,7 @@ class OnPolicy(Learner):
 
     @property
     def rows(self) -> slice:
-        """This rank's rows of the batch."""
+        """This rank's, of the batch."""
         return ranks.rank_rows(self.batch)
 
     @property
@@ -65,10 +63,7 @@ class OnPolicy(Learner):
     def fresh_paths(
         self, policy: Policy, conditions: Conditions, generator: torch.Generator, **options: Any
     ) -> Iterator[Rollout]:
-        """Yield this rank's paths of the policy from new noise, `micro` at a time; their noise does not depend on it.
-
-        Options are those of `rollout`.
-        """
+        """Yield this rank's new paths, `micro` at a time, which changes no noise; options as of `rollout`."""
         pair, shape = conditions.draw(self.batch, generator)[self.rows], (self.batch, *policy.shape)
         like = torch.empty(0, device=self.storage(policy))
         noises = [normal(shape, like, generator, self.rows) for _ in self.times]
@@ -97,8 +92,7 @@ class Revisiting(OnPolicy):
     def visits(self, share: int, generator: torch.Generator) -> Iterator[Visit]:
         """Yield the transitions of each update from a rollout, `micro` at a time.
 
-        Every path goes through its steps in a random order of its own, `share` of them an update: each step is visited
-        once before any is visited again, and an update sees all steps.
+        Every path goes through all its steps in a random order of its own, `share` of them an update, and then again.
         """
         order = torch.rand(self.steps, self.batch, generator=generator).argsort(0)[:, self.rows]
         for update in range(self.settings.reuse):

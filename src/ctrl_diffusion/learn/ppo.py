@@ -17,6 +17,7 @@ is optimal, in the limit of small steps: the noise vanishes as the policy improv
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -44,16 +45,12 @@ def surrogate(log_rho: Tensor, a: Tensor, clip: float) -> Tensor:
     return torch.minimum(rho * a, rho.clamp(1 - clip, 1 + clip) * a)
 
 
+@dataclass
 class Baseline:
-    """Keep running means of G for each step and pair.
+    """Keep running means (N, pairs) of G over rollouts, for each step and pair."""
 
-    Args:
-        momentum: of the average over rollouts.
-        mean: the means so far (N, pairs); None if there are none.
-    """
-
-    def __init__(self, momentum: float = 0.9, mean: Tensor | None = None) -> None:
-        self.momentum, self.mean = momentum, mean
+    momentum: float = 0.9
+    mean: Tensor | None = None
 
     def advantages(self, g: Tensor, pair: Tensor, pairs: int) -> Tensor:
         """Return G − b (N, B) for paths of pairs (B,), with the means before these paths; then update the means.
@@ -75,8 +72,6 @@ class PPO(Revisiting):
     """Learn by proximal policy optimisation; arguments as of `Revisiting`."""
 
     class Settings(LearnerSettings):
-        """Declare what can be set."""
-
         kept_states: ClassVar[int] = 2  # states and noise
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
@@ -99,7 +94,10 @@ class PPO(Revisiting):
         transitions = settings.surrogates * self.batch  # of an update, on all ranks
         baseline = Baseline(mean=carried[0] if carried else None)
         while True:
-            rollout, rewards = self.roll_out(policy, reward, conditions, generator)
+            with torch.no_grad(), policy.frozen():
+                batches = list(self.fresh_paths(policy, conditions, generator, compare=True))
+                rewards = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in batches])
+            rollout = Rollout.from_parts(batches)
             path, g = rollout.path, ranks.all_gather(rewards_to_go(rollout.path, rewards), dim=1)
             advantage = baseline.advantages(g, ranks.all_gather(rollout.pair), conditions.pairs)[:, self.rows]
             carried[:] = [baseline.mean]
@@ -112,16 +110,6 @@ class PPO(Revisiting):
                 beyond = (log_rho.detach().exp() - 1).abs() > settings.clip
                 metrics = {"clipped": beyond.float().sum() / transitions}
                 if visit.last:
-                    kl = self.weight * path.kl.sum(0).mean()
-                    metrics |= {"reward": self.weight * rewards.mean(), "kl": kl}
+                    metrics["reward"] = self.weight * rewards.mean()
+                    metrics["kl"] = self.weight * path.kl.sum(0).mean()
                 yield Step(-self.steps * (gain / transitions), metrics, visit.last, visit.whole)
-
-    @torch.no_grad()
-    def roll_out(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator
-    ) -> tuple[Rollout, Tensor]:
-        """Draw new paths; return them with their rewards (B,)."""
-        with policy.frozen():
-            batches = list(self.fresh_paths(policy, conditions, generator, compare=True))
-            rewards = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in batches])
-        return Rollout.from_parts(batches), rewards

@@ -12,18 +12,21 @@ from typing_extensions import Self
 
 from ..chain.noise import normal
 from ..chain.rollout import Times
-from ..chain.schedule import Schedule, per_sample
+from ..chain.rows import parts, rows_of
+from ..chain.schedule import per_sample
+from ..chain.transition import half_square
 from ..control.conditions import Conditions
 from ..control.policy import Policy
+from ..data.labels import Labels
 from ..reward.reward import Reward
 from ..system import ranks
 from ..system.strict import Strict
 
 
 class Evaluations(NamedTuple):
-    """Count the network's evaluations for each sample of an update: forward alone, and forward with backward."""
+    """Count the network's evaluations for each sample of an update."""
 
-    forward: int
+    forward: int  # alone
     with_backward: int
 
 
@@ -54,16 +57,12 @@ class Step:
     """Hold a gradient step, or a part of it: a loss in nats to minimise and metrics to log.
 
     Both add up over parts and ranks, each of which has rows of its own, and are read once all parts are computed.
-
-    Args:
-        last: the step is taken after this part.
-        whole: no paths are left to use after this step: a stream that starts anew with the same generator and the same
-            `carried` continues with the same losses.
     """
 
     loss: Tensor
     metrics: dict[str, float | Tensor] = field(default_factory=dict)
-    last: bool = True
+    last: bool = True  # the step is taken after this part
+    # no paths are left to use after this step: a new stream with the same generator and `carried` continues alike
     whole: bool = True
 
 
@@ -72,17 +71,14 @@ Carried = list[Tensor] | None
 
 
 class Learner(ABC):
-    """Turn a policy, a reward and conditions into losses without end.
-
-    A learner is one file and one row of `table.LEARNERS`. Its `Settings` declare each setting once, with its default
-    and bounds.
+    """Turn a policy, a reward and conditions into losses without end: one file and one row of `table.LEARNERS`.
 
     Args:
         times: the chain's grid.
         batch: samples an update; None for the default of the settings.
         micro: samples that go through the network at once while a gradient is kept; None for all.
         offload: keep in CPU memory what several updates use, all but the rows of a micro-batch.
-        values: the other `Settings`, by name.
+        values: the other `Settings`, by name, which declare their defaults and bounds.
     """
 
     Settings: ClassVar[type[LearnerSettings]]
@@ -109,20 +105,27 @@ class Learner(ABC):
         """Yield losses without end."""
 
 
-class Noised(NamedTuple):
-    """Hold noised samples."""
+def regression(
+    policy: Policy, x_0: Tensor, labels: Labels, cond: dict[str, Tensor], learner: "Learner", generator: Generator,
+    learned_renoising: list[Tensor] | None = None,
+) -> Iterator[Step]:  # fmt: skip
+    """Regress x̂ on this rank's share x_0 (n, *) of a batch, noised at every step of the chain equally often.
 
-    x_t: Tensor  # (n, *)
-    t: Tensor  # (n,), float64
-    sigma: Tensor  # (n,), σ_t, float64
-
-
-def renoised(x_0: Tensor, times: Times, schedule: Schedule, generator: Generator, batch: int) -> Noised:
-    """Add noise to this rank's share x_0 (n, *) of a batch, at every step of a chain equally often."""
+    Yields ½‖(x̂ − x_0)/σ_t‖² in micro-batches; what controls that learned it make of re-noising is subtracted.
+    """
+    batch, times = learner.batch, learner.times
     steps, share = len(times) - 1, ranks.rank_rows(batch)
     offset = torch.rand((), generator=generator)
     position = torch.randperm(batch, generator=generator) + offset
     t = torch.tensor(times, dtype=torch.float64)[(position * steps / batch).long().clamp(max=steps - 1)][share]
-    alpha, sigma = schedule(t)
+    alpha, sigma = policy.schedule(t)
     noise = normal((batch, *x_0.shape[1:]), x_0, generator, share)
-    return Noised(per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise, t, sigma)
+    x_t = per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise
+    for rows in parts(len(x_0), learner.micro):
+        x, target, row_cond = x_t[rows], x_0[rows], rows_of(cond, rows)
+        inputs = {"labels": rows_of(labels, rows), **row_cond}
+        if learned_renoising is not None:
+            with torch.no_grad(), policy.holding(learned_renoising):
+                target = target - policy(x, t[rows], **inputs) + policy.prior(x, t[rows], **row_cond)
+        loss = half_square((policy(x, t[rows], **inputs) - target) / per_sample(sigma[rows], x)).sum()
+        yield Step(loss / batch, last=rows.stop == len(x_0))

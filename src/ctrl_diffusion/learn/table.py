@@ -13,11 +13,7 @@ LEARNERS: dict[str, type[Learner]] = {"weighted": Weighted, "adjoint": Adjoint, 
 
 
 def check_learners(names: list[str]) -> list[str]:
-    """Return the names; refuse one that no learner has.
-
-    Raises:
-        ValueError: with the nearest name and all of them.
-    """
+    """Return the names; raise ValueError, with the nearest name, for one that no learner has."""
     for name in names:
         if name not in LEARNERS:
             near = "".join(f" Did you mean {match}?" for match in get_close_matches(name, LEARNERS, 1))

@@ -20,14 +20,11 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 from ..chain.rollout import Times
-from ..chain.rows import parts, rows_of
-from ..chain.schedule import per_sample
-from ..chain.transition import half_square
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward, prior_table
 from ..system import ranks
-from .step import Carried, Evaluations, Learner, LearnerSettings, Step, renoised
+from .step import Carried, Evaluations, Learner, LearnerSettings, Step, regression
 
 RENOISING = "re-noising"  # the stage that learns what is subtracted
 
@@ -43,8 +40,6 @@ class Weighted(Learner):
     """
 
     class Settings(LearnerSettings):
-        """Declare what can be set."""
-
         updates: int = Field(700, ge=1)
         batch: int = Field(128, ge=1)
         lr_embedding: float = Field(5e-2, gt=0)
@@ -94,13 +89,4 @@ class Weighted(Learner):
             quantile = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[share]
             member = torch.searchsorted(cumulated[pair], quantile).squeeze(1).clamp(max=members - 1)
             x_0 = self.x_0[pair // conditions.classes * members + member].to(policy.device)
-            x_t, times, sigma = renoised(x_0, self.times, policy.schedule, generator, self.batch)
-            for rows in parts(len(pair), self.micro):
-                x, t, target = x_t[rows], times[rows], x_0[rows]
-                row_cond = rows_of(cond, rows)
-                inputs = {"labels": rows_of(labels, rows), **row_cond}
-                if self.learned_renoising is not None:
-                    with torch.no_grad(), policy.holding(self.learned_renoising):
-                        target = target - policy(x, t, **inputs) + policy.prior(x, t, **row_cond)
-                loss = half_square((policy(x, t, **inputs) - target) / per_sample(sigma[rows], x)).sum()
-                yield Step(loss / self.batch, last=rows.stop == len(pair))
+            yield from regression(policy, x_0, labels, cond, self, generator, self.learned_renoising)
