@@ -9,9 +9,8 @@ then averaged uniformly; J from paths of the policy by the mean of log w = r −
 whose spread vanishes at the optimum. log Z from the same paths (log-mean-exp of log w) is only a check: it is at least
 J and blind to modes that the policy misses.
 
-Standard errors of both log Z are by the delta method, Var[log Ẑ] ≈ Var[ŵ]/Z²: one pass over the samples, and equal to a
-bootstrap's (tests/evaluate/test_certificate.py) with some tens of effective samples. With fewer, no error estimate from
-the same samples can be trusted; for log Z of the prior a warning says so.
+Standard errors of both log Z are by the delta method, Var[log Ẑ] ≈ Var[ŵ]/Z²: equal to a bootstrap's with some tens of
+effective samples (tests/evaluate/test_certificate.py). With fewer, none from the same samples can be trusted.
 """
 
 import math
@@ -72,16 +71,9 @@ def log_mean_exp(a: Tensor, dim: int) -> Tensor:
 
 
 def log_z(table: Tensor) -> tuple[Tensor, float]:
-    """Estimate log Z per pair and the standard error of its mean, by the delta method.
-
-    Args:
-        table: (G, M, K), reward of every class on M samples of each of G conditions.
-
-    Returns:
-        log Z (G · K,) and the standard error of its uniform mean. The K classes of one condition share samples, so the
-        error is taken of their mean, sample by sample.
-    """
+    """Estimate log Z (G · K,) from rewards (G, M, K), and the standard error of its uniform mean."""
     z = log_mean_exp(table, dim=1)  # (G, K)
+    # the K classes of one condition share samples, so the error is taken of their mean, sample by sample
     influence = (table - z[:, None]).exp().mean(2)  # (G, M): d mean_k log Z / d sample
     stderr = (influence.var(1) / table.shape[1]).sum().sqrt() / len(table)
     return z.flatten(), float(stderr)
@@ -96,12 +88,8 @@ def tilt_kl(table: Tensor, gamma: float) -> float:
 def gamma_within(table: Tensor, budget: float, most: float) -> float:
     """Find the largest γ ≤ `most` whose target lies within a KL of `budget` nats of the prior.
 
-    The KL grows with γ, so the target with that γ is the nearest to the posterior that the budget buys.
-
-    Args:
-        table: (G, M, K), rewards at γ = 1 of M prior samples of each condition.
-        budget: mean over (c, y), positive.
-        most: γ if the budget allows it.
+    The KL, a mean over (c, y) from rewards (G, M, K) of prior samples at γ = 1, grows with γ: the target with that γ is
+    the nearest to the posterior that the budget buys.
     """
     if tilt_kl(table, most) <= budget:
         return most
@@ -114,8 +102,7 @@ def certify(conditions: Conditions, table: Tensor, reward: Tensor, kl: Tensor, l
     Args:
         conditions: the pairs.
         table: (G, M, K), reward of every class on M independent prior samples of each condition.
-        reward: (P · n,), of n policy paths for each pair in turn.
-        kl, log_ratio: (P · n,), of the same paths.
+        reward, kl, log_ratio: (P · n,), of n policy paths for each pair in turn.
 
     Warns:
         RuntimeWarning: the two estimates of log Z differ by more than three standard errors, or fewer than 30

@@ -11,22 +11,15 @@ from .scores import Nulled, Score
 
 @dataclass
 class Evaluation:
-    """Hold the scores of the prior, the target and the policy, and the certificate.
-
-    Args:
-        prior, target, ctrl: scores, measured alike.
-        certificate: of the policy's paths.
-        n: how many paths.
-        nulled: of a part, control → the classes of a control that was null.
-        parts: of several controls, the evaluation of each choice of them, by their names.
-    """
+    """Hold the scores of the prior, the target and the policy, measured alike, and the certificate."""
 
     prior: Score
     target: Score
     ctrl: Score
-    certificate: Certificate
-    n: int
-    nulled: dict[str, Nulled] = field(default_factory=dict)
+    certificate: Certificate  # of the policy's paths
+    n: int  # how many paths
+    nulled: dict[str, Nulled] = field(default_factory=dict)  # of a part: the classes of a control that was null
+    # of several controls, the evaluation of each choice of them, by their names
     parts: dict[tuple[str, ...], "Evaluation"] = field(default_factory=dict)
 
     @property
@@ -63,33 +56,27 @@ class Evaluation:
 
     def metrics_by_control(self) -> dict[str, Any]:
         """Return the figures of several controls: of all together, of each alone, and of each while it is null."""
-        figures: dict[str, Any] = {
-            "all_accuracy": self.ctrl.accuracy,
-            "all_target": self.target.accuracy,
-            "null_shift": self.null_shift,
-        }
+        figures: dict[str, Any] = {"all_accuracy": self.ctrl.accuracy, "all_target": self.target.accuracy}
+        figures["null_shift"] = self.null_shift
         for name, accuracy in self.ctrl.accuracy_of.items():
+            alone = self.parts[(name,)]
             figures[name] = {
                 "accuracy": accuracy,
                 "judge_accuracy": self.ctrl.judge_accuracy_of.get(name),
                 "target": self.target.accuracy_of[name],
-                "alone": self.parts[(name,)].metrics_alone(),
+                "alone": {
+                    "accuracy": alone.ctrl.accuracy,
+                    "accuracy_stderr": alone.ctrl.accuracy_stderr,
+                    "judge_accuracy": alone.ctrl.judge_accuracy,
+                    "target": alone.target.accuracy,
+                    "class_accuracy": alone.ctrl.class_accuracy,
+                    "samples": alone.n,
+                    "gap_nats": alone.certificate.gap,
+                    "gap_stderr": alone.certificate.stderr,
+                },
                 "nulled": next(p.nulled[name] for p in self.parts.values() if list(p.nulled) == [name]).metrics(),
             }
         return figures
-
-    def metrics_alone(self) -> dict[str, Any]:
-        """Return the figures of a part that has the labels of one control alone."""
-        return {
-            "accuracy": self.ctrl.accuracy,
-            "accuracy_stderr": self.ctrl.accuracy_stderr,
-            "judge_accuracy": self.ctrl.judge_accuracy,
-            "target": self.target.accuracy,
-            "class_accuracy": self.ctrl.class_accuracy,
-            "samples": self.n,
-            "gap_nats": self.certificate.gap,
-            "gap_stderr": self.certificate.stderr,
-        }
 
 
 def leaves_region(share: float, usual: float, stderr: float) -> bool:
@@ -98,11 +85,7 @@ def leaves_region(share: float, usual: float, stderr: float) -> bool:
 
 
 def warn_if_outside(prior: Score, ctrl: Score) -> None:
-    """Warn if the policy's samples leave the region p̂ was fitted on.
-
-    Warns:
-        RuntimeWarning: more than twice the prior's share lies outside, and more by three standard errors.
-    """
+    """Warn if the policy's samples leave the region p̂ was fitted on."""
     if prior.outside_support is None or ctrl.outside_support is None:
         return
     stderr = math.hypot(prior.outside_stderr, ctrl.outside_stderr)

@@ -20,11 +20,7 @@ NEIGHBOURS = 5
 
 
 class Precomputed(nn.Module):
-    """Pass features through that were computed already, in the form torchmetrics expects.
-
-    Args:
-        width: F.
-    """
+    """Pass features of `width` F through that were computed already, in the form torchmetrics expects."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -51,20 +47,17 @@ def nearest_distance(x: Tensor, reference: Tensor) -> Tensor:
 def kernel_distance(real: list[Tensor], samples: list[Tensor]) -> float:
     """Compute the kernel distance (Bińkowski et al. 2018) between two mixtures: the unbiased MMD² of a cubic kernel.
 
-    Args:
-        real, samples: features (n_c, F), n_c ≥ 2, of each part c of the mixtures, all of one weight. Drawn part by part
-            they are no independent draws of the mixture, so that x of one part are compared within it.
+    Both are features (n_c, F), n_c ≥ 2, of each part c of the mixture, all of one weight. Drawn part by part they are
+    no independent draws of the mixture, so that x of one part are compared within it.
     """
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.mT / x.shape[1] + 1) ** 3
 
-    def means(x: list[Tensor], y: list[Tensor]) -> Tensor:
-        """Compute the mean kernel of each part with each other."""
+    def means(x: list[Tensor], y: list[Tensor]) -> Tensor:  # of each part with each other
         return torch.stack([torch.stack([kernel(a.double(), b.double()).mean() for b in y]) for a in x])
 
-    def within(x: list[Tensor]) -> Tensor:
-        """Compute the mean kernel of two different x of a mixture."""
+    def within(x: list[Tensor]) -> Tensor:  # of two different x of a mixture
         mean = means(x, x)
         for i, part in enumerate(x):
             k = kernel(part.double(), part.double())
@@ -89,8 +82,7 @@ def manifolds(real: Tensor, samples: Tensor, k: int = NEIGHBOURS) -> Manifolds:
     """
     distances = torch.cdist(real, samples)
 
-    def radius(x: Tensor) -> Tensor:
-        """Compute the distance of each x to its k-th nearest neighbour; the nearest of all is itself."""
+    def radius(x: Tensor) -> Tensor:  # to the k-th nearest neighbour; the nearest of all is x itself
         return torch.cdist(x, x).kthvalue(min(k + 1, len(x)), dim=1).values
 
     inside = distances <= radius(real)[:, None]
@@ -124,10 +116,7 @@ class Yardstick:
     def from_observations(
         cls, conditions: Conditions, real: Observation, group: Tensor, prior: Observation
     ) -> "Yardstick":
-        """Make it from observations of real x, of conditions (n,), and of M prior samples for each condition in turn.
-
-        y of both is measured as that of the samples that are compared.
-        """
+        """Make it from real x of conditions (n,) and M prior samples for each condition, observed as samples are."""
         pair = group * conditions.classes + conditions.label_of(real.labels)
         members = len(prior.features) // conditions.groups
         label = conditions.label_of(prior.labels).view(conditions.groups, members, 1)
@@ -143,8 +132,7 @@ class Yardstick:
     def fidelity(self, features: Tensor) -> Fidelity:
         """Compute the fidelity of samples from their features (P · n, F), n for each pair in turn.
 
-        Distances are taken within each y that real x have, since a pair has few; every c that occurs with y weighs the
-        same.
+        Distances are taken within each y that real x have, since a pair has few; every c with that y weighs the same.
         """
         by_pair = (features / self.scale).view(self.conditions.pairs, -1, features.shape[1])
         by_label = []

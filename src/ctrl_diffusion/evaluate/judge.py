@@ -48,13 +48,11 @@ class SecondOpinion:
     """Measure samples independently of p̂.
 
     Args:
-        rulers: control → x (n, C, H, W) → the class of y (n,): the measure that made the labels. Without one the judge
-            decides.
+        rulers: control → x (n, C, H, W) → the class of y (n,), as the labels were made. Without one the judge decides.
         reader: a classifier of the prior's conditions c; its features measure diversity. Without one, adherence is not
             measured, and diversity is in pixels.
         judges: control → a classifier of y, fitted on labels p̂ never saw; its accuracy is reported beside the ruler's.
-        outside: samples (n, *) and their images (n, C, H, W) → whether each lies outside the region some p̂ was
-            fitted on (n,).
+        outside: samples (n, *) and their images (n, C, H, W) → whether each lies outside the region of some p̂ (n,).
         codec: turns samples (n, *) into images.
         device: where the classifiers are.
     """
@@ -75,10 +73,9 @@ class SecondOpinion:
     def measure_batch(self, x_0: Tensor, group: Tensor) -> Observation:
         """Measure samples (n, *) of conditions (n,) in one batch."""
         images = self.codec.decode(x_0)
-        judge_labels = {}
+        judge_labels, c = {}, group.to(images.device)
         for name, judge in self.judges.items():
-            cond = (group.to(images.device),) if judge.conditional else ()
-            judge_labels[name] = judge.log_prob(images, *cond).argmax(1).cpu()
+            judge_labels[name] = judge.log_prob(images, *([c] if judge.conditional else [])).argmax(1).cpu()
         labels = {**judge_labels, **{name: ruler(images.cpu()) for name, ruler in self.rulers.items()}}
         adheres = self.reader and (self.reader.log_prob(images).argmax(1).cpu() == group).float()
         outside = self.outside and self.outside(x_0, images).float().cpu()

@@ -20,25 +20,17 @@ WARNED_SHARE, REFUSED_SHARE = 0.05, 0.005
 
 @torch.no_grad()
 def exact_samples(
-    denoiser: Denoiser,
-    reward: Reward,
-    times: Times,
-    generator: torch.Generator,
-    labels: Labels,
-    cond: dict[str, Tensor] | None = None,
-    strength: float = 1.0,
-    phase: Phase = silent,
-) -> tuple[Tensor, float]:
+    denoiser: Denoiser, reward: Reward, times: Times, generator: torch.Generator, labels: Labels,
+    cond: dict[str, Tensor] | None = None, strength: float = 1.0, phase: Phase = silent,
+) -> tuple[Tensor, float]:  # fmt: skip
     """Draw samples of the chain tilted by the reward, exact in the limit of many paths.
 
     For every (c, y) among the rows, POOL paths of the policy are simulated for each sample, SMALLEST_POOL at least, and
     the samples drawn from them with importance weights w = exp(r − Σ log p_g/p_pre). A path may be drawn twice.
 
     Args:
-        denoiser: the policy.
-        reward: r.
-        times: the chain's grid, any.
-        generator: of all noise.
+        denoiser, reward: the policy, and r.
+        times, generator: the chain's grid, any, and the generator of all noise.
         labels, cond: n rows each.
         strength: of the control; any is exact, one near the target wastes fewer paths.
         phase: reports progress.

@@ -50,14 +50,11 @@ class Score(Figures):
 class Nulled:
     """Compare the classes (K_i,) of a control that was null on samples of the prior, the target and the policy.
 
-    Args:
-        shares: "prior", "target", "ctrl" → share of each class, averaged over pairs. The policy's should be the
-            target's, since y may go with the labels that were asked for; the prior's is for no label at all.
-        stderr: their standard errors.
+    The policy's should be the target's, since y may go with the labels of other controls; the prior's is for no label.
     """
 
-    shares: dict[str, Tensor]
-    stderr: dict[str, Tensor]
+    shares: dict[str, Tensor]  # "prior", "target", "ctrl" → share of each class, averaged over pairs
+    stderr: dict[str, Tensor]  # of the shares
 
     @classmethod
     def from_labels(cls, labels: dict[str, Tensor], classes: int, table: Tensor) -> "Nulled":
@@ -86,12 +83,8 @@ class Nulled:
 def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
     """Compute the mean distance of two different samples drawn by weight.
 
-    Args:
-        features: (G, M, F).
-        weights: (G, M, K), each column summing to 1 over M.
-
-    Returns:
-        (G, K): Σ_{i≠j} w_i w_j ‖f_i − f_j‖ / Σ_{i≠j} w_i w_j.
+    From features (G, M, F) and weights (G, M, K), each column summing to 1 over M, it is
+    Σ_{i≠j} w_i w_j ‖f_i − f_j‖ / Σ_{i≠j} w_i w_j (G, K).
     """
     distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     total = (weights * (distances @ weights)).sum(1)
@@ -146,11 +139,7 @@ def score_samples(samples: Observation, conditions: Conditions) -> Score:
 
 
 def score(
-    observation: Observation,
-    right: dict[str, Tensor],
-    judged: dict[str, Tensor],
-    mean: Callable[[Tensor], float],
-    **figures: Any,
+    observation: Observation, right: Labels, judged: Labels, mean: Callable[[Tensor], float], **figures: Any
 ) -> Score:
     """Add to the figures those that are means of 0 and 1: of hits by ruler and judge, of adherence, of outside."""
     return Score(
@@ -170,13 +159,7 @@ def all_of(hits: dict[str, Tensor]) -> Tensor:
 
 
 def class_shares(y: Tensor, classes: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the share of each class, averaged over pairs, and its standard error.
-
-    Args:
-        y: (P, n), the classes of n samples for each pair.
-        classes: of the control.
-        weights: (P, n), each row summing to 1.
-    """
+    """Compute each class's share, averaged over pairs, and its standard error, from classes and weights (P, n)."""
     hit = F.one_hot(y, classes).to(weights)
     shares = (weights[..., None] * hit).sum(1, keepdim=True)
     variance = (weights[..., None] * (hit - shares)).square().sum((0, 1))

@@ -24,7 +24,6 @@ class NoisyLikelihood(Protocol):
 
     def log_prob(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         """Return log p(y | x_t, t) in nats (B, K) at x_t (B, *), with a gradient."""
-        ...
 
 
 class At:
@@ -39,17 +38,11 @@ class At:
 
 @dataclass
 class ClassifierGuidance(Guidance):
-    """Sample by classifier guidance.
-
-    Args:
-        classifiers: p(y | x_t, t) of each control; their logarithms add.
-    """
+    """Sample by classifier guidance, with γ Σ log p(y | x_t, t) over the controls in the reward's place."""
 
     classifiers: dict[str, NoisyLikelihood]
 
     def guiding_reward(self, reward: Reward) -> RewardFunction:
-        """Return γ Σ log p(y | x_t, t), with γ of the reward."""
-
         def noisy_reward(x_t: Tensor, labels: Labels, cond: Cond, t: Tensor | float) -> Tensor:
             classifiers = {name: At(likelihood, t) for name, likelihood in self.classifiers.items()}
             return Reward(classifiers, reward.gamma)(x_t, labels, cond)

@@ -18,13 +18,9 @@ from .steered import Guidance
 
 @dataclass
 class FreeGuidance(Guidance):
-    """Sample by classifier-free guidance, called with the policy as denoiser; the reward is not evaluated.
+    """Sample by classifier-free guidance, called with the policy as denoiser; the reward is not evaluated."""
 
-    Args:
-        together: whether the policy was trained on rows with all labels, and takes all at once.
-    """
-
-    together: bool = False
+    together: bool = False  # whether the policy was trained on rows with all labels, and takes all at once
 
     def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
         policy, labels, cond, w = target.denoiser, target.labels, target.cond, target.strength

@@ -97,34 +97,22 @@ class Target:
 
 @dataclass(kw_only=True)
 class Method(ABC):
-    """Sample a prior under a reward.
+    """Sample a prior under a reward."""
 
-    Args:
-        eta: churn of the chain.
-        batch: paths at a time; None for `default_batch`.
-    """
-
-    eta: float = 1.0
-    batch: int | None = None
+    eta: float = 1.0  # churn of the chain
+    batch: int | None = None  # paths at a time; None for `default_batch`
 
     def __call__(
-        self,
-        denoiser: Denoiser,
-        reward: Reward,
-        labels: Labels,
-        cond: Cond | None,
-        times: Times,
-        generator: torch.Generator,
-        strength: float = 1.0,
-    ) -> Samples:
+        self, denoiser: Denoiser, reward: Reward, labels: Labels, cond: Cond | None, times: Times,
+        generator: torch.Generator, strength: float = 1.0,
+    ) -> Samples:  # fmt: skip
         """Draw a sample for each row of the labels.
 
         Args:
             denoiser: the prior; for `FreeGuidance` a policy.
             reward: γ log p̂(y | x_0).
             labels, cond: B rows each; a null label earns no reward.
-            times: the chain's grid.
-            generator: of all noise.
+            times, generator: the chain's grid, and the generator of all noise.
             strength: w, which multiplies the reward; 0 is the prior.
         """
         with torch.no_grad(), counted(denoiser, self.guiding_reward(reward)) as (rows, counted_reward):
@@ -138,7 +126,7 @@ class Method(ABC):
         return paths(prior, len(target), times, generator, target.cond, eta=self.eta, batch=self.batch).x_0
 
     def guiding_reward(self, reward: Reward) -> RewardFunction:
-        """Return what the method evaluates in the reward's place; by default the reward itself."""
+        """Return what the method evaluates in the reward's place."""
         return reward
 
     @abstractmethod

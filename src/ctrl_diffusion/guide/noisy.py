@@ -27,7 +27,7 @@ class NoisyClassifier:
         return self.classifier.log_prob(with_clock(x_t, t, self.schedule), **cond)
 
     def log_prob_at(self, x_t: Tensor, y: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
-        """Return log p̂ in nats (B,) at positions y (B,) on a scale."""
+        """Return log p̂ in nats (B,) at y (B,) on a scale."""
         return self.classifier.log_prob_at(with_clock(x_t, t, self.schedule), y, **cond)
 
 
@@ -46,8 +46,7 @@ def fit_noisy(
 
     Args:
         x: (n, C, H, W), or (n, D), clean; latents if the prior is a latent model.
-        y: (n,).
-        classes: K.
+        y, classes: (n,), of K classes.
         schedule, times: the prior's, and its chain's grid.
         held_out: (x, y), or (x, y, c), to choose the epoch and the temperature by; None keeps the last and T = 1.
         architecture, recipe, c, progress: see `fit_classifier`; of vectors the head alone counts, not grid and depth.

@@ -29,18 +29,11 @@ from .selection import Population, systematic
 
 @dataclass
 class Steering(Population):
-    """Weight particles at every step by the reward of x̂, and resample them by the weight so far.
+    """Weight particles at every step by the reward of x̂, and resample them by the weight so far."""
 
-    Args:
-        spread: resample where the effective share of the particles falls below it; 0 never, 1 always.
+    spread: float = 0.5  # resample where the effective share of the particles falls below it; 0 never, 1 always
 
-    Raises:
-        ValueError: steps without noise, whose weights would be divided by 0.
-    """
-
-    spread: float = 0.5
-
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # without noise the weights would be divided by 0
         if not 0.0 < self.eta <= 1.0:
             raise ValueError(f"particles need noise in every step: eta must lie in (0, 1], got {self.eta}. Use 1.0.")
 
@@ -97,9 +90,8 @@ class TDS(Steering):
 class FeynmanKac(Steering):
     """Sample by Feynman–Kac steering (Singhal et al. 2025, section 3): the prior's own steps, no gradients.
 
-    Args:
-        potential: "difference", G_i = exp(r(x̂_i) − r(x̂_{i−1})), or "max", G_i = exp(max_{j ≤ i} r(x̂_j)), whose last
-            makes up for the others.
+    `potential` is "difference", G_i = exp(r(x̂_i) − r(x̂_{i−1})), or "max", G_i = exp(max_{j ≤ i} r(x̂_j)), whose last
+    makes up for the others.
     """
 
     potential: Literal["difference", "max"] = "difference"

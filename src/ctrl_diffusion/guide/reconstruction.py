@@ -58,12 +58,9 @@ class MPGD(Guidance):
     """Sample by manifold-preserving guided diffusion without projection (He et al. 2024, algorithm 1).
 
     The paper keeps ε̂ of the unguided x̂ in its step, here it is that of x̂_y; the difference is a factor of the free c_t.
-
-    Args:
-        variance: v, of a dimension of x_0.
     """
 
-    variance: float = 1.0
+    variance: float = 1.0  # v, of a dimension of x_0
 
     def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
         alpha, sigma = target.denoiser.schedule(t)

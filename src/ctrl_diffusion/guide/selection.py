@@ -30,13 +30,10 @@ def systematic(log_w: Tensor, n: int, generator: torch.Generator) -> Tensor:
 class Population(Method):
     """Sample from weighted particles, one population for each (c, y); a particle may be drawn several times.
 
-    Args:
-        particles: for each sample.
-        shared: whether the samples of one (c, y) share a population; else each is drawn from `particles` of its own,
-            independent of the others and as far from the target as so few are.
+    Unless `shared`, each sample has a population of its own: independent, and as far from the target as so few are.
     """
 
-    particles: int = 16
+    particles: int = 16  # for each sample
     shared: bool = True
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
@@ -45,11 +42,9 @@ class Population(Method):
         groups = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
         particles = target.rows(torch.cat([rows[:1].expand(size) for rows, size in zip(pairs, sizes, strict=True)]))
         x_0, log_w = self.population(particles, groups, times, generator)
-        chosen = [
-            group.start + systematic(log_w[group], len(rows), generator)
-            for rows, group in zip(pairs, groups, strict=True)
-        ]
-        return x_0.cpu()[torch.cat(chosen)[torch.cat(pairs).argsort()]]
+        draws = zip(groups, map(len, pairs), strict=True)
+        chosen = torch.cat([group.start + systematic(log_w[group], n, generator) for group, n in draws])
+        return x_0.cpu()[chosen[torch.cat(pairs).argsort()]]
 
     @abstractmethod
     def population(
@@ -71,13 +66,9 @@ class Importance(Population):
 
 @dataclass
 class BestOf(Method):
-    """Keep the sample of the largest reward among n of the prior: a maximum, not the tilt by p̂^γ.
+    """Keep the sample of the largest reward among n of the prior: a maximum, not the tilt by p̂^γ."""
 
-    Args:
-        n: samples to choose from; 1 is the prior.
-    """
-
-    n: int = 16
+    n: int = 16  # samples to choose from; 1 is the prior
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
         candidates = target.rows(torch.arange(len(target)).repeat_interleave(self.n))
@@ -90,16 +81,12 @@ class BestOf(Method):
 class Rejection(Method):
     """Draw from the prior until a sample is accepted, with probability exp(w (r − bound)): exact, at 1/Z tries.
 
-    Args:
-        bound: the largest reward there is; 0 for probabilities of classes. A density of y may exceed 1.
-        tries: for one sample, at most.
-
     Raises:
         ValueError: a reward above the bound, or a sample that was not accepted in so many tries.
     """
 
-    bound: float = 0.0
-    tries: int = 1000
+    bound: float = 0.0  # the largest reward there is; 0 for probabilities of classes. A density of y may exceed 1
+    tries: int = 1000  # for one sample, at most
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
         pending, rows, accepted = torch.arange(len(target)), [], []

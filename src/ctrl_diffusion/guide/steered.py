@@ -58,13 +58,7 @@ class Guidance(Method):
 
 
 class Steered(Denoiser):
-    """Guide a denoiser by labels at a strength, as a policy is called; without labels, or at strength 0, the prior.
-
-    Args:
-        guidance: the method.
-        base: the denoiser.
-        reward: what the method evaluates.
-    """
+    """Guide a denoiser by labels at a strength, as a policy is called; without labels, or at strength 0, the prior."""
 
     def __init__(self, guidance: Guidance, base: Denoiser, reward: RewardFunction) -> None:
         super().__init__()
