@@ -1,7 +1,4 @@
-"""Choose whole samples of the prior by the reward: importance resampling, the best of n, rejection.
-
-They need the values of the reward and samples of the prior, no gradients; all pay in samples thrown away.
-"""
+"""Choose whole samples of the prior by the reward, without gradients; all pay in samples thrown away."""
 
 from abc import abstractmethod
 from dataclasses import dataclass

@@ -134,7 +134,7 @@ class Adjoint(Revisiting):
     def roll_out(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator
     ) -> tuple[Rollout, Tensor, Adjoints]:
-        """Draw new paths; return them with their rewards (B,) and adjoints."""
+        """Draw new paths; return them with their rewards (B,) and adjoints, and free the parts they were drawn in."""
         device, settings = self.storage(policy), self.settings
         rewards, adjoints, means, clipped = [], [], [], 0.0
         with policy.frozen():

@@ -23,25 +23,15 @@ from .step import Step, regression
 
 @dataclass
 class Labelled:
-    """Learn by regression on labelled data.
+    """Learn by regression on n labelled examples; datasets of different controls are concatenated."""
 
-    Args:
-        x_0: (n, *), labelled examples; latents if the prior is a latent model.
-        labels: control → (n,), NULL where a row has no such label: datasets of different controls are concatenated.
-        cond: the prior's conditions, n rows each.
-        times: the chain's grid.
-        batch: samples an update.
-        dropout: how often a label is dropped from a row that has others.
-        micro: samples that go through the network at once; None for all.
-    """
-
-    x_0: Tensor
-    labels: Labels
-    cond: dict[str, Tensor]
-    times: Times
-    batch: int = 256
-    dropout: float = 0.1
-    micro: int | None = None
+    x_0: Tensor  # (n, *); latents if the prior is a latent model
+    labels: Labels  # control → (n,), NULL where a row has no such label
+    cond: dict[str, Tensor]  # the prior's conditions, n rows each
+    times: Times  # the chain's grid
+    batch: int = 256  # samples an update
+    dropout: float = 0.1  # how often a label is dropped from a row that has others
+    micro: int | None = None  # samples that go through the network at once; None for all
 
     def __call__(self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator) -> Iterator[Step]:
         """Yield losses without end; reward and conditions are not used."""

@@ -53,17 +53,14 @@ class Baseline:
     mean: Tensor | None = None
 
     def advantages(self, g: Tensor, pair: Tensor, pairs: int) -> Tensor:
-        """Return G − b (N, B) for paths of pairs (B,), with the means before these paths; then update the means.
-
-        A pair without a mean takes that of these paths; a mean that is not finite is left out.
-        """
+        """Return G − b (N, B) for paths of pairs (B,), with the means before them where there are; update the means."""
         pair = pair.to(g.device)
         count = torch.bincount(pair, minlength=pairs)
         mean = g.new_zeros(len(g), pairs).index_add_(1, pair, g) / count.clamp(min=1)
         if self.mean is None:
             self.mean = torch.full_like(mean, float("nan"))
         baseline = torch.where(self.mean.isnan(), mean, self.mean)
-        usable = (count > 0) & mean.isfinite()
+        usable = (count > 0) & mean.isfinite()  # one mean that is not finite would never leave the average
         self.mean = torch.where(usable, self.momentum * baseline + (1 - self.momentum) * mean, self.mean)
         return g - baseline[:, pair]
 
@@ -94,10 +91,7 @@ class PPO(Revisiting):
         transitions = settings.surrogates * self.batch  # of an update, on all ranks
         baseline = Baseline(mean=carried[0] if carried else None)
         while True:
-            with torch.no_grad(), policy.frozen():
-                batches = list(self.fresh_paths(policy, conditions, generator, compare=True))
-                rewards = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in batches])
-            rollout = Rollout.from_parts(batches)
+            rollout, rewards = self.roll_out(policy, reward, conditions, generator)
             path, g = rollout.path, ranks.all_gather(rewards_to_go(rollout.path, rewards), dim=1)
             advantage = baseline.advantages(g, ranks.all_gather(rollout.pair), conditions.pairs)[:, self.rows]
             carried[:] = [baseline.mean]
@@ -113,3 +107,13 @@ class PPO(Revisiting):
                     metrics["reward"] = self.weight * rewards.mean()
                     metrics["kl"] = self.weight * path.kl.sum(0).mean()
                 yield Step(-self.steps * (gain / transitions), metrics, visit.last, visit.whole)
+
+    @torch.no_grad()
+    def roll_out(
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator
+    ) -> tuple[Rollout, Tensor]:
+        """Draw new paths; return them with their rewards (B,), and free the parts they were drawn in."""
+        with policy.frozen():
+            batches = list(self.fresh_paths(policy, conditions, generator, compare=True))
+            rewards = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in batches])
+        return Rollout.from_parts(batches), rewards

@@ -1,9 +1,9 @@
 """Regress on reward-weighted samples of the prior: the warm start.
 
-Draw x_0 from the prior once. For a pair (c, y) the target is those samples weighted by w = p̂(y | x_0)^γ, so draw from
-them by weight, add noise and regress the denoiser, ½‖(x̂_g(x_t) − x_0)/σ_t‖² at the times of the chain. An update costs
-a plain training step and finds every mode (the cross-entropy method of stochastic control). If re-noising is the
-reverse of the prior's chain, the solution E[x_0 | x_t, c, y] minimises the forward KL of paths.
+Draw x_0 from the prior once; for each pair (c, y) draw from them by weight w = p̂(y | x_0)^γ, add noise and regress the
+denoiser, ½‖(x̂_g(x_t) − x_0)/σ_t‖² at the times of the chain. An update costs a plain training step and finds every mode
+(the cross-entropy method of stochastic control). If re-noising is the reverse of the prior's chain, the solution
+E[x_0 | x_t, c, y] minimises the forward KL of paths.
 
 The weight 1/σ_t² makes the loss the squared error of v, for diffusion and flow alike. The weights of the forward KL in
 nats have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is

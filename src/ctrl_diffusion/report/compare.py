@@ -39,11 +39,7 @@ def by_method(rows: Rows) -> dict[str, list[dict[str, Any]]]:
 def pareto_figure(rows: Rows, prior: dict[str, Any], target: float, labels: int) -> Figure:
     """Plot accuracy against diversity and against the distance to real x, over each method's settings.
 
-    Args:
-        rows: those of one number of labels.
-        prior: the figures of the prior.
-        target: accuracy of an exact sampler with the same p̂.
-        labels: their number.
+    The rows are those of one number of labels; `target` is the accuracy of an exact sampler with the same p̂.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4), layout="constrained")
@@ -55,12 +51,12 @@ def pareto_figure(rows: Rows, prior: dict[str, Any], target: float, labels: int)
                 best = [(row[name][0], row["accuracy"][0]) for row in group if row["chosen"]]
                 ring = {"edgecolors": STYLES.get(method, OTHER)[0], "linewidths": 1.2, "zorder": 4}
                 axes.scatter([a for a, _ in best], [b for _, b in best], s=70, facecolors="none", **ring)
-            label = "the prior, not asked"
-            axes.scatter(prior[name], prior["accuracy"], color="#333", marker="+", s=60, label=label)
+            cross = {"color": "#333", "marker": "+", "s": 60}
+            axes.scatter(prior[name], prior["accuracy"], **cross, label="the prior, not asked")
             axes.axhline(target, color=CTRL, linewidth=0.8, linestyle="--", zorder=0, label="exact sampler, same p̂")
         panels[1].set_xscale("log")
         plain_ticks(panels[1].xaxis)
-        panels[0].set(xlabel="diversity (1: the prior’s, among what has y)", ylabel="y as asked")
+        panels[0].set(xlabel="diversity (1: the prior’s, among what has y)", ylabel="accuracy")
         panels[1].set(xlabel="Fréchet distance to real x with that y (left is better)")
         headline(panels[0], f"Accuracy and diversity, {labels} labels (ring: chosen)")
         headline(panels[1], "Accuracy and fidelity")
@@ -82,30 +78,20 @@ def labels_figure(rows: Rows, prior: dict[str, Any], targets: dict[int, float]) 
         axes.plot(targets.keys(), targets.values(), **dashed, label="exact sampler, same p̂")
         axes.axhline(prior["accuracy"], color="#999", linewidth=0.8, linestyle=":", label="the prior, not asked")
         axes.set_xscale("log")
-        ticks = sorted(targets)
-        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set_xticks([*targets], [str(n) for n in targets])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="labels, of each control", ylabel="y as asked", ylim=(0, 1))
+        axes.set(xlabel="labels, of each control", ylabel="accuracy", ylim=(0, 1))
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         headline(axes, "Accuracy and labels")
     return figure
 
 
 def write_compare_report(folder: Path, rows: Rows, result: dict[str, Any], command: str, version: str) -> None:
-    """Write pareto.png, labels.png (of several numbers of labels) and a report.html about a comparison.
-
-    Args:
-        folder: to write into.
-        rows: averaged over seeds.
-        result: the contents of compare.json.
-        command: the command line.
-        version: of this package.
-    """
+    """Write pareto.png, labels.png (of several numbers of labels) and a report.html from rows and compare.json."""
     counts, cells = sorted({row["labels"] for row in rows}), result["cells"]
     targets = {n: float(np.mean([cell["target_accuracy"] for cell in cells if cell["labels"] == n])) for n in counts}
-    most = counts[-1]
-    at_most = [row for row in rows if row["labels"] == most]
-    figures = {"pareto": pareto_figure(at_most, result["prior"], targets[most], most)}
+    at_most = [row for row in rows if row["labels"] == counts[-1]]
+    figures = {"pareto": pareto_figure(at_most, result["prior"], targets[counts[-1]], counts[-1])}
     if len(counts) > 1:
         figures["labels"] = labels_figure(rows, result["prior"], targets)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}

@@ -46,10 +46,8 @@ def gap_figure(rows: Rows) -> Figure:
         figure = Figure(figsize=(5.2, 4.2), layout="constrained")
         axes = figure.subplots()
         for learner, colour in zip(learners, ("#888", CTRL, "#2a8c5a", "#c2661c"), strict=False):
-            kl, gap, stderr = (
-                [row[name] for row in rows if row["learner"] == learner]
-                for name in ("true_kl_nats", "gap_nats", "gap_stderr")
-            )
+            names, group = ("true_kl_nats", "gap_nats", "gap_stderr"), [r for r in rows if r["learner"] == learner]
+            kl, gap, stderr = ([row[name] for row in group] for name in names)
             style = {"linestyle": "", "marker": "o", "markersize": 3, "color": colour, "linewidth": 0.8}
             axes.errorbar(kl, gap, yerr=stderr, label=learner, **style)
         low = max(1e-4, min(row["true_kl_nats"] for row in rows) / 2)
@@ -84,24 +82,12 @@ def growth_figure(rows: Rows) -> Figure:
     return figure
 
 
-def of_growing(row: dict[str, Any]) -> bool:
-    """Return whether a row of exact.json is of the task that grows in dimensions."""
-    return (row["schedule"], row["likelihood"], row["gamma"]) == (GROWING.schedule, GROWING.likelihood, GROWING.gamma)
-
-
 def write_exact_report(folder: Path, rows: Rows, pictures: Sequence[Picture], command: str, version: str) -> None:
-    """Write density.png, gap.png, growth.png (where D grows) and a report.html about the races on the testbed.
-
-    Args:
-        folder: to write into.
-        rows: of exact.json.
-        pictures: of the races; those of `adjoint` at γ = 1 are shown.
-        command: the command line.
-        version: of this package.
-    """
+    """Write density.png, gap.png, growth.png (where D grows) and a report.html from exact.json's rows and pictures."""
     shown = [p for p in pictures if p.task.gamma == 1.0 and p.learner == "adjoint"]
     figures = {"density": density_figure(shown), "gap": gap_figure(rows)}
-    growing = [row for row in rows if row["learner"] == "adjoint" and of_growing(row)]
+    task = {"learner": "adjoint"} | {name: getattr(GROWING, name) for name in ("schedule", "likelihood", "gamma")}
+    growing = [row for row in rows if task.items() <= row.items()]
     if any(row["dim"] > 2 for row in growing):
         figures["growth"] = growth_figure(growing)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
@@ -122,7 +108,7 @@ SMALLEST_SHOWN = 1e-4  # nats
 
 
 class BiasLine(NamedTuple):
-    """Hold a line of the picture of biases: its cause, its label, and the rows on it."""
+    """Hold a line of the picture of biases."""
 
     cause: str
     label: str

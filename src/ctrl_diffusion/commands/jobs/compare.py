@@ -1,8 +1,7 @@
-"""Compare CTRL and the baselines on one footing: what `ctrl compare` runs.
+"""Compare CTRL and the baselines: same prior and chain, labels, p̂ where one is used, judge, samples and noise.
 
-Same prior and chain, same labels, same p̂ where one is used, same judge, as many samples from the same noise. What a
-method fits on labels is fitted anew for each number of labels and each seed. Its settings are chosen by as many trials
-for each, on the run's own models; the rows of trials stand apart.
+What a method fits on labels is fitted anew for each number of labels and each seed. Its settings are chosen by as many
+trials for each, on the run's own models; the rows of trials stand apart.
 
 compare.json    the rows, written as they finish
 cells/          the fitted models, by number of labels and seed
@@ -32,21 +31,14 @@ COMPARE_FILES = ("compare.json", "cells", "pareto.png", "labels.png", "report.ht
 
 
 def compare_job(
-    folder: Path,
-    out: Path | None = None,
-    methods: Sequence[str] = (),
-    labels: Sequence[int] = (),
-    strengths: Sequence[float] = STRENGTHS,
-    seeds: Sequence[int] = (),
-    n: int = 1000,
-    resume: bool = False,
+    folder: Path, out: Path | None = None, methods: Sequence[str] = (), labels: Sequence[int] = (),
+    strengths: Sequence[float] = STRENGTHS, seeds: Sequence[int] = (), n: int = 1000, resume: bool = False,
     options: JobOptions = DEFAULT,
-) -> dict[str, Any]:
-    """Compare a run's control with the baselines; see this module.
+) -> dict[str, Any]:  # fmt: skip
+    """Compare a run's control with the baselines; return the contents of compare.json.
 
     Args:
-        folder: of the run.
-        out: the folder to write; the run's compare/ if None.
+        folder, out: of the run, and the folder to write, its compare/ if None.
         methods: names in METHODS; all if empty.
         labels: how many of each control; all there are if empty. Another number, or seed, than the run's is fitted and
             trained anew.
@@ -54,10 +46,6 @@ def compare_job(
         seeds: of fits and noise; the run's if empty.
         n: samples for each row, at least.
         resume: keep the rows of an earlier comparison and compute the missing ones.
-        options: progress, trust, overwriting, and the command for the report.
-
-    Returns:
-        The contents of compare.json.
 
     Raises:
         ValueError: an unknown method, too few labels, or a run that cannot be compared.
@@ -141,7 +129,7 @@ def averaged(rows: Rows, chosen: dict[str, dict[str, Any]]) -> Rows:
 
 def in_words(result: dict[str, Any]) -> str:
     """Format the rows at the chosen settings as a table for a terminal."""
-    lines = [f"{'':<26}{'labels':>7}{'y as asked':>12}{'diversity':>11}{'Fréchet':>9}{'gap, nats':>11}{'network':>9}"]
+    lines = [f"{'':<26}{'labels':>7}{'accuracy':>12}{'diversity':>11}{'Fréchet':>9}{'gap, nats':>11}{'network':>9}"]
     for row in averaged(result["rows"], result["chosen"]):
         if row["chosen"]:
             gap = f"{row['gap_nats'][0]:.2f}" if "gap_nats" in row else "–"

@@ -103,17 +103,12 @@ class Comparison:
 
     @cached_property
     def prior_observation(self) -> Observation:
-        """The prior's samples, measured."""
         return self.judge.measure(self.x_prior, self.run.conditions)
 
     @cached_property
     @torch.no_grad()
     def yardstick(self) -> Yardstick:
-        """The real images, and the diversity of the prior's samples."""
-        return Yardstick.from_observations(self.run.conditions, *self.measure_real(), self.prior_observation)
-
-    def measure_real(self) -> tuple[Observation, Tensor]:
-        """Measure every real image whose condition c is known; also return the conditions (n,)."""
+        """Every real image whose condition c is known, and the diversity of the prior's samples."""
         run, judge, batches, groups = self.run, replace(self.judge, codec=Codec()), [], []
         for settings in run.config.controls:
             if run.config.classes is not None and not settings.condition:
@@ -128,7 +123,8 @@ class Comparison:
                 groups.append(group)
         if not batches:
             raise ValueError("no data say the prior's condition c: there is nothing real to compare with. --condition.")
-        return Observation.cat(batches), torch.cat(groups)
+        real, group = Observation.cat(batches), torch.cat(groups)
+        return Yardstick.from_observations(run.conditions, real, group, self.prior_observation)
 
     @property
     def labelled(self) -> int:
@@ -143,11 +139,7 @@ class Comparison:
         return FittedModels(self.run, self.data, parts, self.x_prior, self.labelled, phase=self.phase)
 
     def split(self, n: int, seed: int) -> dict[str, list[LabelledImages]]:
-        """Split n labels of each control in three: to fit, to calibrate, held out (the run's other labels, if any).
-
-        Raises:
-            ValueError: there are fewer, or too few of a class.
-        """
+        """Split n labels of each control in three: to fit, to calibrate, held out (the run's other labels, if any)."""
         parts = {}
         for name, data in self.data.items():
             part, rest = subset(data, name, n, seed)
@@ -189,28 +181,20 @@ class Comparison:
         self, models: FittedModels, method: Method, denoiser: Denoiser, strength: float, trial: bool, with_gap: bool
     ) -> dict[str, Any]:
         """Sample by a method and score the samples; add its gap to the exact conditional if it is a Gaussian chain."""
-        run, conditions = models.run, self.run.conditions
+        conditions = self.run.conditions
         labels, cond = conditions.of(conditions.all(self.repeats))
-        generator = stream(models.seed, "trial" if trial else "compare")
-        begin = time.perf_counter()
-        samples = method(denoiser, run.reward, labels, cond, self.run.times, generator, strength)
+        generator, begin = stream(models.seed, "trial" if trial else "compare"), time.perf_counter()
+        samples = method(denoiser, models.run.reward, labels, cond, self.run.times, generator, strength)
         seconds = time.perf_counter() - begin
         observation = self.judge.measure(samples.x_0, conditions)
         score, fidelity = score_samples(observation, conditions), self.yardstick.fidelity(observation.features)
         has_gap = with_gap and isinstance(method, Guidance)
         gap, stderr = self.gap(models, method, denoiser, strength) if has_gap else (None, None)
+        names = ("accuracy", "accuracy_stderr", "judge_accuracy", "macro_f1", "class_accuracy")
+        figures = {**{name: getattr(score, name) for name in names}, **asdict(fidelity)}
         return {
-            "accuracy": score.accuracy,
-            "accuracy_stderr": score.accuracy_stderr,
-            "judge_accuracy": score.judge_accuracy,
-            "macro_f1": score.macro_f1,
-            "class_accuracy": score.class_accuracy,
-            **asdict(fidelity),
-            "gap_nats": gap,
-            "gap_stderr": stderr,
-            **asdict(samples.cost),
-            "seconds": round(seconds, 2),
-        }
+            **figures, "gap_nats": gap, "gap_stderr": stderr, **asdict(samples.cost), "seconds": round(seconds, 2),
+        }  # fmt: skip
 
     def gap(self, models: FittedModels, method: Guidance, denoiser: Denoiser, strength: float) -> tuple[float, float]:
         """Return log Z − J of a guided sampler under these models' p̂, and its standard error, in nats.
@@ -251,10 +235,6 @@ class Comparison:
         score, fidelity = score_samples(observation, conditions), self.yardstick.fidelity(observation.features)
         return {"accuracy": score.accuracy, "class_accuracy": score.class_accuracy, **asdict(fidelity)}
 
-    def finished(self, key: dict[str, Any]) -> bool:
-        """Return whether there is such a row already."""
-        return any(all(row[name] == value for name, value in key.items()) for row in self.rows)
-
     def missing_rows(
         self, fit: Callable[[], FittedModels], labels: int, seed: int, trial: bool, chosen: dict[str, dict[str, Any]]
     ) -> Iterator[dict[str, Any]]:
@@ -271,7 +251,7 @@ class Comparison:
             for settings, strength in trials:
                 key = {"method": name, "labels": labels, "seed": seed, "strength": strength, "settings": settings}
                 key["trial"] = trial
-                if not self.finished(key):
+                if not any(all(row[name] == value for name, value in key.items()) for row in self.rows):
                     models = models or fit()
                     gap = not trial and strength in (1.0, chosen[name]["strength"])
                     try:

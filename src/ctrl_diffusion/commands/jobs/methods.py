@@ -52,7 +52,6 @@ class FittedModels:
 
     @property
     def seed(self) -> int:
-        """The seed of everything random."""
         return self.run.config.seed
 
     @cached_property
@@ -103,10 +102,7 @@ class FittedModels:
 
     @cached_property
     def regressed(self) -> Policy:
-        """Controls of the same size regressed on the labelled data, for classifier-free guidance.
-
-        With as many updates as CTRL's learners take in all, at the rates of its own regression.
-        """
+        """Controls regressed on the labelled data for classifier-free guidance, with CTRL's size, updates and rates."""
         config = self.run.config
         # on networks of their own: the run's adapters stay in its prior
         run = Run.start(config, configured(open_prior(config.prior, config.size), config), self.run.panels)
@@ -129,11 +125,7 @@ class FittedModels:
         return run.policy
 
     def conditions_of(self, name: str) -> Tensor:
-        """Return the prior's c of a control's labelled images, its null class if the data do not say c.
-
-        Raises:
-            ValueError: the prior has no null class.
-        """
+        """Return the prior's c of a control's labelled images, its null class if the data do not say c."""
         config, prior = self.run.config, self.run.prior
         if condition := config.settings_of(name).condition:
             return torch.tensor(config.classes)[self.data[name].labels[condition]]
@@ -165,9 +157,7 @@ class MethodSpec:
 METHODS = {
     "ctrl": MethodSpec("CTRL", lambda models: FreeGuidance(together=True), lambda models: models.run.policy),
     "classifier-guidance": MethodSpec("classifier guidance", lambda models: ClassifierGuidance(models.noisy)),
-    "free-guidance": MethodSpec(
-        "classifier-free guidance", lambda models: FreeGuidance(), lambda models: models.regressed
-    ),
+    "free-guidance": MethodSpec("classifier-free guidance", lambda _: FreeGuidance(), lambda models: models.regressed),
     "dps": MethodSpec("DPS", lambda models: DPS()),
     "mpgd": MethodSpec("MPGD", lambda models: MPGD(variance=models.variance)),
     "tds": MethodSpec(
@@ -179,9 +169,7 @@ METHODS = {
         trials=tuple({"potential": p, "spread": spread} for p in ("difference", "max") for spread in (0.5, 1.0)),
         front=False,
     ),
-    "importance": MethodSpec(
-        "importance", lambda models: Importance(particles=PARTICLES), trials=({},), front=False
-    ),
+    "importance": MethodSpec("importance", lambda _: Importance(particles=PARTICLES), trials=({},), front=False),
     "best-of": MethodSpec(
         "best of n", lambda models, **settings: BestOf(**settings), trials=tuple({"n": n} for n in (2, 4, 8, 16)),
         front=False,

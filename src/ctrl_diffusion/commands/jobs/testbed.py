@@ -17,12 +17,7 @@ BIAS_FILES = ("bias.json", "report.html", "bias.png")
 
 
 def exact_job(out: Path, seed: int = 0, options: JobOptions = DEFAULT) -> list[dict[str, Any]]:
-    """Race the learners; write exact.json after every row, then the pictures and report.html; return the rows.
-
-    Raises:
-        ValueError: a folder that cannot be written, or is not empty.
-    """
-    check_output(out, EXACT_FILES[0], options.overwrite)
+    """Race the learners; write exact.json after every row, then the pictures and report.html; return the rows."""
     pictures: list[Picture] = []
 
     def rows() -> Iterable[dict[str, Any]]:
@@ -30,25 +25,23 @@ def exact_job(out: Path, seed: int = 0, options: JobOptions = DEFAULT) -> list[d
             pictures.extend([picture] if picture else [])
             yield row
 
-    written = write_row_by_row(out, EXACT_FILES, rows())
+    written = write_row_by_row(out, EXACT_FILES, rows(), options)
     write_exact_report(out, written, pictures, options.command or "ctrl exact", version("ctrl-diffusion"))
     return written
 
 
 def bias_job(out: Path, seed: int = 0, options: JobOptions = DEFAULT) -> list[dict[str, Any]]:
-    """Split each method's bias; write bias.json after every row, then bias.png and report.html; return the rows.
-
-    Raises:
-        ValueError: a folder that cannot be written, or is not empty.
-    """
-    check_output(out, BIAS_FILES[0], options.overwrite)
-    rows = write_row_by_row(out, BIAS_FILES, biases(options.quick, seed, options.phase))
+    """Split each method's bias; write bias.json after every row, then bias.png and report.html; return the rows."""
+    rows = write_row_by_row(out, BIAS_FILES, biases(options.quick, seed, options.phase), options)
     write_bias_report(out, rows, options.command or "ctrl compare exact", version("ctrl-diffusion"))
     return rows
 
 
-def write_row_by_row(out: Path, files: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def write_row_by_row(
+    out: Path, files: tuple[str, ...], rows: Iterable[dict[str, Any]], options: JobOptions
+) -> list[dict[str, Any]]:
     """Clear a job's files, write rows into the first of them as they are computed, and return them."""
+    check_output(out, files[0], options.overwrite)
     clear(out, files[1:])
     written: list[dict[str, Any]] = []
     write_json(out / files[0], {"rows": written})
