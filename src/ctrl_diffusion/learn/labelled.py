@@ -40,7 +40,7 @@ class Labelled:
             row = torch.randint(len(self.x_0), (self.batch,), generator=generator)
             labels, row = rows_of(self.drop_labels(rows_of(self.labels, row), generator), share), row[share]
             cond, x_0 = rows_of(self.cond, row), self.x_0[row].to(policy.device)
-            yield from regression(policy, x_0, labels, cond, self, generator)
+            yield from regression(policy, x_0, labels, cond, self.times, self.batch, self.micro, generator)
 
     def drop_labels(self, labels: Labels, generator: Generator) -> Labels:
         """Set labels to null at random, but not all of a row."""

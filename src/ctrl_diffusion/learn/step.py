@@ -106,14 +106,13 @@ class Learner(ABC):
 
 
 def regression(
-    policy: Policy, x_0: Tensor, labels: Labels, cond: dict[str, Tensor], learner: "Learner", generator: Generator,
-    learned_renoising: list[Tensor] | None = None,
+    policy: Policy, x_0: Tensor, labels: Labels, cond: dict[str, Tensor], times: Times, batch: int, micro: int | None,
+    generator: Generator, learned_renoising: list[Tensor] | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """Regress x̂ on this rank's share x_0 (n, *) of a batch, noised at every step of the chain equally often.
 
-    Yields ½‖(x̂ − x_0)/σ_t‖² in micro-batches; what controls that learned it make of re-noising is subtracted.
+    Yields ½‖(x̂ − x_0)/σ_t‖², `micro` rows at a time; the effect of re-noising is subtracted, if controls learned it.
     """
-    batch, times = learner.batch, learner.times
     steps, share = len(times) - 1, ranks.rank_rows(batch)
     offset = torch.rand((), generator=generator)
     position = torch.randperm(batch, generator=generator) + offset
@@ -121,7 +120,7 @@ def regression(
     alpha, sigma = policy.schedule(t)
     noise = normal((batch, *x_0.shape[1:]), x_0, generator, share)
     x_t = per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise
-    for rows in parts(len(x_0), learner.micro):
+    for rows in parts(len(x_0), micro):
         x, target, row_cond = x_t[rows], x_0[rows], rows_of(cond, rows)
         inputs = {"labels": rows_of(labels, rows), **row_cond}
         if learned_renoising is not None:

@@ -89,4 +89,5 @@ class Weighted(Learner):
             quantile = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[share]
             member = torch.searchsorted(cumulated[pair], quantile).squeeze(1).clamp(max=members - 1)
             x_0 = self.x_0[pair // conditions.classes * members + member].to(policy.device)
-            yield from regression(policy, x_0, labels, cond, self, generator, self.learned_renoising)
+            sizes = self.times, self.batch, self.micro
+            yield from regression(policy, x_0, labels, cond, *sizes, generator, self.learned_renoising)
