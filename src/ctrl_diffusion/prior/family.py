@@ -18,27 +18,16 @@ from .text import TextFamily
 
 @dataclass
 class Family:
-    """Describe the network of a pipeline.
-
-    Args:
-        network: the module that holds the weights.
-        call: (x_t, timestep (B,), **cond) → prediction.
-        codec: its autoencoder; of a network on pixels the identity, `Codec(shape)`.
-        site: where a control enters.
-        classes: how many classes the condition `c` has, None if unconditional.
-        null: the class that stands for none, None if the network was not trained with one.
-        text: of a model that is given prompts.
-        tokens: of one x of a flow, on which its shift may depend; 0 of others.
-    """
+    """Describe the network of a pipeline."""
 
     network: nn.Module
     call: Call
-    codec: Codec
+    codec: Codec  # its autoencoder; of a network on pixels the identity, `Codec(shape)`
     site: ControlSite
-    classes: int | None = None
-    null: int | None = None
-    text: TextFamily | None = None
-    tokens: int = 0
+    classes: int | None = None  # of the condition `c`; None if unconditional
+    null: int | None = None  # the class that stands for none; None if the network was not trained with one
+    text: TextFamily | None = None  # of a model that is given prompts
+    tokens: int = 0  # of one x of a flow, on which its shift may depend; 0 of others
 
 
 def image_size(
@@ -58,26 +47,18 @@ def check_size(size: tuple[int, int] | None, only: tuple[int, int]) -> None:
         raise ValueError(f"size {size[0]}×{size[1]}: it makes images of {only[0]}×{only[1]} only. Leave size out")
 
 
-def flow_schedule(config: dict[str, Any], tokens: int) -> RectifiedFlow:
-    """Return the schedule of a flow, with the shift that its scheduler would set for so many tokens."""
-    if not config.get("use_dynamic_shifting"):
-        return RectifiedFlow(config["shift"])
-    few, many = config["base_image_seq_len"], config["max_image_seq_len"]
-    low, high = config["base_shift"], config["max_shift"]
-    mu = low + (high - low) * (tokens - few) / (many - few)
-    return RectifiedFlow(math.exp(mu) if config.get("time_shift_type") == "exponential" else mu)
-
-
 def make_denoiser(family: Family, scheduler: Any) -> NetworkDenoiser:
-    """Return the denoiser of a network under its scheduler's schedule, prediction type and clipping.
-
-    Raises:
-        ValueError: the scheduler is not supported.
-    """
+    """Return the denoiser of a network under its scheduler's schedule, prediction type and clipping, or ValueError."""
     config, kind = scheduler.config, type(scheduler).__name__
     network, call, shape, site = family.network, family.call, family.codec.shape, family.site
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        return NetworkDenoiser(network, call, flow_schedule(config, family.tokens), "flow", shape, site=site)
+        shift = config["shift"]
+        if config.get("use_dynamic_shifting"):  # the shift that the scheduler would set for so many tokens
+            few, many = config["base_image_seq_len"], config["max_image_seq_len"]
+            low, high = config["base_shift"], config["max_shift"]
+            mu = low + (high - low) * (family.tokens - few) / (many - few)
+            shift = math.exp(mu) if config.get("time_shift_type") == "exponential" else mu
+        return NetworkDenoiser(network, call, RectifiedFlow(shift), "flow", shape, site=site)
     if family.tokens:
         raise ValueError(f"it is a flow, whose schedule is read from FlowMatchEulerDiscreteScheduler, not {kind}")
     if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:

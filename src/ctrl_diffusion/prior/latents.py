@@ -1,5 +1,7 @@
 """Decode and encode images by the autoencoder of a latent model."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,16 +31,13 @@ class Autoencoder(Codec):
             self.scale, self.shift = config.scaling_factor / std, mean
         else:
             self.scale, self.shift = torch.tensor(config.scaling_factor), torch.tensor(config.shift_factor or 0.0)
-        factor = factor_of(vae)
-        self.shape = (config.latent_channels, size[0] // factor, size[1] // factor)
+        self.shape = (config.latent_channels, *(side // factor_of(vae) for side in size))
         self.micro_batch = max(1, PIXELS // (size[0] * size[1]))
 
     def decode(self, x: Tensor) -> Tensor:
         """Return the images of latents, differentiable: a few at a time, each recomputed on the way back."""
-        parts = x.split(self.micro_batch)
-        if x.requires_grad:
-            return torch.cat([checkpoint(self._decode, part, use_reentrant=False) for part in parts])
-        return torch.cat([self._decode(part) for part in parts])
+        decode = partial(checkpoint, self._decode, use_reentrant=False) if x.requires_grad else self._decode
+        return torch.cat([decode(part) for part in x.split(self.micro_batch)])
 
     def _decode(self, x: Tensor) -> Tensor:
         vae, raw = self._vae_on(x.device), x / self.scale.to(x) + self.shift.to(x)
@@ -53,11 +52,9 @@ class Autoencoder(Codec):
     @torch.no_grad()
     def encode(self, images: Tensor, device: torch.device) -> Tensor:
         """Return the latents of images: the mode of the encoder's distribution."""
-        on_device = images.to(device)
-        vae = self._vae_on(device)
-        modes = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in on_device.split(self.micro_batch)]
-        latents = (torch.cat(modes).to(on_device) - self.shift.to(on_device)) * self.scale.to(on_device)
-        return latents.to(images.device)
+        x, vae = images.to(device), self._vae_on(device)
+        modes = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in x.split(self.micro_batch)]
+        return ((torch.cat(modes).to(x) - self.shift.to(x)) * self.scale.to(x)).to(images.device)
 
     def enable_tiling(self) -> None:
         self.vae.enable_tiling()

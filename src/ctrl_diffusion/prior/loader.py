@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,11 +35,10 @@ def find_pipeline(source: str | Path) -> Path:
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name could be OWNER/NAME on the hub."""
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
+        return "/" in name
+    return False
 
 
 @contextmanager

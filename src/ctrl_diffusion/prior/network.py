@@ -15,19 +15,12 @@ Call = Callable[..., Tensor]  # (x_t, timestep (B,), **cond) → prediction (B, 
 
 @dataclass(frozen=True)
 class ControlSite:
-    """Name where a control enters a network: facts about its family, not choices.
+    """Name where a control enters a network: facts about its family, not choices."""
 
-    Args:
-        embeddings: modules whose output is the time or class embedding; the control's embedding is added to it.
-        width: length of that embedding.
-        targets: PEFT's target modules of the LoRA adapter (names or endings of names).
-        rank: default rank of the adapter.
-    """
-
-    embeddings: tuple[str, ...]
-    width: int
-    targets: tuple[str, ...]
-    rank: int = 64
+    embeddings: tuple[str, ...]  # modules whose output, the time or class embedding, the control's is added to
+    width: int  # length of that embedding
+    targets: tuple[str, ...]  # PEFT's target modules of the LoRA adapter (names or endings of names)
+    rank: int = 64  # default of the adapter
 
 
 def clock(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,12 +34,9 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
     Args:
         network: the module that holds the weights; it is frozen.
         call: (x_t, timestep (B,), **cond) → prediction (B, *). Extra channels (learned variance) are dropped.
-        schedule: the noise schedule it was trained with.
-        prediction: what it predicts.
-        shape: of one x.
+        schedule, prediction: the noise schedule it was trained with, and what it predicts.
         clip: clamp x̂ to ±clip, for priors whose own sampler does; saturated pixels then carry no gradient.
         site: where a control enters; None if only its output can be controlled.
-        precision: of autocast; None for the precision of the weights.
     """
 
     # of sharded weights: (K, B) of this rank → (K, B of all ranks); then all ranks must call the network in step

@@ -11,16 +11,11 @@ LOSS_SCALE = 2.0**10
 
 
 class MixedPrecision:
-    """Hold the precision in which a denoiser's `network` computes; x̂ keeps the precision of x_t.
-
-    Attributes:
-        precision: of autocast; None for the precision of the weights.
-        loss_scale: above 1 in float16, which has no numbers below 6e-8; bfloat16 has the range of float32.
-    """
+    """Hold the precision in which a denoiser's `network` computes; x̂ keeps the precision of x_t."""
 
     network: nn.Module
-    precision: torch.dtype | None
-    loss_scale: float
+    precision: torch.dtype | None  # of autocast; None for the precision of the weights
+    loss_scale: float  # above 1 in float16, which has no numbers below 6e-8; bfloat16 has the range of float32
 
     def set_precision(self, precision: torch.dtype | None) -> None:
         """Autocast to another precision from now on, with a fresh loss scale."""

@@ -24,25 +24,15 @@ EMBEDDED = "digits"  # the prior that ships with the package, by name
 
 @dataclass
 class Prior:
-    """Hold a pre-trained model.
+    """Hold a pre-trained model."""
 
-    Args:
-        denoiser: E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x.
-        classes: number of classes of the condition, None if unconditional; prompts are classes too.
-        names: every name of a class → its number; the number itself is a name, too, unless classes are prompts.
-        null: the class that stands for none, None if the network was not trained with one.
-        codec: turns x into images: the autoencoder of a latent model, else the identity.
-        text: of a model that is given prompts.
-        pipeline: the class of its pipeline.
-    """
-
-    denoiser: NetworkDenoiser
-    classes: int | None
-    names: dict[str, int]
-    null: int | None = None
-    codec: Codec = field(default_factory=Codec)
-    text: TextFamily | None = None
-    pipeline: str = ""
+    denoiser: NetworkDenoiser  # E[x_0 | x_t, c], its schedule and the shape (C, H, W) of x
+    classes: int | None  # of the condition; None if unconditional; prompts are classes too
+    names: dict[str, int]  # every name of a class → its number, which is a name too, unless classes are prompts
+    null: int | None = None  # the class that stands for none; None if the network was not trained with one
+    codec: Codec = field(default_factory=Codec)  # turns x into images: a latent model's autoencoder, else the identity
+    text: TextFamily | None = None  # of a model that is given prompts
+    pipeline: str = ""  # the class of its pipeline
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -52,7 +42,6 @@ class Prior:
 
     @property
     def latent(self) -> bool:
-        """Whether x are latents and not images."""
         return self.codec.latent
 
     @property
@@ -71,13 +60,8 @@ class Prior:
     def placed(self, device: str = "auto", precision: str = "no", tiling: bool = False) -> "Prior":
         """Move the network to a device and return this prior; the autoencoder follows when needed, text encoders stay.
 
-        Args:
-            device: as torch names it; "auto" for CUDA if there is an accelerator.
-            precision: "no" for that of the network's weights, "bf16" or "fp16" for autocast.
-            tiling: decode large images in tiles.
-
-        Raises:
-            ValueError: there is no such device.
+        "auto" is CUDA if there is any; a device that does not exist is refused (ValueError). The precision "no" is that
+        of the network's weights, "bf16" and "fp16" autocast; `tiling` decodes large images in tiles.
         """
         try:
             self.denoiser.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -91,22 +75,18 @@ class Prior:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, size: tuple[int, int] | None = None) -> "Prior":
-        """Load a diffusers pipeline from a folder or the hub; a model that is given text has no class yet.
+        """Load a diffusers pipeline from a folder or, by OWNER/NAME, the hub; one that is given text has no class yet.
 
-        Args:
-            source: the folder, or OWNER/NAME.
-            size: (H, W) of the images, for families that make any; None for the size it was trained on.
-
-        Raises:
-            ValueError: it is not found, no pipeline, damaged, not supported, or cannot make the size.
+        `size` is (H, W) of the images, for families that make any; None is the size it was trained on. Raises
+        ValueError if it is not found, no pipeline, damaged, not supported, or cannot make the size.
         """
         folder = find_pipeline(source)
         try:
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            name, _ = index["_class_name"], index["scheduler"][1]
+            name, scheduler = index["_class_name"], index["scheduler"][1]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}/model_index.json is not one that diffusers writes ({error!r}).") from error
-        if not index["scheduler"][1]:
+        if not scheduler:
             raise ValueError(f"{folder} cannot be loaded: it lacks its scheduler")
         if not isinstance(name, str) or name not in FAMILIES:
             raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
@@ -122,30 +102,19 @@ class Prior:
     ) -> "Prior":
         """Make a prior of an object that has a pipeline's parts, by the name of the pipeline's class.
 
-        Args:
-            pipeline: the parts.
-            name: of the class.
-            size: see `from_pretrained`.
-            id2label: number → names of the class, separated by commas.
+        `id2label` maps a class's number to its names, separated by commas.
         """
         family = FAMILIES[name].load(pipeline, size)
-        names = {
-            synonym.strip(): int(number) for number, text in (id2label or {}).items() for synonym in text.split(",")
-        }
+        names = {label.strip(): int(i) for i, labels in (id2label or {}).items() for label in labels.split(",")}
         names |= {str(i): i for i in range(family.classes or 0)}
         denoiser = make_denoiser(family, pipeline.scheduler)
         return cls(denoiser, family.classes, names, family.null, family.codec, family.text, name)
 
     def with_prompts(self, prompts: Sequence[str], guidance: float | None = None, negative: str = "") -> "Prior":
-        """Return the prior of numbered prompts, of a model that is given text.
+        """Return the prior of numbered prompts, the classes of `c`, of a model that is given text.
 
-        Args:
-            prompts: the classes of the condition `c`.
-            guidance: of classifier-free guidance, 1 for none; None for the pipeline's default.
-            negative: the prompt that the guidance leads away from.
-
-        Raises:
-            ValueError: it is given no text; or there are no prompts, or equal ones.
+        Classifier-free `guidance`, 1 for none, None for the pipeline's default, leads away from the negative prompt.
+        Raises ValueError if the model is given no text, or there are no prompts, or equal ones.
         """
         if self.text is None:
             raise ValueError("this prior is given no text. Leave the prompts out.")

@@ -13,10 +13,7 @@ def shard(denoiser: NetworkDenoiser, device: str = "auto") -> None:
 
     The units that are gathered and freed at a time are the members of the network's lists (transformer blocks, a UNet's
     stages), children that have such lists (a UNet's middle), and all the rest. A control's weights are added later and
-    stay whole.
-
-    Raises:
-        ValueError: `device` names one.
+    stay whole. Any `device` but "auto" is refused (ValueError).
     """
     if device != "auto":
         raise ValueError(f"device: sharded weights are where accelerate puts them. Use auto, not {device}.")

@@ -18,30 +18,17 @@ Rows = dict[str, Tensor]
 
 @dataclass
 class TextFamily:
-    """Describe the text conditions of a model family.
+    """Describe the text conditions of a model family."""
 
-    Args:
-        encode: prompts, negative prompt → the network's inputs for each prompt (G rows each) and for the negative one
-            (1 row each).
-        call: (x_t, timestep (B,), **rows) → prediction.
-        guidance: the pipeline's default.
-        distilled: whether the network takes the guidance as a number, `guidance` (B,), and needs no second half.
-    """
-
+    # prompts, negative prompt → the network's inputs for each prompt (G rows each), and for the negative (1 row each)
     encode: Callable[[Sequence[str], str], tuple[Rows, Rows]]
-    call: Callable[..., Tensor]
-    guidance: float
-    distilled: bool = False
+    call: Callable[..., Tensor]  # (x_t, timestep (B,), **rows) → prediction
+    guidance: float  # the pipeline's default
+    distilled: bool = False  # the network takes the guidance as a number, `guidance` (B,), and needs no second half
 
 
 class Prompted:
-    """Call a network for numbered prompts, `c` (B,).
-
-    Args:
-        family: of the network.
-        guidance: g; 1 for the prompt's prediction alone.
-        negative: the prompt of the other half.
-    """
+    """Call a network for numbered prompts, `c` (B,), with guidance g (1 for none) away from a negative prompt."""
 
     def __init__(self, family: TextFamily, guidance: float, negative: str) -> None:
         self.family, self.guidance, self.negative = family, guidance, negative
@@ -52,10 +39,8 @@ class Prompted:
     def add(self, prompts: Sequence[str]) -> None:
         """Encode prompts and number them after the ones there are."""
         rows, self.null = self.family.encode(prompts, self.negative)
-        self.rows = {
-            name: torch.cat([self.rows[name], row.to(self.rows[name])]) if self.rows else row
-            for name, row in rows.items()
-        }
+        before = self.rows
+        self.rows = {n: torch.cat([before[n], row.to(before[n])]) if before else row for n, row in rows.items()}
 
     def __call__(self, x_t: Tensor, timestep: Tensor, c: Tensor) -> Tensor:
         for encoded in (self.rows, self.null):  # moved once to the network's device and precision
@@ -73,8 +58,3 @@ class Prompted:
 def default_guidance(pipeline: Any) -> float:
     """Return the guidance a pipeline samples with by default."""
     return inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-
-
-def encoder_device(pipeline: Any) -> torch.device:
-    """Return the device of a pipeline's text encoders."""
-    return next(pipeline.text_encoder.parameters()).device

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..family import Family, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
-from ..text import Rows, TextFamily, default_guidance, encoder_device
+from ..text import Rows, TextFamily, default_guidance
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 OPTIONAL, ALONE = (), False
@@ -32,7 +32,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         if negative:
             raise ValueError("Flux takes no negative prompt")
-        rows, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=encoder_device(pipeline))
+        rows, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=pipeline.text_encoder.device)
         return {"encoder_hidden_states": rows, "pooled_projections": pooled}, {}
 
     def call(

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..family import Family, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
-from ..text import Rows, TextFamily, default_guidance, encoder_device
+from ..text import Rows, TextFamily, default_guidance
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # the last two of SDXL
 OPTIONAL, ALONE = (), False
@@ -31,10 +31,9 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         # SDXL was trained with zeros for no text, not with the empty prompt; the pipeline returns them for None
         negatives = [negative] * len(prompts) if negative or not large else None
-        states, null_states, *pooled = pipeline.encode_prompt(
-            list(prompts), device=encoder_device(pipeline), num_images_per_prompt=1, do_classifier_free_guidance=True,
-            negative_prompt=negatives,
-        )  # fmt: skip
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True, "negative_prompt": negatives}
+        device = pipeline.text_encoder.device
+        states, null_states, *pooled = pipeline.encode_prompt(list(prompts), device=device, **options)
         rows, null = {"encoder_hidden_states": states}, {"encoder_hidden_states": null_states[:1]}
         if large:
             rows["text_embeds"], null["text_embeds"] = pooled[0], pooled[1][:1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..family import Family, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
-from ..text import Rows, TextFamily, default_guidance, encoder_device
+from ..text import Rows, TextFamily, default_guidance
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 OPTIONAL, ALONE = ("text_encoder_3", "tokenizer_3"), False
@@ -18,19 +18,14 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """Return the family of a pipeline."""
     network, config = pipeline.transformer, pipeline.transformer.config
-    codec = Autoencoder(
-        pipeline.vae, image_size(size, config.sample_size, pipeline.vae_scale_factor, config.patch_size)
-    )
+    size = image_size(size, config.sample_size, pipeline.vae_scale_factor, config.patch_size)
+    codec = Autoencoder(pipeline.vae, size)
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
-        texts, negatives = list(prompts), [negative] * len(prompts)
-        rows, null, pooled, null_pooled = pipeline.encode_prompt(
-            texts, None, None, device=encoder_device(pipeline), negative_prompt=negatives
-        )
-        return (
-            {"encoder_hidden_states": rows, "pooled_projections": pooled},
-            {"encoder_hidden_states": null[:1], "pooled_projections": null_pooled[:1]},
-        )
+        options = {"device": pipeline.text_encoder.device, "negative_prompt": [negative] * len(prompts)}
+        rows, null, pooled, null_pooled = pipeline.encode_prompt(list(prompts), None, None, **options)
+        names = ("encoder_hidden_states", "pooled_projections")
+        return dict(zip(names, (rows, pooled), strict=True)), dict(zip(names, (null[:1], null_pooled[:1]), strict=True))
 
     def call(x_t: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> Tensor:
         return network(x_t, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[0]
