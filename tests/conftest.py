@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,16 +68,30 @@ QUICKER = "steps: 6\nclassifier: {updates: 3000}\nweighted: {batch: 64}\nadjoint
 
 
 @pytest.fixture(scope="session")
-def quick_run(tmp_path_factory, worker_id) -> Path:
-    """A run folder made by the command line, once for all workers; no test may change it."""
-    root = tmp_path_factory.getbasetemp()
-    folder = (root if worker_id == "master" else root.parent) / "quick"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "report.html").is_file():  # what is written last
-            settings = folder.with_suffix(".yaml")
-            settings.write_text(QUICKER)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                demo = ("demo", "--quick", "--out", folder, "--overwrite", "--config", settings)
-                assert exit_code(*demo) == 0
-    return folder
+def once(tmp_path_factory, worker_id):
+    """Make a folder of some name, once for all workers; no test may change it."""
+    root = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, ready = root / name, root / f"{name}.ready"
+        with FileLock(root / f"{name}.lock"):
+            if not ready.exists():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    make(folder)
+                ready.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def quick_run(once, tmp_path_factory) -> Path:
+    """A run folder made by the command line."""
+    settings = tmp_path_factory.mktemp("quick") / "settings.yaml"
+    settings.write_text(QUICKER)
+
+    def demo(folder: Path) -> None:
+        assert exit_code("demo", "--quick", "--out", folder, "--overwrite", "--config", settings) == 0
+
+    return once("quick-run", demo)
