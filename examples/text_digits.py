@@ -33,14 +33,14 @@ WITHOUT_PROMPT = 0.1  # for classifier-free guidance
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """x (1797, 1, 16, 16) in [−1, 1], white ink on black, and c (1797,) in 0 … 9."""
+    """Return x (1797, 1, 16, 16) in [−1, 1], white ink on black, and c (1797,) in 0 … 9."""
     x, c = load_digits(return_X_y=True)
     small = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     return F.interpolate(small, scale_factor=2, mode="bilinear"), torch.tensor(c)
 
 
 def moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x slightly turned, scaled, sheared and shifted: some hundred digits alone would be memorised."""
+    """Turn, scale, shear and shift x slightly: some hundred digits alone would be memorised."""
     plan = torch.eye(2, 3) + torch.tensor([0.05, 0.05, 0.04]) * torch.randn(len(x), 2, 3, generator=generator)
     grid = F.affine_grid(plan, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # outside is black
@@ -49,13 +49,13 @@ def moved(x: Tensor, generator: torch.Generator) -> Tensor:
 def optimised(
     parameters: list[nn.Parameter], updates: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
-    """AdamW and the cycle of its learning rate."""
+    """Make AdamW and the cycle of its learning rate."""
     optimizer = torch.optim.AdamW(parameters, lr=RATE)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATE, total_steps=updates)
 
 
 def train_autoencoder(x: Tensor, updates: int, generator: torch.Generator) -> AutoencoderKL:
-    """Half the pixels a side, and latents of unit variance."""
+    """Train an autoencoder to half the pixels a side, with latents of unit variance."""
     vae = AutoencoderKL(
         in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(16, 32), norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
@@ -129,7 +129,7 @@ def train_pipeline(folder: Path, x: Tensor, c: Tensor, of_autoencoder: int, upda
 
 
 def write_photos(folder: Path, x: Tensor, c: Tensor) -> None:
-    """Labelled images as a user would bring them."""
+    """Write labelled images as a user would bring them."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = ((x[:, 0] + 1) * 127.5).round().to(torch.uint8)
     weight = pixels.double().mean((1, 2))
@@ -143,7 +143,7 @@ def write_photos(folder: Path, x: Tensor, c: Tensor) -> None:
 
 
 def main() -> None:
-    """Command line: train the pipeline on most digits, then write the others."""
+    """Train the pipeline on most digits, then write the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("text-digits"), help="the folder for pipeline/ and photos/")
     parser.add_argument("--autoencoder", type=int, default=300, help="updates of the autoencoder's training")

@@ -24,7 +24,7 @@ BRIGHT = torch.tensor([[1.0, -0.6, -0.6], [-0.6, 0.9, -0.6], [-0.4, -0.2, 1.0]])
 
 
 def textures(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x (n, 3, 16, 12) in [−1, 1] and the texture (n,): two-pixel stripes or squares in one of three colours."""
+    """Draw x (n, 3, 16, 12) in [−1, 1] and the texture (n,): two-pixel stripes or squares in one of three colours."""
     y, colour = torch.randint(3, (2, n), generator=generator)
     down, right = torch.randint(4, (2, n, 1, 1), generator=generator)
     rows = ((torch.arange(HEIGHT).view(1, -1, 1) + down) // 2 % 2).expand(n, HEIGHT, WIDTH)
@@ -59,7 +59,7 @@ def train_pipeline(folder: Path, updates: int, width: int) -> None:
 
 
 def write_photos(folder: Path, n: int) -> None:
-    """n labelled images as a user would bring them."""
+    """Write n labelled images as a user would bring them."""
     folder.mkdir(parents=True, exist_ok=True)
     x, y = textures(n, torch.Generator().manual_seed(1))
     pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -72,7 +72,7 @@ def write_photos(folder: Path, n: int) -> None:
 
 
 def main() -> None:
-    """Command line: train the pipeline, then draw the images."""
+    """Train the pipeline, then draw the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("textures"), help="the folder for pipeline/ and photos/")
     parser.add_argument("--updates", type=int, default=1000, help="of the pipeline's training")

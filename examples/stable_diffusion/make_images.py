@@ -50,7 +50,7 @@ def write_images(folder: Path, pipeline: StableDiffusionPipeline, prompts: list[
 
 
 def main() -> None:
-    """Command line: open the prior, then draw."""
+    """Open the prior, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("images"), help="the folder to write")
     parser.add_argument("-n", type=int, default=1800, help="how many")

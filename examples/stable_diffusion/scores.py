@@ -28,7 +28,7 @@ HEAD, REVISION = "ttj/sac-logos-ava1-l14-linearMSE", "1e77fa05081323d99725fc40a9
 
 
 class Aesthetic:
-    """LAION's aesthetic predictor (version 2), about 1 … 10: linear layers on CLIP's normalised image embedding.
+    """Score images by LAION's aesthetic predictor (version 2), about 1 … 10: linear layers on CLIP's image embedding.
 
     Weights are read as safetensors only, when the first image is scored; on a GPU if there is one.
 
@@ -77,7 +77,7 @@ class Aesthetic:
 
 
 def at_least(image: Image.Image, score: Rule, cut: float) -> int:
-    """1 where the score reaches the cut, else 0."""
+    """Return 1 where the score reaches the cut, else 0."""
     return int(score(image) >= cut)
 
 
