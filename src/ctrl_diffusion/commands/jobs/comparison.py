@@ -113,10 +113,8 @@ class Comparison:
         for settings in run.config.controls:
             if run.config.classes is not None and not settings.condition:
                 continue
-            datasets = [self.data[settings.name]]
-            if settings.judge_data:
-                datasets.append(read_again(run, settings, settings.judge_data))
-            for data in datasets:
+            judged = [read_again(run, settings, settings.judge_data)] if settings.judge_data else []
+            for data in [self.data[settings.name], *judged]:
                 group = data.labels[settings.condition] if settings.condition else torch.zeros(len(data)).long()
                 for rows in torch.arange(len(data)).split(run.prior.codec.batch):
                     batches.append(judge.measure_batch(data.x[rows].to(judge.device), group[rows]))
@@ -133,9 +131,8 @@ class Comparison:
 
     def run_models(self) -> FittedModels:
         """Return the models of the run itself."""
-        parts = {
-            name: tuple(data.split(name, WITH_RULER, self.run.config.seed)[:2]) for name, data in self.data.items()
-        }
+        seed = self.run.config.seed
+        parts = {name: tuple(data.split(name, WITH_RULER, seed)[:2]) for name, data in self.data.items()}
         return FittedModels(self.run, self.data, parts, self.x_prior, self.labelled, phase=self.phase)
 
     def split(self, n: int, seed: int) -> dict[str, list[LabelledImages]]:
@@ -191,9 +188,9 @@ class Comparison:
         has_gap = with_gap and isinstance(method, Guidance)
         gap, stderr = self.gap(models, method, denoiser, strength) if has_gap else (None, None)
         names = ("accuracy", "accuracy_stderr", "judge_accuracy", "macro_f1", "class_accuracy")
-        figures = {**{name: getattr(score, name) for name in names}, **asdict(fidelity)}
         return {
-            **figures, "gap_nats": gap, "gap_stderr": stderr, **asdict(samples.cost), "seconds": round(seconds, 2),
+            **{name: getattr(score, name) for name in names}, **asdict(fidelity), "gap_nats": gap, "gap_stderr": stderr,
+            **asdict(samples.cost), "seconds": round(seconds, 2),
         }  # fmt: skip
 
     def gap(self, models: FittedModels, method: Guidance, denoiser: Denoiser, strength: float) -> tuple[float, float]:

@@ -66,7 +66,7 @@ class FittedModels:
         return prior_table(self.run.reward, self.run.conditions, self.x_prior)
 
     def x_0(self, data: LabelledImages) -> Tensor:
-        """Return labelled images (n, *) in the prior's space: latents, of a latent model."""
+        """Return labelled images (n, *) in the prior's space."""
         return data.through(self.run.prior.encode).x
 
     def save(self, folder: Path) -> None:
