@@ -135,17 +135,14 @@ def certify(conditions: Conditions, table: Tensor, reward: Tensor, kl: Tensor, l
 
 def warn_of_log_z(ess: float, difference: float, stderr: float) -> None:
     """Warn where log Z of the prior's samples is not to be trusted, or the policy's paths do not confirm it."""
-    if ess < 30:
-        warnings.warn(
-            f"log Z of the rarest (c, y) rests on {ess:.0f} effective samples of the prior and is biased low: "
-            "raise evaluation.prior_samples.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    if abs(difference) > 3 * stderr:
-        warnings.warn(
-            f"log Z from the policy's paths differs from the prior's by {difference:+.3f} nats, more than three "
-            f"standard errors ({stderr:.3f}): trust the prior's; the policy misses modes or its weights are uneven.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    few = (
+        f"log Z of the rarest (c, y) rests on {ess:.0f} effective samples of the prior and is biased low: raise "
+        "evaluation.prior_samples."
+    )
+    unlike = (
+        f"log Z from the policy's paths differs from the prior's by {difference:+.3f} nats, more than three standard "
+        f"errors ({stderr:.3f}): trust the prior's; the policy misses modes or its weights are uneven."
+    )
+    for message, holds in ((few, ess < 30), (unlike, abs(difference) > 3 * stderr)):
+        if holds:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -90,9 +90,8 @@ def warn_if_outside(prior: Score, ctrl: Score) -> None:
         return
     stderr = math.hypot(prior.outside_stderr, ctrl.outside_stderr)
     if leaves_region(ctrl.outside_support, prior.outside_support, stderr):
-        warnings.warn(
+        message = (
             f"samples leave the region the classifier was fitted on ({ctrl.outside_support:.1%} lie outside, of the "
-            f"prior's {prior.outside_support:.1%}); compare the independent judge.",
-            RuntimeWarning,
-            stacklevel=2,
+            f"prior's {prior.outside_support:.1%}); compare the independent judge."
         )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

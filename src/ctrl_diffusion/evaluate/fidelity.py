@@ -19,21 +19,11 @@ from .scores import weighted_diversity
 NEIGHBOURS = 5
 
 
-class Precomputed(nn.Module):
-    """Pass features of `width` F through that were computed already, in the form torchmetrics expects."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 def frechet_distance(real: Tensor, samples: Tensor) -> float:
     """Compute the Fréchet distance (Heusel et al. 2017) between two sets of features (n, F) and (m, F)."""
-    width = real.shape[1]
-    metric = FrechetInceptionDistance(feature=Precomputed(width), input_img_size=(width,), normalize=True)
+    network = nn.Identity()  # the features were computed already
+    network.num_features = width = real.shape[1]
+    metric = FrechetInceptionDistance(feature=network, input_img_size=(width,), normalize=True)
     metric.update(real, real=True)
     metric.update(samples, real=False)
     return float(metric.compute())

@@ -66,10 +66,9 @@ def exact_samples(
         x_0 = x.new_empty(sum(map(len, pairs)), *x.shape[1:]) if x_0 is None else x_0
         x_0[rows] = x[w.multinomial(len(rows), replacement=True, generator=generator)]
     if smallest < WARNED_SHARE:
-        warnings.warn(
+        message = (
             f"exact sampling: {smallest:.1%} of the policy's paths count under their weights; samples repeat. The more "
-            "the control is trained, the more paths count.",
-            RuntimeWarning,
-            stacklevel=2,
+            "the control is trained, the more paths count."
         )
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return x_0, smallest

@@ -39,8 +39,8 @@ class Population(Method):
         groups = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
         particles = target.rows(torch.cat([rows[:1].expand(size) for rows, size in zip(pairs, sizes, strict=True)]))
         x_0, log_w = self.population(particles, groups, times, generator)
-        draws = zip(groups, map(len, pairs), strict=True)
-        chosen = torch.cat([group.start + systematic(log_w[group], n, generator) for group, n in draws])
+        members = zip(groups, map(len, pairs), strict=True)
+        chosen = torch.cat([group.start + systematic(log_w[group], n, generator) for group, n in members])
         return x_0.cpu()[chosen[torch.cat(pairs).argsort()]]
 
     @abstractmethod
