@@ -5,17 +5,13 @@ from torch import Tensor
 
 
 class Codec:
-    """Take x for the images themselves; `prior.latents.Autoencoder` decodes the x of a latent model.
-
-    Args:
-        image_shape: (C, H, W) of an image in [−1, 1].
-    """
+    """Take x for the images themselves; `prior.latents.Autoencoder` decodes the x of a latent model."""
 
     latent = False
     batch = 1024  # images that are decoded and looked at together where no gradient is kept
 
     def __init__(self, image_shape: tuple[int, ...] = ()) -> None:
-        self.image_shape = self.shape = image_shape  # of one image, and of one x
+        self.image_shape = self.shape = image_shape  # (C, H, W) of an image in [−1, 1], and of one x
 
     def decode(self, x: Tensor) -> Tensor:
         """Return the images (B, C, H, W) of x (B, *), differentiable."""

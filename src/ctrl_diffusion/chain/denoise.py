@@ -36,17 +36,11 @@ def x_hat_from(prediction: Tensor, kind: Prediction, x_t: Tensor, alpha: Tensor,
 
 
 class Denoiser(nn.Module):
-    """Estimate E[x_0 | x_t], always in eval mode: dropout is not part of a prior's distribution.
-
-    Attributes:
-        schedule: the noise schedule.
-        shape: of one x, without the batch.
-        start: the first time of its chains.
-    """
+    """Estimate E[x_0 | x_t], always in eval mode: dropout is not part of a prior's distribution."""
 
     schedule: Schedule
-    shape: tuple[int, ...]
-    start: float = 1.0
+    shape: tuple[int, ...]  # of one x, without the batch
+    start: float = 1.0  # the first time of its chains
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         """Return x̂ (B, *) for x_t (B, *) at time t, a number or (B,), under conditions of B rows each."""

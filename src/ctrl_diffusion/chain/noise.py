@@ -14,12 +14,9 @@ EVERY = slice(None)
 def normal(
     shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None, rows: slice = EVERY
 ) -> Tensor:
-    """Draw standard normal noise of a shape and return some of its rows on the device of `like`.
-
-    It is drawn on the generator's device, the CPU by default, so that a seed gives the same values on every device.
-    """
+    """Draw standard normal noise of a shape and return some of its rows on the device of `like`."""
     dtype = like.dtype if isinstance(like, Tensor) else None
-    source = generator.device if generator else "cpu"
+    source = generator.device if generator else "cpu"  # so that a seed gives the same values on every device
     return torch.randn(*shape, generator=generator, dtype=dtype, device=source)[rows].to(like.device)
 
 

@@ -15,17 +15,11 @@ from .rows import parts, rows_of
 
 
 class Paths(NamedTuple):
-    """Hold the ends of n paths on the CPU.
+    """Hold the ends of n paths on the CPU."""
 
-    Args:
-        x_0: (n, *).
-        kl: of each path against the prior in nats (n,); zero unless compared.
-        log_ratio: log p_g/p_pre of each path in nats (n,); zero unless compared.
-    """
-
-    x_0: Tensor
-    kl: Tensor
-    log_ratio: Tensor
+    x_0: Tensor  # (n, *)
+    kl: Tensor  # of each path against the prior in nats (n,); zero unless compared
+    log_ratio: Tensor  # log p_g/p_pre of each path in nats (n,); zero unless compared
 
 
 def default_batch(denoiser: Denoiser) -> int:
@@ -43,25 +37,22 @@ def paths(
 
     Args:
         denoiser: prior or policy.
-        n: number of paths.
         times: the chain's grid.
         generator: of all noise.
         cond, labels: n rows each.
         strength: w of the control.
         compare: also measure the path's KL against the prior.
         eta: churn.
-        batch: paths at a time; None for `default_batch`.
+        batch: paths at a time; None for 256, or fewer of many dimensions.
         progress: called with the number of paths done since the last call.
     """
     batches, results = parts(n, batch or default_batch(denoiser)), []
 
     def simulate(rows: slice, noise: list[Tensor]) -> Paths:
         control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
+        options = {"compare": compare, "cond": rows_of(cond or {}, rows), "noise": noise[1:], **control}
         with denoiser.frozen():
-            path = rollout(
-                denoiser, noise[0], times, eta, compare=compare, cond=rows_of(cond or {}, rows), noise=noise[1:],
-                **control,
-            )  # fmt: skip
+            path = rollout(denoiser, noise[0], times, eta, **options)
         zeros = torch.zeros(len(path.x_0))
         kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
         return Paths(path.x_0.cpu(), kl.cpu(), log_ratio.cpu())

@@ -22,23 +22,14 @@ ControlledStep = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor 
 
 @dataclass
 class Trajectory:
-    """Hold N steps of B paths.
+    """Hold N steps of B paths."""
 
-    Args:
-        times: t_0 > … > t_N.
-        x: states (N + 1, B, *).
-        z: noise of each step (N, B, *), x_{i+1} = mean_i + std_i z_i.
-        x_0: (B, *), the prior's denoiser at the last state; None if not read out.
-        kl: (N, B), KL of each step against the prior's in nats; None if not compared.
-        log_ratio: (N, B), log p_g/p_pre of each step in nats, same expectation as kl; None if not compared.
-    """
-
-    times: Times
-    x: Tensor
-    z: Tensor
-    x_0: Tensor | None
-    kl: Tensor | None = None
-    log_ratio: Tensor | None = None
+    times: Times  # t_0 > … > t_N
+    x: Tensor  # states (N + 1, B, *)
+    z: Tensor  # noise of each step (N, B, *), x_{i+1} = mean_i + std_i z_i
+    x_0: Tensor | None  # (B, *), the prior's denoiser at the last state; None if not read out
+    kl: Tensor | None = None  # (N, B), KL of each step against the prior's in nats; None if not compared
+    log_ratio: Tensor | None = None  # (N, B), log p_g/p_pre of each step, same expectation as kl; None if not compared
 
     def to(self, device: torch.device) -> "Trajectory":
         """Move states and noise, which are nearly all of it, to another device."""
@@ -116,16 +107,14 @@ def rollout(
     labels set inside.
 
     Args:
-        denoiser: prior or policy.
         x_1: (B, *), standard normal.
         times: the chain's grid (`Schedule.times`).
         eta: churn.
-        generator: of the steps' noise.
         compare: also measure each step against the prior (one more evaluation a step).
         read: also read out x_0 (one evaluation).
         cond: the prior's own conditions, B rows each.
         at_state: (i, x_i) → x_i, called before every step and at the end; cuts or clips the gradient.
-        noise: of each step (B, *); drawn if None.
+        noise: of each step (B, *); None draws it from the generator.
         control: labels and strength, for a policy.
     """
     cond = {name: row.to(x_1.device) for name, row in (cond or {}).items()}

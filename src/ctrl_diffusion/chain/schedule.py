@@ -37,9 +37,6 @@ class Schedule(ABC):
 
         The chain ends at σ > 0 so that every step has noise and every KL is finite (docs: design, one kernel). A power
         above 1 spends more of the steps near the data, where a control of fine detail needs them.
-
-        Raises:
-            ValueError: steps < 1, power < 1, sigma_end outside (0, σ_start), or more steps than distinct times.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}.")
@@ -73,12 +70,9 @@ class Schedule(ABC):
 
 
 class VariancePreserving(Schedule):
-    """Interpolate the discrete schedule of diffusers: T values of ᾱ (`alphas_cumprod`), entry k at t = (k + 1)/T.
+    """Interpolate the discrete schedule of diffusers: T decreasing values of ᾱ, entry k at t = (k + 1)/T.
 
     Between entries ᾱ is linear in t; at entries it is exact. At t = 0 the data are clean.
-
-    Args:
-        alphas_cumprod: (T,), decreasing, in [0, 1].
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -117,9 +111,8 @@ class Cosine(Schedule):
 class RectifiedFlow(Schedule):
     """Set α = 1 − t, σ = t (Liu et al. 2023; Lipman et al. 2023); the network's input is 1000 t, as in diffusers.
 
-    Args:
-        shift: k of the grid's t ↦ kt/(1 + (k − 1)t): the larger an image, the more steps belong to its noisy times
-            (Esser et al. 2024, eq. 23).
+    A `shift` k maps the grid by t ↦ kt/(1 + (k − 1)t): the larger an image, the more steps belong to its noisy times
+    (Esser et al. 2024, eq. 23).
     """
 
     def __init__(self, shift: float = 1.0) -> None:

@@ -60,9 +60,7 @@ def step_std(schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: floa
     return eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
 
 
-def step_coefficients(
-    schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def step_coefficients(schedule: Schedule, t: Tensor | float, s: Tensor | float, eta: float) -> tuple[Tensor, ...]:
     """Return a, b, std of the step t → s, whose mean is a x̂ + b x_t; float64, in the shape of t."""
     std = step_std(schedule, t, s, eta)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
@@ -81,13 +79,8 @@ def step(schedule: Schedule, x_hat: Tensor, x_t: Tensor, t: Tensor | float, s: T
 def transition(
     denoiser: Denoiser, x_t: Tensor, t: Tensor | float, s: Tensor | float, eta: float = 1.0, **cond: Tensor
 ) -> Gaussian:
-    """Return p(x_s | x_t) of a denoiser's reverse process.
+    """Return p(x_s | x_t), of x_t (B, *), of a prior's or policy's reverse process.
 
-    Args:
-        denoiser: prior or policy.
-        x_t: (B, *) at time t.
-        t, s: times, s < t; numbers or (B,).
-        eta: churn in [0, 1].
-        cond: passed to the denoiser (conditions, and labels for a policy).
+    Times s < t are numbers or (B,), churn `eta` is in [0, 1]; `cond` are conditions, and labels for a policy.
     """
     return step(denoiser.schedule, denoiser(x_t, t, **cond), x_t, t, s, eta)

@@ -68,14 +68,11 @@ def load_pipeline(folder: Path, index: dict[str, Any]) -> Any:
     if family.ALONE:
         return load_parts(folder, index, family.PARTS)
     pipeline = getattr(diffusers, index["_class_name"])
+    parameters = inspect.signature(pipeline).parameters
     # a part that its authors left out stands as [null, null], or not at all; a flag left out has its default
-    absent = {
-        name: None
-        for name, parameter in inspect.signature(pipeline).parameters.items()
-        if name in NOT_NEEDED
-        or index.get(name) == [None, None]
-        or (index.get(name) is None and parameter.default is parameter.empty)
-    }
+    left_out = [name for name, p in parameters.items() if index.get(name) is None and p.default is p.empty]
+    left_out += [name for name in parameters if name in NOT_NEEDED or index.get(name) == [None, None]]
+    absent = dict.fromkeys(left_out)
     if missing := [name for name in family.PARTS if name in absent]:
         raise ValueError(f"it lacks its {' and '.join(missing)}")
     with quiet():

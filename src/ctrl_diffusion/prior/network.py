@@ -67,8 +67,7 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
         rows = {name: value.to(x_t.device, non_blocking=True) for name, value in cond.items()}
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
             prediction = self.call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
-        prediction = prediction[:, : x_t.shape[1]].to(x_t.dtype)
-        x_hat = x_hat_from(prediction, self.prediction, x_t, alpha, sigma)
+        x_hat = x_hat_from(prediction[:, : x_t.shape[1]].to(x_t.dtype), self.prediction, x_t, alpha, sigma)
         return x_hat if self.clip is None else x_hat.clamp(-self.clip, self.clip)
 
 

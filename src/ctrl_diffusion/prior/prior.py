@@ -127,13 +127,12 @@ class Prior:
 
     def number_of(self, name: str) -> int:
         """Return the class of a name, or of a prompt, which is encoded if it is new; refuse an unknown name."""
-        if name not in self.names and self.text is None:
-            some = ", ".join(list(self.names)[:10])
-            raise ValueError(f"must be one of the prior's {self.classes} classes ({some} …), got {name!r}.")
         if name not in self.names:
+            if self.text is None:
+                some = ", ".join(list(self.names)[:10])
+                raise ValueError(f"must be one of the prior's {self.classes} classes ({some} …), got {name!r}.")
             self.denoiser.call.add([name])
-            self.names[name] = self.classes
-            self.classes += 1
+            self.names[name], self.classes = self.classes, self.classes + 1
         return self.names[name]
 
     def unconditional(self) -> "Prior":
@@ -141,12 +140,11 @@ class Prior:
         if self.null is None:
             reason = "is unconditional already" if self.classes is None else "was not trained with a class for none"
             raise ValueError(f"unconditional: this prior {reason}. Leave it out.")
-        conditional = self.denoiser
 
         def call(x_t: Tensor, timestep: Tensor) -> Tensor:
-            return conditional.call(x_t, timestep, c=torch.full_like(timestep, self.null, dtype=torch.long))
+            return self.denoiser.call(x_t, timestep, c=torch.full_like(timestep, self.null, dtype=torch.long))
 
-        return replace(self, denoiser=conditional.with_call(call), classes=None, names={}, null=None)
+        return replace(self, denoiser=self.denoiser.with_call(call), classes=None, names={}, null=None)
 
 
 def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:

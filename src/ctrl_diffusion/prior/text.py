@@ -1,8 +1,7 @@
 """Condition on text: prompts are encoded once, numbered and looked up; classifier-free guidance is part of the prior.
 
-With guidance g the prior is what its users sample: the prediction f(∅) + g (f(c) − f(∅)) (Ho & Salimans 2022), one
-call of twice the batch, in rollout, KL and sampling alike. A control acts in both halves; its shift, which they share,
-is not amplified.
+With guidance g the prior is what its users sample, in KL as well: f(∅) + g (f(c) − f(∅)) (Ho & Salimans 2022), one call
+of twice the batch. A control acts in both halves; its shift, which they share, is not amplified.
 """
 
 import inspect

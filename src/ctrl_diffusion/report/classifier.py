@@ -66,10 +66,10 @@ def confusion_figure(confusion: Tensor, values: Sequence[str], rows: str, column
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set(xlabel=columns, ylabel=rows)
+        style = {"ha": "center", "va": "center", "fontsize": 8}
         for i, j in product(ticks, ticks) if len(values) <= 12 else ():
             share = float(confusion[i, j])
-            color = "white" if share > 0.5 else "#333"
-            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=color)
+            axes.text(j, i, f"{100 * share:.0f}", color="white" if share > 0.5 else "#333", **style)
         headline(axes, title)
     return figure
 
@@ -79,11 +79,8 @@ def write_classifier_report(folder: Path, panel: Panel, held_out: LabelledImages
     y, log_p, space = held_out.labels[panel.control], panel.log_prob(held_out), panel.space
     confusion = confusion_matrix(space.nearest(y), log_p.argmax(1), labels=range(space.size), normalize="true")
     axes = (f"true {panel.control}", "classifier says", "Held-out data, %")
-    figures = {
-        "reliability": intervals_figure(*panel.intervals(held_out))
-        if space.scale
-        else reliability_figure(log_p.exp(), y),
-        "confusion": confusion_figure(torch.from_numpy(confusion), space.values, *axes),
-    }
+    reliability = intervals_figure(*panel.intervals(held_out)) if space.scale else reliability_figure(log_p.exp(), y)
+    confusions = confusion_figure(torch.from_numpy(confusion), space.values, *axes)
+    figures = {"reliability": reliability, "confusion": confusions}
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
     render(folder / "report.html", "classifier.html", images=images, panel=panel, held_out=len(held_out))

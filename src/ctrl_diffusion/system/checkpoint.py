@@ -30,11 +30,7 @@ class Checkpoints:
         return sorted(path.with_suffix(".safetensors") for path in self.folder.glob("[0-9]*.json"))
 
     def write(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Write tensors from any device and JSON values, to the bit; remove all states but the one before.
-
-        Raises:
-            OSError: the state cannot be written; earlier states stay.
-        """
+        """Write tensors from any device and JSON values, to the bit; then remove all states but the one before."""
         paths = self.paths()
         path = self.folder / f"{int(paths[-1].stem) + 1 if paths else 1:08d}.safetensors"
         write_tensors(path, tensors, {"about": json.dumps(about)})
@@ -45,11 +41,7 @@ class Checkpoints:
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Read the newest undamaged state, on the CPU; None if there is none.
 
-        Warns:
-            UserWarning: a state is damaged; it is removed.
-
-        Raises:
-            OSError: a state cannot be read, which does not mean that it is damaged.
+        Damaged states are removed with a warning; one that cannot be read (OSError) need not be damaged.
         """
         for path in reversed(self.paths()):
             try:

@@ -16,12 +16,7 @@ LOCK = ".lock"
 
 
 def check_output(folder: Path, marker: str, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written, or that holds files not to be overwritten.
-
-    Args:
-        marker: a file that only this job writes; other folders are not overwritten at all.
-        overwrite: whether files of an earlier job may be replaced.
-    """
+    """Refuse a folder that cannot be written, or holds files; `overwrite` allows files of a job with this marker."""
     if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         if not overwrite:
             raise ValueError(f"{folder} exists and is not empty. Choose another --out, or pass --overwrite.")
@@ -66,10 +61,7 @@ def clear_unfinished(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other jobs out of a folder, which is made if need be and removed if it is empty at the end.
 
-    The operating system releases the lock when the process ends, however it ends; the lock file holds its number.
-
-    Raises:
-        ValueError: another job holds the lock.
+    The operating system releases the lock when the process ends, however it ends. ValueError if another job holds it.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +79,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             warnings.warn(f"{folder} cannot be locked ({error}): see that no other job writes it.", stacklevel=3)
         file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
+        print(os.getpid(), file=file, flush=True)  # for the error above, of other jobs
         try:
             yield
         finally:

@@ -16,21 +16,13 @@ def silent(what: str, total: int) -> Advance:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Hold the options of a job beside its settings; only `quick` changes results.
+    """Hold the options of a job beside its settings; only `quick` changes results."""
 
-    Args:
-        phase: shows progress.
-        trust: run code that files name.
-        overwrite: replace what an earlier job of the kind wrote.
-        quick: train a fraction, as a smoke test.
-        command: what the user typed, for the report; None for one of the same effect.
-    """
-
-    phase: Phase = silent
-    trust: bool = False
-    overwrite: bool = False
-    quick: bool = False
-    command: str | None = None
+    phase: Phase = silent  # shows progress
+    trust: bool = False  # run code that files name
+    overwrite: bool = False  # replace what an earlier job of the kind wrote
+    quick: bool = False  # train a fraction, as a smoke test
+    command: str | None = None  # what the user typed, for the report; None for one of the same effect
 
 
 DEFAULT = JobOptions()

@@ -2,14 +2,12 @@
 
 Every rank draws the random numbers of the whole batch from the same stream and runs the network on its own rows. A draw
 therefore depends on seed, step and the sample's index in the whole batch, not on the number of ranks. A loss is a sum
-over rows divided by the size of the whole batch, so the sum of the ranks' gradients is the gradient of the batch: what
-DistributedDataParallel computes. Its wrapper is not used because it expects one forward pass before each backward pass;
-a chain makes many, and the trained parameters are few enough for one all-reduce.
+over rows divided by the size of the whole batch, so the ranks' gradients sum to that of the batch, as with
+DistributedDataParallel. Its wrapper expects one forward pass before each backward pass, and a chain makes many.
 
-The prior's weights may be sharded (`prior.sharding`) if accelerate is launched with FSDP. Each block's weights are then
-gathered from all ranks for every forward and backward pass, so every rank must call the network equally often.
-
-Work that must happen once (fit, decide, write) is done by rank 0 and its result, or its error, is broadcast.
+The prior's weights may be sharded (`prior.sharding`) if accelerate is launched with FSDP. A block's are then gathered
+from all ranks for every pass, so every rank must call the network equally often. Work that must happen once (fit,
+decide, write) is done by rank 0 and its result, or its error, is broadcast.
 """
 
 import os

@@ -14,11 +14,7 @@ class Strict(BaseModel):
 
     @classmethod
     def from_values(cls, values: Any, source: str = "settings") -> Self:
-        """Check values; `source` is what an error calls them.
-
-        Raises:
-            ValueError: one line that names each wrong key, and the nearest one for an unknown key.
-        """
+        """Check values of a `source`; a ValueError is one line on each wrong key, and the nearest to an unknown one."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:

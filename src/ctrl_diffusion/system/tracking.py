@@ -1,7 +1,4 @@
-"""Send metrics of a training to TensorBoard files or a service, through accelerate's trackers.
-
-Nothing is sent to a tracker that the user did not name.
-"""
+"""Send metrics of a training to the TensorBoard files or services that the user named, by accelerate's trackers."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -30,12 +27,8 @@ def check_trackers(names: list[str]) -> None:
 class Tracking:
     """Hold the trackers of one run, on rank 0; without names every method is a no-op.
 
-    A tracker that fails is dropped with a warning: no service is worth a training.
-
-    Args:
-        names: of the trackers.
-        folder: of the run, in which trackers may keep files.
-        settings: sent to services.
+    A tracker that fails is dropped with a warning: no service is worth a training. Trackers may keep files in the run's
+    folder; its settings are sent to services.
     """
 
     def __init__(self, names: list[str], folder: Path, settings: dict[str, Any]) -> None:
@@ -50,16 +43,13 @@ class Tracking:
         if not self.names or not ranks.is_main():
             return
         folder = self.folder / TRACKED
-        resumed = folder.is_dir()
+        purge = {"purge_step": self.updates + 1 if self.updates else 0} if folder.is_dir() else {}
         folder.mkdir(exist_ok=True)
-        options = {
-            "tensorboard": {"purge_step": self.updates + 1 if self.updates else 0} if resumed else {},
-            "wandb": {"name": self.folder.name, "dir": str(folder)},
-        }
+        options = {"tensorboard": purge, "wandb": {"name": self.folder.name, "dir": str(folder)}}
+        unchanged = {"device_placement": False, "mixed_precision": "no", "project_dir": str(folder)}
 
         def open_tracker(name: str) -> None:
-            unchanged = {"device_placement": False, "mixed_precision": "no"}
-            accelerator = Accelerator(**unchanged, log_with=[name], project_dir=str(folder))
+            accelerator = Accelerator(**unchanged, log_with=[name])
             accelerator.init_trackers(PROJECT, init_kwargs=options)
             (self.trackers[name],) = accelerator.trackers
             if name != "tensorboard":  # which would make a folder named by the time for them
@@ -79,11 +69,10 @@ class Tracking:
 
     def log(self, record: dict[str, Any]) -> None:
         """Send the metrics of the log's next record, unless it repeats one as the control that was kept."""
-        if "kept" in record:
-            return
-        self.updates += "loss" in record
-        metrics = {key: v for key, v in record.items() if type(v) in (int, float) and key != "update"}
-        self.log_metrics({f"{record['stage']}/{key}": v for key, v in metrics.items()})
+        if "kept" not in record:
+            self.updates += "loss" in record
+            metrics = {key: v for key, v in record.items() if type(v) in (int, float) and key != "update"}
+            self.log_metrics({f"{record['stage']}/{key}": v for key, v in metrics.items()})
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Send metrics by name, at the number of updates so far."""
