@@ -110,15 +110,14 @@ class Panel:
             )
         with undamaged(folder, "Fit it again.", but=(Elsewhere,)):
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
-            report = about["report"]
-            accuracies = {name: report.pop(name) for name in ACCURACIES}
+            accuracies = {name: about["report"].pop(name) for name in ACCURACIES}
             others = {name: load_classifier(folder / name, trust) for name in OTHERS if (folder / name).is_dir()}
             support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
             classifier = load_classifier(folder, trust)
             classifier.latent = about.get("latent", False)
             return cls(
                 about["control"], LabelSpace(tuple(about["values"]), classifier.head.scale), tuple(about["input"]),
-                classifier, ClassifierReport(**report), **others, **accuracies, condition=about["condition"],
+                classifier, ClassifierReport(**about["report"]), **others, **accuracies, condition=about["condition"],
                 condition_values=tuple(about["condition_values"]), support=support,
             )  # fmt: skip
 
