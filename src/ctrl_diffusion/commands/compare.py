@@ -1,4 +1,4 @@
-"""ctrl compare."""
+"""Define `ctrl compare`."""
 
 import math
 from pathlib import Path
@@ -49,11 +49,7 @@ def compare(
 
 
 def numbers(option: str, text: str | None, kind: type) -> list:
-    """Read the numbers of a list with commas.
-
-    Raises:
-        ValueError: an entry that is no number, or negative.
-    """
+    """Read the numbers of a list with commas; refuse an entry that is no number, or negative."""
     try:
         values = [kind(part) for part in text.split(",")] if text else []
     except ValueError:

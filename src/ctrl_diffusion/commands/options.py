@@ -39,11 +39,6 @@ Track = Annotated[str | None, typer.Option(hidden=True)]  # or -o
 Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo, in turn.")]
 
 
-def typed() -> str:
-    """Return the command as the user typed it."""
-    return shlex.join(["ctrl", *sys.argv[1:]])
-
-
 @contextmanager
 def job_options(quiet: bool, trust: bool = False, overwrite: bool = False, quick: bool = False) -> Iterator[JobOptions]:
     """Give a job its options: what the user typed, and one progress bar for each phase while the job runs."""
@@ -64,7 +59,7 @@ def job_options(quiet: bool, trust: bool = False, overwrite: bool = False, quick
         return lambda n=1, note="": bars.update(task, advance=n, note=note)
 
     try:
-        yield JobOptions(phase, trust, overwrite, quick, typed())
+        yield JobOptions(phase, trust, overwrite, quick, shlex.join(["ctrl", *sys.argv[1:]]))
     finally:
         if bars.tasks:
             bars.stop()
@@ -80,10 +75,9 @@ def control_values(
             raise ValueError(f"--{name} is given {len(texts)} times, --control {n} times. Give one for each, in turn.")
     columns = {"control" if n < 2 else "name": control, "data": data, "condition": condition}
     columns["classifier_from"] = [str(folder) for folder in classifier]
+    columns = {key: texts for key, texts in columns.items() if texts}
     skip = {"skip_bad": True} if skip_bad else {}
-    rows = [
-        skip | {key: texts[i] for key, texts in columns.items() if texts and texts[i] != "-"} for i in range(max(1, n))
-    ]
+    rows = [skip | {key: t[i] for key, t in columns.items() if t[i] != "-"} for i in range(max(1, n))]
     return rows[0] if n < 2 else {"controls": rows}
 
 

@@ -40,15 +40,12 @@ class ControlSettings(Strict):
     """Describe one control and its labelled images.
 
     Args:
-        name: the name of y. NAME:COLUMN names the column as well, NAME:MODULE:FUNCTION a rule, NAME:COLUMN=TAG the
-            column and the tag.
+        name: of y. NAME:COLUMN names its column as well, NAME:COLUMN=TAG the tag too, NAME:MODULE:FUNCTION a rule.
         column: the column of y, if its name is another; or a rule that computes y from the image (`data/rules.py`).
-        tag: makes y "no" or "yes": whether the column, which lists any number of tags, has this one. Several such
-            controls are the multi-label case.
+        tag: makes y "no" or "yes": whether the column, a list of tags, has this one. For multi-label data give several.
         kind: "scale" for numbers that are requested by value; "auto" treats more than 64 different numbers as a scale.
         data: a folder, a table, or a dataset on the hub; not read if `settled_from` is set.
-        judge_data: other images with the same column, on which the judge is fitted; null reserves a part of `data` for
-            it. Not read if `classifier_from` brings a judge.
+        judge_data: other images to fit the judge on, unless `classifier_from` brings one; null reserves part of `data`.
         condition: the prior's class c, if the data have it: NAME, or NAME:COLUMN.
         condition_column: the column of c, if its name is another.
         skip_bad: leave out rows that cannot be used, and count them in a warning.
@@ -75,12 +72,10 @@ class ControlSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _split(cls, values: Any) -> Any:
-        """Accept the columns and the tag within the names."""
         return split_names(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _tags_are_two_classes(self) -> Self:
-        """Refuse a tag on a scale."""
         if self.tag and self.kind == "scale":
             raise ValueError("tag excludes kind: scale, a tag is there or not")
         return self
@@ -94,10 +89,8 @@ class Config(Strict):
     Args:
         prior: a pipeline folder, a pipeline on the hub, or "digits", the embedded model.
         unconditional: use a class-conditional prior by its null class only.
-        prompts: the conditions c of a prior that is given text, or a file with one prompt a line; null takes the
-            prompts in the data's column of c.
-        guidance: scale of classifier-free guidance, which is part of such a prior; null for the pipeline's default, 1
-            for none.
+        prompts: the conditions c of a prior that is given text, or a file of them, one a line; null: those in the data.
+        guidance: scale of such a prior's classifier-free guidance; null for the pipeline's default, 1 for none.
         negative_prompt: the prompt that guidance leads away from.
         size: (height, width) of the images, for a prior of any size; null for the size it was trained on.
         controls: the controls, trained together.
@@ -111,8 +104,7 @@ class Config(Strict):
         device: of all computation; "auto" takes a CUDA accelerator if there is one.
         mixed_precision: autocast of the prior's network in training and sampling. Probes and the certificate use
             float32, since the difference of two predictions is mostly rounding in bfloat16.
-        micro_batch: samples that go through the network at once while a gradient is kept; null for the whole batch. It
-            changes the memory needed, not what is trained.
+        micro_batch: samples in the network at once while a gradient is kept; null for the whole batch. Saves memory.
         offload: keep the paths that `adjoint` and `ppo` learn from in CPU memory, except those of a micro-batch.
         vae_tiling: decode large images in tiles; the pixels differ slightly from those decoded at once.
         rank: rank of a control's LoRA adapter.
@@ -121,10 +113,8 @@ class Config(Strict):
         learners: the learners, trained one after the other.
         ema_decay: decay of the exponential moving average of the weights.
         patience: stop a learner after so many probes in turn without a better control; null never stops it early.
-        max_skipped: batches in turn that may be skipped because a loss, a gradient or a reward is not finite; one more
-            stops the learner, and the best control so far is kept.
-        checkpoint: save the state of training after so many updates, and at every probe; a signal saves a state that is
-            at most a tenth as many updates old.
+        max_skipped: non-finite batches in turn that may be skipped; one more stops the learner at its best control.
+        checkpoint: updates between saved states; a state that a signal saves is at most a tenth as many updates old.
         track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.
         weighted, adjoint, backprop, ppo: settings of each learner.
         evaluation: how much is sampled to probe, certify and report.
@@ -167,8 +157,7 @@ class Config(Strict):
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_no(cls, value: Any) -> Any:
-        """Accept a bare no, which YAML reads as false."""
-        return "no" if value is False else value
+        return "no" if value is False else value  # YAML reads a bare no as false
 
     @classmethod
     def from_values(cls, values: Any, source: str = "settings") -> Self:
@@ -188,7 +177,6 @@ class Config(Strict):
         return [control.name for control in self.controls]
 
     def settings_of(self, name: str) -> ControlSettings:
-        """Return the settings of the control of that name."""
         return next(control for control in self.controls if control.name == name)
 
     @classmethod
@@ -221,7 +209,7 @@ def list_controls(values: Any) -> Any:
 
 
 def is_list_of_groups(values: Any) -> bool:
-    """Return whether `controls` are a list of groups of keys."""
+    """Return whether `controls` are a list with a group of keys for each."""
     return isinstance(values, list) and all(isinstance(group, dict) for group in values)
 
 
@@ -230,11 +218,10 @@ def check_present(values: dict[str, Any], *names: str) -> None:
     controls = values.get("controls") or [{}]
     if not is_list_of_groups(controls):
         raise ValueError(f"controls must be a list with a group of keys for each control, got {controls!r}.")
-    options = {"data": "data", "control": "name"}
-    missing = [name for name in names if not values.get(name)]
-    missing += [option for option, key in options.items() if not all(control.get(key) for control in controls)]
-    if missing:
-        raise ValueError(f"--{missing[0]} is missing. Give it, or a --config that has it.")
+    wholes = {name: values.get(name) for name in names}
+    wholes |= {option: all(row.get(key) for row in controls) for option, key in (("data", "data"), ("control", "name"))}
+    if missing := next((name for name, value in wholes.items() if not value), None):
+        raise ValueError(f"--{missing} is missing. Give it, or a --config that has it.")
 
 
 def split_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -249,10 +236,7 @@ def split_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file under those of `-o KEY=VALUE`, and both under a command's own options.
-
-    An override of another form, or to a place that a list does not have, is refused here; unknown keys by the config.
-    """
+    """Return the settings of a file under those of `-o KEY=VALUE`, and both under a command's own options."""
     values = list_controls({**values, **options})
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -281,25 +265,19 @@ def with_key(values: Any, keys: list[str], value: Any) -> Any:
     return {**group, key: with_key(group.get(key), rest, value)}
 
 
-def named_code(values: Any) -> set[str]:
+def named_code(values: dict[str, Any]) -> set[str]:
     """Return the code that settings name and that is not ours, each MODULE:FUNCTION; it would run."""
-    controls = values.get("controls") if isinstance(values := list_controls(values), dict) else None
-    code: set[str] = set()
-    for row in controls if isinstance(controls, list) else []:
-        if isinstance(row, dict):
-            row = split_names(row)
-            classifier = row.get("classifier")
-            factory = classifier.get("factory") if isinstance(classifier, dict) else None
-            columns = [text for key in ("column", "condition_column") if ":" in (text := str(row.get(key) or ""))]
-            code |= {text for text in columns if not text.startswith(OURS)} | ({str(factory)} if factory else set())
+    controls, code = list_controls(values).get("controls"), set()
+    for row in map(split_names, controls) if is_list_of_groups(controls) else ():  # else the config refuses it
+        classifier = row.get("classifier")
+        factory = classifier.get("factory") if isinstance(classifier, dict) else None
+        columns = [text for key in ("column", "condition_column") if ":" in (text := str(row.get(key) or ""))]
+        code |= {text for text in columns if not text.startswith(OURS)} | ({str(factory)} if factory else set())
     return code
 
 
-def check_code(values: Any, options: Any, trust: bool, source: Path | None, overrides: Sequence[str] = ()) -> None:
-    """Refuse settings that would run code, unless `trust` is set or the command line names it.
-
-    The command line gives `options`, which are part of the settings `values`, and `overrides`.
-    """
+def check_code(values: dict, options: dict, trust: bool, source: Path | None, overrides: Sequence[str] = ()) -> None:
+    """Refuse settings that would run code, unless `trust` is set or the command line (`options`, `-o`) names it."""
     foreign = [] if trust else sorted(named_code(values) - named_code(options))
     foreign = [code for code in foreign if not any(text.endswith((f"={code}", f":{code}")) for text in overrides)]
     if foreign:

@@ -9,19 +9,13 @@ from .config import Config
 
 
 def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
-    """Return the settings that depend on prior and data; all others keep the defaults of `Config`.
+    """Return the settings that depend on prior (x of `shape`) and data; all others keep the defaults of `Config`.
 
-    Every (c, y) needs some hundred samples of the prior that it can call its own. What there is to learn grows with the
-    pairs (c, y); the time of an update with batch × dimensions, its memory with micro-batch × dimensions; the noise of
-    an update with the size of the network and, for adjoints, with 1 / √batch, which the learning rate follows. Where x
-    has many dimensions y is decided within a short stretch of the chain, which needs more steps.
-
-    Args:
-        shape: of one x.
-        parameters: of the prior's network.
-        rank: that suits the network's family.
-        groups: conditions of the prior that are trained.
-        classes: labels that are trained; of several controls every combination.
+    Every (c, y), of `groups` conditions and `classes` labels, needs some hundred samples of the prior of its own. What
+    there is to learn grows with the pairs (c, y); the time of an update with batch × dimensions, its memory with
+    micro-batch × dimensions; the noise of an update with the size of the network and, for adjoints, with 1 / √batch,
+    which the learning rate follows. Where x has many dimensions y is decided within a short stretch of the chain, which
+    needs more steps.
     """
     dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
@@ -45,11 +39,10 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
 def quick(config: Config) -> Config:
     """Return the settings of a smoke test: a twentieth of the training, a quarter of p̂'s, fewer samples."""
     controls = [
-        control
-        if control.classifier_from or control.settled_from
-        else control.with_(classifier={"updates": max(1, control.classifier.updates // 4)})
-        for control in config.controls
-    ]
+        c if c.classifier_from or c.settled_from
+        else c.with_(classifier={"updates": max(1, c.classifier.updates // 4)})
+        for c in config.controls
+    ]  # fmt: skip
     learners = {name: {"updates": max(1, getattr(config, name).updates // 20)} for name in LEARNERS}
     learners["weighted"] |= {
         "renoising": config.weighted.renoising // 20, "cache": max(1, config.weighted.cache // 10),

@@ -1,4 +1,4 @@
-"""Read what a training is made from and choose its settings; refuse here whatever can be refused before it starts."""
+"""Read what a training is made from and choose its settings; refuse whatever can be refused before it starts."""
 
 import math
 import warnings
@@ -28,26 +28,17 @@ from .defaults import suggested
 from .folder import RunFolder, read_pages
 from .run import configured, fits
 
-MOST_CONDITIONS = 20
-MOST_PROMPTS = 64
+MOST_CONDITIONS, MOST_PROMPTS = 20, 64
 
 
 @dataclass
 class ControlInputs:
-    """Hold what one control is made from.
-
-    Args:
-        settings: of the control.
-        data: the labelled images; None for a control that was trained in another run.
-        panel: the classifiers that were handed over; None if they are to be fitted.
-        pages: of a panel's report, by file name.
-        judge_data: the judge's own labelled images, if it has any.
-    """
+    """Hold what one control is made from."""
 
     settings: ControlSettings
-    data: LabelledImages | None
-    panel: Panel | None
-    pages: dict[str, bytes]
+    data: LabelledImages | None  # None for a control that was trained in another run
+    panel: Panel | None  # None if it is to be fitted
+    pages: dict[str, bytes]  # of the panel's report, by file name
     judge_data: LabelledImages | None = None
 
     @property
@@ -63,27 +54,20 @@ class ControlInputs:
 
 @dataclass
 class PreparedTraining:
-    """Hold a training that is ready to start.
+    """Hold a training that is ready to start."""
 
-    Args:
-        config: with every key chosen.
-        prior: with the prompts, device and precision of the config.
-        inputs: of each control.
-    """
-
-    config: Config
-    prior: Prior
+    config: Config  # with every key chosen
+    prior: Prior  # with the prompts, device and precision of the config
     inputs: list[ControlInputs]
 
 
 def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTraining:
-    """Read prior, data and classifiers, and choose the settings that depend on them; refuse what is wrong with any.
-
-    Args:
-        values: settings by the names of `Config`, with prior, data and control at least.
-        options: progress and trust.
-    """
-    values = resolved(values)
+    """Read prior, data and classifiers, and choose the settings that depend on them; refuse what is wrong with any."""
+    values = list_controls(values)
+    check_present(values, "prior")
+    values = map_paths(values, lambda name: str(Path(name).resolve()))
+    if isinstance(values.get("prompts"), str):
+        values["prompts"] = read_prompts(Path(values["prompts"]))
     config = Config.from_values(values)  # wrong settings are reported before wrong files
     check_trackers(config.track)
     prior = open_prior(config.prior, config.size)
@@ -94,18 +78,7 @@ def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTr
     classes = config.classes or classes_to_train(prior, inputs)
     check_classes(prior, classes)
     inputs = [select_inputs(each, classes) for each in inputs]
-    config = complete(values, config, prior, inputs, classes)
-    return PreparedTraining(config, prior, inputs)
-
-
-def resolved(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with listed controls, absolute paths, and the prompts of a file in place of its name."""
-    values = list_controls(values)
-    check_present(values, "prior")
-    values = map_paths(values, lambda name: str(Path(name).resolve()))
-    if isinstance(values.get("prompts"), str):
-        values["prompts"] = read_prompts(Path(values["prompts"]))
-    return values
+    return PreparedTraining(complete(values, config, prior, inputs, classes), prior, inputs)
 
 
 def complete(
@@ -169,16 +142,22 @@ def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOpti
         folder = RunFolder(settings.settled_from).classifier(settings.name)
         return ControlInputs(settings, None, Panel.load(folder, options.trust), read_pages(folder))
     panel, pages = None, {}
-    if settings.classifier_from:
-        folder = Path(settings.classifier_from)
-        panel, pages = Panel.load(folder, options.trust), read_pages(folder)
-        check_classifier(panel, settings.classifier_from, settings.name, prior)
+    if folder := settings.classifier_from:
+        panel, pages = Panel.load(Path(folder), options.trust), read_pages(Path(folder))
+        if panel.latent and not prior.latent:
+            raise ValueError(
+                f"the classifier in {folder} looks at latents, and this prior has none. Fit it with --prior."
+            )
+        if panel.control != settings.name or panel.shape != prior.image_shape:
+            raise ValueError(
+                f"the classifier in {folder} is of {panel.control!r} on images of {panel.shape}; needed: "
+                f"{settings.name!r} on {prior.image_shape}. Fit it with ctrl classifier --prior."
+            )
     data = read_data(settings.data, settings, prior, panel and panel.values, phase=options.phase)
     space = data.space(settings.name)
     if settings.ruler and not space.scale and space.values != VALUES[settings.ruler]:
-        raise ValueError(
-            f"ruler: {settings.ruler} measures {settings.ruler}, not {settings.name!r}. Leave the ruler out."
-        )
+        ruler = settings.ruler
+        raise ValueError(f"ruler: {ruler} measures {ruler}, not {settings.name!r}. Leave the ruler out.")
     judge_data = None
     if settings.judge_data and not panel:
         same_kind = settings.model_copy(update={"kind": "scale" if space.scale else "classes"})
@@ -189,16 +168,12 @@ def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOpti
 
 
 def read_data(
-    source: str,
-    settings: ControlSettings,
-    prior: Prior | None,
-    values: tuple[str, ...] | None = None,
-    condition: bool = True,
-    phase: Phase = silent,
-) -> LabelledImages:
-    """Read a dataset at the prior's size, with the classes of c numbered as the prior numbers them.
+    source: str, settings: ControlSettings, prior: Prior | None, values: tuple[str, ...] | None = None,
+    condition: bool = True, phase: Phase = silent,
+) -> LabelledImages:  # fmt: skip
+    """Read a dataset at the prior's size, with c (unless `condition` is False) numbered as the prior numbers it.
 
-    `values` are the classes or levels that p̂ knows, None for those in the data; `condition` says whether to read c.
+    `values` are the classes or levels that p̂ knows, None for those in the data.
     """
     name, c = settings.name, settings.condition if condition else None
     if c and prior and prior.classes is None and not prior.text:
@@ -238,8 +213,7 @@ def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages
 def select_classes(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
     """Return the rows whose condition is one of `classes`, with labels that count within these."""
     rows, numbers = (data.labels[condition][:, None] == torch.tensor(classes)).nonzero(as_tuple=True)
-    data = data[rows]
-    values = tuple(data.values[condition][c] for c in classes)
+    data, values = data[rows], tuple(data.values[condition][c] for c in classes)
     return LabelledImages(data.x, {**data.labels, condition: numbers}, {**data.values, condition: values})
 
 
@@ -249,7 +223,7 @@ def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
 
 
 def select_inputs(inputs: ControlInputs, classes: list[int] | None) -> ControlInputs:
-    """Return the inputs with the rows of the classes that are trained; refuse too few rows, or a panel of others."""
+    """Return the inputs with the rows of the trained classes; refuse too few rows, or a panel of other classes."""
     settings, data, judge_data, panel = inputs.settings, inputs.data, inputs.judge_data, inputs.panel
     if data and classes and settings.condition:
         data = select_classes(data, settings.condition, classes)
@@ -258,14 +232,14 @@ def select_inputs(inputs: ControlInputs, classes: list[int] | None) -> ControlIn
             judge_data = select_classes(judge_data, settings.condition, classes)
         judge_data.check_classes(settings.name)
     if data and panel:
-        panel = check_panel(panel, settings.classifier_from, data, settings.condition, bool(settings.ruler))
+        panel = checked_panel(panel, settings, data)
     elif data:
         data.check_classes(settings.name)
     return replace(inputs, data=data, judge_data=judge_data, panel=panel)
 
 
 def check_batches(config: Config) -> None:
-    """Refuse a learner's batch that the processes cannot share, or not evenly where they must."""
+    """Refuse a learner's batch that the processes cannot share."""
     for name in config.learners:
         try:
             ranks.rank_rows(getattr(config, name).batch)
@@ -281,21 +255,10 @@ def check_classes(prior: Prior, classes: list[int] | None) -> None:
         raise ValueError(f"classes must be {what}; got {classes}.")
 
 
-def check_classifier(panel: Panel, folder: str, control: str, prior: Prior) -> None:
-    """Refuse a classifier of another control, of images of another size, or of latents that the prior does not have."""
-    shape = prior.image_shape
-    if panel.latent and not prior.latent:
-        raise ValueError(f"the classifier in {folder} looks at latents, and this prior has none. Fit it with --prior.")
-    if panel.control != control or panel.shape != shape:
-        raise ValueError(
-            f"the classifier in {folder} is of {panel.control!r} on images of {panel.shape}; needed: {control!r} on "
-            f"{shape}. Fit it with ctrl classifier --prior."
-        )
-
-
-def check_panel(panel: Panel, folder: str, data: LabelledImages, condition: str | None, ruler: bool) -> Panel:
+def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages) -> Panel:
     """Refuse a panel without the judge or the reader that is needed; return it without a reader that is not."""
-    if panel.judge is None and not ruler:
+    folder, condition = settings.classifier_from, settings.condition
+    if panel.judge is None and not settings.ruler:
         raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
     if condition is None and panel.classifier.conditional:
         raise ValueError(f"the classifier in {folder} is p̂(y | x, c). Name the column of c with --condition.")
@@ -323,23 +286,20 @@ def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> list[int] | N
             "spaced, are trained and certified. Name others as classes: in a --config.",
             stacklevel=2,
         )
-    spaced = torch.linspace(0, prior.classes - 1, min(prior.classes, MOST_CONDITIONS))
-    return spaced.round().long().tolist()
+    return torch.linspace(0, prior.classes - 1, min(prior.classes, MOST_CONDITIONS)).round().long().tolist()
 
 
 @torch.no_grad()
 def dependences(inputs: list[ControlInputs], panels: dict[str, Panel], prior: Prior) -> dict[str, dict[str, float]]:
     """Measure how the labels of any two controls from one dataset depend on each other once x is known; warn if so."""
     figures = {}
-    for pair in combinations([each for each in inputs if each.data and not each.settings.skip_bad], 2):
-        first, second = pair
+    usable = [i for i in inputs if i.data and not i.settings.skip_bad and not i.data.space(i.name).scale]
+    for first, second in combinations(usable, 2):
         if first.settings.data != second.settings.data or len(first.data) != len(second.data):
-            continue
-        if any(each.data.space(each.name).scale for each in pair):
             continue
         log_p = tuple(
             panels[each.name].log_prob(each.data.through(prior.encode) if panels[each.name].latent else each.data)
-            for each in pair
+            for each in (first, second)
         )
         shared = dependence(log_p, (first.data.labels[first.name], second.data.labels[second.name]))
         names = f"{first.name} and {second.name}"
@@ -348,7 +308,6 @@ def dependences(inputs: list[ControlInputs], panels: dict[str, Panel], prior: Pr
             warnings.warn(
                 f"{names} still depend on each other once x is known (at least {shared.nats:.3f} nats, "
                 f"p = {shared.p_value:.1g}): rewards add only if they do not. Make their combinations one control.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+                RuntimeWarning, 2,
+            )  # fmt: skip
     return figures

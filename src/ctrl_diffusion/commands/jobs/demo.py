@@ -26,14 +26,12 @@ from ...system.strict import merged
 from .train import reserved, start_training
 
 # ink depends on neither place nor orientation, and its classes are ordered
-OF_INK = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
+INK_CLASSIFIER = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
+INK_CONTROL = {"name": INK, "condition": DIGIT, "ruler": INK, "classifier": INK_CLASSIFIER}
 # few updates: 250 labels leave too few to calibrate a classifier that is fitted until it is overconfident
-OF_SLANT = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 500}
+SLANT_CLASSIFIER = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 500}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ink": {
-        "prior": "digits",
-        "controls": [{"name": INK, "condition": DIGIT, "ruler": INK, "classifier": OF_INK}],
-    },
+    "ink": {"prior": "digits", "controls": [INK_CONTROL]},
     "digit": {
         "prior": "digits",
         "unconditional": True,
@@ -47,10 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ink,slant": {
         "prior": "digits",
         "classes": list(UPRIGHT),
-        "controls": [
-            {"name": INK, "condition": DIGIT, "ruler": INK, "classifier": OF_INK},
-            {"name": SLANT, "ruler": SLANT, "classifier": OF_SLANT},
-        ],
+        "controls": [INK_CONTROL, {"name": SLANT, "ruler": SLANT, "classifier": SLANT_CLASSIFIER}],
         # eight combinations share the samples of a digit, the rarest one in a hundred
         "weighted": {"cache": 4000},
         "adjoint": {"updates": 1200},
@@ -64,8 +59,7 @@ JUDGED = 200  # digits for the judge, at least
 def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list[tuple[LabelledImages, LabelledImages]]:
     """Draw a dataset for each control of a demo, evenly over its classes, and one of the other digits for its judge.
 
-    The datasets of the controls share no image, and none with those of the judges. `labels` are for each control; None
-    takes the demo's default, and more than leave enough digits for the judge are refused.
+    The controls share no image with each other or with the judges; each has `labels` images (None: the demo's default).
     """
     x, c = digits()
     measured = {DIGIT: c, INK: ink_ruler(x), SLANT: slant_ruler(x)}
@@ -99,19 +93,12 @@ def demo_values(controls: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def demo_job(
-    values: dict[str, Any],
-    out: str | Path,
-    options: JobOptions = DEFAULT,
-    controls: str = "ink",
+    values: dict[str, Any], out: str | Path, options: JobOptions = DEFAULT, controls: str = "ink",
     labels: int | None = None,
-) -> dict[str, Any]:
-    """Do `train_job` on the embedded prior and labelled digits, which are written into the run folder.
-
-    `values` are settings over those of the demo; for `controls` and `labels` see `labelled_digits`.
-    """
+) -> dict[str, Any]:  # fmt: skip
+    """Do `train_job` with settings over the demo's, on labelled digits that are written into the run folder."""
     out, values = Path(out), demo_values(controls, values)
-    folder = RunFolder(out)
-    seed = Config.from_values(values).seed
+    folder, seed = RunFolder(out), Config.from_values(values).seed
     with reserved(folder, options.overwrite), TemporaryDirectory() as scratch:
         datasets = labelled_digits(controls, seed, labels)
         for control, pair in zip(values["controls"], datasets, strict=True):

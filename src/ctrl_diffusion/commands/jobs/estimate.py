@@ -43,18 +43,13 @@ def estimate_job(values: dict[str, Any], options: JobOptions = DEFAULT) -> dict[
 
 
 def estimate(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
-    """Estimate evaluations, time and memory of a training, by part.
+    """Estimate evaluations, seconds and megabytes of a training, by part.
 
     Classifiers are fitted twice, for a few updates and for more; every learner takes the updates of two batches of
-    paths, of which the second is timed; the policy draws paths once. Samples that a training holds, and that were not
-    drawn here, are added to the peak memory.
-
-    Returns:
-        Seconds and megabytes by part. Evaluations are of the network, for each sample of an update, as (forward,
-        forward and backward); a guided call counts as two.
+    paths, of which the second is timed; the policy draws paths once. Evaluations are of the network, for each sample of
+    an update, as (forward, forward and backward); a guided call counts as two.
     """
-    config, prior = job.config, job.prior
-    panels, fits = {}, 0.0
+    config, prior, panels, fits = job.config, job.prior, {}, 0.0
     for inputs in job.inputs:
         panels[inputs.name], seconds = (inputs.panel, 0.0) if inputs.panel else time_classifiers(inputs, job, phase)
         fits += seconds
@@ -83,8 +78,7 @@ def time_classifiers(inputs: ControlInputs, job: PreparedTraining, phase: Phase)
     control, seconds = job.config.settings_of(inputs.name), []
     columns = [name for name in (control.name, control.condition) if name]
     data, judge_data = few_images(inputs.data, columns), inputs.judge_data
-    if judge_data:
-        judge_data = few_images(judge_data, [c for c in columns if c in judge_data.labels])
+    judge_data = judge_data and few_images(judge_data, [c for c in columns if c in judge_data.labels])
     updates, advance = control.classifier.updates, phase(f"classifiers of {control.name}", 2)
     few = max(1, min(-(-max(len(data), len(judge_data or ())) // BATCH), updates // 4))  # an epoch, unless that is long
     for count in (few, 3 * few):
@@ -114,13 +108,9 @@ def few_images(data: LabelledImages, columns: list[str]) -> LabelledImages:
 
 def shortened(config: Config) -> Config:
     """Return the config with the updates of two batches of paths, and a smaller cache."""
-    learners: dict[str, dict[str, int]] = {
-        "weighted": {"cache": min(64, config.weighted.cache), "renoising": min(2, config.weighted.renoising)}
-    }
-    for name in config.learners:
-        updates = 2 * getattr(getattr(config, name), "reuse", 1)
-        learners[name] = {**learners.get(name, {}), "updates": updates}
-    return config.with_(**learners, evaluation={"probes": 1})
+    learners = {name: {"updates": 2 * getattr(getattr(config, name), "reuse", 1)} for name in config.learners}
+    small = {"cache": min(64, config.weighted.cache), "renoising": min(2, config.weighted.renoising)}
+    return config.with_(**{**learners, "weighted": small | learners.get("weighted", {})}, evaluation={"probes": 1})
 
 
 def time_stages(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]:
@@ -137,12 +127,9 @@ def time_stages(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, A
         updates = settings.updates + estimates.get(stage, {"updates": 0})["updates"]  # a learner may come twice
         each = mean(seconds[stage][len(seconds[stage]) // 2 :])
         estimates[stage] = {
-            "updates": updates,
-            "batch": settings.batch,
+            "updates": updates, "batch": settings.batch, "seconds_per_update": each, "seconds": updates * each,
             "evaluations": [calls(run.prior) * n for n in per_sample[stage]],
-            "seconds_per_update": each,
-            "seconds": updates * each,
-        }
+        }  # fmt: skip
     return estimates
 
 
@@ -158,16 +145,15 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     """Count the network's evaluations for all samples and paths drawn outside the learners, by purpose."""
     conditions, trained, e, steps = run.conditions, run.training_conditions, config.evaluation, config.steps
     chain, compared = steps + 1, 2 * steps + 1  # a read-out ends every path
-    certified = [repeats_of(e.paths, conditions) * conditions.pairs]
-    for part in map(run.conditions_on, partial_choices(run)):
-        certified.append(repeats_of(e.paths // 2, part) * part.pairs)
+    certified = repeats_of(e.paths, conditions) * conditions.pairs
+    certified += sum(repeats_of(e.paths // 2, c) * c.pairs for c in map(run.conditions_on, partial_choices(run)))
     swept = sum(1 + (1 if w in (0.0, 1.0) else 2) * steps for w in STRENGTHS) + sum(k + 1 for k in step_counts(run))
     scales = sum(control.scale for control in run.policy.controls.values())
     counts = {
         "cache": ("weighted" in config.learners) * config.weighted.cache * conditions.groups * chain,
         "probes": probes_of(config) * -(-PROBE_PATHS // trained.pairs) * trained.pairs * compared,
         "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
-        "certificate": sum(certified) * compared + scales * (e.paths // 2) * chain,
+        "certificate": certified * compared + scales * (e.paths // 2) * chain,
         "strengths and step counts": repeats_of(e.sweep_paths, conditions) * conditions.pairs * swept,
     }
     return {name: calls(run.prior) * n for name, n in counts.items()}
@@ -175,14 +161,12 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
 
 def seconds_of_evaluation(run: Run, phase: Phase) -> float:
     """Time an evaluation of the network for one sample while paths are drawn; a guided call counts as two."""
-    n = default_batch(run.policy)
-    labels, cond = run.conditions.of(run.conditions.draw(n, stream(run.config.seed, "estimate")))
-    advance = phase("paths", 2)
+    n, seed, advance = default_batch(run.policy), run.config.seed, phase("paths", 2)
+    labels, cond = run.conditions.of(run.conditions.draw(n, stream(seed, "estimate")))
     for _ in range(2):
         begin = time.perf_counter()
         with run.policy.base.full_precision():
-            generator = stream(run.config.seed, "estimate")
-            paths(run.policy, n, run.times, generator, cond, labels, compare=True)
+            paths(run.policy, n, run.times, stream(seed, "estimate"), cond, labels, compare=True)
         seconds = time.perf_counter() - begin
         advance()
     return seconds / (n * calls(run.prior) * (2 * run.config.steps + 1))
@@ -218,9 +202,8 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
 def most_needed() -> int:
     """Return the peak memory of this process in bytes; 0 where the system does not tell."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    for line in lines:  # getrusage may report the peak of the parent process
-        if line.startswith("VmHWM"):
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM"):  # getrusage may report the peak of the parent process
             return 1024 * int(line.split()[1])
     try:
         import resource

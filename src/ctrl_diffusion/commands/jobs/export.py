@@ -8,7 +8,6 @@ import ast
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
@@ -50,16 +49,14 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         write_text(out / f"{name}.py", text)
     shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
     write_text(out / "README.md", model_card(folder, run, index["_class_name"]))
-    chain: dict[str, Any] = config.model_dump(
-        include={"steps", "sigma_end", "time_power", "guidance", "negative_prompt", "size", "unconditional"}
-    )
+    chain = {"steps", "sigma_end", "time_power", "guidance", "negative_prompt", "size", "unconditional"}
     about = {
         **parts,
         "_class_name": ["pipeline", "ControlledPipeline"],
         "_diffusers_version": index.get("_diffusers_version"),
         "base": index["_class_name"],
         "flags": {name: value for name, value in index.items() if isinstance(value, bool)},
-        "chain": {**chain, "controls": run.names},
+        "chain": {**config.model_dump(include=chain), "controls": run.names},
         "id2label": index.get("id2label"),
     }
     write_json(out / INDEX, about)  # last: it marks a complete folder

@@ -21,13 +21,9 @@ MEGABYTE = 1e6
 def describe(prior: Prior) -> dict[str, Any]:
     """Describe a prior's family, sizes and the cost of an update, with the settings `ctrl train` would choose for it.
 
-    Memory is counted in float32, without a decoder: the weights, twice for those that a control changes; the control,
-    its gradient, its average and AdamW's moments; and what an update of `adjoint` keeps for the gradient, measured by
-    one step on one row and on two. Evaluations are of the network, for each sample of an update, as (forward, forward
-    and backward); a guided call counts as two.
-
-    Args:
-        prior: with prompts if it is given text; a control of two classes is attached to it.
+    Memory is counted in float32, without a decoder: the weights, twice for those that a control changes; a control of
+    two classes, its gradient, its average and AdamW's moments; and what an update of `adjoint` keeps for the gradient,
+    measured by one step on one row and on two. Evaluations are counted as in `estimate`. The control stays attached.
     """
     denoiser = prior.denoiser
     parameters = sum(p.numel() for p in denoiser.network.parameters())
@@ -38,7 +34,6 @@ def describe(prior: Prior) -> dict[str, Any]:
     trainable = sum(p.numel() for group in control.parameter_groups().values() for p in group)
     policy = Policy(denoiser, control)
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
-    per_sample = {name: [calls(prior) * n for n in each] for name, each in evaluations(config).items()}
     return {
         "family": prior.pipeline,
         "prediction_type": denoiser.prediction,
@@ -53,7 +48,7 @@ def describe(prior: Prior) -> dict[str, Any]:
             "batch": config.adjoint.batch,
             "micro_batch": config.micro_batch,
             "chain": config.steps,
-            "evaluations": per_sample,
+            "evaluations": {name: [calls(prior) * n for n in each] for name, each in evaluations(config).items()},
             "memory_mb": {
                 "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
                 "control": round(4 * 5 * trainable / MEGABYTE, 1),  # itself, gradient, two moments, average
@@ -76,9 +71,8 @@ def evaluations(config: Config) -> dict[str, Evaluations]:
 
 def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
     """Measure the bytes that one step of the policy keeps for the gradient of so many rows."""
-    first = torch.zeros(rows, dtype=torch.long)
+    first, held = torch.zeros(rows, dtype=torch.long), {}
     cond = {} if prior.classes is None else {"c": first}
-    held: dict[StorageWeakRef, int] = {}
     weights = {StorageWeakRef(p.untyped_storage()) for p in policy.parameters()}
 
     def hold(tensor: Tensor) -> Tensor:
@@ -89,9 +83,8 @@ def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
 
     x_t = torch.zeros(rows, *policy.shape, device=policy.device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        t, s = policy.start, policy.start / 2
-        step = transition(policy, x_t, t, s, labels=dict.fromkeys(policy.controls, first), **cond)
-        half_square(step.mean).sum()
+        labels = dict.fromkeys(policy.controls, first)
+        half_square(transition(policy, x_t, policy.start, policy.start / 2, labels=labels, **cond).mean).sum()
     return sum(held.values())
 
 

@@ -33,50 +33,32 @@ def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, T
 
 
 def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
-    """Read `--set CONTROL=VALUE` settings; return the class, or the place on a scale, of each control.
-
-    Raises:
-        ValueError: not of that form, an unknown control or value.
-    """
-    labels = {}
+    """Read `--set CONTROL=VALUE` settings; return the class, or the place on a scale, of each control."""
+    labels, controls = {}, run.policy.controls
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name not in run.policy.controls:
-            raise ValueError(
-                f"--set {setting}: unknown control {name!r}; this run has: {', '.join(run.policy.controls)}."
-            )
+        if name not in controls:
+            raise ValueError(f"--set {setting}: unknown control {name!r}; this run has: {', '.join(controls)}.")
         try:
-            labels[name] = run.policy.controls[name].space.label_of(value, name)
+            labels[name] = controls[name].space.label_of(value, name)
         except ValueError as error:
             raise ValueError(f"--set {setting}: {error}") from error
     return labels
 
 
 def sample_job(
-    run: Run,
-    out: Path,
-    settings: list[str],
-    c: str | None,
-    n: int,
-    strength: float = 1.0,
-    steps: int | None = None,
-    seed: int = 0,
-    exact: bool = False,
-    options: JobOptions = DEFAULT,
-) -> None:
-    """Write n samples, a sheet of them (`grid.png`) and the settings they were drawn with (`sample.json`).
-
-    Raises:
-        ValueError: a wrong setting or class, a folder that holds something, or too few paths that count (exact).
-    """
+    run: Run, out: Path, settings: list[str], c: str | None, n: int, strength: float = 1.0, steps: int | None = None,
+    seed: int = 0, exact: bool = False, options: JobOptions = DEFAULT,
+) -> None:  # fmt: skip
+    """Write n samples, a sheet of them (`grid.png`) and the settings they were drawn with (`sample.json`)."""
     y = {name: torch.full((n,), value) for name, value in parse_settings(run, settings).items()}
     y = y or {run.names[0]: torch.full((n,), NULL)}
     cond: dict[str, Tensor] = {}
     if exact and not settings:
         raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
-    if c is not None and run.prior.classes is None:
-        raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
     if c is not None:
+        if run.prior.classes is None:
+            raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
         try:
             cond["c"] = torch.full((n,), run.prior.number_of(c))
         except ValueError as error:
