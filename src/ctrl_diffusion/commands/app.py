@@ -88,29 +88,20 @@ for command, example in COMMANDS.items():
     app.command(epilog=f"Example: {example}")(command)
 
 
-def stop(*_: object) -> None:
-    """Treat SIGTERM like Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the entry point; exit with 2 after an error, which is one line, and with 130 after an interrupt."""
     quiet_dependencies()
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:
         app()
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, Interrupted) as error:
         typer.echo(f"{CTRL}: {error}", err=True)
-        raise SystemExit(2) from None
-    except Interrupted as error:
-        typer.echo(f"{CTRL}: {error}", err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(130 if isinstance(error, Interrupted) else 2) from None
     except RuntimeError as error:
         from ..run.stages import out_of_memory
 
         if not out_of_memory(error):
             raise
-        typer.echo(
-            f"{CTRL}: out of memory. Turn down micro_batch, a learner's batch, rank or size in a --config.", err=True
-        )
+        advice = "Turn down micro_batch, a learner's batch, rank or size in a --config."
+        typer.echo(f"{CTRL}: out of memory. {advice}", err=True)
         raise SystemExit(2) from None

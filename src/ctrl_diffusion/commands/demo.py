@@ -1,5 +1,6 @@
 """Define `ctrl demo`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,14 +22,10 @@ def demo(
     quiet: opt.Quiet = opt.OTHER,
 ) -> None:
     """Teach the embedded digits model a control it did not have, and certify it."""
-    from ..run.config import check_code, read_settings, with_overrides
     from .jobs.demo import demo_job, demo_values
 
     options = {"seed": seed, "learners": learner and learner.split(",")}
-    options = {key: value for key, value in options.items() if value is not None}
-    values = demo_values(controls, read_settings(config) if config else {})
-    values = with_overrides(values, override, options)
-    check_code(values, {}, False, config, override)
+    values = opt.read_values(options, config, override, False, partial(demo_values, controls))
     with opt.job_options(quiet, False, overwrite, quick) as job:
         metrics = demo_job(values, out, job, controls, labels)
     if not quiet:

@@ -9,8 +9,7 @@ import typer
 def inspect(
     prior: Annotated[str, typer.Argument(help="A pipeline of diffusers, folder or hub id; or digits.")],
     size: Annotated[
-        tuple[int, int] | None,
-        typer.Option(metavar="HEIGHT WIDTH", help="Of the images, if it makes any size."),
+        tuple[int, int] | None, typer.Option(metavar="HEIGHT WIDTH", help="Of the images, if it makes any size.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:

@@ -81,12 +81,14 @@ def control_values(
     return rows[0] if n < 2 else {"controls": rows}
 
 
-def read_values(options: dict[str, Any], config: Path | None, override: list[str], trust: bool) -> dict[str, Any]:
-    """Return the settings of a file, those of -o over them, and over both the options that are not None."""
+def read_values(
+    options: dict[str, Any], config: Path | None, override: list[str], trust: bool, complete: Callable = dict
+) -> dict[str, Any]:
+    """Return the settings of a file, completed, those of -o over them, and over both the options that are not None."""
     from ..run.config import check_code, read_settings, with_overrides
 
     options = {key: value for key, value in options.items() if value is not None}
-    values = with_overrides(read_settings(config) if config else {}, override, options)
+    values = with_overrides(complete(read_settings(config) if config else {}), override, options)
     check_code(values, options, trust, config, override)
     return values
 

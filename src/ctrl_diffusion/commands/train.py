@@ -49,7 +49,11 @@ def train(
         raise ValueError("--out is missing. Name the run folder, or a run to go on with by --resume.")
     values = opt.read_values(options, config, override, trust)
     if dry_run:
-        print_estimate(values, quiet, trust, quick)
+        from .jobs.estimate import estimate_job, in_words
+
+        with opt.job_options(quiet, trust, quick=quick) as job:
+            estimate = estimate_job(values, job)
+        typer.echo(in_words(estimate))
     else:
         from .jobs.train import train_with
 
@@ -68,12 +72,3 @@ def resume_training(run: Path, quiet: bool, trust: bool) -> None:
         typer.echo(f"{run} is finished: there is nothing to go on with.")
     elif not quiet:
         typer.echo(opt.summary(metrics, ", ".join(metrics["labels"]), run))
-
-
-def print_estimate(values: dict[str, Any], quiet: bool, trust: bool, quick: bool) -> None:
-    """Print what a training would take."""
-    from .jobs.estimate import estimate_job, in_words
-
-    with opt.job_options(quiet, trust, quick=quick) as options:
-        estimate = estimate_job(values, options)
-    typer.echo(in_words(estimate))

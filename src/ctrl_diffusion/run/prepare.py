@@ -43,12 +43,10 @@ class ControlInputs:
 
     @property
     def name(self) -> str:
-        """The name of the control."""
         return self.settings.name
 
     @property
     def classes(self) -> int:
-        """The number of its classes, or of the levels of a scale."""
         return len(self.panel.values if self.panel else self.data.values[self.name])
 
 
@@ -76,7 +74,10 @@ def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTr
     prior = configured(prior, config)
     inputs = [read_inputs(settings, prior, options) for settings in config.controls]
     classes = config.classes or classes_to_train(prior, inputs)
-    check_classes(prior, classes)
+    numbers = range(prior.classes or 0)
+    if classes and (len(set(classes)) < len(classes) or not set(classes) <= set(numbers)):
+        what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
+        raise ValueError(f"classes must be {what}; got {classes}.")
     inputs = [select_inputs(each, classes) for each in inputs]
     return PreparedTraining(complete(values, config, prior, inputs, classes), prior, inputs)
 
@@ -193,8 +194,7 @@ def read_data(
 
 def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
     """Warn of images that occur twice, or in the judge's data too, whatever their files are called."""
-    digests = data.digests()
-    first: dict[bytes, int] = {}
+    digests, first = data.digests(), {}
     copies = [(first[d], row) for row, d in enumerate(digests, start=1) if first.setdefault(d, row) != row]
     if copies:
         warnings.warn(
@@ -245,14 +245,6 @@ def check_batches(config: Config) -> None:
             ranks.rank_rows(getattr(config, name).batch)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-
-
-def check_classes(prior: Prior, classes: list[int] | None) -> None:
-    """Refuse `classes` that the prior does not have."""
-    numbers = range(prior.classes or 0)
-    if classes and (len(set(classes)) < len(classes) or not set(classes) <= set(numbers)):
-        what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
-        raise ValueError(f"classes must be {what}; got {classes}.")
 
 
 def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages) -> Panel:

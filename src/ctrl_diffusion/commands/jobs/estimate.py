@@ -57,17 +57,14 @@ def estimate(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
     run = Run.start(shortened(config), prior, panels)
     stages, samples = time_stages(run, config, phase), evaluations_of_samples(run, config)
     seconds = {
-        "classifiers": fits,
-        "learners": sum(stage["seconds"] for stage in stages.values()),
+        "classifiers": fits, "learners": sum(stage["seconds"] for stage in stages.values()),
         "samples": sum(samples.values()) * seconds_of_evaluation(run, phase),
-    }
+    }  # fmt: skip
     return {
-        "device": str(prior.denoiser.device),
-        "stages": stages,
-        "samples": samples,
+        "device": str(prior.denoiser.device), "stages": stages, "samples": samples,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "memory_mb": {name: size / MEGABYTE for name, size in memory(run, config, job).items()},
-    }
+    }  # fmt: skip
 
 
 def time_classifiers(inputs: ControlInputs, job: PreparedTraining, phase: Phase) -> tuple[Panel, float]:

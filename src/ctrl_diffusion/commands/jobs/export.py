@@ -88,8 +88,7 @@ def push_to_hub(out: Path, name: str) -> None:
 
 def sources() -> dict[str, str]:
     """Read the files of an exported folder: run/pipeline.py and all it imports of ours, by name."""
-    texts: dict[str, str] = {}
-    paths = [Path(controlled.__file__)]
+    texts, paths = {}, [Path(controlled.__file__)]
     for path in paths:
         name = path.parent.name if path.stem == "__init__" else path.stem
         texts[name], imported = flattened(path)

@@ -35,19 +35,12 @@ def describe(prior: Prior) -> dict[str, Any]:
     policy = Policy(denoiser, control)
     one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
     return {
-        "family": prior.pipeline,
-        "prediction_type": denoiser.prediction,
-        "schedule": type(denoiser.schedule).__name__,
-        "sample_shape": list(denoiser.shape),
-        "image_shape": list(prior.image_shape),
-        "conditions": "text" if prior.text else prior.classes,
-        "guidance": prior.text and prior.text.guidance,
-        "parameters": parameters,
-        "control_parameters": trainable,
+        "family": prior.pipeline, "prediction_type": denoiser.prediction, "schedule": type(denoiser.schedule).__name__,
+        "sample_shape": list(denoiser.shape), "image_shape": list(prior.image_shape),
+        "conditions": "text" if prior.text else prior.classes, "guidance": prior.text and prior.text.guidance,
+        "parameters": parameters, "control_parameters": trainable,
         "step": {
-            "batch": config.adjoint.batch,
-            "micro_batch": config.micro_batch,
-            "chain": config.steps,
+            "batch": config.adjoint.batch, "micro_batch": config.micro_batch, "chain": config.steps,
             "evaluations": {name: [calls(prior) * n for n in each] for name, each in evaluations(config).items()},
             "memory_mb": {
                 "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
@@ -55,7 +48,7 @@ def describe(prior: Prior) -> dict[str, Any]:
                 "activations": round(config.adjoint.rows_kept(config.micro_batch) * (two - one) / MEGABYTE, 1),
             },
         },
-    }
+    }  # fmt: skip
 
 
 def calls(prior: Prior) -> int:
