@@ -39,10 +39,7 @@ class Checkpoints:
             remove(old)
 
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read the newest undamaged state, on the CPU; None if there is none.
-
-        Damaged states are removed with a warning; one that cannot be read (OSError) need not be damaged.
-        """
+        """Read the newest undamaged state, on the CPU, or None; remove damaged ones, but none that raises OSError."""
         for path in reversed(self.paths()):
             try:
                 if sha256(path) != json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]:

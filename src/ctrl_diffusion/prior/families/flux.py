@@ -1,7 +1,4 @@
-"""Load Flux (Black Forest Labs 2024): a transformer on packed latents of a rectified flow, given text.
-
-Its network was distilled to take the guidance as a number, if it takes any.
-"""
+"""Load Flux (Black Forest Labs 2024): a transformer on packed latents of a flow, given text and perhaps guidance."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,5 +45,5 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
         return pipeline._unpack_latents(velocity, *size, pipeline.vae_scale_factor)
 
     site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, rank=16)
-    text = TextFamily(encode, call, default_guidance(pipeline), distilled=True)
+    text = TextFamily(encode, call, default_guidance(pipeline), distilled=True)  # to take guidance, if any, as a number
     return Family(network, call, codec, site, text=text, tokens=height * width // PATCH**2)
