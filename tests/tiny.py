@@ -9,6 +9,7 @@ TINY = {
     "backprop": {"updates": 3, "batch": 8},
     "ppo": {"updates": 3, "batch": 8},
     "evaluation": {"prior_samples": 8, "paths": 80, "probes": 1, "sweep_paths": 80},
+    "learners": ["weighted"],
     "steps": 2,
     "rank": 4,
 }

@@ -12,7 +12,7 @@ from tiny import TINY
 def test_a_control_added_later_leaves_the_run_as_it_was(ctrl_here, both, quick_run, tmp_path):
     """The model of one control before and after a second came: with that null, the same pictures to the byte."""
     settings = tmp_path / "tiny.yaml"
-    settings.write_text(yaml.safe_dump(TINY | {"ruler": "slant"}))
+    settings.write_text(yaml.safe_dump(TINY | {"ruler": "slant", "learners": ["weighted", "adjoint"]}))
     before = {path: path.read_bytes() for path in quick_run.rglob("*") if path.is_file()}
     add = ["add", quick_run, "--data", both / "data" / "slant", "--control", "slant", "--config", settings]
     done = ctrl_here(*add, "--out", tmp_path / "more", "--quiet")

@@ -26,7 +26,7 @@ from ctrl_diffusion.run.stages import train
 
 FAST = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 150}
 TINY = {
-    "prior": "digits", "control": "ink", "classifier": FAST, "steps": 4, "rank": 4,
+    "prior": "digits", "control": "ink", "classifier": FAST, "steps": 2, "rank": 4,
     "weighted": {"updates": 6, "batch": 16, "cache": 8, "renoising": 3},
     "adjoint": {"updates": 8, "batch": 8, "reuse": 2},
     "evaluation": {"prior_samples": 8, "paths": 80, "probes": 2, "sweep_paths": 80},
@@ -38,6 +38,13 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     write_imagefolder(folder, demo.labelled_digits("ink", 0)[0][0])
     return folder
+
+
+@pytest.fixture(scope="module")
+def panel(data):
+    """p̂ of it."""
+    job = prepare({**TINY, "data": str(data)})
+    return fit_panel(job.inputs[0].data, "ink", ruler=True, settings=job.config.controls[0].classifier)[0]
 
 
 def test_a_dry_run_says_what_a_training_takes_and_writes_nothing(data, tmp_path, ctrl_here, monkeypatch):
@@ -106,11 +113,10 @@ def test_what_takes_its_time_is_extrapolated(data, monkeypatch):
 
 
 @pytest.mark.parametrize(("updates", "probes"), [(1, 3), (5, 1), (9, 4), (10, 4), (7, 20)])
-def test_the_probes_said_are_those_made(data, updates, probes):
+def test_the_probes_said_are_those_made(data, panel, updates, probes):
     evaluation = {**TINY["evaluation"], "probes": probes}
     weighted = {**TINY["weighted"], "updates": updates, "batch": 4}
     job = prepare({**TINY, "data": str(data), "weighted": weighted, "learners": ["weighted"], "evaluation": evaluation})
-    panel, _ = fit_panel(job.inputs[0].data, "ink", ruler=True, settings=job.config.controls[0].classifier)
     run = Run.start(job.config, job.prior, {"ink": panel})
     made = sum("J" in record and "kept" not in record for record in train(run))
     assert probes_of(job.config) == made

@@ -53,7 +53,7 @@ def test_a_classifier_is_fitted_as_the_config_of_a_training_says(tmp_path, monke
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_config_makes_the_run_again(tmp_path, ctrl):
-    demo_job(TINY, tmp_path / "a")
+    demo_job({**TINY, "learners": ["weighted", "adjoint"]}, tmp_path / "a")
     done = ctrl("train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b", "--quiet")
     assert done.returncode == 0, done.stderr
     for name in ("control/control.safetensors", "classifier/classifier.safetensors"):
@@ -114,7 +114,7 @@ def test_a_control_on_a_scale_is_asked_for_by_value(ctrl_here, quick_run, tmp_pa
     shutil.copytree(quick_run / "data", folder)
     (folder / "measured.csv").write_text("\n".join(["image,class,grey", *rows, "missing.png,3,0.3"]))
     settings = tmp_path / "tiny.yaml"
-    own = {"classifier": {"grid": 1, "depth": 1, "augment": "any_side_up", "updates": 1500}, "ruler": "ink"}
+    own = {"classifier": {"grid": 1, "depth": 1, "augment": "any_side_up", "updates": 600}, "ruler": "ink"}
     enough = {"evaluation": {**TINY["evaluation"], "prior_samples": 18}}  # for nine levels
     settings.write_text(yaml.safe_dump({**TINY, **own, **enough}))
     train = ["train", "--prior", "digits", "--data", folder / "measured.csv", "--control", "ink:grey"]

@@ -10,12 +10,14 @@ from tiny import TINY
 from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.run import stages
 
+BOTH = {**TINY, "learners": ["weighted", "adjoint"]}
+
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_kl_budget_lowers_gamma_and_a_run_can_be_made_again_from_it(tmp_path):
     first = demo_job(
-        {**TINY, "kl_budget": 0.3, "evaluation": {**TINY["evaluation"], "prior_samples": 100}}, tmp_path / "a"
+        {**BOTH, "kl_budget": 0.3, "evaluation": {**TINY["evaluation"], "prior_samples": 100}}, tmp_path / "a"
     )
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
     assert 0 < config["gamma"] < 1
@@ -46,7 +48,7 @@ def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
 
     monkeypatch.setattr(stages, "learner_of", poisoned)
     settings = {
-        **TINY,
+        **BOTH,
         "adjoint": {"updates": 8, "batch": 8},
         "weighted": {**TINY["weighted"], "updates": 60, "batch": 64},
     }
@@ -62,7 +64,7 @@ def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_patience_ends_a_learner_that_brings_nothing(tmp_path):
     still = {"updates": 40, "batch": 8, "lr_embedding": 1e-12, "lr_adapter": 1e-12}
-    settings = {**TINY, "adjoint": still, "patience": 2, "evaluation": {**TINY["evaluation"], "probes": 10}}
+    settings = {**BOTH, "adjoint": still, "patience": 2, "evaluation": {**TINY["evaluation"], "probes": 10}}
     metrics = demo_job(settings, tmp_path / "run")
     (stopped,) = [stage for stage in metrics["training"]["stages"] if stage["stage"] == "adjoint"]
     assert "no better control in 2 probes" in stopped["stopped"]

@@ -1,6 +1,7 @@
 """Prior, p̂ and paths on another device than the CPU: the same numbers to the bit, and nothing left behind."""
 
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -44,11 +45,16 @@ LEARNERS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folder(tmp_path_factory):
+    """The pipeline folder of a family, made when it is first needed."""
     root = tmp_path_factory.mktemp("devices")
-    for name in ("DDPM", "DiT", "SD 1", "SDXL", "SD 3", "Flux"):
+
+    @cache
+    def made(name):
         saved(name, root / name)
-    return root
+        return root / name
+
+    return made
 
 
 @pytest.fixture
@@ -94,14 +100,14 @@ def job(folder, device, learner):
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_every_learner_works_elsewhere_as_on_the_cpu(folders, elsewhere, learner):
-    found, expected = (job(folders / "DDPM", device, learner) for device in (DEVICE, "cpu"))
+def test_every_learner_works_elsewhere_as_on_the_cpu(folder, elsewhere, learner):
+    found, expected = (job(folder("DDPM"), device, learner) for device in (DEVICE, "cpu"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("learner", ["adjoint", "ppo"])
-def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folders, elsewhere, monkeypatch, learner):
+def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folder, elsewhere, monkeypatch, learner):
     kept, module = {}, sys.modules[f"ctrl_diffusion.learn.{learner}"]
     revisit = module.revisit
 
@@ -113,7 +119,7 @@ def test_paths_are_kept_on_the_cpu_where_that_is_asked_for(folders, elsewhere, m
 
     monkeypatch.setattr(module, "revisit", watched)
     for name in (learner, f"{learner}, offloaded"):
-        job(folders / "DDPM", DEVICE, name)
+        job(folder("DDPM"), DEVICE, name)
     assert kept == {learner: {There}, f"{learner}, offloaded": {torch.Tensor}}
 
 
@@ -146,8 +152,8 @@ def guided(folder, device, name):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_every_baseline_works_elsewhere_as_on_the_cpu(folders, elsewhere, name):
-    found, expected = (guided(folders / "DDPM", device, name) for device in (DEVICE, "cpu"))
+def test_every_baseline_works_elsewhere_as_on_the_cpu(folder, elsewhere, name):
+    found, expected = (guided(folder("DDPM"), device, name) for device in (DEVICE, "cpu"))
     assert torch.equal(found.x_0, expected.x_0)
     assert found.cost == expected.cost
 
@@ -156,8 +162,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("DiT", "SDXL", "
 
 
 @pytest.mark.parametrize("name", ["SD 1", *SLOW])
-def test_every_family_works_elsewhere_as_on_the_cpu(folders, elsewhere, name):
-    found, expected = (job(folders / name, device, "adjoint") for device in (DEVICE, "cpu"))
+def test_every_family_works_elsewhere_as_on_the_cpu(folder, elsewhere, name):
+    found, expected = (job(folder(name), device, "adjoint") for device in (DEVICE, "cpu"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -170,9 +176,9 @@ def test_what_is_left_behind_is_noticed(elsewhere):
     assert torch.equal((x.to(DEVICE) + 1.0).cpu(), x + 1)
 
 
-def test_a_device_that_is_not_here_is_one_line(folders):
+def test_a_device_that_is_not_here_is_one_line(folder):
     with pytest.raises(ValueError, match="device: 'cuda:7' is not available here") as caught:
-        Prior.from_pretrained(folders / "DDPM").placed("cuda:7")
+        Prior.from_pretrained(folder("DDPM")).placed("cuda:7")
     assert "\n" not in str(caught.value)
 
 
@@ -186,10 +192,10 @@ def shades(folder):
     return str(folder)
 
 
-def settings(folders, data, device, latents=False):
+def settings(folder, data, device, latents=False):
     """Of a small whole job on a Stable Diffusion."""
     return {
-        "prior": str(folders / "SD 1"), "data": data, "control": "dark", "condition": "prompt",
+        "prior": str(folder("SD 1")), "data": data, "control": "dark", "condition": "prompt",
         "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical", "latents": latents},
         "weighted": {"updates": 1, "batch": 4, "cache": 8, "renoising": 1}, "adjoint": {"updates": 1, "batch": 4},
         "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8}, "steps": 3, "rank": 2,
@@ -198,9 +204,9 @@ def settings(folders, data, device, latents=False):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_dry_run_works_elsewhere(folders, elsewhere, tmp_path):
-    given = settings(folders, shades(tmp_path / "data"), str(DEVICE))
-    found = estimate_job({**given, "prior": str(folders / "DDPM"), "condition": None})
+def test_a_dry_run_works_elsewhere(folder, elsewhere, tmp_path):
+    given = settings(folder, shades(tmp_path / "data"), str(DEVICE))
+    found = estimate_job({**given, "prior": str(folder("DDPM")), "condition": None})
     assert found["device"] == str(DEVICE)
     assert found["memory_mb"]["activations"] >= 0
 
@@ -208,11 +214,11 @@ def test_a_dry_run_works_elsewhere(folders, elsewhere, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("latents", [False, True])
-def test_the_whole_job_works_elsewhere_as_on_the_cpu(folders, elsewhere, tmp_path, latents):
+def test_the_whole_job_works_elsewhere_as_on_the_cpu(folder, elsewhere, tmp_path, latents):
     """Data, classifiers, training, certificate, report, loading and sampling; but for the seconds, the same figures."""
     data, found = shades(tmp_path / "data"), []
     for device in (str(DEVICE), "cpu"):
-        metrics = train_job(settings(folders, data, device, latents), tmp_path / device)
+        metrics = train_job(settings(folder, data, device, latents), tmp_path / device)
         run = Run.load(tmp_path / device, device)
         y, c = torch.tensor([0, 1, -1]), torch.tensor([0, 1, 1])
         drawn = run.sample(y, c)

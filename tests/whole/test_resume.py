@@ -25,7 +25,7 @@ SETTINGS = {
     "ppo": {"updates": 6, "batch": 8, "reuse": 2},
     "adjoint": {"updates": 6, "batch": 8, "reuse": 2},
     "evaluation": {"prior_samples": 8, "paths": 80, "probes": 2, "sweep_paths": 80},
-    "steps": 4,
+    "steps": 2,
     "rank": 4,
     "checkpoint": 2,
 }
