@@ -181,9 +181,14 @@ def in_step(root, trainings):
     return results
 
 
-def rank_of_two(rank, port, root, work):
+def set_rank(rank, port):
+    """Make this process one of two."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def rank_of_two(rank, port, root, work):
+    set_rank(rank, port)
     assert ranks.world_size() == 2
     torch.save(work(root), root / f"{rank}.pt")
 
@@ -383,23 +388,23 @@ def test_a_launched_run_that_is_killed_goes_on_to_the_same_bytes(launched_run, t
     assert contents(folder) == contents(whole)
 
 
-def test_a_training_loop_that_comes_first_is_shared_all_the_same():
+def loop_first(rank, port, root):
+    """Train before anything asks for the ranks."""
+    set_rank(rank, port)
+    list(fit(new_policy(Task("vp", "logistic", steps=4)), iter([]), 1, {"embedding": 1.0, "adapter": 1.0}))
+    (root / str(rank)).write_text(str(ranks.world_size()))
+
+
+def test_a_training_loop_that_comes_first_is_shared_all_the_same(tmp_path):
     """Where nothing has asked for the ranks before `fit` makes accelerate's own object."""
-    code = (
-        "from ctrl_diffusion.system import ranks\nfrom ctrl_diffusion.exact.task import Task, new_policy\n"
-        "from ctrl_diffusion.learn.fit import fit\n"
-        "list(fit(new_policy(Task('vp', 'logistic', steps=4)), iter([]), 1, {'embedding': 1.0, 'adapter': 1.0}))\n"
-        "print(ranks.world_size())"
-    )
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank},
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    assert [process.communicate(timeout=120)[0] for process in both] == ["2\n", "2\n"]
+    port = free_port()
+    two = [processes.Process(target=loop_first, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in two:
+        process.start()
+    for process in two:
+        process.join(timeout=120)
+        process.kill()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
 
 def test_what_one_process_does_is_refused_by_several(ctrl_here, monkeypatch):
