@@ -265,9 +265,9 @@ def with_key(values: Any, keys: list[str], value: Any) -> Any:
     return {**group, key: with_key(group.get(key), rest, value)}
 
 
-def named_code(values: dict[str, Any]) -> set[str]:
+def named_code(values: Any) -> set[str]:
     """Return the code that settings name and that is not ours, each MODULE:FUNCTION; it would run."""
-    controls, code = list_controls(values).get("controls"), set()
+    controls, code = list_controls(values).get("controls") if isinstance(values, dict) else None, set()
     for row in map(split_names, controls) if is_list_of_groups(controls) else ():  # else the config refuses it
         classifier = row.get("classifier")
         factory = classifier.get("factory") if isinstance(classifier, dict) else None
@@ -276,7 +276,7 @@ def named_code(values: dict[str, Any]) -> set[str]:
     return code
 
 
-def check_code(values: dict, options: dict, trust: bool, source: Path | None, overrides: Sequence[str] = ()) -> None:
+def check_code(values: Any, options: dict, trust: bool, source: Path | None, overrides: Sequence[str] = ()) -> None:
     """Refuse settings that would run code, unless `trust` is set or the command line (`options`, `-o`) names it."""
     foreign = [] if trust else sorted(named_code(values) - named_code(options))
     foreign = [code for code in foreign if not any(text.endswith((f"={code}", f":{code}")) for text in overrides)]
