@@ -19,7 +19,7 @@ from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.reward.classifiers import fit_panel
 from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.run.measure import STRENGTHS, prior_samples, probe, step_counts, sweep
+from ctrl_diffusion.run.measure import STRENGTHS, evaluate, prior_samples, probe, step_counts, sweep
 from ctrl_diffusion.run.prepare import prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.run.stages import train
@@ -165,7 +165,7 @@ def test_the_evaluations_of_samples_are_those_made(digits):
     said = evaluations_of_samples(run, config)
     assert made(lambda: prior_samples(run, config.weighted.cache, "cache")) == said["cache"]
     assert probes_of(config) * made(lambda: probe(run, -(-160 // run.training_conditions.pairs))) == said["probes"]
-    assert made(lambda: run.evaluate(config.evaluation.paths)) == said["log Z"] + said["certificate"]
+    assert made(lambda: evaluate(run, config.evaluation.paths)) == said["log Z"] + said["certificate"]
     swept = made(lambda: sweep(run, STRENGTHS, step_counts(run), config.evaluation.sweep_paths))
     assert swept == said["strengths and step counts"]
     handle.remove()

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_the_law_names_every_wing_and_has_no_circle():
     for name, allowed in LAW.items():
         assert {other.split(".")[0] for other in allowed} <= below, f"{name} imports up"
         below.add(name)
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    def file_of(module: str) -> Path:
+        path = SOURCE.joinpath(*module.split("."))
+        files = path.with_suffix(".py"), path / "__init__.py", path.parent / "__init__.py"
+        return next(file for file in files if file.is_file())
+
+    graph = {path: {file_of(module) for module in imported(path)} for path in MODULES}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(MODULES)  # raises CycleError
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))

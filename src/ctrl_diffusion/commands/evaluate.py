@@ -17,6 +17,7 @@ def evaluate(
     quiet: Quiet = OTHER,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
+    from ..run.measure import evaluate as evaluate_run
     from ..run.run import Run
     from ..system.files import rounded, write_json
     from ..system.folders import check_file
@@ -25,7 +26,7 @@ def evaluate(
         check_file(out)
     with job_options(quiet, trust) as options:
         opened = Run.load(run, trust=trust)
-        metrics = {"accuracy_by": opened.accuracy_by, **opened.evaluate(n, options.phase).metrics()}
+        metrics = {"accuracy_by": opened.accuracy_by, **evaluate_run(opened, n, options.phase).metrics()}
     if OTHER:
         return
     if out is None:

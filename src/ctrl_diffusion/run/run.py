@@ -17,7 +17,6 @@ from ..control.lora import LoRAControl
 from ..control.policy import Policy
 from ..data.digits import MEASURES, RULERS
 from ..data.labels import Labels
-from ..evaluate.evaluation import Evaluation
 from ..evaluate.judge import Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
 from ..prior.prior import Prior, open_prior
@@ -204,12 +203,6 @@ class Run:
         """Write every control into a run folder."""
         for name, control in self.policy.controls.items():
             control.save(folder.control(name))
-
-    def evaluate(self, n: int, phase: Phase = silent) -> Evaluation:
-        """Evaluate the policy on at least n paths, equally many for every (c, y); see `measure.evaluate`."""
-        from .measure import evaluate  # it measures runs, and so imports this module
-
-        return evaluate(self, n, phase)
 
     def sample(
         self, y: Tensor | Labels, c: Tensor | None = None, strength: float = 1.0, steps: int | None = None,
