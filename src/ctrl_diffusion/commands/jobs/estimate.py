@@ -27,7 +27,7 @@ from ...run.state import BestControl, TrainingState
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
 from ...system.progress import DEFAULT, JobOptions, Phase, silent
-from .inspect import MEGABYTE, calls, evaluations, kept_bytes
+from .inspect import MEGABYTE, calls, evaluations, measure_kept
 
 MANY = 2000  # labelled images
 # copies of the trained weights: themselves, gradient, average, two moments; three kept controls; four in a saved state
@@ -175,17 +175,17 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     learned = sum(p.nbytes for p in policy.trainable())
     networks = [prior.denoiser.network, *(panel.classifier for panel in run.panels.values())]
     weights = sum(p.nbytes for network in networks for p in network.parameters()) - learned
-    one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
+    kept = measure_kept(policy, prior)
     learners = [getattr(config, name) for name in config.learners]
     held, drawn = (
         run.conditions.groups * one_x * (c.evaluation.prior_samples + c.weighted.cache * ("weighted" in c.learners))
         for c in (config, run.config)
     )
     sizes = {
-        "weights": weights + max(0, 2 * one - two),  # those that a control changes exist twice
+        "weights": weights + kept.weights,
         "control": COPIES * learned,
         "paths": max(s.kept_states * s.batch for s in learners) * config.steps * one_x,
-        "activations": max(s.rows_kept(config.micro_batch) for s in learners) * (two - one),
+        "activations": max(s.rows_kept(config.micro_batch) for s in learners) * kept.row,
     }
     device = prior.denoiser.device
     if device.type == "cuda":

@@ -1,6 +1,6 @@
 """Describe a pre-trained model and the cost of training a control on it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def describe(prior: Prior) -> dict[str, Any]:
     control = LoRAControl("probe", ("no", "yes"), denoiser, config.rank)
     trainable = sum(p.numel() for group in control.parameter_groups().values() for p in group)
     policy = Policy(denoiser, control)
-    one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
+    kept = measure_kept(policy, prior)
     return {
         "family": prior.pipeline, "prediction_type": denoiser.prediction, "schedule": type(denoiser.schedule).__name__,
         "sample_shape": list(denoiser.shape), "image_shape": list(prior.image_shape),
@@ -43,9 +43,9 @@ def describe(prior: Prior) -> dict[str, Any]:
             "batch": config.adjoint.batch, "micro_batch": config.micro_batch, "chain": config.steps,
             "evaluations": {name: [calls(prior) * n for n in each] for name, each in evaluations(config).items()},
             "memory_mb": {
-                "weights": round((4 * parameters + max(0, 2 * one - two)) / MEGABYTE, 1),
+                "weights": round((4 * parameters + kept.weights) / MEGABYTE, 1),
                 "control": round(4 * 5 * trainable / MEGABYTE, 1),  # itself, gradient, two moments, average
-                "activations": round(config.adjoint.rows_kept(config.micro_batch) * (two - one) / MEGABYTE, 1),
+                "activations": round(config.adjoint.rows_kept(config.micro_batch) * kept.row / MEGABYTE, 1),
             },
         },
     }  # fmt: skip
@@ -60,6 +60,19 @@ def evaluations(config: Config) -> dict[str, Evaluations]:
     """Count the network's evaluations for each sample of an update, by stage."""
     stages = (getattr(config, name).stages(name) for name in LEARNERS)
     return {stage: settings.evaluations(config.steps) for each in stages for stage, settings in each.items()}
+
+
+class KeptBytes(NamedTuple):
+    """Hold the bytes that one step of a policy keeps for the gradient."""
+
+    weights: int  # once: those that a control changes exist twice
+    row: int  # for each sample
+
+
+def measure_kept(policy: Policy, prior: Prior) -> KeptBytes:
+    """Tell what a step keeps once from what it keeps for each sample."""
+    one, two = (kept_bytes(policy, prior, rows) for rows in (1, 2))
+    return KeptBytes(max(0, 2 * one - two), two - one)
 
 
 def kept_bytes(policy: Policy, prior: Prior, rows: int) -> int:
