@@ -8,9 +8,9 @@ With x_t = α x_0 + σ ε, every prediction in use is a linear view of x̂:
     flow:  v = ε − x_0,      x̂ = x_t − σ v       (α + σ = 1)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ class Denoiser(nn.Module):
     def frozen(self) -> Iterator[None]:
         """Promise that inside no trained parameter changes and no gradient of one is needed."""
         yield
+
+    def speaks(self, t: float, **control: Any) -> bool:
+        """Return whether it may differ from its prior at time t; of a policy, under labels and at a strength."""
+        return True
+
+    def active_steps(self, times: Sequence[float]) -> Tensor:
+        """Return the steps 0 … N − 1 of a chain at which what is trained of it speaks, by the σ they begin at."""
+        return torch.arange(len(times) - 1)
 
     def times(self, steps: int, sigma_end: float, power: float = 1.0) -> tuple[float, ...]:
         """Return the grid of a chain of this denoiser; see `Schedule.times`."""

@@ -110,7 +110,7 @@ def rollout(
         x_1: (B, *), standard normal.
         times: the chain's grid (`Schedule.times`).
         eta: churn.
-        compare: also measure each step against the prior (one more evaluation a step).
+        compare: also measure each step against the prior (one more evaluation a step at which a control speaks).
         read: also read out x_0 (one evaluation).
         cond: the prior's own conditions, B rows each.
         at_state: (i, x_i) → x_i, called before every step and at the end; cuts or clips the gradient.
@@ -132,16 +132,17 @@ def rollout(
         z = normal(x_t.shape, x_t, generator) if noise is None else noise[i]
         if at_state:
             x_t = at_state(i, x_t)
-        step, prior_step = partial(controlled, t=t, s=s), partial(prior, t=t, s=s) if compare else None
+        speaks = denoiser.speaks(t, **control)
+        step, prior_step = partial(controlled, t=t, s=s), partial(prior, t=t, s=s) if compare and speaks else None
         if torch.is_grad_enabled():
-            x_t, u = Checkpointed.apply(step, prior_step, x_t, z, *trained)
+            x_t, u = Checkpointed.apply(step, prior_step, x_t, z, *(trained if speaks else ()))
         else:
-            x_t, u = step(x_t, z, prior_step(x_t).mean if compare else None)
+            x_t, u = step(x_t, z, prior_step(x_t).mean if prior_step else None)
         states.append(x_t)
         noises.append(z)
-        if u is not None:
-            kl.append(half_square(u))
-            log_ratio.append(kl[-1] + (u * z).flatten(1).sum(1))
+        if compare:
+            kl.append(x_t.new_zeros(len(x_t)) if u is None else half_square(u))
+            log_ratio.append(kl[-1] if u is None else kl[-1] + (u * z).flatten(1).sum(1))
     end = at_state(len(times) - 1, x_t) if at_state else x_t
     x_0 = read_out(denoiser, end, times[-1], **cond) if read else None
     compared = {"kl": torch.stack(kl), "log_ratio": torch.stack(log_ratio)} if compare else {}

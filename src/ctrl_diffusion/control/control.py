@@ -5,31 +5,70 @@ adds to the network's time/class embedding. While it is active its layers have t
 there is no second copy, and the prior is bit-identical to the bare network.
 """
 
+import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..chain.denoise import Denoiser
 from ..data.labels import NULL, LabelSpace
+from ..system.files import write_text
+
+ABOUT, FORMAT = "control.json", 2  # files of 0.1 name no format: they have no interval
+ROUNDING = 1e-6
+
+
+class NewerFormatError(ValueError):
+    """Report a control that a newer version of this package saved."""
 
 
 class Control(nn.Module, ABC):
-    """Steer a prior by one label y of a `LabelSpace` (values, scale); NULL (−1) means uncontrolled."""
+    """Steer a prior by one label y of a `LabelSpace` (values, scale); NULL (−1) means uncontrolled.
+
+    Outside its `interval` of noise levels σ_t a label is as if it were null.
+    """
 
     fixed = False  # whether it keeps its parameters while other controls are trained
 
-    def __init__(self, name: str, values: Sequence[str], scale: bool = False) -> None:
+    def __init__(
+        self, name: str, values: Sequence[str], scale: bool = False, interval: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         self.name, self.space = name, LabelSpace(tuple(values), scale)
+        self.interval = interval
 
     values = property(lambda self: self.space.values)
     size = property(lambda self: self.space.size)
     scale = property(lambda self: self.space.scale)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The noise levels σ_off and σ_on between which it speaks; None for everywhere."""
+        return self._interval
+
+    @interval.setter
+    def interval(self, interval: Sequence[float] | None) -> None:
+        bounds = None if interval is None else tuple(float(sigma) for sigma in interval)
+        if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] < math.inf):
+            levels = "two noise levels, 0 ≤ σ_off < σ_on"
+            raise ValueError(f"the interval of a control must be {levels}, got {interval}. Use None for everywhere.")
+        self._interval = bounds
+
+    def speaks(self, sigma: Tensor | float) -> Tensor:
+        """Return whether it speaks at noise levels σ, in their shape."""
+        sigma = torch.as_tensor(sigma)
+        if self.interval is None:
+            return torch.ones_like(sigma, dtype=torch.bool)
+        off, on = self.interval
+        # a bound that is the σ of a step includes it, whatever a vector or float32 makes of its last digits
+        return (sigma >= off * (1 - ROUNDING)) & (sigma <= on * (1 + ROUNDING))
 
     def fix(self) -> "Control":
         """Keep the parameters from now on, whatever other control is trained; return the control."""
@@ -48,12 +87,19 @@ class Control(nn.Module, ABC):
 
     @abstractmethod
     def save(self, folder: str | Path) -> None:
-        """Write the control into a folder, with a `control.json` that says its `kind`."""
+        """Write the control into a folder, with `write_about`."""
 
     @classmethod
     @abstractmethod
     def load(cls, folder: str | Path, denoiser: Denoiser) -> "Control":
-        """Attach a saved control to the prior it was trained on."""
+        """Attach a saved control to the prior it was trained on, with `read_about`."""
+
+    def write_about(self, folder: str | Path, kind: str, *arguments: str) -> None:
+        """Write `control.json`: the format, the kind, and by name the arguments that it is made of."""
+        values = {key: getattr(self, key) for key in ("name", "values", *arguments, "interval")}
+        # with every digit of the interval: it decides which steps are the prior's
+        about = json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2, allow_nan=False)
+        write_text(Path(folder) / ABOUT, about + "\n")
 
     def lora(self, component: str) -> dict[str, Tensor]:
         """Return the weights as diffusers loads a LoRA of a pipeline's component; none if the control is no LoRA."""
@@ -79,3 +125,17 @@ class Control(nn.Module, ABC):
         low = y.clamp(0, self.size - 2).long()
         between = torch.lerp(table(low), table(low + 1), (y - low).to(table.weight)[:, None])
         return torch.where((y == NULL)[:, None], 0.0, between)
+
+
+def read_about(folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """Read `control.json`: a control's kind, in files of 0.1 a LoRA, and the arguments that it is made of.
+
+    Raises:
+        NewerFormatError: a newer version of this package saved it.
+    """
+    path = Path(folder) / ABOUT
+    about = {"format": 1, "kind": "lora", "interval": None} | json.loads(path.read_text(encoding="utf-8"))
+    if (version := about.pop("format")) > FORMAT:
+        reads = f"this version of ctrl-diffusion reads formats up to {FORMAT}"
+        raise NewerFormatError(f"{path} has format {version}, {reads}. Install a newer version.")
+    return about.pop("kind"), about

@@ -1,6 +1,5 @@
 """Attach a control as one LoRA adapter and one zero-initialised embedding."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..prior.network import NetworkDenoiser
-from ..system.files import read_tensors, write_json, write_tensors
-from .control import Control
+from ..system.files import read_tensors, write_tensors
+from .control import Control, read_about
 
 
 class LoRAControl(Control):
@@ -26,6 +25,7 @@ class LoRAControl(Control):
         rank, alpha: of the adapter, whose scale is α/rank; None for a scale of 1.
         seed: of the adapter's random half (the other half is zero).
         targets: PEFT's target modules, names or endings of names; None for those of the network's family.
+        interval: σ_off and σ_on, between which it speaks; None for everywhere.
 
     Raises:
         ValueError: the denoiser does not say where a control enters it, or carries a control of that name already.
@@ -34,8 +34,9 @@ class LoRAControl(Control):
     def __init__(
         self, name: str, values: Sequence[str], denoiser: NetworkDenoiser, rank: int = 64, seed: int = 0,
         scale: bool = False, alpha: float | None = None, targets: Sequence[str] | None = None,
+        interval: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, values, scale)
+        super().__init__(name, values, scale, interval)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
         self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
@@ -182,14 +183,12 @@ class LoRAControl(Control):
     def save(self, folder: str | Path) -> None:
         tensors = {f"adapter.{key}": value for key, value in self._state().items()}
         write_tensors(Path(folder) / "control.safetensors", {**tensors, "table": self.table.weight})
-        arguments = {key: getattr(self, key) for key in ("name", "values", "rank", "scale", "alpha", "targets")}
-        write_json(Path(folder) / "control.json", {"kind": "lora", **arguments})
+        self.write_about(folder, "lora", "rank", "scale", "alpha", "targets")
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: NetworkDenoiser) -> "LoRAControl":
         """Attach a saved control to the prior it was trained on; refuse (ValueError) another network."""
-        arguments = json.loads((Path(folder) / "control.json").read_text(encoding="utf-8"))
-        arguments.pop("kind", None)
+        _, arguments = read_about(folder)
         control = cls(**arguments, denoiser=denoiser)
         tensors = read_tensors(Path(folder) / "control.safetensors")
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """Combine a frozen prior with its controls."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import NamedTuple
@@ -60,7 +60,8 @@ class Policy(Denoiser):
 
         Args:
             x_t: (B, *) at time t, a number or (B,).
-            labels: control → (B,) classes, NULL for uncontrolled rows; a control left out is null.
+            labels: control → (B,) classes, NULL for uncontrolled rows; a control left out is null, and so is one
+                outside its interval.
             strength: w; the mean is (1 − w) mean_pre + w mean_g, which is linear in x̂.
             cond: the prior's own conditions.
 
@@ -68,12 +69,9 @@ class Policy(Denoiser):
             ValueError: an unknown control, or a class out of range.
         """
         for name, y in (labels or {}).items():
-            if name not in self.controls:
-                names = ", ".join(self.controls) or "none"
-                raise ValueError(f"unknown control {name!r}; this policy has: {names}.")
-            self.controls[name].space.check(y, name)
+            self.control_of(name).space.check(y, name)
         all_gather = getattr(self.base, "all_gather", None)  # of sharded weights
-        labels = {n: y for n, y in (labels or {}).items() if all_gather or (y != NULL).any()}
+        labels = {n: y for n, y in self.labels_at(t, labels or {}).items() if all_gather or (y != NULL).any()}
         if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
         groups = row_groups(torch.stack([y != NULL for y in labels.values()]), all_gather)
@@ -91,6 +89,33 @@ class Policy(Denoiser):
             x_hat = self.steered(x_t[rows], t_rows, y, {name: value[rows] for name, value in cond.items()})
             parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[rows], x_hat, strength))
         return torch.cat(parts)[torch.cat([group.positions for group in groups]).argsort()[: len(x_t)]]
+
+    def control_of(self, name: str) -> Control:
+        """Return a control by name; raise ValueError for an unknown one."""
+        if name not in self.controls:
+            names = ", ".join(self.controls) or "none"
+            raise ValueError(f"unknown control {name!r}; this policy has: {names}.")
+        return self.controls[name]
+
+    def labels_at(self, t: Tensor | float, labels: Labels) -> Labels:
+        """Return labels without those outside their control's interval at t, a number; null where t is (B,)."""
+        if all(self.controls[name].interval is None for name in labels):
+            return labels
+        sigma = self.schedule(t)[1]
+        speaks = {name: self.controls[name].speaks(sigma) for name in labels}
+        if not sigma.ndim:
+            return {name: y for name, y in labels.items() if speaks[name]}
+        return {name: torch.where(speaks[name].to(y.device), y, NULL) for name, y in labels.items()}
+
+    def speaks(self, t: float, labels: Collection[str] | None = None, strength: float = 1.0) -> bool:
+        """Return whether any control of these labels, or names, speaks at time t: if not, x̂ is the prior's."""
+        controls = [self.control_of(name) for name in labels or ()]
+        return strength != 0.0 and any(c.interval is None or c.speaks(self.schedule(t)[1]) for c in controls)
+
+    def active_steps(self, times: Sequence[float]) -> Tensor:
+        sigma = self.schedule(torch.tensor(times[:-1], dtype=torch.float64))[1]
+        trained = [control.speaks(sigma) for control in self.controls.values() if not control.fixed]
+        return torch.stack(trained).any(0).nonzero().squeeze(1) if trained else torch.empty(0, dtype=torch.long)
 
     def steered(self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor]) -> Tensor:
         """Return x̂ (B, *) with the controls of these labels active in every row."""

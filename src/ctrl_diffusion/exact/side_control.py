@@ -1,6 +1,5 @@
 """Control a closed-form prior by a small network beside it."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..chain.denoise import Denoiser
-from ..control.control import Control
+from ..control.control import Control, read_about
 from ..data.labels import NULL
-from ..system.files import read_tensors, write_json, write_tensors
+from ..system.files import read_tensors, write_tensors
 
 
 class SideControl(Control):
@@ -24,9 +23,10 @@ class SideControl(Control):
     """
 
     def __init__(
-        self, name: str, values: Sequence[str], denoiser: Denoiser, conditions: int = 0, width: int = 128, seed: int = 0
-    ) -> None:
-        super().__init__(name, values)
+        self, name: str, values: Sequence[str], denoiser: Denoiser, conditions: int = 0, width: int = 128,
+        seed: int = 0, interval: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(name, values, interval=interval)
         self.conditions, self.width = conditions, width
         dim = math.prod(denoiser.shape)
         with torch.random.fork_rng(devices=[]):
@@ -71,12 +71,11 @@ class SideControl(Control):
 
     def save(self, folder: str | Path) -> None:
         write_tensors(Path(folder) / "control.safetensors", self.state_dict())
-        arguments = {key: getattr(self, key) for key in ("name", "values", "conditions", "width")}
-        write_json(Path(folder) / "control.json", {"kind": "side", **arguments})
+        self.write_about(folder, "side", "conditions", "width")
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: Denoiser) -> "SideControl":
-        arguments = json.loads((Path(folder) / "control.json").read_text(encoding="utf-8"))
-        control = cls(**{key: value for key, value in arguments.items() if key != "kind"}, denoiser=denoiser)
+        _, arguments = read_about(folder)
+        control = cls(**arguments, denoiser=denoiser)
         control.load_state_dict(read_tensors(Path(folder) / "control.safetensors"))
         return control

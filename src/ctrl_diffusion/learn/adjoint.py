@@ -32,7 +32,7 @@ from ..control.policy import Policy
 from ..data.labels import Labels
 from ..reward.reward import Reward
 from .on_policy import Revisiting, Rollout, check_gradient, clip_rows, gradient_at, revisit
-from .step import Carried, Evaluations, LearnerSettings, Step
+from .step import Carried, Evaluations, LearnerSettings, Step, steps_to_learn
 
 
 def reward_gradient(
@@ -48,45 +48,46 @@ def reward_gradient(
 
 
 class Adjoints(NamedTuple):
-    """Hold the adjoints a_1 … a_N (N, B, *) of a path, the prior's means (N, B, *), the share that was clipped."""
+    """Hold the adjoints a_{i+1} (n, B, *) and the prior's means (n, B, *) of a path's last n steps i."""
 
     adjoints: Tensor
     means: Tensor
-    clipped: float
+    clipped: float  # the share of the adjoints that were clipped
 
 
 def adjoints_of(
     policy: Policy, path: Trajectory, reward_gradient: Tensor, labels: Labels, cond: dict[str, Tensor],
-    eta: float = 1.0, clip: float = float("inf"), lean: bool = False,
+    eta: float = 1.0, clip: float = float("inf"), lean: bool = False, first: int = 0,
 ) -> Adjoints:  # fmt: skip
-    """Carry a_N (B, *), the reward's gradient at the last state, back along a path of the policy.
+    """Carry a_N (B, *), the reward's gradient at the last state, back along a path of the policy to step `first`.
 
-    `clip` bounds the norm of std_i a_{i+1}; `lean` goes back through the prior's chain only, without the terms in u.
+    `clip` bounds the norm of std_i a_{i+1}; `lean` goes back through the prior's chain only, without the terms in u,
+    which are zero at a step where no control speaks.
     """
-    a, adjoints, means, longer, steps = reward_gradient, [], [], [], len(path.times) - 1
+    a, adjoints, means, longer = reward_gradient, [], [], []
 
     def back(i: int) -> Tensor | None:
         """Return the adjoint one step earlier; the graph that float16 keeps for a second try ends with the call."""
         t, s = path.times[i], path.times[i + 1]
-        x_t = path.x[i].detach().to(policy.device).requires_grad_(i > 0)
+        x_t = path.x[i].detach().to(policy.device).requires_grad_(i > first)
         pre = transition(policy.prior, x_t, t, s, eta, **cond)
         means.append(pre.mean.detach())
         clipped, long = clip_rows(a, clip / pre.std)
         adjoints.append(clipped)
         longer.append(long.float().mean())  # read at the end, so that an accelerator need not be waited for
-        if i == 0:
+        if i == first:
             return None
-        if lean:
+        if lean or not policy.speaks(t, labels=labels):
             return gradient_at(policy, (pre.mean * clipped).sum(), x_t)
         step = transition(policy, x_t, t, s, eta, labels=labels, **cond)
         u = step.control(pre)
         value = (step.mean * clipped).sum() - half_square(u).sum() - (u * path.z[i].to(u.device)).sum()
         return gradient_at(policy, value, x_t)
 
-    for i in reversed(range(steps)):
-        with torch.set_grad_enabled(i > 0):  # a_0 is not needed
+    for i in reversed(range(first, len(path.times) - 1)):
+        with torch.set_grad_enabled(i > first):  # the adjoint before the first step is not needed
             a = back(i)
-    share = sum(torch.stack(longer).cpu().tolist()) / steps
+    share = sum(torch.stack(longer).cpu().tolist()) / len(longer)
     return Adjoints(torch.stack(adjoints[::-1]), torch.stack(means[::-1]), share)
 
 
@@ -118,21 +119,22 @@ class Adjoint(Revisiting):
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
-        transitions = self.settings.regressed * self.batch  # of an update, on all ranks
+        steps, transitions = steps_to_learn(policy, self.times), self.settings.regressed * self.batch  # on all ranks
+        first = int(steps[0])
         while True:
-            rollout, rewards, (adjoints, means, clipped) = self.roll_out(policy, reward, conditions, generator)
-            for visit in self.visits(self.settings.regressed, generator):
-                at = visit.step, visit.row
+            rollout, rewards, (adjoints, means, clipped) = self.roll_out(policy, reward, conditions, generator, first)
+            for visit in self.visits(steps, self.settings.regressed, generator):
+                at = visit.step - first, visit.row
                 step = revisit(policy, rollout, visit, self.eta)
                 u = (step.mean - means[at].to(policy.device)) / step.std
                 loss = half_square(u - step.std * adjoints[at].to(policy.device)).sum()
-                metrics = {"kl": self.steps * (half_square(u.detach()).sum() / transitions)}
+                metrics = {"kl": len(steps) * (half_square(u.detach()).sum() / transitions)}
                 if visit.last:
                     metrics |= {"reward": self.weight * rewards.mean(), "clipped": clipped}
-                yield Step(self.steps * (loss / transitions), metrics, visit.last, visit.whole)
+                yield Step(len(steps) * (loss / transitions), metrics, visit.last, visit.whole)
 
     def roll_out(
-        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, first: int
     ) -> tuple[Rollout, Tensor, Adjoints]:
         """Draw new paths; return them with their rewards (B,) and adjoints, and free the parts they were drawn in."""
         device, settings = self.storage(policy), self.settings
@@ -142,7 +144,8 @@ class Adjoint(Revisiting):
                 batches = list(self.fresh_paths(policy, conditions, generator, read=False))  # read out below
             for path, _, labels, cond in batches:
                 r, gradient = reward_gradient(policy, path, reward, labels, cond)
-                result = adjoints_of(policy, path, gradient, labels, cond, self.eta, settings.clip, settings.lean)
+                options = self.eta, settings.clip, settings.lean, first
+                result = adjoints_of(policy, path, gradient, labels, cond, *options)
                 rewards.append(r)
                 adjoints.append(result.adjoints.to(device))
                 means.append(result.means.to(device))

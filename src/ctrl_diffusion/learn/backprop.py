@@ -22,7 +22,7 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward
 from .on_policy import OnPolicy, check_gradient, clip_rows
-from .step import Carried, Evaluations, LearnerSettings, Step
+from .step import Carried, Evaluations, LearnerSettings, Step, steps_to_learn
 
 
 class Backprop(OnPolicy):
@@ -43,6 +43,7 @@ class Backprop(OnPolicy):
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
+        steps_to_learn(policy, self.times)  # refuses a chain on which nothing speaks
         first = max(0, self.steps - (self.settings.through or self.steps))  # the state that the reward stops at
         stds = [float(step_std(policy.schedule, t, s, self.eta)) for t, s in pairwise(self.times)]
         # which gradients were clipped is known after the backward pass, so it is logged with the next update

@@ -89,14 +89,14 @@ class Revisiting(OnPolicy):
     def storage(self, policy: Policy) -> torch.device:
         return torch.device("cpu") if self.offload else policy.device
 
-    def visits(self, share: int, generator: torch.Generator) -> Iterator[Visit]:
+    def visits(self, steps: Tensor, share: int, generator: torch.Generator) -> Iterator[Visit]:
         """Yield the transitions of each update from a rollout, `micro` at a time.
 
-        Every path goes through all its steps in a random order of its own, `share` of them an update, and then again.
+        Every path goes through all of `steps` in a random order of its own, `share` of them an update, and then again.
         """
-        order = torch.rand(self.steps, self.batch, generator=generator).argsort(0)[:, self.rows]
+        order = steps[torch.rand(len(steps), self.batch, generator=generator).argsort(0)[:, self.rows]]
         for update in range(self.settings.reuse):
-            step = order[(update * share + torch.arange(share)) % self.steps]
+            step = order[(update * share + torch.arange(share)) % len(steps)]
             row = torch.arange(order.shape[1]).expand_as(step).flatten()
             for rows in parts(len(row), self.micro):
                 last, whole = rows.stop == len(row), update == self.settings.reuse - 1

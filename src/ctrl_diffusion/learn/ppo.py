@@ -31,7 +31,7 @@ from ..control.policy import Policy
 from ..reward.reward import Reward
 from ..system import ranks
 from .on_policy import Revisiting, Rollout, revisit
-from .step import Carried, Evaluations, LearnerSettings, Step
+from .step import Carried, Evaluations, LearnerSettings, Step, steps_to_learn
 
 
 def rewards_to_go(path: Trajectory, rewards: Tensor) -> Tensor:
@@ -88,14 +88,14 @@ class PPO(Revisiting):
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         carried, settings = [] if carried is None else carried, self.settings
-        transitions = settings.surrogates * self.batch  # of an update, on all ranks
+        steps, transitions = steps_to_learn(policy, self.times), settings.surrogates * self.batch  # on all ranks
         baseline = Baseline(mean=carried[0] if carried else None)
         while True:
             rollout, rewards = self.roll_out(policy, reward, conditions, generator)
             path, g = rollout.path, ranks.all_gather(rewards_to_go(rollout.path, rewards), dim=1)
             advantage = baseline.advantages(g, ranks.all_gather(rollout.pair), conditions.pairs)[:, self.rows]
             carried[:] = [baseline.mean]
-            for visit in self.visits(settings.surrogates, generator):
+            for visit in self.visits(steps, settings.surrogates, generator):
                 at, after = (visit.step, visit.row), (visit.step + 1, visit.row)
                 step = revisit(policy, rollout, visit, self.eta)
                 noise = (path.x[after].to(policy.device) - step.mean) / step.std
@@ -106,7 +106,7 @@ class PPO(Revisiting):
                 if visit.last:
                     metrics["reward"] = self.weight * rewards.mean()
                     metrics["kl"] = self.weight * path.kl.sum(0).mean()
-                yield Step(-self.steps * (gain / transitions), metrics, visit.last, visit.whole)
+                yield Step(-len(steps) * (gain / transitions), metrics, visit.last, visit.whole)
 
     @torch.no_grad()
     def roll_out(

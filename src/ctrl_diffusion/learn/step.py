@@ -105,18 +105,30 @@ class Learner(ABC):
         """Yield losses without end."""
 
 
+def steps_to_learn(policy: Policy, times: Times) -> Tensor:
+    """Return the steps of the chain at which a control that is trained speaks; refuse (ValueError) if there is none."""
+    active = policy.active_steps(times)
+    if not len(active):
+        first, last = (float(policy.schedule(t)[1]) for t in (times[0], times[-2]))
+        intervals = ", ".join(f"{name} {c.interval}" for name, c in policy.controls.items() if not c.fixed) or "none"
+        steps = f"none of the chain's {len(times) - 1} steps, which begin at σ = {first:.3g} … {last:.3g}"
+        raise ValueError(f"no control that is trained speaks at {steps}; their intervals: {intervals}. Widen them.")
+    return active
+
+
 def regression(
     policy: Policy, x_0: Tensor, labels: Labels, cond: dict[str, Tensor], times: Times, batch: int, micro: int | None,
     generator: Generator, learned_renoising: list[Tensor] | None = None,
 ) -> Iterator[Step]:  # fmt: skip
-    """Regress x̂ on this rank's share x_0 (n, *) of a batch, noised at every step of the chain equally often.
+    """Regress x̂ on this rank's share x_0 (n, *) of a batch, noised at every step to learn equally often.
 
     Yields ½‖(x̂ − x_0)/σ_t‖², `micro` rows at a time; the effect of re-noising is subtracted, if controls learned it.
     """
-    steps, share = len(times) - 1, ranks.rank_rows(batch)
+    steps, share = steps_to_learn(policy, times), ranks.rank_rows(batch)
     offset = torch.rand((), generator=generator)
     position = torch.randperm(batch, generator=generator) + offset
-    t = torch.tensor(times, dtype=torch.float64)[(position * steps / batch).long().clamp(max=steps - 1)][share]
+    step = steps[(position * len(steps) / batch).long().clamp(max=len(steps) - 1)]
+    t = torch.tensor(times, dtype=torch.float64)[step][share]
     alpha, sigma = policy.schedule(t)
     noise = normal((batch, *x_0.shape[1:]), x_0, generator, share)
     x_t = per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise
