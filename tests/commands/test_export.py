@@ -23,6 +23,8 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.run.pipeline import ControlledPipeline
+from ctrl_diffusion.run.run import Run
+from ctrl_diffusion.system.progress import JobOptions
 
 # in a process of its own: the package cannot be imported, and says so if it is
 LOADED = """
@@ -144,6 +146,44 @@ def test_an_export_may_be_loaded_in_half_precision(finished, tmp_path):
     said, meant = (drawn(pipe, controls={"dark": "yes"}) - drawn(pipe) for pipe in (half, full))
     assert meant.abs().max() > 0.05
     assert torch.cosine_similarity(said.flatten(), meant.flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("strength", [1.0, 1.5])
+def test_an_exported_control_keeps_to_its_interval(finished, tmp_path, strength):
+    """And says so. Outside it the pipeline draws what it draws without the control; inside, what the run samples."""
+    run, _ = run_on("SD 1", finished, tmp_path)
+    path = run / "control" / "control.json"
+    about = json.loads(path.read_text())
+    trained = Run.load(run)
+    first = trained.policy.schedule(trained.times[0])[1]
+
+    def drawn(interval, *controls):
+        path.write_text(json.dumps({**about, "interval": interval}))
+        export(run, tmp_path / "out", JobOptions(overwrite=True))
+        pipe = opened(tmp_path / "out")
+        return [
+            pipe(
+                "two", num_images_per_prompt=2, output_type="pt", generator=torch.Generator().manual_seed(3),
+                controls=labels, control_strength=strength,
+            ).images
+            for labels in controls
+        ]  # fmt: skip
+
+    everywhere, bare = drawn(None, {"dark": "yes"}, None)
+    assert "speaks only" not in (tmp_path / "out" / "README.md").read_text()
+    (silent,) = drawn([0.001, 0.002], {"dark": "yes"})
+    (once,) = drawn([float(first) - 0.001, float(first)], {"dark": "yes"})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("`dark` speaks only at noise levels σ from ") == 1
+    assert f" to {float(first):.3g}: outside," in card
+    assert torch.equal(silent, bare)
+    assert not torch.equal(once, bare)
+    assert not torch.equal(once, everywhere)
+    sampled = Run.load(run).sample(
+        torch.ones(2, dtype=torch.long), torch.ones(2, dtype=torch.long), strength,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    assert torch.equal((sampled + 1) / 2, once)
 
 
 @pytest.mark.parametrize("alpha", [None, 8.0])

@@ -19,7 +19,7 @@ from ctrl_diffusion import LabelledImages, Prior, Run, train_job
 from ctrl_diffusion.chain.codec import Codec
 from ctrl_diffusion.commands.jobs.compare import compare_job
 from ctrl_diffusion.commands.jobs.methods import METHODS, MethodSpec
-from ctrl_diffusion.control.control import Control
+from ctrl_diffusion.control.control import Control, read_about
 from ctrl_diffusion.control.kinds import KINDS, load_control
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.digits import digits, ink_ruler
@@ -99,8 +99,8 @@ def test_a_learner(photos, tmp_path, row):
 class Nudge(Control):
     """Add to x̂ an image for each class."""
 
-    def __init__(self, name, values, denoiser):
-        super().__init__(name, values)
+    def __init__(self, name, values, denoiser, interval=None):
+        super().__init__(name, values, interval=interval)
         self.table = nn.Embedding(self.size + 1, math.prod(denoiser.shape), padding_idx=self.size)
         nn.init.zeros_(self.table.weight)
         self._y = None
@@ -120,12 +120,12 @@ class Nudge(Control):
 
     def save(self, folder):
         write_tensors(folder / "control.safetensors", {"table": self.table.weight})
-        (folder / "control.json").write_text(json.dumps({"kind": "nudge", "name": self.name, "values": self.values}))
+        self.write_about(folder, "nudge")
 
     @classmethod
     def load(cls, folder, denoiser):
-        about = json.loads((folder / "control.json").read_text())
-        control = cls(about["name"], about["values"], denoiser)
+        _, arguments = read_about(folder)
+        control = cls(**arguments, denoiser=denoiser)
         control.table.weight.data = read_tensors(folder / "control.safetensors")["table"]
         return control
 
@@ -133,7 +133,7 @@ class Nudge(Control):
 def test_a_control(tmp_path, row):
     row(KINDS, "nudge", Nudge)
     prior, again = (Prior.from_pretrained(DIGITS).denoiser for _ in range(2))
-    control = Nudge("ink", "12", prior)
+    control = Nudge("ink", "12", prior, interval=(0.1, 0.9))
     control.table.weight.data[1] = 1.0
     control.save(tmp_path)
     x_t, c, y = torch.zeros(3, *prior.shape), torch.tensor([3, 3, 3]), torch.tensor([0, 1, -1])
@@ -142,6 +142,7 @@ def test_a_control(tmp_path, row):
         x_hat, bare = policy(x_t, 0.5, c=c, labels={"ink": y}), prior(x_t, 0.5, c=c)
     assert torch.equal(x_hat[[0, 2]], bare[[0, 2]])
     assert torch.equal(x_hat[1], bare[1] + 1)
+    assert policy.controls["ink"].interval == (0.1, 0.9)
 
 
 def load(pipeline, size):
