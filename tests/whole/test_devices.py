@@ -64,8 +64,8 @@ def elsewhere(monkeypatch):
         yield
 
 
-def job(folder, device, learner):
-    """A small whole job: control and figures."""
+def job(folder, device, learner, only=None):
+    """A small whole job: control and figures; the control may speak at one step only."""
     prior = Prior.from_pretrained(folder, (32, 32) if folder.name == "Flux" else None)
     prior = (prior.with_prompts(["a seven", "two"]) if prior.text else prior).placed(device)
     place = prior.denoiser.device
@@ -75,6 +75,9 @@ def job(folder, device, learner):
     policy = Policy(prior.denoiser, LoRAControl("dark", "01", prior.denoiser, rank=2))
     conditions = Conditions({} if prior.classes is None else {"c": torch.arange(2)}, {"dark": 2})
     times = prior.denoiser.times(3, 0.2)
+    if only is not None:
+        sigma = float(policy.schedule(times[only])[1])
+        policy.controls["dark"].interval = (0.99 * sigma, sigma)
     reward = Reward({"dark": classifier}, codec=prior.codec, device=place)
     n = 4 * conditions.groups
     cond = conditions.cond_of(torch.arange(n) * conditions.groups // n)
@@ -99,9 +102,10 @@ def job(folder, device, learner):
     return [*(p.detach().cpu() for p in policy.trainable()), *figures, torch.tensor([u.loss for u in updates])]
 
 
+@pytest.mark.parametrize("only", [None, 1])
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_every_learner_works_elsewhere_as_on_the_cpu(folder, elsewhere, learner):
-    found, expected = (job(folder("DDPM"), device, learner) for device in (DEVICE, "cpu"))
+def test_every_learner_works_elsewhere_as_on_the_cpu(folder, elsewhere, learner, only):
+    found, expected = (job(folder("DDPM"), device, learner, only) for device in (DEVICE, "cpu"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
