@@ -119,6 +119,22 @@ def test_no_update_touches_a_step_outside(name, case):
     assert max(abs(count - share) for count in visited.values()) <= slack
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "control" in case or "beside" in case])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_rows_on_which_nothing_speaks_may_be_alone_in_a_micro_batch(name, case):
+    """A row's own controls may be silent where another's speaks; the gradient is that of the whole batch."""
+    gradients = []
+    for micro in (None, 1):
+        _, policy, reward, conditions, _ = setting(talkative, case)
+        learner = learner_of(name, policy)
+        learner.micro = micro
+        stream = learner(policy, reward, conditions, torch.Generator().manual_seed(0))
+        updates = list(fit(policy, stream, 1, {"embedding": 1e-3, "adapter": 1e-3}))
+        gradients.append(updates[0].gradient_norm)
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)
+    assert gradients[0] > 0
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_chain_on_which_nothing_speaks_is_refused(name):
     _, policy, reward, conditions, _ = setting(talkative, "middle")

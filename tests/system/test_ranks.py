@@ -57,6 +57,8 @@ LEARNERS, EVEN = (
 )  # shares that are unequal; they must be equal where weights are sharded
 TRAININGS = [*((name, learner) for name in ("ring", "DDPM") for learner in LEARNERS), ("SD 1", "adjoint")]
 SHARDED = [*(("DDPM", learner) for learner in EVEN if learner != "labelled"), ("DiT", "adjoint"), ("two", "backprop")]
+SHARDED += [("apart", "weighted"), ("apart", "adjoint")]
+TWO = {"two": (None, None), "apart": (slice(0, 2), slice(2, 3))}  # the steps at which each of two controls speaks
 SHARDED_TOO = [("DDPM", "labelled"), ("SD 1", "adjoint"), ("SD 3", "adjoint"), ("Flux", "adjoint"), ("two", "adjoint")]
 LR, UPDATES = 1e-2, 3
 
@@ -75,15 +77,18 @@ def model(name, root):
         task = Task("vp", "logistic", steps=4)
         return new_policy(task).double(), task.reward(torch.float64), task.conditions, task.times
     size = (32, 32) if name == "Flux" else None  # its default is 1024 × 1024
-    prior = Prior.from_pretrained(root / ("DDPM" if name == "two" else name), size)
+    prior = Prior.from_pretrained(root / ("DDPM" if name in TWO else name), size)
     prior = prior.with_prompts(["a seven", "two"]) if prior.text else prior
     prior.denoiser.double()
     if ranks.sharded():
         shard(prior.denoiser)
-    controls = ("side", "tone") if name == "two" else ("side",)
+    controls, times = ("side", "tone") if name in TWO else ("side",), prior.denoiser.times(3, 0.2)
     policy = Policy(prior.denoiser, *(LoRAControl(y, "01", prior.denoiser, rank=2) for y in controls)).double()
     conditions = Conditions.for_training({"c": torch.arange(2)} if prior.classes else {}, dict.fromkeys(controls, 2))
-    return policy, Reward({y: Bright() for y in controls}), conditions, prior.denoiser.times(3, 0.2)
+    for y, steps in zip(controls, TWO.get(name, ()), strict=False):
+        sigma = [float(policy.schedule(t)[1]) for t in times[:-1]][steps] if steps else None
+        policy.controls[y].interval = sigma and (0.999 * sigma[-1], sigma[0])
+    return policy, Reward({y: Bright() for y in controls}), conditions, times
 
 
 def training(name, learner, root, learners=LEARNERS):
@@ -233,7 +238,7 @@ def results(tmp_path_factory):
 
 def both_ways(trainings, root):
     """What each of two processes finds with all weights, and with half of them."""
-    families = {"DDPM", *(name for name, _ in trainings)} - {"two"}
+    families = {"DDPM", *(name for name, _ in trainings)} - {*TWO}
     return ended(started(partial(whole_and_sharded, trainings=trainings), root, families), root)
 
 

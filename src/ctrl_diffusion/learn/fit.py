@@ -131,7 +131,8 @@ def accumulate(
     """
     parts: list[dict[str, float | Tensor]] = []
     for step in steps:
-        accelerator.backward(loss_scale(policy) * step.loss)  # finite or not: a check would wait for the device
+        if step.loss.requires_grad:  # there may be rows alone on which no trained control speaks
+            accelerator.backward(loss_scale(policy) * step.loss)  # finite or not: a check would wait for the device
         parts.append({"": step.loss.detach(), **step.metrics})  # no metric of a learner has an empty name
         if step.last:
             break
