@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.paths import default_batch, paths, paths_with_states
+from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.evaluate.resample import POOL, exact_samples
@@ -57,3 +58,18 @@ def test_few_paths_that_count_are_warned_of_and_fewer_refused():
     policy, reward, times = tilted(Cosine(), 30.0)
     with pytest.raises(ValueError, match="too few to draw"):
         exact_samples(policy, reward, times, generator, y)
+
+
+def test_paths_with_states_are_the_same_paths():
+    """The ends are those of `paths`; a kept state begins its step, as in a rollout of the batch."""
+    prior, generator = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, Cosine()), torch.Generator()
+    times, n = prior.schedule.times(6, 0.1), 300
+    assert default_batch(prior) < n, "more than one batch"
+    steps = torch.rand(n, 6, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :3]
+    kept = paths_with_states(prior, steps, times, generator.manual_seed(0))
+    assert torch.equal(kept.x_0, paths(prior, n, times, generator.manual_seed(0)).x_0)
+    generator.manual_seed(0)
+    x_1, *noise = (torch.randn(default_batch(prior), *prior.shape, generator=generator) for _ in times)
+    path = rollout(prior, x_1, times, noise=noise)
+    for row, column in [(0, 0), (17, 2), (255, 1)]:
+        assert torch.equal(kept.states[row, column], path.x[steps[row, column], row])

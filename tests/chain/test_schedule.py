@@ -57,3 +57,29 @@ def test_coefficients_are_those_of_every_row(schedule):
         for one, each in zip(coefficients(clock, like, schedule, t), of_rows, strict=True):
             assert each.shape == (2, 1, 1)
             assert torch.equal(one.expand(2, 1, 1), each)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("focus", [(0.4, 0.8, 3.0), (0.7, 0.95, 2.0), (0.05, 0.5, 4.0), (0.5, 2.0, 3.0)])
+def test_a_focus_multiplies_the_steps_of_its_noise_levels(schedule, focus):
+    """Inside there are `density` times as many steps for each outside as an even grid has, up to one at each bound."""
+    (low, high, density), steps = focus, 40
+
+    def inside(times):
+        return sum(low <= float(schedule(t)[1]) <= high for t in times[:-1])
+
+    even, focused = (schedule.times(steps, 0.1, power=2.0, focus=f) for f in (None, focus))
+    assert focused[0] == 1.0
+    assert abs(focused[-1] - even[-1]) < 1e-9
+    assert all(s < t for t, s in zip(focused[:-1], focused[1:], strict=True))
+    for each in (inside(even) - 2, inside(even) + 2):  # a bound may lie on either side of a step
+        share = each / steps
+        expected = steps * share * density / (1 + share * (density - 1))
+        assert (inside(focused) - expected) * (each - inside(even)) < 0
+    assert inside(focused) > inside(even)
+
+
+def test_a_focus_of_once_as_many_steps_is_none():
+    for schedule in SCHEDULES:
+        even, focused = (schedule.times(20, 0.1, power=2.0, focus=f) for f in (None, (0.4, 0.8, 1.0)))
+        assert focused == pytest.approx(even, abs=1e-9)

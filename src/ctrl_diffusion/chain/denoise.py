@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .schedule import Schedule
+from .schedule import Focus, Schedule
 
 Prediction = Literal["epsilon", "sample", "v_prediction", "flow"]
 SMALLEST_ALPHA = 0.005  # diffusers' linear schedule of 1,000 steps ends at 0.0064
@@ -70,9 +70,21 @@ class Denoiser(nn.Module):
         """Return the steps 0 … N − 1 of a chain at which what is trained of it speaks, by the σ they begin at."""
         return torch.arange(len(times) - 1)
 
-    def times(self, steps: int, sigma_end: float, power: float = 1.0) -> tuple[float, ...]:
+    def error_scale(self, t: Tensor) -> Tensor:
+        """Return what errors of x̂ at times (B,) are multiplied by, for a loss that is even over the chain: (B,).
+
+        1/σ makes them errors of v, for diffusion and flow alike.
+        """
+        return 1 / self.schedule(t)[1]
+
+    @contextmanager
+    def unclipped(self) -> Iterator[None]:
+        """Let x̂ inside be what the network says, where the chain clips it: saturated pixels then have a gradient."""
+        yield
+
+    def times(self, steps: int, sigma_end: float, power: float = 1.0, focus: Focus | None = None) -> tuple[float, ...]:
         """Return the grid of a chain of this denoiser; see `Schedule.times`."""
-        return self.schedule.times(steps, sigma_end, self.start, power)
+        return self.schedule.times(steps, sigma_end, self.start, power, focus)
 
     def train(self, mode: bool = True) -> "Denoiser":
         """Stay in eval mode."""

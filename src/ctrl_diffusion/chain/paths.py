@@ -22,6 +22,14 @@ class Paths(NamedTuple):
     log_ratio: Tensor  # log p_g/p_pre of each path in nats (n,); zero unless compared
 
 
+class PriorPaths(NamedTuple):
+    """Hold the ends of n paths of the prior on the CPU, and some states on the way to each."""
+
+    x_0: Tensor  # (n, *)
+    steps: Tensor | None = None  # (n, K), the numbers of the steps that begin at the states; None without states
+    states: Tensor | None = None  # (n, K, *)
+
+
 def default_batch(denoiser: Denoiser) -> int:
     """Return how many paths to simulate together: 256, or fewer of many dimensions."""
     return min(256, max(8, 2**18 // math.prod(denoiser.shape)))
@@ -46,27 +54,57 @@ def paths(
         batch: paths at a time; None for 256, or fewer of many dimensions.
         progress: called with the number of paths done since the last call.
     """
-    batches, results = parts(n, batch or default_batch(denoiser)), []
 
-    def simulate(rows: slice, noise: list[Tensor]) -> Paths:
+    def simulate(rows: slice, noise: list[Tensor]) -> tuple[Tensor, ...]:
         control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
         options = {"compare": compare, "cond": rows_of(cond or {}, rows), "noise": noise[1:], **control}
         with denoiser.frozen():
             path = rollout(denoiser, noise[0], times, eta, **options)
         zeros = torch.zeros(len(path.x_0))
         kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
-        return Paths(path.x_0.cpu(), kl.cpu(), log_ratio.cpu())
+        return path.x_0.cpu(), kl.cpu(), log_ratio.cpu()
 
+    results = in_batches(denoiser, n, len(times), generator, simulate, batch, progress)
+    return Paths(*(ranks.all_gather(torch.cat(values) if values else torch.empty(0)) for values in results))
+
+
+@torch.no_grad()
+def paths_with_states(
+    prior: Denoiser, steps: Tensor, times: Times, generator: torch.Generator, cond: dict[str, Tensor] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> PriorPaths:  # fmt: skip
+    """Simulate n paths of the prior as `paths` does; keep the states at which the steps (n, K) of each begin."""
+
+    def simulate(rows: slice, noise: list[Tensor]) -> tuple[Tensor, ...]:
+        path = rollout(prior, noise[0], times, noise=noise[1:], cond=rows_of(cond or {}, rows))
+        kept = path.x[steps[rows], torch.arange(len(path.x_0))[:, None]]
+        return path.x_0.cpu(), kept.cpu()
+
+    x_0, states = in_batches(prior, len(steps), len(times), generator, simulate, None, progress, 2)
+    x_0, states = (ranks.all_gather(torch.cat(values) if values else torch.empty(0)) for values in (x_0, states))
+    return PriorPaths(x_0, steps, states)
+
+
+def in_batches(
+    denoiser: Denoiser, n: int, count: int, generator: torch.Generator,
+    simulate: Callable[[slice, list[Tensor]], tuple[Tensor, ...]], batch: int | None,
+    progress: Callable[[int], None] | None, results: int = 3,
+) -> list[list[Tensor]]:  # fmt: skip
+    """Call `simulate` with the rows of each batch of n paths and its `count` tensors of noise; ranks share the batches.
+
+    Return each of its `results`, batch by batch.
+    """
+    batches, lists = parts(n, batch or default_batch(denoiser)), [[] for _ in range(results)]
     rank_batches = batches[ranks.rank_slice(len(batches))]
     for rows in batches:
         shape = (rows.stop - rows.start, *denoiser.shape)
         # the noise of other ranks' batches is drawn, too, but not moved
-        noise = [normal(shape, denoiser, generator, EVERY if rows in rank_batches else slice(0)) for _ in times]
+        noise = [normal(shape, denoiser, generator, EVERY if rows in rank_batches else slice(0)) for _ in range(count)]
         if rows in rank_batches:
-            results.append(simulate(rows, noise))
+            for values, value in zip(lists, simulate(rows, noise), strict=True):
+                values.append(value)
         if progress:
             progress(shape[0])
     if ranks.sharded() and len(rank_batches) * ranks.world_size() < len(batches):  # other ranks have one batch more
-        simulate(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in times])
-    values = map(torch.cat, zip(*results, strict=True)) if results else [torch.empty(0)] * 3
-    return Paths(*(ranks.all_gather(value) for value in values))
+        simulate(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in range(count)])
+    return lists

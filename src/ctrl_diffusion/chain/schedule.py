@@ -12,6 +12,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+Focus = tuple[float, float, float]  # from the noise level, up to the noise level, how many times as many steps
+
+
+def denser(place: float, begin: float, end: float, density: float) -> float:
+    """Return where a place in [0, 1] of an even grid lies when [begin, end] gets `density` times as many points."""
+    total = 1 + (density - 1) * (end - begin)
+    behind = place * total  # the points' measure: 1 outside the stretch, `density` inside
+    if behind <= begin:
+        return behind
+    inside = min((behind - begin) / density, end - begin)
+    return begin + inside + max(0.0, behind - begin - density * (end - begin))
+
 
 def bisect(late: Callable[[float], bool], low: float, high: float) -> float:
     """Return the first time in [low, high] at which `late` holds; it must not hold before, and hold ever after."""
@@ -32,11 +44,14 @@ class Schedule(ABC):
     def timestep(self, t: Tensor | float) -> Tensor:
         """Return the network's input for time t, float64, in the shape of t."""
 
-    def times(self, steps: int, sigma_end: float, start: float = 1.0, power: float = 1.0) -> tuple[float, ...]:
+    def times(
+        self, steps: int, sigma_end: float, start: float = 1.0, power: float = 1.0, focus: Focus | None = None
+    ) -> tuple[float, ...]:
         """Return a grid start = t_0 > … > t_N, N = steps, uniform in t^(1/power), down to where σ reaches `sigma_end`.
 
         The chain ends at σ > 0 so that every step has noise and every KL is finite (docs: design, one kernel). A power
-        above 1 spends more of the steps near the data, where a control of fine detail needs them.
+        above 1 spends more of the steps near the data, where a control of fine detail needs them. A focus takes steps
+        from elsewhere for a stretch of noise levels.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}.")
@@ -46,13 +61,23 @@ class Schedule(ABC):
             raise ValueError(f"sigma_end must lie between 0 and the first σ, got {sigma_end}. Try 0.1.")
         high = bisect(lambda t: float(self(self.shifted(t))[1]) >= sigma_end, 0.0, start)
         first, last = start ** (1 / power), high ** (1 / power)
-        even = ((first + (last - first) * i / steps) ** power for i in range(steps + 1))
+        ends = [self.fraction(sigma, start, high, power) for sigma in focus[1::-1]] if focus else []
+        places = (i / steps if focus is None else denser(i / steps, *ends, focus[2]) for i in range(steps + 1))
+        even = ((first + (last - first) * place) ** power for place in places)
         grid = tuple(self.snap(self.shifted(t)) for t in even)
         if len(set(grid)) <= steps:
             raise ValueError(
                 f"the schedule has fewer than {steps} distinct times above σ = {sigma_end}. Use fewer steps."
             )
         return grid
+
+    def fraction(self, sigma: float, start: float, end: float, power: float) -> float:
+        """Return which fraction of the way from start to end, in t^(1/power), lies above a noise level."""
+        if not float(self(self.shifted(end))[1]) < sigma < float(self(self.shifted(start))[1]):
+            return float(sigma <= float(self(self.shifted(end))[1]))
+        t = bisect(lambda t: float(self(self.shifted(t))[1]) >= sigma, end, start)
+        first, last = start ** (1 / power), end ** (1 / power)
+        return (first - t ** (1 / power)) / (first - last)
 
     def latest(self, alpha: float) -> float:
         """Return the time nearest to where α falls to `alpha`; 1 if it never does."""

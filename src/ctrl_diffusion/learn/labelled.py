@@ -18,7 +18,7 @@ from ..control.policy import Policy
 from ..data.labels import NULL, Labels
 from ..reward.reward import Reward
 from ..system import ranks
-from .step import Step, regression
+from .step import Step, noised, regression
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Labelled:
             row = torch.randint(len(self.x_0), (self.batch,), generator=generator)
             labels, row = rows_of(self.drop_labels(rows_of(self.labels, row), generator), share), row[share]
             cond, x_0 = rows_of(self.cond, row), self.x_0[row].to(policy.device)
-            yield from regression(policy, x_0, labels, cond, self.times, self.batch, self.micro, generator)
+            states = noised(policy, x_0, self.times, self.batch, generator)
+            yield from regression(policy, x_0, states, labels, cond, self.batch, self.micro)
 
     def drop_labels(self, labels: Labels, generator: Generator) -> Labels:
         """Set labels to null at random, but not all of a row."""

@@ -1,9 +1,9 @@
 """Define what a learner is: settings, their cost, and a generator of losses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from typing_extensions import Self
 
 from ..chain.noise import normal
+from ..chain.paths import PriorPaths
 from ..chain.rollout import Times
 from ..chain.rows import parts, rows_of
 from ..chain.schedule import per_sample
@@ -66,6 +67,14 @@ class Step:
     whole: bool = True
 
 
+class PriorSampler(Protocol):
+    """Draw samples of the prior, `members` for each condition in turn."""
+
+    def __call__(self, members: int, states: int = 0) -> Tensor | PriorPaths:
+        """Return x_0 (G · members, *), or paths with so many states of each."""
+        ...
+
+
 # what a learner keeps from one batch of paths to the next, in a list that it changes in place; None keeps nothing
 Carried = list[Tensor] | None
 
@@ -93,9 +102,9 @@ class Learner(ABC):
 
     @classmethod
     def from_settings(
-        cls, settings: LearnerSettings, times: Times, prior_samples: Callable[[int], Tensor], **options: Any
+        cls, settings: LearnerSettings, times: Times, prior_samples: PriorSampler, **options: Any
     ) -> Self:
-        """Make a learner of an instance of `Settings`; `prior_samples` draws so many for each condition in turn."""
+        """Make a learner of an instance of `Settings`."""
         return cls(times, **options, **dict(settings))
 
     @abstractmethod
@@ -116,27 +125,47 @@ def steps_to_learn(policy: Policy, times: Times) -> Tensor:
     return active
 
 
-def regression(
-    policy: Policy, x_0: Tensor, labels: Labels, cond: dict[str, Tensor], times: Times, batch: int, micro: int | None,
-    generator: Generator, learned_renoising: list[Tensor] | None = None,
-) -> Iterator[Step]:  # fmt: skip
-    """Regress x̂ on this rank's share x_0 (n, *) of a batch, noised at every step to learn equally often.
+class Noised(NamedTuple):
+    """Hold a batch of states with the times (B,) they are of."""
 
-    Yields ½‖(x̂ − x_0)/σ_t‖², `micro` rows at a time; the effect of re-noising is subtracted, if controls learned it.
-    """
-    steps, share = steps_to_learn(policy, times), ranks.rank_rows(batch)
+    x_t: Tensor
+    t: Tensor
+
+
+def even_steps(steps: Tensor, batch: int, generator: Generator) -> Tensor:
+    """Draw one of the steps for each row of a batch (B,), every step equally often."""
     offset = torch.rand((), generator=generator)
     position = torch.randperm(batch, generator=generator) + offset
-    step = steps[(position * len(steps) / batch).long().clamp(max=len(steps) - 1)]
+    return steps[(position * len(steps) / batch).long().clamp(max=len(steps) - 1)]
+
+
+def noised(policy: Policy, x_0: Tensor, times: Times, batch: int, generator: Generator) -> Noised:
+    """Add noise to this rank's share x_0 (n, *) of a batch, at every step to learn equally often."""
+    share = ranks.rank_rows(batch)
+    step = even_steps(steps_to_learn(policy, times), batch, generator)
     t = torch.tensor(times, dtype=torch.float64)[step][share]
     alpha, sigma = policy.schedule(t)
     noise = normal((batch, *x_0.shape[1:]), x_0, generator, share)
-    x_t = per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise
+    return Noised(per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise, t)
+
+
+def regression(
+    policy: Policy, x_0: Tensor, states: Noised, labels: Labels, cond: dict[str, Tensor], batch: int,
+    micro: int | None, learned_renoising: list[Tensor] | None = None,
+) -> Iterator[Step]:  # fmt: skip
+    """Regress x̂ at states on x_0 (n, *), this rank's share of a batch.
+
+    Yields ½‖(x̂ − x_0) · scale‖², `micro` rows at a time, with the scale in which the network's own error is even
+    (`Denoiser.error_scale`); the effect of re-noising is subtracted, if controls learned it.
+    """
+    x_t, t = states
+    scale = policy.prior.error_scale(t)
     for rows in parts(len(x_0), micro):
         x, target, row_cond = x_t[rows], x_0[rows], rows_of(cond, rows)
         inputs = {"labels": rows_of(labels, rows), **row_cond}
-        if learned_renoising is not None:
-            with torch.no_grad(), policy.holding(learned_renoising):
-                target = target - policy(x, t[rows], **inputs) + policy.prior(x, t[rows], **row_cond)
-        loss = half_square((policy(x, t[rows], **inputs) - target) / per_sample(sigma[rows], x)).sum()
+        with policy.prior.unclipped():
+            if learned_renoising is not None:
+                with torch.no_grad(), policy.holding(learned_renoising):
+                    target = target - policy(x, t[rows], **inputs) + policy.prior(x, t[rows], **row_cond)
+            loss = half_square((policy(x, t[rows], **inputs) - target) * per_sample(scale[rows], x)).sum()
         yield Step(loss / batch, last=rows.stop == len(x_0))

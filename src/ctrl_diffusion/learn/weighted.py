@@ -1,16 +1,18 @@
-"""Regress on reward-weighted samples of the prior: the warm start.
+"""Regress on reward-weighted paths of the prior.
 
-Draw x_0 from the prior once; for each pair (c, y) draw from them by weight w = p̂(y | x_0)^γ, add noise and regress the
-denoiser, ½‖(x̂_g(x_t) − x_0)/σ_t‖² at the times of the chain. An update costs a plain training step and finds every mode
-(the cross-entropy method of stochastic control). If re-noising is the reverse of the prior's chain, the solution
-E[x_0 | x_t, c, y] minimises the forward KL of paths.
+Draw paths from the prior once; for each pair (c, y) draw from them by weight w = p̂(y | x_0)^γ and regress the denoiser
+at a state x_t on the way, ½‖(x̂_g(x_t) − x_0)/σ_t‖². An update costs a plain training step and finds every mode (the
+cross-entropy method of stochastic control). The solution is E[x_0 | x_t, c, y], the least forward KL of paths.
+
+States may also be made by adding noise to x_0, which needs no memory. That is the same if the prior's chain is the
+reverse of the noising, and for a trained network it is not: the error shows as KL even at w ≡ 1.
 
 The weight 1/σ_t² makes the loss the squared error of v, for diffusion and flow alike. The weights of the forward KL in
 nats have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is
 left to learn (docs/lab-notes.md).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -19,12 +21,24 @@ from pydantic import Field
 from torch import Generator, Tensor
 from typing_extensions import Self
 
+from ..chain.paths import PriorPaths
 from ..chain.rollout import Times
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward, prior_table
 from ..system import ranks
-from .step import Carried, Evaluations, Learner, LearnerSettings, Step, regression
+from .step import (
+    Carried,
+    Evaluations,
+    Learner,
+    LearnerSettings,
+    Noised,
+    PriorSampler,
+    Step,
+    even_steps,
+    noised,
+    regression,
+)
 
 RENOISING = "re-noising"  # the stage that learns what is subtracted
 
@@ -33,7 +47,8 @@ class Weighted(Learner):
     """Learn by reward-weighted regression.
 
     Args:
-        x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn.
+        x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn; or paths with states, to learn
+            from these instead of x_0 with noise: what the prior's chain does is then learned with no error of its own.
         times, batch, options: see `Learner`.
         even: learn at w ≡ 1, where the effect of re-noising alone is left, the same for every label.
         learned_renoising: a snapshot of the controls after training at w ≡ 1, whose effect is subtracted; or None.
@@ -45,6 +60,7 @@ class Weighted(Learner):
         lr_embedding: float = Field(5e-2, gt=0)
         lr_adapter: float = Field(2e-3, gt=0)
         cache: int = Field(1000, ge=1)  # samples of the prior for each of its conditions
+        states: int = Field(0, ge=0)  # of each prior path, to learn from; 0 adds noise to its end instead
         renoising: int = Field(175, ge=0)  # updates at w ≡ 1 that come first; 0 for none
 
         def stages(self, name: str) -> dict[str, Self]:
@@ -56,17 +72,19 @@ class Weighted(Learner):
             return Evaluations(2 if self.renoising else 0, 1)
 
     def __init__(
-        self, x_0: Tensor, times: Times, batch: int | None = None, *, even: bool = False,
+        self, x_0: Tensor | PriorPaths, times: Times, batch: int | None = None, *, even: bool = False,
         learned_renoising: list[Tensor] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(times, batch, **options)
-        self.x_0, self.even, self.learned_renoising = x_0, even, learned_renoising
+        self.paths = PriorPaths(x_0) if isinstance(x_0, Tensor) else x_0
+        self.x_0, self.even, self.learned_renoising = self.paths.x_0, even, learned_renoising
 
     @classmethod
     def from_settings(
-        cls, settings: LearnerSettings, times: Times, prior_samples: Callable[[int], Tensor], **options: Any
+        cls, settings: LearnerSettings, times: Times, prior_samples: PriorSampler, **options: Any
     ) -> Self:
-        return cls(prior_samples(settings.cache), times, **options, **dict(settings))
+        states = {"states": settings.states} if settings.states else {}
+        return cls(prior_samples(settings.cache, **states), times, **options, **dict(settings))
 
     def at_even_weights(self) -> Self:
         """Return the learner of re-noising alone, on the same samples."""
@@ -88,6 +106,17 @@ class Weighted(Learner):
             labels, cond = conditions.of(pair)
             quantile = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[share]
             member = torch.searchsorted(cumulated[pair], quantile).squeeze(1).clamp(max=members - 1)
-            x_0 = self.x_0[pair // conditions.classes * members + member].to(policy.device)
-            sizes = self.times, self.batch, self.micro
-            yield from regression(policy, x_0, labels, cond, *sizes, generator, self.learned_renoising)
+            row = pair // conditions.classes * members + member
+            x_0 = self.x_0[row].to(policy.device)
+            states = self.states_of(policy, row, x_0, generator)
+            sizes = self.batch, self.micro
+            yield from regression(policy, x_0, states, labels, cond, *sizes, self.learned_renoising)
+
+    def states_of(self, policy: Policy, row: Tensor, x_0: Tensor, generator: Generator) -> Noised:
+        """Return states on the way to x_0 (n, *), samples `row` (n,): of their own paths, else by adding noise."""
+        if self.paths.states is None:
+            return noised(policy, x_0, self.times, self.batch, generator)
+        columns = torch.arange(self.paths.states.shape[1])
+        column = even_steps(columns, self.batch, generator)[ranks.rank_rows(self.batch)]
+        t = torch.tensor(self.times, dtype=torch.float64)[self.paths.steps[row, column]]
+        return Noised(self.paths.states[row, column].to(policy.device), t)

@@ -1,6 +1,7 @@
 """Read a denoiser off a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,14 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
         other = NetworkDenoiser(self.network, call, *settings)
         other.all_gather = self.all_gather
         return other
+
+    @contextmanager
+    def unclipped(self) -> Iterator[None]:
+        clip, self.clip = self.clip, None
+        try:
+            yield
+        finally:
+            self.clip = clip
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         timestep, alpha, sigma = coefficients(clock, x_t, self.schedule, t)

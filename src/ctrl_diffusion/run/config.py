@@ -53,6 +53,8 @@ class ControlSettings(Strict):
         classifier_from: a folder that `ctrl classifier` wrote; null fits a classifier.
         settled_from: a run that has trained this control already; its control is loaded and not trained further.
         classifier: how p̂ and the judge are fitted.
+        interval: noise levels (σ_off, σ_on) between which the control speaks; outside the chain is the prior's. "auto"
+            measures where y is decided, and the figures are written in its place; "none" is everywhere.
     """
 
     name: str = Field(min_length=1)
@@ -68,6 +70,7 @@ class ControlSettings(Strict):
     classifier_from: str | None = None
     settled_from: str | None = None
     classifier: ClassifierSettings = ClassifierSettings()
+    interval: Literal["auto", "none"] | tuple[float, float] = "none"
 
     @model_validator(mode="before")
     @classmethod
@@ -101,6 +104,8 @@ class Config(Strict):
         steps: steps of the chain that is trained and certified.
         sigma_end: noise level at which the chain ends and x_0 is read out.
         time_power: spacing of the chain's times; a larger power puts more steps near the end.
+        focus: noise levels (low, high) that get a number of times as many of the steps, at the cost of all others;
+            "auto" takes those where the controls speak, and the figures are written in its place.
         device: of all computation; "auto" takes a CUDA accelerator if there is one.
         mixed_precision: autocast of the prior's network in training and sampling. Probes and the certificate use
             float32, since the difference of two predictions is mostly rounding in bfloat16.
@@ -134,6 +139,7 @@ class Config(Strict):
     steps: int = Field(20, ge=1)
     sigma_end: float = Field(0.05, gt=0, lt=1)
     time_power: float = Field(2.0, ge=1)
+    focus: Literal["auto", "none"] | tuple[float, float, float] = "none"
     device: str = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     micro_batch: int | None = Field(None, ge=1)

@@ -7,6 +7,8 @@ from ..learn.adjoint import Adjoint
 from ..learn.table import LEARNERS
 from .config import Config
 
+MOST_NUMBERS = 2**28  # that the states of the prior's paths are kept as, of four bytes each
+
 
 def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
     """Return the settings that depend on prior (x of `shape`) and data; all others keep the defaults of `Config`.
@@ -20,15 +22,24 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache, warm = max(100, min(10_000 // groups, max(1000, 300 * classes))), min(700, 400 + 20 * pairs)
+    states = max(1, min(40, MOST_NUMBERS // (cache * groups * dimensions)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = Adjoint.Settings()
     share = (batch / full.batch) ** 0.5
     adjoint_lr = {name: float(f"{share * getattr(full, name):.2g}") for name in ("lr_embedding", "lr_adapter")}
     return {
         "steps": 20 if dimensions <= 256 else 40,
+        "focus": "auto",
         "rank": rank,
         "micro_batch": None if dimensions <= 4096 and parameters < 1e8 else max(1, 2**15 // dimensions),
-        "weighted": {"updates": warm, "batch": min(128, 2 * batch), "cache": cache, "renoising": warm // 4, **lr},
+        "weighted": {
+            "updates": warm,
+            "batch": min(128, 2 * batch),
+            "cache": cache,
+            "states": states,
+            "renoising": 0,
+            **lr,
+        },
         "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "ppo": {"updates": min(800, 160 + 16 * pairs), "batch": batch, **({"lr_adapter": 1.5e-4} if lr else {})},

@@ -33,7 +33,7 @@ RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, "progre
 # the settings of the chain and of its target
 TARGET = {
     "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps", "sigma_end",
-    "time_power",
+    "time_power", "focus",
 }  # fmt: skip
 KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # a run with one more control has these of the old run
 FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # training depends on them
@@ -127,7 +127,9 @@ class RunFolder:
     def check_unchanged(self, config: Config) -> None:
         """Refuse settings that training depends on and did not begin with."""
         old, new = self.read_start().fixed, fixed_settings(config)
-        if changed := [f"{name} was {old[name]} and is {new[name]}" for name in new if new[name] != old[name]]:
+        if changed := [
+            f"{name} was {old[name]} and is {new[name]}" for name in new if new[name] != old.get(name, new[name])
+        ]:
             raise ValueError(f"{self.config}: {'; '.join(changed)}. Put it back to go on, or begin a new run.")
 
 

@@ -11,19 +11,25 @@ import torch
 from torch import Tensor
 
 from ..chain.noise import stream
-from ..chain.paths import paths
+from ..chain.paths import PriorPaths, default_batch, paths, paths_with_states
+from ..chain.rows import parts
+from ..chain.schedule import Focus
 from ..control.conditions import Conditions
 from ..data.labels import NULL
 from ..evaluate.certificate import certify, gamma_within
 from ..evaluate.evaluation import Evaluation, leaves_region, warn_if_outside
+from ..evaluate.information import Profile, denoised_paths, information
 from ..evaluate.judge import Observation
 from ..evaluate.scores import Nulled, Score, score_samples, score_target
 from ..reward.reward import prior_table
 from ..system import ranks
 from ..system.progress import Phase, silent
 from .run import Run, fits
+from .state import paired
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
+PROFILE_PATHS, LATENT_PROFILE_PATHS, LEAST_PROFILE_PATHS = 600, 200, 200  # to measure where y is decided
+MOST_PROFILE_STEPS = 24
 
 
 class PolicyPaths(NamedTuple):
@@ -87,12 +93,40 @@ def partial_choices(run: Run) -> list[tuple[str, ...]]:
     return list(dict.fromkeys([*((n,) for n in names), *(tuple(n for n in names if n != name) for name in names)]))
 
 
-def prior_samples(run: Run, members: int, purpose: str, phase: Phase = silent) -> Tensor:
-    """Draw independent samples of the prior, `members` for each condition in turn."""
+def prior_samples(run: Run, members: int, purpose: str, phase: Phase = silent, states: int = 0) -> Tensor | PriorPaths:
+    """Draw independent samples of the prior, `members` for each condition in turn.
+
+    With a number of states return paths with as many of each, at steps at which a control that is trained speaks.
+    """
     cond = run.conditions.cond_of(torch.arange(run.conditions.groups).repeat_interleave(members))
     n, generator = members * run.conditions.groups, stream(run.config.seed, purpose)
+    advance = phase(purpose, n)
     with run.policy.base.full_precision():
-        return paths(run.prior.denoiser, n, run.times, generator, cond, progress=phase(purpose, n)).x_0
+        if not states:
+            return paths(run.prior.denoiser, n, run.times, generator, cond, progress=advance).x_0
+        active = run.policy.active_steps(run.times)
+        some = torch.rand(n, len(active), generator=stream(run.config.seed, f"states of {purpose}")).argsort(1)
+        steps = active[some[:, :states].sort(1).values]
+        return paths_with_states(run.prior.denoiser, steps, run.times, generator, cond, advance)
+
+
+@torch.no_grad()
+def find_intervals(run: Run, phase: Phase = silent) -> None:
+    """Choose the interval of every control whose settings say "auto", and the focus of the chain.
+
+    The figures replace "auto" in the run's config, so that the same config trains the same control again. Where too few
+    paths are sampled to measure them, controls speak everywhere.
+    """
+    wanted = [control for control in run.config.controls if control.interval == "auto"]
+    if not wanted and run.config.focus != "auto":
+        return
+    profiles = profiles_of(run, phase) if wanted and run.config.evaluation.paths >= LEAST_PROFILE_PATHS else {}
+    for name, profile in profiles.items():
+        run.policy.controls[name].interval = profile.interval(run.prior.denoiser)
+    intervals = {control.name: run.policy.controls[control.name].interval or "none" for control in wanted}
+    controls = [{**c.model_dump(), "interval": intervals.get(c.name, c.interval)} for c in run.config.controls]
+    focus = focus_of(run) if run.config.focus == "auto" else run.config.focus
+    run.config = run.config.with_(controls=controls, focus=focus)
 
 
 @torch.no_grad()
@@ -102,6 +136,51 @@ def lower_gamma(run: Run, budget: float, phase: Phase = silent) -> None:
     table = prior_table(run.reward_at(1.0), run.conditions, x_prior)
     gamma = ranks.broadcast(lambda: gamma_within(table, budget, run.config.gamma))
     run.config = run.config.with_(gamma=float(f"{gamma:.4g}"))
+
+
+def profiles_of(run: Run, phase: Phase = silent) -> dict[str, Profile]:
+    """Measure what the states of the prior's paths say about the label of each control whose interval is "auto"."""
+    latent, groups = run.prior.latent, run.conditions.groups
+    members = -(-(LATENT_PROFILE_PATHS if latent else PROFILE_PATHS) // groups)
+    group = torch.arange(groups).repeat_interleave(members)
+    names = [control.name for control in run.config.controls if control.interval == "auto"]
+    every = -(-(len(run.times) - 1) // MOST_PROFILE_STEPS)
+    generator, advance = stream(run.config.seed, "profile"), phase("where y is decided", len(run.times) * len(group))
+    tables: dict[str, list[Tensor]] = {name: [] for name in names}
+    rows = parts(len(group), default_batch(run.prior.denoiser))
+    for batch in rows:
+        cond = run.conditions.cond_of(group[batch])
+        steps: dict[str, list[Tensor]] = {name: [] for name in names}
+        with run.policy.base.full_precision():
+            chain = denoised_paths(run.prior.denoiser, batch.stop - batch.start, run.times, generator, cond)
+            for i, x_hat in enumerate(chain):
+                advance(batch.stop - batch.start)
+                if i % every == 0 or i == len(run.times) - 1:
+                    for name, x in run.reward.views(x_hat, names).items():
+                        steps[name].append(run.reward.table(name, x, cond).log_softmax(1).cpu())
+        for name in names:
+            tables[name].append(torch.stack(steps[name]))
+    profiles, times = {}, run.times[:-1:every]
+    for name, batches in tables.items():
+        *log_p, end = torch.cat(batches, dim=1).unbind(0)
+        nats = [information(each, end.exp(), group, run.config.seed) for each in (*log_p, end)]
+        profiles[name] = ranks.broadcast(lambda nats=nats: Profile(times, nats[: len(times)], nats[-1]))
+    return profiles
+
+
+def focus_of(run: Run) -> Focus | str:
+    """Choose the stretch of noise levels that gets more steps: where the controls speak, unless that is nearly all.
+
+    At most two thirds of the steps, and three times as many as there were, go there.
+    """
+    intervals = [control.interval for control in run.policy.controls.values()]
+    if None in intervals or min(off for off, _ in intervals) == 0.0:
+        return "none"
+    low, high = min(off for off, _ in intervals), max(on for _, on in intervals)
+    inside = sum(low <= float(run.policy.schedule(t)[1]) <= high for t in run.times[:-1]) / (len(run.times) - 1)
+    density = min(3.0, 2 * (1 - inside) / max(inside, 1e-6))
+    focus = tuple(float(f"{value:.4g}") for value in (low, high, density))
+    return focus if density >= 1.2 and fits(run.prior, run.config.with_(focus=focus), run.config.steps) else "none"
 
 
 def policy_paths(run: Run, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent) -> PolicyPaths:
@@ -126,6 +205,40 @@ def probe(run: Run, repeats: int) -> Probe:
         parts = [run.is_outside(part, run.images(part)) for part in x_0.split(run.prior.codec.batch)]
         figures["probe_outside"] = torch.cat(parts).float()
     return Probe({name: float(value.mean()) for name, value in figures.items()}, log_w, rewards)
+
+
+def refine_intervals(run: Run, current: Probe, repeats: int) -> Probe:
+    """Make a control's interval smaller for as long as that raises J, by its error, on the same paths; both ends.
+
+    `current` is the policy's probe as it is; return the probe of what is left.
+    """
+    for control in run.policy.controls.values():
+        for end in () if control.fixed or control.interval is None else ("off", "on"):
+            while smaller := without_steps(run, control.interval, end):
+                before, control.interval = control.interval, smaller
+                candidate = probe(run, repeats)
+                gain, error = paired(candidate.log_w - current.log_w)
+                if not gain > error:
+                    control.interval = before
+                    break
+                current = candidate
+    return current
+
+
+def without_steps(run: Run, interval: tuple[float, float], end: str) -> tuple[float, float] | None:
+    """Return an interval without an eighth of its steps of the chain, at its end "off" or "on"; None if few are left.
+
+    A new bound lies half-way, in log σ, between two steps.
+    """
+    off, on = interval
+    sigmas = [float(run.policy.schedule(t)[1]) for t in run.times[:-1]]
+    inside = [sigma for sigma in sigmas if off <= sigma <= on]  # falling
+    cut = max(1, len(inside) // 8)
+    if len(inside) < 2 * cut + 1:
+        return None
+    if end == "off":
+        return ((inside[-cut - 1] * inside[-cut]) ** 0.5, on)
+    return (off, (inside[cut - 1] * inside[cut]) ** 0.5)
 
 
 @torch.no_grad()

@@ -125,7 +125,8 @@ class ControlledPipeline(DiffusionPipeline):
             cond, n = {"c": c}, len(c)
         labels = {name: torch.full((n,), self._label(name, value)) for name, value in (controls or {}).items()}
         chain = self.config.chain
-        times = prior.denoiser.times(num_inference_steps or chain["steps"], chain["sigma_end"], chain["time_power"])
+        steps, focus = num_inference_steps or chain["steps"], chain.get("focus")  # exports of 0.1 have none
+        times = prior.denoiser.times(steps, chain["sigma_end"], chain["time_power"], focus)
         x_1 = normal((n, *policy.shape), policy, generator)
         options = {"cond": cond, "labels": labels or None, "strength": control_strength}
         x_0 = rollout(policy, x_1, times, generator=generator, **options).x_0

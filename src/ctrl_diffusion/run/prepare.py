@@ -26,7 +26,7 @@ from ..system.tracking import check_trackers
 from .config import Config, ControlSettings, check_present, list_controls, map_paths
 from .defaults import suggested
 from .folder import RunFolder, read_pages
-from .run import configured, fits
+from .run import configured, fits, times_of
 
 MOST_CONDITIONS, MOST_PROMPTS = 20, 64
 
@@ -94,11 +94,18 @@ def complete(
     defaults = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=groups, classes=labels)
     guidance = prior.text.guidance if prior.text and config.guidance is None else config.guidance
     chosen = {"classes": classes, "prompts": config.prompts, "guidance": guidance}
+    values = {
+        **values,
+        "controls": [
+            control if control.get("settled_from") else {"interval": "auto", **control}
+            for control in values["controls"]
+        ],
+    }
     config = Config.from_values({**merged(defaults, values), **chosen})
     check_batches(config)
     if "steps" not in values:  # the prior may have fewer timesteps
         config = config.with_(steps=next(k for k in range(config.steps, 0, -1) if k == 1 or fits(prior, config, k)))
-    denoiser.times(config.steps, config.sigma_end, config.time_power)
+    times_of(prior, config, config.steps)
     if config.evaluation.prior_samples < math.prod(sizes.values()):
         raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
     return config

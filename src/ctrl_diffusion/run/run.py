@@ -43,10 +43,16 @@ def configured(prior: Prior, config: Config) -> Prior:
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
 
 
+def times_of(prior: Prior, config: Config, steps: int) -> Times:
+    """Return the time grid of a number of steps; raise ValueError if the prior's schedule has fewer."""
+    focus = None if isinstance(config.focus, str) else config.focus
+    return prior.denoiser.times(steps, config.sigma_end, config.time_power, focus)
+
+
 def fits(prior: Prior, config: Config, steps: int) -> bool:
     """Return whether the prior's schedule has a chain of so many steps."""
     try:
-        prior.denoiser.times(steps, config.sigma_end, config.time_power)
+        times_of(prior, config, steps)
     except ValueError:
         return False
     return True
@@ -156,7 +162,7 @@ class Run:
 
     def times_of(self, steps: int) -> Times:
         """Return the time grid of a number of steps."""
-        return self.prior.denoiser.times(steps, self.config.sigma_end, self.config.time_power)
+        return times_of(self.prior, self.config, steps)
 
     @classmethod
     def start(cls, config: Config, prior: Prior, panels: dict[str, Panel]) -> "Run":
@@ -171,7 +177,8 @@ class Run:
                     raise ValueError(f"{name} is taken from {folder}, which is not there. Bring that run back.")
                 controls.append(load_control(folder, prior.denoiser).fix())
             else:
-                settings = {"seed": config.seed + i, "scale": panels[name].space.scale, **lora}
+                interval = None if isinstance(control.interval, str) else control.interval
+                settings = {"seed": config.seed + i, "scale": panels[name].space.scale, "interval": interval, **lora}
                 controls.append(LoRAControl(name, panels[name].values, prior.denoiser, **settings))
         return cls(config, prior, Policy(prior.denoiser, *controls), panels)
 

@@ -23,7 +23,7 @@ from ..system.progress import Phase, silent
 from ..system.tracking import Tracking
 from .config import Config
 from .folder import RunFolder
-from .measure import prior_samples, probe
+from .measure import Probe, prior_samples, probe, refine_intervals
 from .run import Run
 from .state import BestControl, TrainingState
 
@@ -80,9 +80,21 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
             yield from train_stage(run, stage, learner, phase, training, best)
             learner = None
             run.policy.restore(best.snapshot)
+            yield from refined(run, best)
             phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
         training.finish_stage()
     yield {**best.record, "kept": True}
+
+
+def refined(run: Run, best: BestControl) -> Iterator[dict[str, Any]]:
+    """Refine the intervals of the best control, which is the policy's now; yield a record if that changes any."""
+    figures = {key: value for key, value in best.record.items() if key == "J" or key.startswith("probe_")}
+    current = Probe(figures, best.log_w, best.rewards)
+    smaller = refine_intervals(run, current, -(-PROBE_PATHS // run.training_conditions.pairs))
+    if smaller is not current:
+        best.record, best.log_w, best.rewards = {**best.record, **smaller.figures}, smaller.log_w, smaller.rewards
+        intervals = {name: list(c.interval) for name, c in run.policy.controls.items() if c.interval}
+        yield {**best.record, "intervals": intervals}
 
 
 def train_stage(

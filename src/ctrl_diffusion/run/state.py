@@ -101,6 +101,8 @@ class TrainingState:
             training.within = subset("within", tensors)
             training.done, training.records, training.idle = about["done"], about["records"], about["idle"]
             training.seconds = about["seconds"]
+            for name, interval in about.get("intervals", {}).items():  # refined since training began
+                run.policy.controls[name].interval = interval
             if about["precision"] == str(run.policy.base.precision):  # another precision finds its own scale
                 run.policy.base.loss_scale = about["gradient_scale"]
         return training
@@ -118,6 +120,7 @@ class TrainingState:
         tensors |= {"log_w": best.log_w, "earned": best.rewards} if best.snapshot else {}
         about = {"done": self.done, "idle": self.idle, "records": self.records.copy(), "seconds": self.elapsed}
         about |= {"first": best.first, "record": best.record}
+        about["intervals"] = {name: control.interval for name, control in best.policy.controls.items()}
         self.unsaved = tensors, about | {"precision": str(base.precision), "gradient_scale": base.loss_scale}
         if save:
             self.save()

@@ -50,13 +50,14 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
     write_text(out / "README.md", model_card(folder, run, index["_class_name"]))
     chain = {"steps", "sigma_end", "time_power", "guidance", "negative_prompt", "size", "unconditional"}
+    focus = None if isinstance(config.focus, str) else config.focus
     about = {
         **parts,
         "_class_name": ["pipeline", "ControlledPipeline"],
         "_diffusers_version": index.get("_diffusers_version"),
         "base": index["_class_name"],
         "flags": {name: value for name, value in index.items() if isinstance(value, bool)},
-        "chain": {**config.model_dump(include=chain), "controls": run.names},
+        "chain": {**config.model_dump(include=chain), "focus": focus, "controls": run.names},
         "id2label": index.get("id2label"),
     }
     write_json(out / INDEX, about)  # last: it marks a complete folder

@@ -17,7 +17,7 @@ from ...reward.panel import Panel
 from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
 from ...run.defaults import quick
 from ...run.folder import CLASSIFIER_FILES, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
-from ...run.measure import Measurements, PictureSamples, lower_gamma
+from ...run.measure import Measurements, PictureSamples, find_intervals, lower_gamma
 from ...run.metrics import RunMetrics
 from ...run.prepare import (
     ControlInputs,
@@ -139,6 +139,7 @@ def start_training(
     run = Run.start(config, job.prior, panels)
     if config.kl_budget:
         lower_gamma(run, config.kl_budget, options.phase)
+    find_intervals(run, options.phase)
     command = options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
     labels = {inputs.name: len(inputs.data) for inputs in job.inputs if inputs.data}
     start = StartRecord(command, seconds, labels, dependence, fixed_settings(run.config))
