@@ -67,5 +67,8 @@ def test_patience_ends_a_learner_that_brings_nothing(tmp_path):
     settings = {**BOTH, "adjoint": still, "patience": 2, "evaluation": {**TINY["evaluation"], "probes": 10}}
     metrics = demo_job(settings, tmp_path / "run")
     (stopped,) = [stage for stage in metrics["training"]["stages"] if stage["stage"] == "adjoint"]
-    assert "no better control in 2 probes" in stopped["stopped"]
+    assert "of the last 2 probes are no higher" in stopped["stopped"]
     assert stopped["update"] < 40
+    assert stopped["averaged"]
+    assert math.isfinite(stopped["J"])
+    assert metrics["verdict"]["climbing"] is None

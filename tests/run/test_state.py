@@ -7,7 +7,8 @@ from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.run.state import BestControl
+from ctrl_diffusion.run.config import Config
+from ctrl_diffusion.run.state import BestControl, ProbeHistory
 
 
 def test_a_control_whose_j_is_no_number_is_not_kept():
@@ -18,7 +19,7 @@ def test_a_control_whose_j_is_no_number_is_not_kept():
     assert best.consider({"stage": "adjoint", "J": 0.0}, good, good)
     for earned in (good, bad):
         assert not best.consider({"stage": "adjoint", "J": float("nan"), "averaged": True}, bad, earned)
-    assert "diverged" in best.reason_to_stop({"stage": "adjoint", "J": float("nan")}, 1, None)
+    assert "diverged" in best.divergence({"stage": "adjoint", "J": float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,55 @@ def test_the_best_control_is_kept(rewards, averaged, kept):
     policy.restore(best.snapshot)
     assert best.record["update"] == kept
     assert (policy.trainable()[0] == kept).all()
+
+
+def probes(slope, weights, seed, reward=0.0, n=11):
+    """The probes of a stage whose J climbs by `slope` a probe, with noise of the weights and of paths that share it."""
+    generator = torch.Generator().manual_seed(seed)
+    paths, history = 5 * torch.randn(160, generator=generator), ProbeHistory()
+    for i in range(n):
+        j = slope * i + weights * float(torch.randn((), generator=generator))
+        own = 0.01 * torch.randn(160, generator=generator)
+        history.add(i, j + paths + own, reward * i + paths)
+    return history
+
+
+def stops(patience, **about):
+    """The share of stages that a patience ends before their last probe."""
+    ended = 0
+    for seed in range(200):
+        whole = probes(seed=seed, **about)
+        parts = (
+            ProbeHistory(*(part[:i] for part in (whole.updates, whole.log_w, whole.rewards))) for i in range(1, 11)
+        )
+        ended += any(part.standstill(patience) for part in parts)
+    return ended / 200
+
+
+def test_noise_rarely_stops_a_learner_that_climbs_and_one_that_stands_still_stops():
+    """The derivation of the default, 4: at g = s/2 each of three probes stops it with 0.2 %."""
+    assert Config.model_fields["patience"].default == 4
+    assert stops(4, slope=0.05, weights=0.1) < 0.02
+    assert stops(4, slope=0.0, weights=0.1) > 0.5
+    assert stops(2, slope=0.05, weights=0.1) > stops(3, slope=0.05, weights=0.1) > stops(4, slope=0.05, weights=0.1)
+    assert stops(3, slope=-0.5, weights=0.1) == 1
+    assert stops(3, slope=-0.5, weights=0.1, reward=0.2) == 0, "a warm start pays J for reward"
+    assert stops(None, slope=-0.5, weights=0.1) == 0
+
+
+def test_a_climb_is_the_paired_gain_of_the_last_probes():
+    climb = probes(slope=0.5, weights=0.0, seed=0).climb()
+    assert climb.nats == pytest.approx(1.5, abs=0.01)
+    assert climb.stderr < 0.01, "5 nats of spread between paths are shared"
+    assert climb.updates == 3
+    assert climb.gain.is_clear
+    assert not probes(slope=0.0, weights=0.0, seed=0).climb().gain.is_clear
+    assert probes(slope=0.5, weights=0.0, seed=0, n=1).climb() is None
+
+
+def test_a_history_is_restored_to_the_bit():
+    history = probes(slope=0.5, weights=1.0, seed=0)
+    again = ProbeHistory.from_tensors(history.tensors())
+    assert again.updates == history.updates
+    assert all(map(torch.equal, again.log_w + again.rewards, history.log_w + history.rewards))
+    assert ProbeHistory.from_tensors(ProbeHistory().tensors()).updates == []

@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Add new conditional controls to pre-trained diffusion and flow models.",
+    epilog="Exit codes: 0 done, 2 an error, 3 trained but nothing learned, 130 interrupted.",
 )
 SHARED = ("demo", "train", "add", "sample", "evaluate")  # commands that several processes run together
 
@@ -89,7 +90,10 @@ for command, example in COMMANDS.items():
 
 
 def main() -> None:
-    """Run the entry point; exit with 2 after an error, which is one line, and with 130 after an interrupt."""
+    """Run the entry point; exit with 2 after an error, which is one line, with 130 after an interrupt.
+
+    A training whose control has not learned exits with 3 (`options.close_training`).
+    """
     quiet_dependencies()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:

@@ -28,5 +28,4 @@ def demo(
     values = opt.read_values(options, config, override, False, partial(demo_values, controls))
     with opt.job_options(quiet, False, overwrite, quick) as job:
         metrics = demo_job(values, out, job, controls, labels)
-    if not quiet:
-        typer.echo(opt.summary(metrics, controls, out))
+    opt.close_training(metrics, out, quiet)

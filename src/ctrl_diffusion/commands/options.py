@@ -94,11 +94,23 @@ def read_values(
 
 
 def run_training(job: Callable[..., dict], values: dict[str, Any], out: Path, quiet: bool, **flags: bool) -> None:
-    """Run a job that trains, and print its summary; `flags` are those of `job_options`."""
+    """Run a job that trains, and close as `close_training` does; `flags` are those of `job_options`."""
     with job_options(quiet, **flags) as options:
         metrics = job(values, out, options)
+    close_training(metrics, out, quiet)
+
+
+def close_training(metrics: dict[str, Any], out: Path, quiet: bool) -> None:
+    """Print the summary of a training, and whether it failed to learn, also if `quiet`; then exit with 3."""
+    from ..evaluate.verdict import Verdict
+
+    verdict = Verdict.from_metrics(metrics)
     if not quiet:
         typer.echo(summary(metrics, ", ".join(metrics["labels"]), out))
+    for line in () if OTHER or (quiet and verdict.learned) else verdict.lines(metrics, str(out)):
+        typer.echo(f"{CTRL}: {line}", err=True)
+    if verdict.exit_code:
+        raise typer.Exit(verdict.exit_code)
 
 
 def summary(metrics: dict[str, Any], control: str, out: Path) -> str:

@@ -70,5 +70,5 @@ def resume_training(run: Path, quiet: bool, trust: bool) -> None:
         metrics = resume_job(run, options.command, options.phase, options.trust)
     if finished and not opt.OTHER:
         typer.echo(f"{run} is finished: there is nothing to go on with.")
-    elif not quiet:
-        typer.echo(opt.summary(metrics, ", ".join(metrics["labels"]), run))
+    else:
+        opt.close_training(metrics, run, quiet)

@@ -7,6 +7,7 @@ from typing import Any
 
 from .certificate import Certificate
 from .scores import Nulled, Score
+from .verdict import Gain
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Evaluation:
     nulled: dict[str, Nulled] = field(default_factory=dict)  # of a part: the classes of a control that was null
     # of several controls, the evaluation of each choice of them, by their names
     parts: dict[tuple[str, ...], "Evaluation"] = field(default_factory=dict)
+    gained: Gain | None = None  # J over that of the untrained control, if they were compared
+    clipped: float | None = None  # the share of the prior's samples that its clipping of x̂ holds, if it clips
 
     @property
     def null_shift(self) -> float:

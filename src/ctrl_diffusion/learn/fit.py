@@ -39,6 +39,7 @@ class Update:
 def fit(
     policy: Policy, steps: Iterator[Step], updates: int, lr: dict[str, float], ema_decay: float = 0.995,
     warmup: int = 20, max_norm: float = 100.0, max_skipped: int = 5, begin: dict[str, Tensor] | None = None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Iterator[Update]:  # fmt: skip
     """Train the policy's controls on a learner's stream of losses; the caller logs and stops.
 
@@ -51,6 +52,7 @@ def fit(
         max_norm: of the whole gradient, a last resort; learners clip per sample.
         max_skipped: batches (of paths, where these serve several updates) in a row that may be left out.
         begin: the state of an earlier update to continue from; `steps` are those that come after it.
+        enough: asked before every update whether to end here, with the averaged weights.
 
     An update whose loss or gradient is not finite is left out and counted. In float16 the loss is scaled up; where only
     the gradient is too large, the scale is lowered instead. Ranks begin with rank 0's weights and step on the sum of
@@ -68,7 +70,7 @@ def fit(
         weights.load(begin)
     if ranks.world_size() > 1:
         policy.restore(ranks.broadcast(lambda: [value.cpu() for value in policy.snapshot()]))
-    while number < updates and (gradient := accumulate(policy, steps, accelerator)):
+    while number < updates and not enough() and (gradient := accumulate(policy, steps, accelerator)):
         number += 1
         loss, metrics, whole = gradient
         norm = float(accelerator.clip_grad_norm_(weights.parameters, max_norm))

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluate.evaluation import Evaluation
+from ..evaluate.verdict import Verdict
 from ..learn.weighted import RENOISING
 from ..run.folder import RunFolder
 from ..run.measure import Measurements, PictureSamples, ScaleSamples, columns_of
@@ -174,12 +175,14 @@ def write_report(
         picture = "reliability" if i == 0 else f"reliability-{name}"
         path = shutil.copyfile(folder.classifier(name) / "reliability.png", folder.picture(picture))
         images[picture] = base64.b64encode(path.read_bytes()).decode()
+    figures_by_name = metrics.as_dict()
     render(
         folder.report, "report.html", images=images, metrics=metrics, config=run.config, control=control,
         conditional=any(panel.classifier.conditional for panel in run.panels.values()),
         settings=flattened(run.config.model_dump()), names=run.names, values=values,
         condition=next((settings.condition for settings in run.config.controls if settings.condition), None),
         rows=by_class(evaluation, len(values)), command=command,
+        verdict=Verdict.from_metrics(figures_by_name).lines(figures_by_name),
     )  # fmt: skip
 
 

@@ -117,7 +117,8 @@ class Config(Strict):
         lora_targets: names, or endings of names, of the layers that get an adapter; null for those of the model family.
         learners: the learners, trained one after the other.
         ema_decay: decay of the exponential moving average of the weights.
-        patience: stop a learner after so many probes in turn without a better control; null never stops it early.
+        patience: stop a learner when J and reward of its last `patience` probes are on average no higher than of as
+            many before (`state.ProbeHistory` derives the default); null never stops it early.
         max_skipped: non-finite batches in turn that may be skipped; one more stops the learner at its best control.
         checkpoint: updates between saved states; a state that a signal saves is at most a tenth as many updates old.
         track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.
@@ -150,7 +151,7 @@ class Config(Strict):
     lora_targets: list[str] | None = Field(None, min_length=1)
     learners: Annotated[list[str], AfterValidator(check_learners)] = Field(["weighted", "adjoint"], min_length=1)
     ema_decay: float = Field(0.995, ge=0, lt=1)
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(4, ge=1)
     max_skipped: int = Field(5, ge=0)
     checkpoint: int = Field(50, ge=1)
     track: list[str] = Field(default_factory=list)

@@ -48,6 +48,7 @@ class StartRecord:
     labels: dict[str, int]  # the number of labelled images of each control
     dependence: dict[str, Any]  # of the labels of each pair of controls, for metrics.json
     fixed: dict[str, Any]  # the settings that may not change any more (`fixed_settings`)
+    cut: bool = False  # whether the user made the training shorter than it would be by default
 
 
 class RunFolder:

@@ -21,6 +21,7 @@ from ..evaluate.evaluation import Evaluation, leaves_region, warn_if_outside
 from ..evaluate.information import Profile, denoised_paths, information
 from ..evaluate.judge import Observation
 from ..evaluate.scores import Nulled, Score, score_samples, score_target
+from ..evaluate.verdict import Gain
 from ..reward.reward import prior_table
 from ..system import ranks
 from ..system.progress import Phase, silent
@@ -68,7 +69,7 @@ class Measurements(NamedTuple):
         """Measure a run as its settings of `evaluation` say."""
         settings = run.config.evaluation
         return cls(
-            evaluate(run, settings.paths, phase),
+            evaluate(run, settings.paths, phase, against_untrained=True),
             sample_scales(run, settings.paths // 2, phase),
             sweep(run, STRENGTHS, step_counts(run), settings.sweep_paths, phase),
         )
@@ -183,14 +184,20 @@ def focus_of(run: Run) -> Focus | str:
     return focus if density >= 1.2 and fits(run.prior, run.config.with_(focus=focus), run.config.steps) else "none"
 
 
-def policy_paths(run: Run, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent) -> PolicyPaths:
-    """Draw paths of the policy, `repeats` for every (c, y) in turn."""
+def policy_paths(
+    run: Run, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent, untrained: bool = False
+) -> PolicyPaths:
+    """Draw paths of the policy, `repeats` for every (c, y) in turn; if `untrained`, as before its training."""
     pair = conditions.all(repeats)
     labels, cond = conditions.of(pair)
-    generator, advance = stream(run.config.seed, purpose), phase(purpose, len(pair))
-    arguments = run.policy, len(pair), run.times, generator, cond, labels
+    obeyed = {n: torch.full_like(y, NULL) if untrained and not run.policy.controls[n].fixed else y
+              for n, y in labels.items()}  # fmt: skip
+    what = f"{purpose}, uncontrolled" if untrained else purpose
+    generator, advance = stream(run.config.seed, purpose), phase(what, len(pair))
+    compare = not untrained or any(control.fixed for control in run.policy.controls.values())
     with run.policy.base.full_precision():
-        x_0, kl, log_ratio = paths(*arguments, compare=True, progress=advance)
+        arguments = run.policy, len(pair), run.times, generator, cond, obeyed
+        x_0, kl, log_ratio = paths(*arguments, compare=compare, progress=advance)
     rewards = run.reward(x_0, labels, cond)
     return PolicyPaths(ranks.broadcast(lambda: rewards), x_0, kl, log_ratio)
 
@@ -242,15 +249,17 @@ def without_steps(run: Run, interval: tuple[float, float], end: str) -> tuple[fl
 
 
 @torch.no_grad()
-def evaluate(run: Run, n: int, phase: Phase = silent) -> Evaluation:
+def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = False) -> Evaluation:
     """Evaluate the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
 
     The certificate is of the training chain. With several controls each of the `partial_choices` is evaluated as well,
-    on half the paths.
+    on half the paths. J is also compared with that of the untrained control on the same noise, if that is asked for.
     """
     x_prior = prior_samples(run, run.config.evaluation.prior_samples, "prior samples for log Z", phase)
     of_prior = run.second_opinion.measure(x_prior, run.conditions)
-    evaluation = evaluate_on(run, run.conditions, x_prior, of_prior, n, "paths to certify", phase)
+    evaluation = evaluate_on(run, run.conditions, x_prior, of_prior, n, "paths to certify", phase, against_untrained)
+    clip = getattr(run.prior.denoiser, "clip", None)
+    evaluation.clipped = None if clip is None else float((x_prior.abs() >= clip).float().mean())
     for names in partial_choices(run):
         purpose, conditions = f"paths with {' and '.join(names)} alone", run.conditions_on(names)
         evaluation.parts[names] = evaluate_on(run, conditions, x_prior, of_prior, n // 2, purpose, phase)
@@ -258,11 +267,17 @@ def evaluate(run: Run, n: int, phase: Phase = silent) -> Evaluation:
 
 
 def evaluate_on(
-    run: Run, conditions: Conditions, x_prior: Tensor, of_prior: Observation, n: int, purpose: str, phase: Phase
-) -> Evaluation:
+    run: Run, conditions: Conditions, x_prior: Tensor, of_prior: Observation, n: int, purpose: str, phase: Phase,
+    against_untrained: bool = False,
+) -> Evaluation:  # fmt: skip
     """Evaluate the policy with some of its controls; `of_prior` is of the prior's samples x_prior (G · M, *)."""
     members = len(x_prior) // conditions.groups
-    rewards, x_0, kl, log_ratio = policy_paths(run, conditions, repeats_of(n, conditions), purpose, phase)
+    arguments = run, conditions, repeats_of(n, conditions), purpose, phase
+    rewards, x_0, kl, log_ratio = policy_paths(*arguments)
+    gained = None
+    if against_untrained:
+        untrained = policy_paths(*arguments, untrained=True)
+        gained = Gain.from_paths(rewards - log_ratio, untrained.rewards - untrained.log_ratio)
     table = prior_table(run.reward, conditions, x_prior)
     # the prior ignores y: an equal share of its samples stands for each y
     share = members // conditions.classes
@@ -279,7 +294,7 @@ def evaluate_on(
     }
     certificate = certify(conditions, table, rewards, kl, log_ratio)
     warn_if_outside(scores["prior"], scores["ctrl"])
-    return Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled)
+    return Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled, gained=gained)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from typing import Any
 from sklearn.metrics import r2_score
 from torch import Tensor
 
+from ..evaluate.evaluation import Evaluation
+from ..evaluate.verdict import Climb, Verdict, likely_causes
 from .folder import StartRecord
 from .measure import Measurements
 from .run import Run
@@ -33,6 +35,8 @@ class SweepPoint:
 class RunMetrics:
     """Hold the contents of metrics.json, which docs/report.md explains."""
 
+    learned: bool  # whether J is above that of the untrained control
+    verdict: dict[str, Any]
     accuracy_by: str  # "ruler" or "judge", which measured y
     controls: dict[str, Any] | None  # only of several
     prior: dict[str, Any]
@@ -55,8 +59,11 @@ class RunMetrics:
         """Collect the figures of a run; the last record of its log is the kept control's probe."""
         evaluation, last = measurements.evaluation, records[-1]
         classifiers = {name: panel.metrics() for name, panel in run.panels.items()}
+        verdict = verdict_of(evaluation, classifiers, records, start.cut)
         seconds = {**start.seconds, "total": sum(start.seconds.values())}
         return cls(
+            learned=verdict.learned,
+            verdict=verdict.metrics(),
             accuracy_by=run.accuracy_by,
             **{"controls": None, **evaluation.metrics()},
             scale={name: scale_metrics(*pair) for name, pair in measurements.scales.items()} or None,
@@ -84,6 +91,25 @@ class RunMetrics:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON values of metrics.json."""
         return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None or k not in OPTIONAL})
+
+
+def verdict_of(
+    evaluation: Evaluation, classifiers: dict[str, dict[str, Any]], records: Sequence[dict[str, Any]], cut: bool
+) -> Verdict:
+    """Judge a trained control by its evaluation and its log, whose last record is the kept control's probe."""
+    climbing, learned = last_climb(records), evaluation.gained.is_clear
+    accuracies = evaluation.prior.accuracy, evaluation.target.accuracy
+    causes = likely_causes(classifiers, accuracies, climbing is not None, cut, evaluation.clipped)
+    return Verdict(learned, evaluation.gained, climbing, [] if learned else causes, cut)
+
+
+def last_climb(records: Sequence[dict[str, Any]]) -> Climb | None:
+    """Return what the last probes of a log gained, if that is clear and the last stage took all of its updates."""
+    *_, end, _ = [{}, *records]
+    if "rose" not in end:
+        return None
+    climb = Climb(end["rose"], end["rose_stderr"], end["rose_over"])
+    return climb if climb.gain.is_clear else None
 
 
 def scale_metrics(requested: Tensor, measured: Tensor) -> dict[str, float]:

@@ -57,6 +57,7 @@ class PreparedTraining:
     config: Config  # with every key chosen
     prior: Prior  # with the prompts, device and precision of the config
     inputs: list[ControlInputs]
+    cut: bool = False  # whether a learner has fewer updates than by default
 
 
 def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTraining:
@@ -79,13 +80,17 @@ def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTr
         what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
         raise ValueError(f"classes must be {what}; got {classes}.")
     inputs = [select_inputs(each, classes) for each in inputs]
-    return PreparedTraining(complete(values, config, prior, inputs, classes), prior, inputs)
+    config, cut = complete(values, config, prior, inputs, classes)
+    return PreparedTraining(config, prior, inputs, cut)
 
 
 def complete(
     values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], classes: list[int] | None
-) -> Config:
-    """Return the config with defaults for this prior and these data where `values` has none; refuse what cannot be."""
+) -> tuple[Config, bool]:
+    """Return the config with defaults for this prior and these data where `values` has none; refuse what cannot be.
+
+    Return also whether a learner has fewer updates than by default.
+    """
     sizes = {each.name: each.classes for each in inputs}
     fixed = [each.name for each in inputs if each.settings.settled_from]
     labels = Conditions.for_training({}, sizes, fixed).classes
@@ -108,7 +113,8 @@ def complete(
     times_of(prior, config, config.steps)
     if config.evaluation.prior_samples < math.prod(sizes.values()):
         raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
-    return config
+    updates = ((getattr(config, name).updates, defaults.get(name, {}).get("updates", 0)) for name in config.learners)
+    return config, any(count < usual for count, usual in updates)
 
 
 def read_prompts(path: Path) -> list[str]:

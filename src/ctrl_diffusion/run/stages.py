@@ -102,9 +102,10 @@ def train_stage(
 ) -> Iterator[dict[str, Any]]:
     """Train one stage, from the policy as it is to averaged weights; yield a record of every update and probe.
 
-    A stage stops early when the patience is exhausted, when too many updates in turn are not finite, and when J falls
-    far below that of the first probe; its last record then says why it `stopped`. Without `best` no probe is compared,
-    only the last is made, and updates that are not finite are an error.
+    A stage stops early when its probes stand still for the patience (`ProbeHistory`), when too many updates in turn are
+    not finite, and when J falls far below that of the first probe; its last record then says why it `stopped`, that of
+    averaged weights otherwise what the last probes gained. Without `best` no probe is compared, only the last is made,
+    and updates that are not finite are an error.
     """
     config, settings, resumed = run.config, stage.settings, subset("fit", training.within)
     generator, paths = stream(config.seed, stage.name), -(-PROBE_PATHS // run.training_conditions.pairs)
@@ -117,12 +118,14 @@ def train_stage(
     begin = int(resumed["counts"][0]) if resumed else 0
     training.taken, training.saved, training.due = begin, begin, False
     advance, note, skipped = phase(f"learner: {stage.name}", settings.updates), "", {}
+    reason = training.history.standstill(config.patience)  # as before an interruption
     advance(begin)
     record = {"stage": stage.name, "update": begin}
     if best and not resumed:
         yield probed(run, record, paths, training, best)
     try:
         options = {"ema_decay": config.ema_decay, "max_skipped": config.max_skipped, "begin": resumed}
+        options["enough"] = lambda: reason is not None
         for update in fit(run.policy, steps, settings.updates, lr, **options):
             skipped = {"skipped": update.skipped} if update.skipped else {}
             record = {"stage": stage.name, "update": update.number, "loss": update.loss}
@@ -130,9 +133,10 @@ def train_stage(
             if update.number % every == 0 and update.number < settings.updates:
                 record = probed(run, record, paths, training, best)
                 note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
-                if best and (reason := best.reason_to_stop(record, training.idle, config.patience)):
-                    yield {**record, "stopped": reason}
+                if best and (lost := best.divergence(record)):
+                    yield {**record, "stopped": lost}
                     return
+                reason = training.history.standstill(config.patience)
             advance(1, note)
             yield record
             training.after(update, "J" in record, config.checkpoint, generator, carried)
@@ -141,8 +145,11 @@ def train_stage(
             raise
         yield {"stage": stage.name, "update": record["update"], "stopped": f"diverged: {error}", **skipped}
         return
-    record = {"stage": stage.name, "update": settings.updates, "averaged": True, **skipped}
-    yield probed(run, record, paths, training, best)
+    record = {"stage": stage.name, "update": record["update"], "averaged": True, **skipped}
+    record |= {"stopped": reason} if reason else {}
+    record = probed(run, record, paths, training, best)
+    climb = None if reason else training.history.climb()
+    yield record | (dict(zip(("rose", "rose_stderr", "rose_over"), climb, strict=True)) if climb else {})
 
 
 def probed(
@@ -152,7 +159,8 @@ def probed(
     figures, log_w, rewards = probe(run, repeats)
     record = {**record, **figures}
     if best:
-        training.idle = 0 if best.consider(record, log_w, rewards) else training.idle + 1
+        training.history.add(record["update"], log_w, rewards)
+        best.consider(record, log_w, rewards)
     return record
 
 

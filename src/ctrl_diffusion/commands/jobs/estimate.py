@@ -145,12 +145,14 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     certified = repeats_of(e.paths, conditions) * conditions.pairs
     certified += sum(repeats_of(e.paths // 2, c) * c.pairs for c in map(run.conditions_on, partial_choices(run)))
     swept = sum(1 + (1 if w in (0.0, 1.0) else 2) * steps for w in STRENGTHS) + sum(k + 1 for k in step_counts(run))
+    fixed = any(control.fixed for control in run.policy.controls.values())
+    untrained = repeats_of(e.paths, conditions) * conditions.pairs * (compared if fixed else chain)
     scales = sum(control.scale for control in run.policy.controls.values())
     counts = {
         "cache": ("weighted" in config.learners) * config.weighted.cache * conditions.groups * chain,
         "probes": probes_of(config) * -(-PROBE_PATHS // trained.pairs) * trained.pairs * compared,
         "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
-        "certificate": certified * compared + scales * (e.paths // 2) * chain,
+        "certificate": certified * compared + untrained + scales * (e.paths // 2) * chain,
         "strengths and step counts": repeats_of(e.sweep_paths, conditions) * conditions.pairs * swept,
     }
     return {name: calls(run.prior) * n for name, n in counts.items()}

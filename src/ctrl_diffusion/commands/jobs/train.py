@@ -142,7 +142,7 @@ def start_training(
     find_intervals(run, options.phase)
     command = options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
     labels = {inputs.name: len(inputs.data) for inputs in job.inputs if inputs.data}
-    start = StartRecord(command, seconds, labels, dependence, fixed_settings(run.config))
+    start = StartRecord(command, seconds, labels, dependence, fixed_settings(run.config), cut=options.quick or job.cut)
     ranks.broadcast(lambda: write_start(folder, job, run, held_out, start, demo_data))
     return finish_training(run, folder, options.phase)
 
