@@ -129,9 +129,10 @@ def test_killed_before_p_was_whole_it_is_fitted_again(begun, run, monkeypatch):
     ("arguments", "message"),
     [
         (["--resume", "{tmp}/missing"], "has no run to go on with: it has no config.yaml"),
-        (["--resume", "{run}", "--seed", "0"], "--resume takes everything from"),
+        (["--resume", "{run}", "--seed", "0"], "--resume takes everything but --time from"),
         (["--resume", "{run}", "--out", "{tmp}/other"], "Leave the other options out."),
         (["--prior", "digits"], "--out is missing"),
+        (["--resume", "{run}", "--time", "1h"], "is no finished run. Finish it first"),
     ],
 )
 def test_what_cannot_be_resumed(ctrl_here, begun, tmp_path, arguments, message):

@@ -17,6 +17,8 @@ def add(
     condition: opt.Conditions = [],  # noqa: B006
     classifier: opt.Classifiers = [],  # noqa: B006
     learner: opt.Learner = None,
+    time: opt.Time = None,
+    updates: opt.Updates = None,
     config: opt.Settings = None,
     override: opt.Override = [],  # noqa: B006
     seed: opt.ConfigSeed = None,
@@ -27,14 +29,15 @@ def add(
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = opt.OTHER,
 ) -> None:
-    """Add a control to a finished run; its own controls stay as they are, to the bit."""
+    """Add a control to a finished run, whose own controls stay as they are."""
     from ..run.folder import KEPT
     from .jobs.train import add_job
 
     for text in override:
         if (key := text.partition("=")[0]) in KEPT:
             raise ValueError(f"-o {text}: {key} is that of {run}, whose controls depend on it. Leave it out.")
-    options = {"seed": seed, "learners": learner and learner.split(","), "track": track and track.split(",")}
+    options = {"time": time, "updates": updates, "seed": seed}
+    options |= {"learners": learner and learner.split(","), "track": track and track.split(",")}
     options |= opt.control_values(data, control, condition, classifier, skip_bad)
     values = opt.read_values(options, config, override, trust)
     opt.run_training(partial(add_job, run), values, out, quiet, trust=trust, overwrite=overwrite, quick=quick)

@@ -36,6 +36,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl 
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code that files name: module:function.")]
 Track = Annotated[str | None, typer.Option(hidden=True)]  # or -o
+Time = Annotated[str | None, typer.Option(help="Of training (90s, 30m, 1h), turned into updates.")]
+Updates = Annotated[int | None, typer.Option(min=1, hidden=True)]  # of all learners together; or -o
 Learner = Annotated[str | None, typer.Option(help="weighted, adjoint, backprop, ppo, in turn.")]
 
 

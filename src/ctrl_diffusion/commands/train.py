@@ -10,7 +10,7 @@ from . import options as opt
 
 def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; --overwrite replaces a run.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="A run to go on with; give nothing else.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A run to go on with; a finished one with --time.")] = None,
     prior: Annotated[str | None, typer.Option(help="Pipeline (folder, hub), digits; text: --prompts.")] = None,
     data: opt.Datasets = [],  # noqa: B006
     control: opt.Controls = [],  # noqa: B006
@@ -19,13 +19,15 @@ def train(
     gamma: Annotated[float | None, typer.Option(help="γ; 1 asks for the posterior itself.")] = None,
     kl: Annotated[float | None, typer.Option(help="Most nats from the prior; γ is lowered to it.")] = None,
     learner: opt.Learner = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the chain that is trained and certified.")] = None,
+    time: opt.Time = None,
     config: opt.Settings = None,
     override: opt.Override = [],  # noqa: B006
     seed: opt.ConfigSeed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")] = False,
     # hidden, so that --help fits a screen: what an error names when it is needed, and what -o can say
     track: opt.Track = None,
+    steps: Annotated[int | None, typer.Option(hidden=True)] = None,
+    updates: opt.Updates = None,
     prompts: Annotated[str | None, typer.Option(hidden=True)] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
@@ -42,9 +44,10 @@ def train(
     if resume:
         others = (out, config, override, overwrite, quick, dry_run)
         if any(others) or any(value is not None for value in options.values()):
-            raise ValueError(f"--resume takes everything from {resume}. Leave the other options out.")
-        resume_training(resume, quiet, trust)
+            raise ValueError(f"--resume takes everything but --time from {resume}. Leave the other options out.")
+        resume_training(resume, quiet, trust, time, updates)
         return
+    options |= {"time": time, "updates": updates}
     if out is None and not dry_run:
         raise ValueError("--out is missing. Name the run folder, or a run to go on with by --resume.")
     values = opt.read_values(options, config, override, trust)
@@ -60,15 +63,18 @@ def train(
         opt.run_training(train_with, values, out, quiet, trust=trust, overwrite=overwrite, quick=quick)
 
 
-def resume_training(run: Path, quiet: bool, trust: bool) -> None:
-    """Go on with an interrupted run and print its summary, or say that it is finished."""
+def resume_training(run: Path, quiet: bool, trust: bool, time: str | None, updates: int | None) -> None:
+    """Go on with an interrupted run, or a finished one for a time, and print its summary; or say it is finished."""
     from ..run.folder import RunFolder
-    from .jobs.train import resume_job
+    from .jobs.train import extend_job, resume_job
 
-    finished = RunFolder(run).is_finished
+    finished = RunFolder(run).is_finished and not (time or updates)
     with opt.job_options(quiet, trust) as options:
-        metrics = resume_job(run, options.command, options.phase, options.trust)
+        if time or updates:
+            metrics = extend_job(run, time, updates, options)
+        else:
+            metrics = resume_job(run, options.command, options.phase, options.trust)
     if finished and not opt.OTHER:
-        typer.echo(f"{run} is finished: there is nothing to go on with.")
+        typer.echo(f"{run} is finished: there is nothing to go on with, unless you give it --time.")
     else:
         opt.close_training(metrics, run, quiet)

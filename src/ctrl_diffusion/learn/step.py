@@ -44,6 +44,10 @@ class LearnerSettings(Strict):
         """Return the settings of each stage in turn, by its name: the learner's, and any that prepare it."""
         return {name: self}
 
+    def scaled(self, ratio: float) -> Self:
+        """Return the settings with `ratio` times as many updates, at least one."""
+        return self.model_copy(update={"updates": max(1, int(self.updates * ratio))})
+
     def rows_kept(self, micro: int | None) -> int:
         """Count the samples of which a gradient keeps a step at once, `micro` of them at most."""
         return min(self.batch, micro or self.batch)

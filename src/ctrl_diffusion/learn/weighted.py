@@ -67,6 +67,9 @@ class Weighted(Learner):
             first = self.model_copy(update={"updates": self.renoising, "renoising": 0})
             return {**({RENOISING: first} if self.renoising else {}), name: self}
 
+        def scaled(self, ratio: float) -> Self:
+            return super().scaled(ratio).model_copy(update={"renoising": int(self.renoising * ratio)})
+
         def evaluations(self, steps: int) -> Evaluations:
             # the effect of re-noising takes x̂ of the control that learned it, and of the prior
             return Evaluations(2 if self.renoising else 0, 1)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, PositiveInt, create_model, field_val
 from typing_extensions import Self
 
 from ..data.tables import HUB
+from ..learn.budget import seconds_in
 from ..learn.table import LEARNERS, check_learners
 from ..prior.prior import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
@@ -18,6 +19,12 @@ from ..system.strict import Strict, merged
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
+
+
+def checked_time(text: str) -> str:
+    """Return a time; refuse (ValueError) what is none."""
+    seconds_in(text)
+    return text
 
 
 class EvaluationSettings(Strict):
@@ -116,6 +123,11 @@ class Config(Strict):
         lora_alpha: the adapter's scale is lora_alpha / rank; null for 1.
         lora_targets: names, or endings of names, of the layers that get an adapter; null for those of the model family.
         learners: the learners, trained one after the other.
+        time: such as 30m, for training the controls, without p̂ and measuring; turned into `budget` and the updates of
+            each learner when training begins.
+        updates: of all learners together, shared in proportion to theirs when training begins.
+        budget: the network's evaluations that `time` bought; what a learner leaves of its share goes to the next.
+        more: updates of further stages of the last learner, as `ctrl train --resume RUN --time 1h` adds them.
         ema_decay: decay of the exponential moving average of the weights.
         patience: stop a learner when J and reward of its last `patience` probes are on average no higher than of as
             many before (`state.ProbeHistory` derives the default); null never stops it early.
@@ -150,6 +162,10 @@ class Config(Strict):
     lora_alpha: float | None = Field(None, gt=0)
     lora_targets: list[str] | None = Field(None, min_length=1)
     learners: Annotated[list[str], AfterValidator(check_learners)] = Field(["weighted", "adjoint"], min_length=1)
+    time: Annotated[str, AfterValidator(checked_time)] | None = None
+    updates: int | None = Field(None, ge=1)
+    budget: int | None = Field(None, ge=1)
+    more: list[PositiveInt] = Field(default_factory=list)
     ema_decay: float = Field(0.995, ge=0, lt=1)
     patience: int | None = Field(4, ge=1)
     max_skipped: int = Field(5, ge=0)

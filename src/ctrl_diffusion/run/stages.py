@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..chain.noise import stream
+from ..learn.budget import Speed, cost_of_update, measure_speed, seconds_in
 from ..learn.fit import fit
 from ..learn.step import Learner, LearnerSettings
 from ..learn.table import LEARNERS
@@ -28,6 +29,8 @@ from .run import Run
 from .state import BestControl, TrainingState
 
 PROBE_PATHS = 160  # of all (c, y) together, at least
+PROBES_SHARE = 0.25  # of a time, at most
+ADDED = " +"  # in the name of a stage that was added to a finished run
 
 
 class Stage(NamedTuple):
@@ -39,10 +42,62 @@ class Stage(NamedTuple):
 
 
 def stages_of(config: Config) -> Iterator[Stage]:
-    """Yield the stages of a training in turn; those that prepare a learner come before it."""
+    """Yield the stages of a training in turn: what prepares a learner comes before it, what was added comes last."""
     for learner in config.learners:
         for name, settings in getattr(config, learner).stages(learner).items():
             yield Stage(name, learner, settings)
+    learner = config.learners[-1]
+    for i, updates in enumerate(config.more, start=1):
+        again = getattr(config, learner).model_copy(update={"updates": updates})
+        for name, settings in again.stages(learner).items():
+            yield Stage(name if name == RENOISING else f"{name}{ADDED}{i}", learner, settings)
+
+
+def extended(config: Config, stage: Stage, spare: int) -> tuple[Stage, int]:
+    """Give a stage the evaluations that those before it left of a budget; return also what an update costs of them."""
+    per_update = cost_of_update(stage.settings, config.steps)
+    if config.budget is None or ADDED in stage.name or stage.name == RENOISING:
+        return stage, per_update
+    updates = stage.settings.updates + spare // per_update
+    return stage._replace(settings=stage.settings.model_copy(update={"updates": updates})), per_update
+
+
+def budgeted(run: Run, config: Config) -> Config:
+    """Return a config with `time` or `updates` turned into updates of each learner, in proportion to those it has.
+
+    A time is measured here in evaluations of the network, `budget`, and never again: probes take a quarter of it at
+    most, the updates the rest.
+    """
+    stages, learners = list(stages_of(config)), dict.fromkeys(config.learners)
+    if config.time:
+        speed = speed_of(run, max(stage.settings.batch for stage in stages))
+        one = probe_paths(run) * (2 * config.steps + 1) * speed.forward * len(stages)
+        seconds = seconds_in(config.time)
+        probes = max(1, min(config.evaluation.probes, int(PROBES_SHARE * seconds / one) - 1))
+        seconds = max(seconds - (probes + 1) * one, (1 - PROBES_SHARE) * seconds)
+        usual = sum(stage.settings.updates * speed.of_update(stage.settings, config.steps) for stage in stages)
+        costs = sum(stage.settings.updates * cost_of_update(stage.settings, config.steps) for stage in stages)
+        budget = max(1, round(seconds / usual * costs))
+        ratio, added = budget / costs, {"budget": budget, "evaluation": {"probes": probes}}
+    elif config.updates:
+        ratio, added = config.updates / sum(stage.settings.updates for stage in stages), {}
+    else:
+        return config
+    groups = {name: getattr(config, name).scaled(ratio).model_dump() for name in learners}
+    return config.with_(time=None, updates=None, **groups, **added)
+
+
+def speed_of(run: Run, batch: int) -> Speed:
+    """Measure the speed of the run's policy, on each rank's share of a batch; the main rank's counts."""
+    rows = len(range(batch)[ranks.rank_rows(batch)])
+    speed = measure_speed(run.policy, run.times, run.training_conditions, max(1, rows), run.config.micro_batch)
+    return ranks.broadcast(lambda: Speed(*(seconds * rows / batch for seconds in speed)))
+
+
+def probe_paths(run: Run) -> int:
+    """Return how many paths a probe has."""
+    pairs = run.training_conditions.pairs
+    return -(-PROBE_PATHS // pairs) * pairs
 
 
 def between_probes(config: Config, updates: int) -> int:
@@ -68,6 +123,7 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
     best, untrained, learner = training.best, run.policy.snapshot(), None
     run.policy.restore(best.snapshot or untrained)
     for stage in list(stages_of(run.config))[training.done :]:
+        stage, per_update = extended(run.config, stage, training.spare)
         learner = learner or learner_of(run, stage.learner, phase)
         if stage.name == RENOISING:
             run.policy.restore(untrained)
@@ -77,8 +133,8 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
         else:
             if isinstance(learner, Weighted) and stage.settings.renoising:
                 learner.learned_renoising = training.renoising
-            yield from train_stage(run, stage, learner, phase, training, best)
-            learner = None
+            taken = yield from train_stage(run, stage, learner, phase, training, best)
+            training.spare, learner = (stage.settings.updates - taken) * per_update, None
             run.policy.restore(best.snapshot)
             yield from refined(run, best)
             phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
@@ -99,8 +155,10 @@ def refined(run: Run, best: BestControl) -> Iterator[dict[str, Any]]:
 
 def train_stage(
     run: Run, stage: Stage, learner: Learner, phase: Phase, training: TrainingState, best: BestControl | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, int]:
     """Train one stage, from the policy as it is to averaged weights; yield a record of every update and probe.
+
+    Return how many updates it took.
 
     A stage stops early when its probes stand still for the patience (`ProbeHistory`), when too many updates in turn are
     not finite, and when J falls far below that of the first probe; its last record then says why it `stopped`, that of
@@ -135,7 +193,7 @@ def train_stage(
                 note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
                 if best and (lost := best.divergence(record)):
                     yield {**record, "stopped": lost}
-                    return
+                    return update.number
                 reason = training.history.standstill(config.patience)
             advance(1, note)
             yield record
@@ -144,12 +202,13 @@ def train_stage(
         if not (best and best.record["J"] > best.first):
             raise
         yield {"stage": stage.name, "update": record["update"], "stopped": f"diverged: {error}", **skipped}
-        return
+        return record["update"]
     record = {"stage": stage.name, "update": record["update"], "averaged": True, **skipped}
     record |= {"stopped": reason} if reason else {}
     record = probed(run, record, paths, training, best)
     climb = None if reason else training.history.climb()
     yield record | (dict(zip(("rose", "rose_stderr", "rose_over"), climb, strict=True)) if climb else {})
+    return record["update"]
 
 
 def probed(

@@ -134,6 +134,7 @@ class TrainingState:
     checkpoints: Checkpoints | None = None  # None saves none
     done: int = 0  # finished stages
     records: list[dict[str, Any]] = field(default_factory=list)  # of the log
+    spare: int = 0  # evaluations of the budget that the last learner left
     history: ProbeHistory = field(default_factory=ProbeHistory)  # of the current stage
     seconds: float = 0.0  # of training before this process
     renoising: list[Tensor] = field(default_factory=list)  # the weights that learned what re-noising alone does
@@ -158,6 +159,7 @@ class TrainingState:
             training.within = subset("within", tensors)
             training.history = ProbeHistory.from_tensors(subset("history", tensors))
             training.done, training.records = about["done"], about["records"]
+            training.spare = about.get("spare", 0)
             training.seconds = about["seconds"]
             for name, interval in about.get("intervals", {}).items():  # refined since training began
                 run.policy.controls[name].interval = interval
@@ -177,7 +179,7 @@ class TrainingState:
         tensors |= pack("best", best.snapshot) | pack("renoising", self.renoising)
         tensors |= {f"history.{name}": value for name, value in self.history.tensors().items()}
         tensors |= {"log_w": best.log_w, "earned": best.rewards} if best.snapshot else {}
-        about = {"done": self.done, "records": self.records.copy(), "seconds": self.elapsed}
+        about = {"done": self.done, "spare": self.spare, "records": self.records.copy(), "seconds": self.elapsed}
         about |= {"first": best.first, "record": best.record}
         about["intervals"] = {name: control.interval for name, control in best.policy.controls.items()}
         self.unsaved = tensors, about | {"precision": str(base.precision), "gradient_scale": base.loss_scale}

@@ -22,7 +22,7 @@ from ...run.defaults import quick
 from ...run.measure import STRENGTHS, partial_choices, repeats_of, step_counts
 from ...run.prepare import ControlInputs, PreparedTraining, encoder_of, prepare
 from ...run.run import Run
-from ...run.stages import PROBE_PATHS, between_probes, stages_of, train
+from ...run.stages import ADDED, between_probes, budgeted, probe_paths, stages_of, train
 from ...run.state import BestControl, TrainingState
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
@@ -55,6 +55,7 @@ def estimate(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
         fits += seconds
     prior.codec.cpu()  # as when a training begins
     run = Run.start(shortened(config), prior, panels)
+    config = budgeted(run, config)
     stages, samples = time_stages(run, config, phase), evaluations_of_samples(run, config)
     seconds = {
         "classifiers": fits, "learners": sum(stage["seconds"] for stage in stages.values()),
@@ -107,7 +108,11 @@ def shortened(config: Config) -> Config:
     """Return the config with the updates of two batches of paths, and a smaller cache."""
     learners = {name: {"updates": 2 * getattr(getattr(config, name), "reuse", 1)} for name in config.learners}
     small = {"cache": min(64, config.weighted.cache), "renoising": min(2, config.weighted.renoising)}
-    return config.with_(**{**learners, "weighted": small | learners.get("weighted", {})}, evaluation={"probes": 1})
+    return config.with_(
+        **{**learners, "weighted": small | learners.get("weighted", {})},
+        more=[2] * len(config.more),
+        evaluation={"probes": 1},
+    )
 
 
 def time_stages(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]:
@@ -125,7 +130,7 @@ def time_stages(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, A
         each = mean(seconds[stage][len(seconds[stage]) // 2 :])
         estimates[stage] = {
             "updates": updates, "batch": settings.batch, "seconds_per_update": each, "seconds": updates * each,
-            "evaluations": [calls(run.prior) * n for n in per_sample[stage]],
+            "evaluations": [calls(run.prior) * n for n in per_sample[stage.partition(ADDED)[0]]],
         }  # fmt: skip
     return estimates
 
@@ -140,7 +145,7 @@ def probes_of(config: Config) -> int:
 
 def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     """Count the network's evaluations for all samples and paths drawn outside the learners, by purpose."""
-    conditions, trained, e, steps = run.conditions, run.training_conditions, config.evaluation, config.steps
+    conditions, e, steps = run.conditions, config.evaluation, config.steps
     chain, compared = steps + 1, 2 * steps + 1  # a read-out ends every path
     certified = repeats_of(e.paths, conditions) * conditions.pairs
     certified += sum(repeats_of(e.paths // 2, c) * c.pairs for c in map(run.conditions_on, partial_choices(run)))
@@ -150,7 +155,7 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     scales = sum(control.scale for control in run.policy.controls.values())
     counts = {
         "cache": ("weighted" in config.learners) * config.weighted.cache * conditions.groups * chain,
-        "probes": probes_of(config) * -(-PROBE_PATHS // trained.pairs) * trained.pairs * compared,
+        "probes": probes_of(config) * probe_paths(run) * compared,
         "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
         "certificate": certified * compared + untrained + scales * (e.paths // 2) * chain,
         "strengths and step counts": repeats_of(e.sweep_paths, conditions) * conditions.pairs * swept,

@@ -1,5 +1,6 @@
 """Fit p̂ on labelled images; train, certify and report a control; add one to a run; resume an interrupted training."""
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.labelled import LabelledImages, write_imagefolder
+from ...learn.budget import seconds_in
 from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
 from ...report.run import write_report
@@ -17,7 +19,7 @@ from ...reward.panel import Panel
 from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
 from ...run.defaults import quick
 from ...run.folder import CLASSIFIER_FILES, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
-from ...run.measure import Measurements, PictureSamples, find_intervals, lower_gamma
+from ...run.measure import Measurements, PictureSamples, find_intervals, lower_gamma, probe
 from ...run.metrics import RunMetrics
 from ...run.prepare import (
     ControlInputs,
@@ -30,7 +32,8 @@ from ...run.prepare import (
     select_inputs,
 )
 from ...run.run import Run, configured
-from ...run.stages import train_in
+from ...run.stages import budgeted, probe_paths, speed_of, stages_of, train_in
+from ...run.state import BestControl, TrainingState
 from ...system import ranks
 from ...system.files import atomic, write_json
 from ...system.folders import check_output, check_writable, clear, clear_unfinished, locked
@@ -140,9 +143,11 @@ def start_training(
     if config.kl_budget:
         lower_gamma(run, config.kl_budget, options.phase)
     find_intervals(run, options.phase)
+    cut = bool(options.quick or job.cut or config.time or config.updates)
+    run.config = budgeted(run, run.config)
     command = options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
     labels = {inputs.name: len(inputs.data) for inputs in job.inputs if inputs.data}
-    start = StartRecord(command, seconds, labels, dependence, fixed_settings(run.config), cut=options.quick or job.cut)
+    start = StartRecord(command, seconds, labels, dependence, fixed_settings(run.config), cut)
     ranks.broadcast(lambda: write_start(folder, job, run, held_out, start, demo_data))
     return finish_training(run, folder, options.phase)
 
@@ -273,3 +278,68 @@ def resume_job(
         ranks.broadcast(folder.clear_results)
         prior = configured(open_prior(config.prior, config.size), config)
         return finish_training(Run.start(config, prior, panels), folder, phase)
+
+
+def extend_job(
+    folder: str | Path, time: str | None = None, updates: int | None = None, options: JobOptions = DEFAULT
+) -> dict[str, Any]:
+    """Train a finished run on from its kept control, measure and report it again; return the new metrics.json.
+
+    A stage of its last learner is added (`more` in its config), so that a training by that config ends with the same
+    bytes. A run that is not finished is refused.
+
+    Args:
+        folder: of the run.
+        time: to train, which is turned into updates once.
+        updates: to train, instead of a time.
+        options: see `JobOptions`.
+    """
+    if bool(time) == bool(updates):
+        raise ValueError("give either --time or --updates to go on with a finished run.")
+    folder = RunFolder(folder)
+
+    def reserve() -> None:
+        if not folder.is_finished:
+            raise ValueError(
+                f"{folder} is no finished run. Finish it first: ctrl train --resume {folder}, without --time"
+            )
+        check_writable(folder.path)
+        stack.enter_context(locked(folder.path))
+
+    with ExitStack() as stack, ranks.main_warns():
+        ranks.broadcast(reserve)
+        run, training, start = reopen(folder, options)
+        config, last = run.config, run.config.learners[-1]
+        settings = getattr(config, last)
+        if time:
+            seconds = speed_of(run, settings.batch).of_update(settings, config.steps)
+            updates = max(1, int(seconds_in(time) / seconds))
+        run.config = config.with_(more=[*config.more, updates])
+        check_trackers(config.track)
+        training.update({})  # from here on an interruption leaves a run to resume
+        ranks.broadcast(lambda: folder.write_start(start))
+        ranks.broadcast(lambda: run.config.write(folder.config))
+        ranks.broadcast(folder.clear_results)
+        return finish_training(run, folder, options.phase)
+
+
+def reopen(folder: RunFolder, options: JobOptions) -> tuple[Run, TrainingState, StartRecord]:
+    """Return a finished run as it was before its first update, the state after its last, and what it began with."""
+    config, metrics = Config.read(folder.config), folder.read_metrics()
+    loaded = Run.load(folder.path, config.device, options.trust)
+    for control in config.controls:
+        if control.settled_from:
+            loaded.policy.controls[control.name].fix()
+    kept, repeats = loaded.policy.snapshot(), probe_paths(loaded) // loaded.training_conditions.pairs
+    run = Run.start(config, configured(open_prior(config.prior, config.size), config), loaded.panels)
+    *records, record = map(json.loads, folder.log.read_text(encoding="utf-8").splitlines())
+    best = BestControl(run.policy, probe(run, repeats).figures["J"])
+    with run.policy.holding(kept):
+        _, best.log_w, best.rewards = probe(run, repeats)
+    best.record, best.snapshot = {key: value for key, value in record.items() if key != "kept"}, kept
+    training = TrainingState(best, folder.checkpoints, len(list(stages_of(config))), records)
+    training.seconds = metrics["seconds"]["train"]
+    command = options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
+    dependence, seconds = metrics.get("dependence") or {}, {"classifier": metrics["seconds"]["classifier"]}
+    cut = metrics.get("verdict", {}).get("cut", False)
+    return run, training, StartRecord(command, seconds, metrics["labels"], dependence, fixed_settings(config), cut)
