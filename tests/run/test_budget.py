@@ -14,7 +14,7 @@ from ctrl_diffusion.learn.budget import Speed, cost_of_update
 from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.stages import extended, stages_of
-from ctrl_diffusion.system.progress import Interrupted
+from ctrl_diffusion.system.progress import Interrupted, silent
 
 BOTH = {**TINY, "learners": ["weighted", "adjoint"]}
 pytestmark = pytest.mark.filterwarnings("ignore:log Z")
@@ -165,3 +165,27 @@ def test_a_time_trains_a_demo_and_its_config_makes_it_again(tmp_path, ctrl_here)
     (files, metrics), (again, metrics_again) = contents(run), contents(tmp_path / "again")
     assert files == again
     assert metrics["certificate"] == metrics_again["certificate"]
+
+
+def test_a_learner_that_stands_still_leaves_its_budget_also_after_an_interruption(finished, tmp_path, monkeypatch):
+    still = {"updates": 8, "renoising": 0, "lr_embedding": 1e-12, "lr_adapter": 1e-12}
+    settings = {**BOTH, "weighted": {**TINY["weighted"], **still}, "evaluation": {**TINY["evaluation"], "probes": 8}}
+    settings |= {"budget": 10**6, "patience": 1, "prior": "digits", "checkpoint": 1}
+    (row,) = yaml.safe_load((finished / "config.yaml").read_text())["controls"]
+    row |= {"data": str(finished / "data"), "judge_data": str(finished / "judge_data"), "classifier": None}
+    row = {key: value for key, value in row.items() if value is not None}
+    settings["controls"] = [row | {"classifier_from": str(finished / "classifier")}]
+    totals = {}
+    train_job(settings, tmp_path / "a", phase=lambda what, n: totals.update({what: n}) or silent(what, n))
+    with monkeypatch.context() as patch:
+        disturbed(patch, interrupted_at(2))
+        with pytest.raises(Interrupted, match="Everything is saved"):
+            train_job(settings, tmp_path / "b")
+    resume_job(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    weighted, _ = json.loads((tmp_path / "a" / "metrics.json").read_text())["training"]["stages"]
+    assert weighted["update"] < 8
+    config = Config.read(tmp_path / "a" / "config.yaml")
+    left = (8 - weighted["update"]) * cost_of_update(config.weighted, config.steps)
+    gained = left // cost_of_update(config.adjoint, config.steps)
+    assert totals["learner: adjoint"] == 3 + gained > 3
