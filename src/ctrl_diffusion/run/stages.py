@@ -205,9 +205,7 @@ def train_stage(
         return record["update"]
     record = {"stage": stage.name, "update": record["update"], "averaged": True, **skipped}
     record |= {"stopped": reason} if reason else {}
-    record = probed(run, record, paths, training, best)
-    climb = None if reason else training.history.climb()
-    yield record | (dict(zip(("rose", "rose_stderr", "rose_over"), climb, strict=True)) if climb else {})
+    yield probed(run, record, paths, training, best)
     return record["update"]
 
 
@@ -219,6 +217,8 @@ def probed(
     record = {**record, **figures}
     if best:
         training.history.add(record["update"], log_w, rewards)
+        if "averaged" in record and "stopped" not in record and (climb := training.history.climb()):
+            record |= dict(zip(("rose", "rose_stderr", "rose_over"), climb, strict=True))
         best.consider(record, log_w, rewards)
     return record
 
