@@ -30,6 +30,9 @@ class Untouched:
     class training_conditions:
         pairs = 40
 
+    class conditions:
+        groups = 10
+
 
 @pytest.fixture
 def seconds_an_evaluation(monkeypatch):
@@ -51,7 +54,7 @@ def planned(config):
 @pytest.mark.parametrize("minutes", [1, 10, 60])
 def test_a_time_is_used_and_shared_in_proportion(seconds_an_evaluation, minutes):
     seconds_an_evaluation(1e-3)
-    usual = {"weighted": {"updates": 700, "renoising": 175}, "adjoint": {"updates": 300, "batch": 32}}
+    usual = {"weighted": {"updates": 700, "renoising": 175, "cache": 8}, "adjoint": {"updates": 300, "batch": 32}}
     before = config_of(time=f"{minutes}m", evaluation={"probes": 10}, **usual)
     after = stages.budgeted(Untouched, before)
     training, probes = planned(after)

@@ -66,7 +66,7 @@ def budgeted(run: Run, config: Config) -> Config:
     """Return a config with `time` or `updates` turned into updates of each learner, in proportion to those it has.
 
     A time is measured here in evaluations of the network, `budget`, and never again: probes take a quarter of it at
-    most, the updates the rest.
+    most, and the updates what the prior's samples to learn from leave, half of it at least.
     """
     stages, learners = list(stages_of(config)), dict.fromkeys(config.learners)
     if config.time:
@@ -74,7 +74,9 @@ def budgeted(run: Run, config: Config) -> Config:
         one = probe_paths(run) * (2 * config.steps + 1) * speed.forward * len(stages)
         seconds = seconds_in(config.time)
         probes = max(1, min(config.evaluation.probes, int(PROBES_SHARE * seconds / one) - 1))
-        seconds = max(seconds - (probes + 1) * one, (1 - PROBES_SHARE) * seconds)
+        cached = sum(getattr(getattr(config, name), "cache", 0) for name in config.learners) * run.conditions.groups
+        drawn = cached * (config.steps + 1) * speed.forward  # samples of the prior to learn from
+        seconds = max(seconds - (probes + 1) * one - drawn, seconds / 2)
         usual = sum(stage.settings.updates * speed.of_update(stage.settings, config.steps) for stage in stages)
         costs = sum(stage.settings.updates * cost_of_update(stage.settings, config.steps) for stage in stages)
         budget = max(1, round(seconds / usual * costs))
