@@ -39,7 +39,7 @@ def default_batch(denoiser: Denoiser) -> int:
 def paths(
     denoiser: Denoiser, n: int, times: Times, generator: torch.Generator, cond: dict[str, Tensor] | None = None,
     labels: dict[str, Tensor] | None = None, strength: float = 1.0, compare: bool = False, eta: float = 1.0,
-    batch: int | None = None, progress: Callable[[int], None] | None = None,
+    batch: int | None = None, progress: Callable[[int], None] | None = None, gamma: float | Tensor | None = None,
 ) -> Paths:  # fmt: skip
     """Simulate n paths in batches, without a graph; ranks share the batches, and each returns all paths.
 
@@ -53,10 +53,13 @@ def paths(
         eta: churn.
         batch: paths at a time; None for 256, or fewer of many dimensions.
         progress: called with the number of paths done since the last call.
+        gamma: γ of the control, a number or (n,); None for the policy's own.
     """
 
     def simulate(rows: slice, noise: list[Tensor]) -> tuple[Tensor, ...]:
         control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
+        if labels and gamma is not None:
+            control["gamma"] = gamma[rows] if isinstance(gamma, Tensor) and gamma.ndim else gamma
         options = {"compare": compare, "cond": rows_of(cond or {}, rows), "noise": noise[1:], **control}
         with denoiser.frozen():
             path = rollout(denoiser, noise[0], times, eta, **options)

@@ -115,7 +115,7 @@ def rollout(
         cond: the prior's own conditions, B rows each.
         at_state: (i, x_i) → x_i, called before every step and at the end; cuts or clips the gradient.
         noise: of each step (B, *); None draws it from the generator.
-        control: labels and strength, for a policy.
+        control: labels, strength and gamma, for a policy.
     """
     cond = {name: row.to(x_1.device) for name, row in (cond or {}).items()}
     trained = [p for p in denoiser.parameters() if p.requires_grad] if torch.is_grad_enabled() else []

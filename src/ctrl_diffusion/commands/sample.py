@@ -16,7 +16,8 @@ def sample(
         str | None, typer.Option("--class", help="The prior's class, or any prompt; left out, each.")
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
-    strength: Annotated[float, typer.Option(help="0 the prior, 1 as trained, more extrapolates.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="w: 0 the prior, 1 as trained, more extrapolates.")] = 1.0,
+    gamma: Annotated[float | None, typer.Option(help="γ, of a run with gammas; left out, the run's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
     exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
@@ -24,11 +25,11 @@ def sample(
     overwrite: Overwrite = False,
     quiet: Quiet = OTHER,
 ) -> None:
-    """Draw samples with labels, a strength, a number of steps and a seed."""
+    """Draw samples with labels, a strength, a γ, a number of steps and a seed."""
     from ..run.run import Run
     from .jobs.sample import sample_job
 
     with job_options(quiet, trust, overwrite) as options:
-        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, options)
+        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, options, gamma)
     if not quiet:
         typer.echo(f"{n} samples in {out}")

@@ -22,18 +22,21 @@ class Conditions:
         cond: the prior's conditions by keyword, G rows each.
         controls: the number of classes of each control.
         nullable: controls that may also be null, as long as some control is not.
+        gammas: the γ that are learned, first the one that half of the draws have; none where there is a single γ.
     """
 
     cond: dict[str, Tensor]
     controls: dict[str, int]
     nullable: Collection[str] = ()
+    gammas: tuple[float, ...] = ()
 
     @classmethod
     def for_training(
-        cls, cond: dict[str, Tensor], controls: dict[str, int], fixed: Collection[str] = ()
-    ) -> "Conditions":
+        cls, cond: dict[str, Tensor], controls: dict[str, int], fixed: Collection[str] = (),
+        gammas: tuple[float, ...] = (),
+    ) -> "Conditions":  # fmt: skip
         """Let any controls be null but not all; where some are fixed, only these, so that the others are trained."""
-        return cls(cond, controls, (fixed or controls) if len(controls) > 1 else ())
+        return cls(cond, controls, (fixed or controls) if len(controls) > 1 else (), gammas)
 
     @cached_property
     def combinations(self) -> Tensor:
@@ -77,6 +80,29 @@ class Conditions:
             order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(rounds)])[:share]
             parts.append(pairs[order])
         return torch.cat(parts)
+
+    def draw_gamma(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw γ (n,) under the name "gamma": half of them the first, the rest the others equally often, stratified.
+
+        Return nothing, and draw nothing, where there is a single γ.
+        """
+        if not self.gammas:
+            return {}
+        quantile = (torch.randperm(n, generator=generator) + torch.rand((), generator=generator)) / n
+        others = len(self.gammas) - 1
+        other = 1 + ((2 * quantile - 1) * others).long().clamp(0, others - 1)
+        return {"gamma": torch.tensor(self.gammas)[torch.where(quantile < 0.5, 0, other)]}
+
+    @property
+    def cells(self) -> int:
+        """The number of (c, y, γ)."""
+        return self.pairs * max(1, len(self.gammas))
+
+    def cell(self, pair: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """Return the numbers of (c, y, γ) of pairs (B,) with drawn γ (B,), pairs running fastest."""
+        if gamma is None:
+            return pair
+        return (gamma[:, None] == torch.tensor(self.gammas)).int().argmax(1) * self.pairs + pair
 
     def all(self, repeats: int) -> Tensor:
         """List every pair `repeats` times in a row: (pairs · repeats,)."""

@@ -32,17 +32,23 @@ class NewerFormatError(ValueError):
 class Control(nn.Module, ABC):
     """Steer a prior by one label y of a `LabelSpace` (values, scale); NULL (−1) means uncontrolled.
 
-    Outside its `interval` of noise levels σ_t a label is as if it were null.
+    Outside its `interval` of noise levels σ_t a label is as if it were null. Its `gammas` are the smallest and the
+    largest γ it is made for; None if that is a single one, the run's.
     """
 
     fixed = False  # whether it keeps its parameters while other controls are trained
 
     def __init__(
-        self, name: str, values: Sequence[str], scale: bool = False, interval: Sequence[float] | None = None
-    ) -> None:
+        self, name: str, values: Sequence[str], scale: bool = False, interval: Sequence[float] | None = None,
+        gammas: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.space = name, LabelSpace(tuple(values), scale)
         self.interval = interval
+        if gammas is not None and not (len(gammas) == 2 and 0 < gammas[0] < gammas[1] < math.inf):
+            two = "two, 0 < smallest < largest"
+            raise ValueError(f"gammas of a control must be {two}, got {gammas}. Use None for a single γ.")
+        self.gammas = gammas and (float(gammas[0]), float(gammas[1]))
 
     values = property(lambda self: self.space.values)
     size = property(lambda self: self.space.size)
@@ -70,6 +76,16 @@ class Control(nn.Module, ABC):
         # a bound that is the σ of a step includes it, whatever a vector or float32 makes of its last digits
         return (sigma >= off * (1 - ROUNDING)) & (sigma <= on * (1 + ROUNDING))
 
+    def check_gamma(self, gamma: float | Tensor, trained: float) -> None:
+        """Refuse (ValueError) a γ, or any of γ (B,), beyond `gammas`; of a control without, any but the trained."""
+        least, most = (float(gamma.min()), float(gamma.max())) if isinstance(gamma, Tensor) else (gamma, gamma)
+        low, high = self.gammas or (trained, trained)
+        if not (least >= low * (1 - ROUNDING) and most <= high * (1 + ROUNDING)):
+            wrong = least if least < low * (1 - ROUNDING) else most
+            learned = f"γ = {low:g} … {high:g}" if self.gammas else f"γ = {trained:g} alone"
+            advice = "" if self.gammas else " Train it with gammas: [0.5, 1, 2, 4] for others."
+            raise ValueError(f"the control {self.name!r} was trained for {learned}, got {wrong:g}.{advice}")
+
     def fix(self) -> "Control":
         """Keep the parameters from now on, whatever other control is trained; return the control."""
         self.fixed = True
@@ -78,8 +94,11 @@ class Control(nn.Module, ABC):
         return self
 
     @abstractmethod
-    def active(self, y: Tensor) -> AbstractContextManager[None]:
-        """Return a context in which the prior it is attached to obeys y (B,)."""
+    def active(self, y: Tensor, gamma: float | Tensor = 1.0) -> AbstractContextManager[None]:
+        """Return a context in which the prior it is attached to obeys y (B,) at γ, a number or (B,).
+
+        Only a control with `gammas` is given γ.
+        """
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -97,6 +116,8 @@ class Control(nn.Module, ABC):
     def write_about(self, folder: str | Path, kind: str, *arguments: str) -> None:
         """Write `control.json`: the format, the kind, and by name the arguments that it is made of."""
         values = {key: getattr(self, key) for key in ("name", "values", *arguments, "interval")}
+        if self.gammas is not None:  # files of a single γ do not name it
+            values["gammas"] = self.gammas
         # with every digit of the interval: it decides which steps are the prior's
         about = json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2, allow_nan=False)
         write_text(Path(folder) / ABOUT, about + "\n")
@@ -125,6 +146,20 @@ class Control(nn.Module, ABC):
         low = y.clamp(0, self.size - 2).long()
         between = torch.lerp(table(low), table(low + 1), (y - low).to(table.weight)[:, None])
         return torch.where((y == NULL)[:, None], 0.0, between)
+
+    def new_gamma_tables(self, width: int) -> nn.ModuleList:
+        """Make the zero-initialised tables T1 and T2 of `embedded_at`; none for a single γ."""
+        zeros, count = torch.zeros(self.size + 1, width), 0 if self.gammas is None else 2
+        options = {"freeze": False, "padding_idx": self.size}
+        return nn.ModuleList(nn.Embedding.from_pretrained(zeros.clone(), **options) for _ in range(count))
+
+    def embedded_at(self, tables: Sequence[nn.Embedding], y: Tensor, gamma: float | Tensor) -> Tensor:
+        """Return T0[y] + g T1[y] + g² T2[y], with g = log γ / log 4 of each row; T0[y] alone of a single table."""
+        first, *others = (self.embedded(table, y) for table in tables)
+        if not others:
+            return first
+        g = (torch.as_tensor(gamma).to(first).log() / math.log(4)).view(-1, 1)
+        return sum((g**power * rows for power, rows in enumerate(others, start=1)), start=first)
 
 
 def read_about(folder: str | Path) -> tuple[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ class LoRAControl(Control):
         seed: of the adapter's random half (the other half is zero).
         targets: PEFT's target modules, names or endings of names; None for those of the network's family.
         interval: σ_off and σ_on, between which it speaks; None for everywhere.
+        gammas: the smallest and the largest γ it is made for; None for a single γ.
 
     Raises:
         ValueError: the denoiser does not say where a control enters it, or carries a control of that name already.
@@ -34,9 +35,9 @@ class LoRAControl(Control):
     def __init__(
         self, name: str, values: Sequence[str], denoiser: NetworkDenoiser, rank: int = 64, seed: int = 0,
         scale: bool = False, alpha: float | None = None, targets: Sequence[str] | None = None,
-        interval: Sequence[float] | None = None,
+        interval: Sequence[float] | None = None, gammas: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, values, scale, interval)
+        super().__init__(name, values, scale, interval, gammas)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
         self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
@@ -50,6 +51,7 @@ class LoRAControl(Control):
             self._inject()
             self.table = nn.Embedding(self.size + 1, denoiser.site.width, padding_idx=self.size)
         nn.init.zeros_(self.table.weight)
+        self.of_gamma = self.new_gamma_tables(denoiser.site.width)
         self.to(denoiser.device)
         denoiser.network.eval()
         self._layers = self._own_layers()
@@ -116,11 +118,11 @@ class LoRAControl(Control):
                 self._cache = outer
 
     @contextmanager
-    def active(self, y: Tensor) -> Iterator[None]:
+    def active(self, y: Tensor, gamma: float | Tensor = 1.0) -> Iterator[None]:
         if self._shift is not None:
             raise RuntimeError(f"the control {self.name!r} is active already.")
         with self._unmerged() if self._half or self._prior[0].all_gather else self._merged():
-            self._shift = self.embedded(self.table, y)
+            self._shift = self.embedded_at([self.table, *self.of_gamma], y, gamma)
             try:
                 yield
             finally:
@@ -170,7 +172,12 @@ class LoRAControl(Control):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         halves = [half[self.adapter] for layer in self._layers for half in (layer.lora_A, layer.lora_B)]
-        return {"embedding": [self.table.weight], "adapter": [p for half in halves for p in half.parameters()]}
+        tables = [self.table.weight, *self.of_gamma.parameters()]
+        return {"embedding": tables, "adapter": [p for half in halves for p in half.parameters()]}
+
+    def _tables(self) -> dict[str, nn.Embedding]:
+        """Return the embedding tables by their names in a file."""
+        return {"table": self.table, **{f"table.gamma.{i}": table for i, table in enumerate(self.of_gamma, start=1)}}
 
     def _state(self) -> dict[str, Tensor]:
         """Return the adapter's weights by the names of the network's layers."""
@@ -182,7 +189,8 @@ class LoRAControl(Control):
 
     def save(self, folder: str | Path) -> None:
         tensors = {f"adapter.{key}": value for key, value in self._state().items()}
-        write_tensors(Path(folder) / "control.safetensors", {**tensors, "table": self.table.weight})
+        tables = {name: table.weight for name, table in self._tables().items()}
+        write_tensors(Path(folder) / "control.safetensors", {**tensors, **tables})
         self.write_about(folder, "lora", "rank", "scale", "alpha", "targets")
 
     @classmethod
@@ -192,7 +200,8 @@ class LoRAControl(Control):
         control = cls(**arguments, denoiser=denoiser)
         tensors = read_tensors(Path(folder) / "control.safetensors")
         with torch.no_grad():
-            control.table.weight.copy_(tensors.pop("table"))
+            for name, table in control._tables().items():
+                table.weight.copy_(tensors.pop(name))
         adapter = {key.removeprefix("adapter."): value for key, value in tensors.items()}
         if {k: p.shape for k, p in control._state().items()} != {k: p.shape for k, p in adapter.items()}:
             raise ValueError(f"the control in {folder} was trained on another network than this prior's")

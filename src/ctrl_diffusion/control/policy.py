@@ -39,11 +39,14 @@ def row_groups(active: Tensor, all_gather: Callable[[Tensor], Tensor] | None) ->
 
 
 class Policy(Denoiser):
-    """Combine a prior with controls that are attached to it: itself a denoiser, so every sampler takes it."""
+    """Combine a prior with controls that are attached to it: itself a denoiser, so every sampler takes it.
 
-    def __init__(self, prior: Denoiser, *controls: Control) -> None:
+    `gamma` is the γ that controls of a single γ were trained at, and those of several are called at by default.
+    """
+
+    def __init__(self, prior: Denoiser, *controls: Control, gamma: float = 1.0) -> None:
         super().__init__()
-        self.base = prior
+        self.base, self.gamma = prior, gamma
         self.controls = {control.name: control for control in controls}
         self._modules_of_controls = nn.ModuleList(controls)
         self.schedule, self.shape, self.start = prior.schedule, prior.shape, prior.start
@@ -54,8 +57,9 @@ class Policy(Denoiser):
         return self.base
 
     def forward(
-        self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor
-    ) -> Tensor:
+        self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0,
+        gamma: float | Tensor | None = None, **cond: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Return x̂ (B, *) under labels; rows whose labels are all null are the prior's, bit for bit at equal batch.
 
         Args:
@@ -63,20 +67,24 @@ class Policy(Denoiser):
             labels: control → (B,) classes, NULL for uncontrolled rows; a control left out is null, and so is one
                 outside its interval.
             strength: w; the mean is (1 − w) mean_pre + w mean_g, which is linear in x̂.
+            gamma: γ, a number or (B,), an input of the controls: any costs one evaluation. None for the policy's own.
             cond: the prior's own conditions.
 
         Raises:
-            ValueError: an unknown control, or a class out of range.
+            ValueError: an unknown control, a class out of range, or a γ that a control was not trained for.
         """
+        gamma = self.gamma if gamma is None else gamma
         for name, y in (labels or {}).items():
             self.control_of(name).space.check(y, name)
+            if (y != NULL).any():
+                self.controls[name].check_gamma(gamma, self.gamma)
         all_gather = getattr(self.base, "all_gather", None)  # of sharded weights
         labels = {n: y for n, y in self.labels_at(t, labels or {}).items() if all_gather or (y != NULL).any()}
         if strength == 0.0 or not labels:
             return self.base(x_t, t, **cond)
         groups = row_groups(torch.stack([y != NULL for y in labels.values()]), all_gather)
         if strength == 1.0 and all(group.active.all() for group in groups):
-            return self.steered(x_t, t, labels, cond)
+            return self.steered(x_t, t, labels, cond, gamma)
         needs_prior = strength != 1.0 or not all(group.active.any() for group in groups)
         x_hat_pre = self.base(x_t, t, **cond) if needs_prior else None
         parts = []
@@ -85,8 +93,8 @@ class Policy(Denoiser):
                 parts.append(x_hat_pre[rows])
                 continue
             y = {name: y[rows] for (name, y), acts in zip(labels.items(), active, strict=True) if acts}
-            t_rows = t[rows] if isinstance(t, Tensor) and t.ndim else t
-            x_hat = self.steered(x_t[rows], t_rows, y, {name: value[rows] for name, value in cond.items()})
+            t_rows, gamma_rows = (v[rows] if isinstance(v, Tensor) and v.ndim else v for v in (t, gamma))
+            x_hat = self.steered(x_t[rows], t_rows, y, {name: value[rows] for name, value in cond.items()}, gamma_rows)
             parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[rows], x_hat, strength))
         return torch.cat(parts)[torch.cat([group.positions for group in groups]).argsort()[: len(x_t)]]
 
@@ -107,8 +115,11 @@ class Policy(Denoiser):
             return {name: y for name, y in labels.items() if speaks[name]}
         return {name: torch.where(speaks[name].to(y.device), y, NULL) for name, y in labels.items()}
 
-    def speaks(self, t: float, labels: Collection[str] | None = None, strength: float = 1.0) -> bool:
-        """Return whether any control of these labels, or names, speaks at time t: if not, x̂ is the prior's."""
+    def speaks(
+        self, t: float, labels: Collection[str] | None = None, strength: float = 1.0,
+        gamma: float | Tensor | None = None,
+    ) -> bool:  # fmt: skip
+        """Return whether any control of these labels, or names, speaks at time t: if not, x̂ is the prior's at any γ."""
         controls = [self.control_of(name) for name in labels or ()]
         return strength != 0.0 and any(c.interval is None or c.speaks(self.schedule(t)[1]) for c in controls)
 
@@ -117,11 +128,14 @@ class Policy(Denoiser):
         trained = [control.speaks(sigma) for control in self.controls.values() if not control.fixed]
         return torch.stack(trained).any(0).nonzero().squeeze(1) if trained else torch.empty(0, dtype=torch.long)
 
-    def steered(self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor]) -> Tensor:
+    def steered(
+        self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor], gamma: float | Tensor
+    ) -> Tensor:
         """Return x̂ (B, *) with the controls of these labels active in every row."""
         with ExitStack() as stack:
             for name, y in labels.items():
-                stack.enter_context(self.controls[name].active(y))
+                control = self.controls[name]
+                stack.enter_context(control.active(y) if control.gammas is None else control.active(y, gamma))
             return self.base(x_t, t, **cond)
 
     def snapshot(self) -> list[Tensor]:

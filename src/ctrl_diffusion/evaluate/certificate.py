@@ -79,6 +79,28 @@ def log_z(table: Tensor) -> tuple[Tensor, float]:
     return z.flatten(), float(stderr)
 
 
+@dataclass
+class Slope:
+    """Hold both sides of d log Z/dγ = E_γ[log p̂], as uniform means over (c, y) in nats, with standard errors."""
+
+    log_z: float  # d log Z/dγ, from independent samples of the prior
+    log_z_stderr: float
+    log_p: float  # mean log p̂ of the policy's paths at γ
+    log_p_stderr: float
+
+    @classmethod
+    def at(cls, gamma: float, table: Tensor, reward: Tensor) -> "Slope":
+        """Estimate it at γ, from rewards (G, M, K) of prior samples, and (P · n,) of n policy paths for each pair."""
+        w, log_p = table.softmax(1), table / gamma
+        mean = (w * log_p).sum(1, keepdim=True)  # the derivative of the log-mean-exp itself
+        # of a ratio of sums, by the delta method; the K classes of one condition share samples
+        influence = table.shape[1] * (w * (log_p - mean)).mean(2)
+        stderr = float((influence.var(1) / table.shape[1]).sum().sqrt() / len(table))
+        of_paths = (reward / gamma).view(mean.numel(), -1)
+        variance = of_paths.var(1) / of_paths.shape[1]
+        return cls(float(mean.mean()), stderr, float(of_paths.mean()), float(variance.sum().sqrt() / len(variance)))
+
+
 def tilt_kl(table: Tensor, gamma: float) -> float:
     """Estimate KL(target ‖ prior) in nats at γ, the mean over (c, y), from rewards (G, M, K) at γ = 1."""
     tilted = gamma * table

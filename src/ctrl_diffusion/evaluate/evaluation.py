@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from .certificate import Certificate
+from .certificate import Certificate, Slope
 from .scores import Nulled, Score
 from .verdict import Gain
 
@@ -24,6 +24,8 @@ class Evaluation:
     parts: dict[tuple[str, ...], "Evaluation"] = field(default_factory=dict)
     gained: Gain | None = None  # J over that of the untrained control, if they were compared
     clipped: float | None = None  # the share of the prior's samples that its clipping of x̂ holds, if it clips
+    slope: Slope | None = None  # along γ, of a control for several γ
+    gammas: dict[float, "Evaluation"] = field(default_factory=dict)  # for each of several γ, this one among them
 
     @property
     def null_shift(self) -> float:
@@ -51,10 +53,34 @@ class Evaluation:
         }
         return {
             **({"controls": self.metrics_by_control()} if self.parts else {}),
+            **({"gammas": [at.metrics_at(gamma) for gamma, at in self.gammas.items()]} if self.gammas else {}),
             "prior": self.prior.metrics(),
             "target": self.target.metrics(),
             "ctrl": ctrl,
             "certificate": self.certificate.metrics(),
+        }
+
+    def metrics_at(self, gamma: float) -> dict[str, Any]:
+        """Return the figures of the certificate's curve along γ, of one γ."""
+        certificate, slope = self.certificate, self.slope
+        return {
+            "gamma": gamma,
+            "objective_nats": certificate.objective,
+            "log_z_nats": certificate.log_z,
+            "gap_nats": certificate.gap,
+            "gap_stderr": certificate.stderr,
+            "ess_prior_fraction": certificate.ess_prior,
+            "log_z_slope": slope.log_z,
+            "log_z_slope_stderr": slope.log_z_stderr,
+            "mean_log_p": slope.log_p,
+            "mean_log_p_stderr": slope.log_p_stderr,
+            "accuracy": self.ctrl.accuracy,
+            "accuracy_stderr": self.ctrl.accuracy_stderr,
+            "target_accuracy": self.target.accuracy,
+            "class_accuracy": self.ctrl.class_accuracy,
+            "diversity_ratio": self.diversity_ratio(self.ctrl),
+            "kl_nats": certificate.kl,
+            "samples": self.n,
         }
 
     def metrics_by_control(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ WARNED_SHARE, REFUSED_SHARE = 0.05, 0.005
 @torch.no_grad()
 def exact_samples(
     denoiser: Denoiser, reward: Reward, times: Times, generator: torch.Generator, labels: Labels,
-    cond: dict[str, Tensor] | None = None, strength: float = 1.0, phase: Phase = silent,
+    cond: dict[str, Tensor] | None = None, strength: float = 1.0, phase: Phase = silent, gamma: float | None = None,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Draw samples of the chain tilted by the reward, exact in the limit of many paths.
 
@@ -34,6 +34,7 @@ def exact_samples(
         labels, cond: n rows each.
         strength: of the control; any is exact, one near the target wastes fewer paths.
         phase: reports progress.
+        gamma: at which the policy is called; None for its own. The reward's γ is what is sampled.
 
     Returns:
         x_0 (n, C, H, W), and the effective share of the paths under w, the smallest over (c, y). It is estimated from
@@ -51,7 +52,8 @@ def exact_samples(
     advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
     for rows, pool in zip(pairs, pools, strict=True):
         y, c = ({name: row[rows[:1]].expand(pool) for name, row in values.items()} for values in (labels, cond))
-        x, _, log_ratio = paths(denoiser, pool, times, generator, c, y, strength, compare=True, progress=advance)
+        options = {"compare": True, "progress": advance, "gamma": gamma}
+        x, _, log_ratio = paths(denoiser, pool, times, generator, c, y, strength, **options)
         r = reward(x, y, c)
         log_w = ranks.broadcast(lambda r=r: r) - log_ratio
         if not log_w.isfinite().all():

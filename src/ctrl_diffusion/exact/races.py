@@ -75,7 +75,8 @@ def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> 
     x_prior = paths(policy.prior, conditions.groups * n, times, generator, cond, batch=n).x_0
     labels, cond = conditions.of(conditions.all(-(-n // conditions.pairs)))
     total = len(cond["c"])
-    x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=n)
+    gamma = task.gamma if task.gammas else None
+    x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=n, gamma=gamma)
     return certify(conditions, prior_table(reward, conditions, x_prior), reward(x_0, labels, cond), kl, log_ratio)
 
 

@@ -24,9 +24,9 @@ class SideControl(Control):
 
     def __init__(
         self, name: str, values: Sequence[str], denoiser: Denoiser, conditions: int = 0, width: int = 128,
-        seed: int = 0, interval: Sequence[float] | None = None,
+        seed: int = 0, interval: Sequence[float] | None = None, gammas: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, values, interval=interval)
+        super().__init__(name, values, interval=interval, gammas=gammas)
         self.conditions, self.width = conditions, width
         dim = math.prod(denoiser.shape)
         with torch.random.fork_rng(devices=[]):
@@ -35,10 +35,12 @@ class SideControl(Control):
             self.inner = nn.Linear(2 * dim + 3, width)
             self.outer = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
             self.of_c = nn.Embedding(conditions, width) if conditions else None
+        self.of_gamma = self.new_gamma_tables(width)
         nn.init.zeros_(self.outer[-1].weight)
         nn.init.zeros_(self.outer[-1].bias)
         self.to(denoiser.device)
         self._y: Tensor | None = None
+        self._gamma: float | Tensor = 1.0
         self._schedule = denoiser.schedule
         denoiser.register_forward_hook(self._add, with_kwargs=True)
 
@@ -50,15 +52,15 @@ class SideControl(Control):
         clock = torch.stack([t, alpha, sigma], dim=1)
         hidden = self.inner(torch.cat([x_t.flatten(1), x_hat.flatten(1), clock], dim=1))
         y = self._y.to(x_t.device)
-        hidden = hidden + self.embedded(self.table, y)
+        hidden = hidden + self.embedded_at([self.table, *self.of_gamma], y, self._gamma)
         if self.of_c is not None:
             hidden = hidden + self.of_c(cond["c"].to(x_t.device))
         shift = torch.where((y == NULL)[:, None], 0.0, (sigma**2)[:, None] * self.outer(hidden))
         return x_hat + shift.view_as(x_hat)
 
     @contextmanager
-    def active(self, y: Tensor) -> Iterator[None]:
-        self._y = y
+    def active(self, y: Tensor, gamma: float | Tensor = 1.0) -> Iterator[None]:
+        self._y, self._gamma = y, gamma
         try:
             yield
         finally:
@@ -67,7 +69,7 @@ class SideControl(Control):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         network = [*self.inner.parameters(), *self.outer.parameters()]
         tables = [self.table.weight] if self.of_c is None else [self.table.weight, self.of_c.weight]
-        return {"embedding": tables, "adapter": network}
+        return {"embedding": [*tables, *self.of_gamma.parameters()], "adapter": network}
 
     def save(self, folder: str | Path) -> None:
         write_tensors(Path(folder) / "control.safetensors", self.state_dict())

@@ -34,6 +34,7 @@ class Task:
     steps: int = 25  # of the chain
     spread: float = 0.4  # standard deviation of the components
     nullable: bool = False  # whether a control may be null as long as another is not
+    gammas: tuple[float, ...] = ()  # others that the controls are trained for
 
     def prior(self, dtype: torch.dtype = torch.float32) -> GaussianMixture:
         """Make the ring."""
@@ -66,7 +67,8 @@ class Task:
     def conditions(self) -> Conditions:
         """Both conditions with every y, and with every part of it if controls may be null."""
         sizes = {name: likelihood.classes for name, likelihood in self.likelihoods().items()}
-        return Conditions({"c": torch.arange(2)}, sizes, tuple(sizes) if self.nullable else ())
+        gammas = (self.gamma, *self.gammas) if self.gammas else ()
+        return Conditions({"c": torch.arange(2)}, sizes, tuple(sizes) if self.nullable else (), gammas)
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -124,23 +126,27 @@ class Answers:
         """Return the outcome of a policy, or of another denoiser that takes labels, for a pair."""
         chain, reward = self.of(pair)
         labels, _ = self.conditions.of(torch.tensor([pair]))
-        return chain.outcome(list(chain.steps(Doubled(policy), **labels)), reward)
+        gamma = {"gamma": self.task.gamma} if self.task.gammas else {}
+        return chain.outcome(list(chain.steps(Doubled(policy, **gamma), **labels)), reward)
 
 
 class Doubled(Denoiser):
     """Call a policy, or another denoiser that takes labels, in single precision from double precision."""
 
-    def __init__(self, policy: Denoiser) -> None:
+    def __init__(self, policy: Denoiser, **gamma: float) -> None:
         super().__init__()
-        self.policy, self.schedule, self.shape = policy, policy.schedule, policy.shape
+        self.policy, self.schedule, self.shape, self.gamma = policy, policy.schedule, policy.shape, gamma
 
     @torch.no_grad()
     def forward(self, x_t: Tensor, t: float, labels: Labels | None = None, **cond: Tensor) -> Tensor:
-        return self.policy(x_t.float(), t, labels=labels, **cond).double()
+        return self.policy(x_t.float(), t, labels=labels, **self.gamma, **cond).double()
 
 
 def new_policy(task: Task, seed: int = 0) -> Policy:
     """Make a policy of the prior with untrained controls, which is still the prior."""
     prior, sizes = task.prior(), task.conditions.controls
     values = {name: [str(y) for y in range(size)] for name, size in sizes.items()}
-    return Policy(prior, *(SideControl(name, values[name], prior, conditions=2, seed=seed) for name in values))
+    both = (task.gamma, *task.gammas)
+    options = {"conditions": 2, "seed": seed, "gammas": (min(both), max(both)) if task.gammas else None}
+    controls = [SideControl(name, values[name], prior, **options) for name in values]
+    return Policy(prior, *controls, gamma=task.gamma)

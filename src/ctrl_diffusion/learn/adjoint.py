@@ -36,12 +36,12 @@ from .step import Carried, Evaluations, LearnerSettings, Step, steps_to_learn
 
 
 def reward_gradient(
-    policy: Policy, path: Trajectory, reward: Reward, labels: Labels, cond: dict[str, Tensor]
+    policy: Policy, path: Trajectory, reward: Reward, labels: Labels, cond: dict[str, Tensor], **gamma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the rewards (B,) of a path's ends and their gradients at the last state (B, *), through the read-out."""
     with torch.enable_grad():
         x_end = path.x[-1].detach().to(policy.device).requires_grad_()
-        rewards = reward(read_out(policy, x_end, path.times[-1], **cond), labels, cond)
+        rewards = reward(read_out(policy, x_end, path.times[-1], **cond), labels, cond, **gamma)
         check_gradient(rewards)
         gradient = gradient_at(policy, rewards.sum(), x_end)
     return rewards.detach(), gradient
@@ -57,7 +57,7 @@ class Adjoints(NamedTuple):
 
 def adjoints_of(
     policy: Policy, path: Trajectory, reward_gradient: Tensor, labels: Labels, cond: dict[str, Tensor],
-    eta: float = 1.0, clip: float = float("inf"), lean: bool = False, first: int = 0,
+    eta: float = 1.0, clip: float = float("inf"), lean: bool = False, first: int = 0, **gamma: Tensor,
 ) -> Adjoints:  # fmt: skip
     """Carry a_N (B, *), the reward's gradient at the last state, back along a path of the policy to step `first`.
 
@@ -79,7 +79,7 @@ def adjoints_of(
             return None
         if lean or not policy.speaks(t, labels=labels):
             return gradient_at(policy, (pre.mean * clipped).sum(), x_t)
-        step = transition(policy, x_t, t, s, eta, labels=labels, **cond)
+        step = transition(policy, x_t, t, s, eta, labels=labels, **gamma, **cond)
         u = step.control(pre)
         value = (step.mean * clipped).sum() - half_square(u).sum() - (u * path.z[i].to(u.device)).sum()
         return gradient_at(policy, value, x_t)
@@ -142,10 +142,10 @@ class Adjoint(Revisiting):
         with policy.frozen():
             with torch.no_grad():
                 batches = list(self.fresh_paths(policy, conditions, generator, read=False))  # read out below
-            for path, _, labels, cond in batches:
-                r, gradient = reward_gradient(policy, path, reward, labels, cond)
+            for path, _, labels, cond, gamma in batches:
+                r, gradient = reward_gradient(policy, path, reward, labels, cond, **gamma)
                 options = self.eta, settings.clip, settings.lean, first
-                result = adjoints_of(policy, path, gradient, labels, cond, *options)
+                result = adjoints_of(policy, path, gradient, labels, cond, *options, **gamma)
                 rewards.append(r)
                 adjoints.append(result.adjoints.to(device))
                 means.append(result.means.to(device))

@@ -66,8 +66,8 @@ class Backprop(OnPolicy):
             rows, share = 0, self.weight * float(torch.cat(clipped).float().mean()) if clipped else 0.0
             clipped.clear()
             batches = self.fresh_paths(policy, conditions, generator, compare=True, at_state=at_state)
-            for path, pair, labels, cond in batches:
-                rewards, kl = reward(path.x_0, labels, cond), path.kl.sum(0)
+            for path, pair, labels, cond, gamma in batches:
+                rewards, kl = reward(path.x_0, labels, cond, **gamma), path.kl.sum(0)
                 check_gradient(rewards)
                 rows += len(pair)
                 last = rows == self.rows.stop - self.rows.start

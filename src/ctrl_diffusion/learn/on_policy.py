@@ -19,19 +19,20 @@ from .step import Learner
 
 
 class Rollout(NamedTuple):
-    """Hold B paths of the policy with their pairs (c, y), numbered as `Conditions` does, labels and conditions."""
+    """Hold B paths of the policy with their pairs (c, y), numbered as `Conditions` does, labels, conditions and γ."""
 
     path: Trajectory
     pair: Tensor  # (B,)
     labels: Labels
     cond: dict[str, Tensor]
+    gamma: dict[str, Tensor]  # "gamma" (B,), an option of policy and reward; empty where there is a single γ
 
     @classmethod
     def from_parts(cls, batches: "list[Rollout]") -> "Rollout":
         """Concatenate the parts of a rollout."""
         paths, pairs, *values = zip(*batches, strict=True)
-        labels, cond = ({name: torch.cat([part[name] for part in rows]) for name in rows[0]} for rows in values)
-        return cls(Trajectory.from_parts(list(paths)), torch.cat(pairs), labels, cond)
+        joined = ({name: torch.cat([part[name] for part in rows]) for name in rows[0]} for rows in values)
+        return cls(Trajectory.from_parts(list(paths)), torch.cat(pairs), *joined)
 
 
 class OnPolicy(Learner):
@@ -65,13 +66,15 @@ class OnPolicy(Learner):
     ) -> Iterator[Rollout]:
         """Yield this rank's new paths, `micro` at a time, which changes no noise; options as of `rollout`."""
         pair, shape = conditions.draw(self.batch, generator)[self.rows], (self.batch, *policy.shape)
+        gamma = rows_of(conditions.draw_gamma(self.batch, generator), self.rows)
         like = torch.empty(0, device=self.storage(policy))
         noises = [normal(shape, like, generator, self.rows) for _ in self.times]
         for rows in parts(len(pair), self.micro):
-            labels, cond = conditions.of(pair[rows])
+            (labels, cond), row_gamma = conditions.of(pair[rows]), rows_of(gamma, rows)
             x_1, *noise = (z[rows].to(policy.device) for z in noises)
-            path = rollout(policy, x_1, self.times, self.eta, cond=cond, noise=noise, labels=labels, **options)
-            yield Rollout(path.to(like.device), pair[rows], labels, cond)
+            control = {"labels": labels, **row_gamma}
+            path = rollout(policy, x_1, self.times, self.eta, cond=cond, noise=noise, **control, **options)
+            yield Rollout(path.to(like.device), pair[rows], labels, cond, row_gamma)
 
 
 class Visit(NamedTuple):
@@ -107,8 +110,8 @@ def revisit(policy: Policy, rollout: Rollout, visit: Visit, eta: float) -> Gauss
     """Return the policy's steps from the visited states as it would take them now."""
     times, row = torch.tensor(rollout.path.times, dtype=torch.float64), visit.row
     x_t = rollout.path.x[visit.step, row].to(policy.device)
-    labels, cond = rows_of(rollout.labels, row), rows_of(rollout.cond, row)
-    return transition(policy, x_t, times[visit.step], times[visit.step + 1], eta, labels=labels, **cond)
+    labels, options = rows_of(rollout.labels, row), rows_of(rollout.gamma | rollout.cond, row)
+    return transition(policy, x_t, times[visit.step], times[visit.step + 1], eta, labels=labels, **options)
 
 
 def check_gradient(rewards: Tensor) -> None:

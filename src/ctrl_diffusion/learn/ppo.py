@@ -10,7 +10,8 @@ same paths,
 
     min( ρ A_i, clip(ρ, 1 − ε, 1 + ε) A_i ),      ρ = p_g/p_old (x_{i+1} | x_i),      A_i = G_i − b_i(c, y).
 
-The baseline b_i(c, y) is a running mean of G_i over paths of the pair: pairs of unlike log Z would drown each other.
+The baseline b_i(c, y) is a running mean of G_i over paths of the pair: pairs of unlike log Z would drown each other. Of
+several γ each has its own.
 As G_i counts the log-ratios of the samples and not their means, it is the same on every path from x_i once the policy
 is optimal, in the limit of small steps: the noise vanishes as the policy improves.
 """
@@ -93,7 +94,8 @@ class PPO(Revisiting):
         while True:
             rollout, rewards = self.roll_out(policy, reward, conditions, generator)
             path, g = rollout.path, ranks.all_gather(rewards_to_go(rollout.path, rewards), dim=1)
-            advantage = baseline.advantages(g, ranks.all_gather(rollout.pair), conditions.pairs)[:, self.rows]
+            cell = ranks.all_gather(conditions.cell(rollout.pair, **rollout.gamma))
+            advantage = baseline.advantages(g, cell, conditions.cells)[:, self.rows]
             carried[:] = [baseline.mean]
             for visit in self.visits(steps, settings.surrogates, generator):
                 at, after = (visit.step, visit.row), (visit.step + 1, visit.row)
@@ -115,5 +117,5 @@ class PPO(Revisiting):
         """Draw new paths; return them with their rewards (B,), and free the parts they were drawn in."""
         with policy.frozen():
             batches = list(self.fresh_paths(policy, conditions, generator, compare=True))
-            rewards = torch.cat([reward(path.x_0, labels, cond) for path, _, labels, cond in batches])
+            rewards = torch.cat([reward(b.path.x_0, b.labels, b.cond, **b.gamma) for b in batches])
         return Rollout.from_parts(batches), rewards

@@ -155,18 +155,19 @@ def noised(policy: Policy, x_0: Tensor, times: Times, batch: int, generator: Gen
 
 def regression(
     policy: Policy, x_0: Tensor, states: Noised, labels: Labels, cond: dict[str, Tensor], batch: int,
-    micro: int | None, learned_renoising: list[Tensor] | None = None,
+    micro: int | None, learned_renoising: list[Tensor] | None = None, gamma: dict[str, Tensor] | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """Regress x̂ at states on x_0 (n, *), this rank's share of a batch.
 
     Yields ½‖(x̂ − x_0) · scale‖², `micro` rows at a time, with the scale in which the network's own error is even
-    (`Denoiser.error_scale`); the effect of re-noising is subtracted, if controls learned it.
+    (`Denoiser.error_scale`); the effect of re-noising is subtracted, if controls learned it. `gamma` is what
+    `Conditions.draw_gamma` drew for these rows.
     """
     x_t, t = states
     scale = policy.prior.error_scale(t)
     for rows in parts(len(x_0), micro):
         x, target, row_cond = x_t[rows], x_0[rows], rows_of(cond, rows)
-        inputs = {"labels": rows_of(labels, rows), **row_cond}
+        inputs = {"labels": rows_of(labels, rows), **rows_of(gamma or {}, rows), **row_cond}
         with policy.prior.unclipped():
             if learned_renoising is not None:
                 with torch.no_grad(), policy.holding(learned_renoising):

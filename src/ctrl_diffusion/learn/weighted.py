@@ -1,6 +1,6 @@
 """Regress on reward-weighted paths of the prior.
 
-Draw paths from the prior once; for each pair (c, y) draw from them by weight w = p̂(y | x_0)^γ and regress the denoiser
+Draw paths from the prior once; for each (c, y) and γ draw from them by weight w = p̂(y | x_0)^γ and regress the denoiser
 at a state x_t on the way, ½‖(x̂_g(x_t) − x_0)/σ_t‖². An update costs a plain training step and finds every mode (the
 cross-entropy method of stochastic control). The solution is E[x_0 | x_t, c, y], the least forward KL of paths.
 
@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from ..chain.paths import PriorPaths
 from ..chain.rollout import Times
+from ..chain.rows import rows_of
 from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..reward.reward import Reward, prior_table
@@ -99,21 +100,25 @@ class Weighted(Learner):
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         with torch.no_grad():
-            table = prior_table(reward, conditions, self.x_0)
+            table = prior_table(reward.at(1.0) if conditions.gammas else reward, conditions, self.x_0)
+            if conditions.gammas:  # one table for each γ in turn
+                table = torch.cat([gamma * table for gamma in conditions.gammas])
             weights = (torch.zeros_like(table) if self.even else table).softmax(1)  # (G, M, K)
-        # for each pair the cumulated weights over its condition's samples
+        # for each pair, at each γ, the cumulated weights over its condition's samples
         cumulated, members = weights.transpose(1, 2).flatten(0, 1).double().cumsum(1), weights.shape[1]
         share = ranks.rank_rows(self.batch)
         while True:
             pair = conditions.draw(self.batch, generator)[share]
             labels, cond = conditions.of(pair)
+            gamma = rows_of(conditions.draw_gamma(self.batch, generator), share)
             quantile = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[share]
-            member = torch.searchsorted(cumulated[pair], quantile).squeeze(1).clamp(max=members - 1)
+            cell = conditions.cell(pair, **gamma)
+            member = torch.searchsorted(cumulated[cell], quantile).squeeze(1).clamp(max=members - 1)
             row = pair // conditions.classes * members + member
             x_0 = self.x_0[row].to(policy.device)
             states = self.states_of(policy, row, x_0, generator)
             sizes = self.batch, self.micro
-            yield from regression(policy, x_0, states, labels, cond, *sizes, self.learned_renoising)
+            yield from regression(policy, x_0, states, labels, cond, *sizes, self.learned_renoising, gamma)
 
     def states_of(self, policy: Policy, row: Tensor, x_0: Tensor, generator: Generator) -> Noised:
         """Return states on the way to x_0 (n, *), samples `row` (n,): of their own paths, else by adding noise."""

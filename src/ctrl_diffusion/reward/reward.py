@@ -42,8 +42,20 @@ class Reward:
             raise ValueError(f"gamma must not be negative, got {gamma}. 1.0 asks for the posterior.")
         self.classifiers, self.gamma, self.codec, self.device = classifiers, gamma, codec or Codec(), device
 
-    def __call__(self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """Return the reward (B,) of x_0 (B, *) under conditions of B rows each; a null label earns nothing."""
+    def at(self, gamma: float) -> "Reward":
+        """Return the same reward at another γ."""
+        return Reward(self.classifiers, gamma, self.codec, self.device)
+
+    def __call__(
+        self, x_0: Tensor, labels: Labels, cond: dict[str, Tensor] | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
+        """Return the reward (B,) of x_0 (B, *) under conditions of B rows each; a null label earns nothing.
+
+        Each row may have a γ (B,) of its own, in place of the reward's.
+        """
+        if gamma is not None:
+            log_p = self.at(1.0)(x_0, labels, cond)
+            return gamma.to(log_p) * log_p
         if self.codec.latent and not torch.is_grad_enabled() and len(x_0) > self.codec.batch:
             rows = parts(len(x_0), self.codec.batch)
             return torch.cat([self(x_0[r], rows_of(labels, r), rows_of(cond or {}, r)) for r in rows])

@@ -107,6 +107,8 @@ class Config(Strict):
         classes: the prior's classes that are trained and certified; null for an unconditional prior.
         seed: of every random number; the same seed gives the same bytes.
         gamma: γ, the weight of log p̂ in the reward; 1 aims at the posterior itself.
+        gammas: other γ that the control is trained for as well, such as [0.5, 1, 2, 4]: sampling takes any between the
+            smallest and the largest. Half of the training is at `gamma`. null for `gamma` alone.
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null keeps γ.
         steps: steps of the chain that is trained and certified.
         sigma_end: noise level at which the chain ends and x_0 is read out.
@@ -148,6 +150,7 @@ class Config(Strict):
     classes: list[int] | None = Field(None, min_length=1)
     seed: int = Field(0, ge=0, lt=2**32)
     gamma: float = Field(1.0, ge=0)
+    gammas: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
     kl_budget: float | None = Field(None, gt=0)
     steps: int = Field(20, ge=1)
     sigma_end: float = Field(0.05, gt=0, lt=1)
@@ -181,6 +184,23 @@ class Config(Strict):
     @classmethod
     def _no_is_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
+
+    @model_validator(mode="after")
+    def _gammas_are_several(self) -> Self:
+        if self.gammas is None:
+            return self
+        if self.kl_budget:
+            raise ValueError("gammas excludes kl_budget, which chooses a single γ")
+        if not self.gamma or len(self.trained_gammas) < 2:
+            raise ValueError(f"gammas must name another γ beside gamma: {self.gamma:g}, which must not be 0")
+        return self
+
+    @property
+    def trained_gammas(self) -> tuple[float, ...]:
+        """Every γ the control is trained for, first the run's; none where that is the only one."""
+        if self.gammas is None:
+            return ()
+        return (self.gamma, *(gamma for gamma in sorted(set(self.gammas)) if gamma != self.gamma))
 
     @classmethod
     def from_values(cls, values: Any, source: str = "settings") -> Self:

@@ -26,14 +26,14 @@ CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifie
 CHECKPOINT, DATA_FOLDERS = "checkpoint", ("data", "judge_data")  # the latter of a demo
 RESULTS = (
     "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png", "confusion.png",
-    "reliability*.png", "sweep.png", "plane.png",
+    "reliability*.png", "sweep.png", "gammas.png", "plane.png",
 )  # fmt: skip
 # the settings are removed first: a folder that has them can be resumed
 RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, "progress.jsonl")
 # the settings of the chain and of its target
 TARGET = {
-    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "steps", "sigma_end",
-    "time_power", "focus",
+    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "gammas", "steps",
+    "sigma_end", "time_power", "focus",
 }  # fmt: skip
 KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # a run with one more control has these of the old run
 FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # training depends on them

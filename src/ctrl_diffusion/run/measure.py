@@ -16,7 +16,7 @@ from ..chain.rows import parts
 from ..chain.schedule import Focus
 from ..control.conditions import Conditions
 from ..data.labels import NULL
-from ..evaluate.certificate import certify, gamma_within
+from ..evaluate.certificate import Slope, certify, gamma_within
 from ..evaluate.evaluation import Evaluation, leaves_region, warn_if_outside
 from ..evaluate.information import Profile, denoised_paths, information
 from ..evaluate.judge import Observation
@@ -137,6 +137,7 @@ def lower_gamma(run: Run, budget: float, phase: Phase = silent) -> None:
     table = prior_table(run.reward_at(1.0), run.conditions, x_prior)
     gamma = ranks.broadcast(lambda: gamma_within(table, budget, run.config.gamma))
     run.config = run.config.with_(gamma=float(f"{gamma:.4g}"))
+    run.policy.gamma = run.config.gamma
 
 
 def profiles_of(run: Run, phase: Phase = silent) -> dict[str, Profile]:
@@ -185,9 +186,13 @@ def focus_of(run: Run) -> Focus | str:
 
 
 def policy_paths(
-    run: Run, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent, untrained: bool = False
-) -> PolicyPaths:
-    """Draw paths of the policy, `repeats` for every (c, y) in turn; if `untrained`, as before its training."""
+    run: Run, conditions: Conditions, repeats: int, purpose: str, phase: Phase = silent, gamma: float | None = None,
+    untrained: bool = False,
+) -> PolicyPaths:  # fmt: skip
+    """Draw paths of the policy at γ, None for the run's, `repeats` for every (c, y) in turn.
+
+    If `untrained`, they are those of before its training.
+    """
     pair = conditions.all(repeats)
     labels, cond = conditions.of(pair)
     obeyed = {n: torch.full_like(y, NULL) if untrained and not run.policy.controls[n].fixed else y
@@ -197,8 +202,8 @@ def policy_paths(
     compare = not untrained or any(control.fixed for control in run.policy.controls.values())
     with run.policy.base.full_precision():
         arguments = run.policy, len(pair), run.times, generator, cond, obeyed
-        x_0, kl, log_ratio = paths(*arguments, compare=compare, progress=advance)
-    rewards = run.reward(x_0, labels, cond)
+        x_0, kl, log_ratio = paths(*arguments, compare=compare, progress=advance, gamma=gamma)
+    rewards = run.reward_at(run.config.gamma if gamma is None else gamma)(x_0, labels, cond)
     return PolicyPaths(ranks.broadcast(lambda: rewards), x_0, kl, log_ratio)
 
 
@@ -253,32 +258,41 @@ def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = 
     """Evaluate the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
 
     The certificate is of the training chain. With several controls each of the `partial_choices` is evaluated as well,
-    on half the paths. J is also compared with that of the untrained control on the same noise, if that is asked for.
+    and of a control for several γ each other γ, on half the paths. If that is asked for, J is also compared with that of
+    the untrained control on the same noise.
     """
     x_prior = prior_samples(run, run.config.evaluation.prior_samples, "prior samples for log Z", phase)
     of_prior = run.second_opinion.measure(x_prior, run.conditions)
-    evaluation = evaluate_on(run, run.conditions, x_prior, of_prior, n, "paths to certify", phase, against_untrained)
+    evaluation = evaluate_on(run, run.conditions, x_prior, of_prior, n, "paths to certify", phase, None, against_untrained)
     clip = getattr(run.prior.denoiser, "clip", None)
     evaluation.clipped = None if clip is None else float((x_prior.abs() >= clip).float().mean())
     for names in partial_choices(run):
         purpose, conditions = f"paths with {' and '.join(names)} alone", run.conditions_on(names)
         evaluation.parts[names] = evaluate_on(run, conditions, x_prior, of_prior, n // 2, purpose, phase)
+    at: dict[float, Evaluation] = {}
+    for gamma in run.config.trained_gammas[1:]:
+        purpose = f"paths at γ = {gamma:g}"
+        at[gamma] = evaluate_on(run, run.conditions, x_prior, of_prior, n // 2, purpose, phase, gamma)
+    evaluation.gammas = dict(sorted({run.config.gamma: evaluation, **at}.items())) if at else {}
     return evaluation
 
 
 def evaluate_on(
     run: Run, conditions: Conditions, x_prior: Tensor, of_prior: Observation, n: int, purpose: str, phase: Phase,
-    against_untrained: bool = False,
+    gamma: float | None = None, against_untrained: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate the policy with some of its controls; `of_prior` is of the prior's samples x_prior (G · M, *)."""
-    members = len(x_prior) // conditions.groups
-    arguments = run, conditions, repeats_of(n, conditions), purpose, phase
+    """Evaluate the policy with some of its controls at γ, None for the run's.
+
+    `of_prior` is of the prior's samples x_prior (G · M, *).
+    """
+    gamma, members = run.config.gamma if gamma is None else gamma, len(x_prior) // conditions.groups
+    arguments = run, conditions, repeats_of(n, conditions), purpose, phase, gamma
     rewards, x_0, kl, log_ratio = policy_paths(*arguments)
     gained = None
     if against_untrained:
         untrained = policy_paths(*arguments, untrained=True)
         gained = Gain.from_paths(rewards - log_ratio, untrained.rewards - untrained.log_ratio)
-    table = prior_table(run.reward, conditions, x_prior)
+    table = prior_table(run.reward_at(gamma), conditions, x_prior)
     # the prior ignores y: an equal share of its samples stands for each y
     share = members // conditions.classes
     uncontrolled = (torch.arange(len(x_prior)).view(-1, members)[:, : share * conditions.classes]).flatten()
@@ -294,7 +308,8 @@ def evaluate_on(
     }
     certificate = certify(conditions, table, rewards, kl, log_ratio)
     warn_if_outside(scores["prior"], scores["ctrl"])
-    return Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled, gained=gained)
+    slope = Slope.at(gamma, table, rewards) if run.config.gammas else None
+    return Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled, slope=slope, gained=gained)
 
 
 @torch.no_grad()

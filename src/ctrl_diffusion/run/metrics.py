@@ -16,7 +16,7 @@ from .measure import Measurements
 from .run import Run
 
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
-OPTIONAL = ("controls", "scale", "dependence", "strength", "steps")  # left out where they are None
+OPTIONAL = ("controls", "gammas", "scale", "dependence", "strength", "steps")  # left out where they are None
 
 
 @dataclass
@@ -39,6 +39,7 @@ class RunMetrics:
     verdict: dict[str, Any]
     accuracy_by: str  # "ruler" or "judge", which measured y
     controls: dict[str, Any] | None  # only of several
+    gammas: list[dict[str, Any]] | None  # the certificate along γ, of controls for several γ
     prior: dict[str, Any]
     target: dict[str, Any]
     ctrl: dict[str, Any]
@@ -65,7 +66,7 @@ class RunMetrics:
             learned=verdict.learned,
             verdict=verdict.metrics(),
             accuracy_by=run.accuracy_by,
-            **{"controls": None, **evaluation.metrics()},
+            **{"controls": None, "gammas": None, **evaluation.metrics()},
             scale={name: scale_metrics(*pair) for name, pair in measurements.scales.items()} or None,
             dependence=start.dependence or None,
             training={

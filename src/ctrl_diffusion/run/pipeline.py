@@ -40,7 +40,7 @@ class ControlledPipeline(DiffusionPipeline):
     """Sample p(x | c, y): `pipe("a horse", controls={"texture": "checks"}, control_strength=1.2)`.
 
     `base` is the class of the pipeline the controls were trained on, with its scheduler, its flags (such as what SDXL
-    takes for no text) and its parts, by the names in PARTS; `chain` is the run's: steps, sigma_end, time_power,
+    takes for no text) and its parts, by the names in PARTS; `chain` is the run's: steps, sigma_end, time_power, gamma,
     guidance, negative_prompt, size, unconditional, controls; `id2label` names the classes.
     """
 
@@ -70,7 +70,7 @@ class ControlledPipeline(DiffusionPipeline):
             prior = prior.unconditional() if chain["unconditional"] else prior
             folder = self._folder() / CONTROLS
             controls = [load_control(folder / name, prior.denoiser, "Export it again.") for name in chain["controls"]]
-            self._ready = prior, Policy(prior.denoiser, *controls)
+            self._ready = prior, Policy(prior.denoiser, *controls, gamma=chain.get("gamma", 1.0))
         return self._ready
 
     def _parts(self) -> Any:
@@ -97,21 +97,25 @@ class ControlledPipeline(DiffusionPipeline):
         control_strength: float = 1.0, class_labels: Sequence[int | str] | int | str | None = None,
         num_images_per_prompt: int = 1, num_inference_steps: int | None = None,
         generator: torch.Generator | None = None, output_type: str = "pil", return_dict: bool = True,
+        control_gamma: float | None = None,
     ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Draw samples.
 
         Args:
             prompt: or prompts, of a model that is given text.
             controls: name → value, as `ctrl sample --set` takes them; one left out is null.
-            control_strength: 0 the prior, 1 as trained, more extrapolates.
+            control_strength: w, 0 the prior, 1 as trained, more extrapolates; two evaluations a step but at 0 and 1.
             class_labels: of a model that is given classes, by number or name.
             num_images_per_prompt: of each prompt or class.
             num_inference_steps: of the reverse process; as trained if None.
             generator: of all noise.
             output_type: "pil", "np" (n, H, W, C) or "pt" (n, C, H, W), the last two in [0, 1].
+            return_dict: an `ImagePipelineOutput`, else a tuple.
+            control_gamma: γ of the target, of controls trained for several; one evaluation a step; as trained if None.
 
         Raises:
-            ValueError: an unknown control, value or class; a prompt or class missing or not wanted.
+            ValueError: an unknown control, value or class; a prompt or class missing or not wanted; a γ that a control
+                was not trained for.
         """
         prior, policy = self._opened()
         condition, other = (prompt, class_labels) if prior.text else (class_labels, prompt)
@@ -128,7 +132,7 @@ class ControlledPipeline(DiffusionPipeline):
         steps, focus = num_inference_steps or chain["steps"], chain.get("focus")  # exports of 0.1 have none
         times = prior.denoiser.times(steps, chain["sigma_end"], chain["time_power"], focus)
         x_1 = normal((n, *policy.shape), policy, generator)
-        options = {"cond": cond, "labels": labels or None, "strength": control_strength}
+        options = {"cond": cond, "labels": labels or None, "strength": control_strength, "gamma": control_gamma}
         x_0 = rollout(policy, x_1, times, generator=generator, **options).x_0
         images = formatted(prior.decode(x_0).clamp(-1, 1), output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)

@@ -70,6 +70,7 @@ class Run:
     prior_outside: float = BEYOND
 
     def __post_init__(self) -> None:
+        self.policy.gamma = self.config.gamma
         for panel in self.panels.values():
             panel.to(self.prior.denoiser.device)
 
@@ -148,7 +149,8 @@ class Run:
     def training_conditions(self) -> Conditions:
         """All pairs (c, y) to train on: labels may be null, but where a control is being added not those of the new."""
         fixed = [name for name in self.names if self.policy.controls[name].fixed]
-        return Conditions.for_training(self.conditions.cond, self.conditions.controls, fixed)
+        conditions = self.conditions
+        return Conditions.for_training(conditions.cond, conditions.controls, fixed, self.config.trained_gammas)
 
     def conditions_on(self, names: Sequence[str]) -> Conditions:
         """Return all pairs (c, y) with labels for some of the controls."""
@@ -167,7 +169,7 @@ class Run:
     @classmethod
     def start(cls, config: Config, prior: Prior, panels: dict[str, Panel]) -> "Run":
         """Begin a run: its controls are untrained, except those that were trained in another run and stay fixed."""
-        controls = []
+        controls, gammas = [], config.trained_gammas
         lora = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
         for i, control in enumerate(config.controls):
             name = control.name
@@ -179,6 +181,7 @@ class Run:
             else:
                 interval = None if isinstance(control.interval, str) else control.interval
                 settings = {"seed": config.seed + i, "scale": panels[name].space.scale, "interval": interval, **lora}
+                settings["gammas"] = (min(gammas), max(gammas)) if gammas else None
                 controls.append(LoRAControl(name, panels[name].values, prior.denoiser, **settings))
         return cls(config, prior, Policy(prior.denoiser, *controls), panels)
 
@@ -214,6 +217,7 @@ class Run:
     def sample(
         self, y: Tensor | Labels, c: Tensor | None = None, strength: float = 1.0, steps: int | None = None,
         generator: torch.Generator | None = None, exact: bool = False, phase: Phase = silent, latents: bool = False,
+        gamma: float | None = None,
     ) -> Tensor:  # fmt: skip
         """Draw samples (n, C, H, W) in [−1, 1] of p(x | c, y); images, also of a latent model.
 
@@ -223,18 +227,22 @@ class Run:
         Args:
             y: (n,) classes of the control, −1 for uncontrolled; of several controls by name, one left out is null.
             c: (n,) classes of the prior, needed unless it is unconditional.
-            strength: 0 is the prior, 1 the trained policy, more extrapolates.
+            strength: 0 is the prior, 1 the trained policy, more extrapolates; two evaluations a step but at 0 and 1.
             steps: of the reverse process; the training chain's if None.
             generator: of all noise; the run's seed if None.
             exact: draw many paths and keep some by their importance weights, exact in the limit of many for the chain
                 that is sampled (`resample.exact_samples`).
             phase: told of progress.
             latents: return the chain's own x_0 (n, *), not the images decoded from it.
+            gamma: γ of the target, of a run with `gammas`: one evaluation a step at any; the run's if None.
 
         Raises:
-            ValueError: c or y out of range, of different lengths, or c missing or not wanted; too few paths count for
-                an exact sample.
+            ValueError: c or y out of range, of different lengths, or c missing or not wanted; a γ the controls were not
+                trained for; too few paths count for an exact sample.
         """
+        gamma = self.config.gamma if gamma is None else gamma
+        for control in self.policy.controls.values():
+            control.check_gamma(gamma, self.config.gamma)
         classes = self.prior.classes
         if (c is None) != (classes is None):
             wants = "is unconditional: leave c out" if classes is None else f"needs c, classes 0 … {classes - 1}"
@@ -252,8 +260,9 @@ class Run:
         cond, n = {} if c is None else {"c": c}, counts.pop()
         if exact:
             with self.policy.base.full_precision():  # or the weights would be those of rounding errors
-                x_0, _ = exact_samples(self.policy, self.reward, times, generator, labels, cond, strength, phase)
+                arguments = self.reward_at(gamma), times, generator, labels, cond, strength, phase
+                x_0, _ = exact_samples(self.policy, *arguments, gamma)
         else:
             progress = phase("sampling", n)
-            x_0 = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress).x_0
+            x_0 = paths(self.policy, n, times, generator, cond, labels, strength, progress=progress, gamma=gamma).x_0
         return x_0 if latents else self.images(x_0).clamp(-1, 1)

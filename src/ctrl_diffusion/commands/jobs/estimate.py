@@ -148,7 +148,8 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     conditions, e, steps = run.conditions, config.evaluation, config.steps
     chain, compared = steps + 1, 2 * steps + 1  # a read-out ends every path
     certified = repeats_of(e.paths, conditions) * conditions.pairs
-    certified += sum(repeats_of(e.paths // 2, c) * c.pairs for c in map(run.conditions_on, partial_choices(run)))
+    halves = [*map(run.conditions_on, partial_choices(run)), *[conditions] * len(config.trained_gammas[1:])]
+    certified += sum(repeats_of(e.paths // 2, c) * c.pairs for c in halves)
     swept = sum(1 + (1 if w in (0.0, 1.0) else 2) * steps for w in STRENGTHS) + sum(k + 1 for k in step_counts(run))
     fixed = any(control.fixed for control in run.policy.controls.values())
     untrained = repeats_of(e.paths, conditions) * conditions.pairs * (compared if fixed else chain)

@@ -49,8 +49,8 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         write_text(out / f"{name}.py", text)
     shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
     write_text(out / "README.md", model_card(folder, run, index["_class_name"]))
-    chain = {"steps", "sigma_end", "time_power", "guidance", "negative_prompt", "size", "unconditional"}
     focus = None if isinstance(config.focus, str) else config.focus
+    chain = {"steps", "sigma_end", "time_power", "gamma", "guidance", "negative_prompt", "size", "unconditional"}
     about = {
         **parts,
         "_class_name": ["pipeline", "ControlledPipeline"],

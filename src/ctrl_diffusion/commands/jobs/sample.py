@@ -48,7 +48,7 @@ def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
 
 def sample_job(
     run: Run, out: Path, settings: list[str], c: str | None, n: int, strength: float = 1.0, steps: int | None = None,
-    seed: int = 0, exact: bool = False, options: JobOptions = DEFAULT,
+    seed: int = 0, exact: bool = False, options: JobOptions = DEFAULT, gamma: float | None = None,
 ) -> None:  # fmt: skip
     """Write n samples, a sheet of them (`grid.png`) and the settings they were drawn with (`sample.json`)."""
     y = {name: torch.full((n,), value) for name, value in parse_settings(run, settings).items()}
@@ -69,12 +69,12 @@ def sample_job(
     ranks.broadcast(lambda: check_output(out, SAMPLE_FILES[-1], options.overwrite))
     generator = torch.Generator().manual_seed(seed)
     sampling = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": options.phase}
-    x_0 = run.sample(y, **sampling, **cond, latents=True)
+    x_0 = run.sample(y, **sampling, **cond, latents=True, gamma=gamma)
     images = run.images(x_0)
     outside, images = outside_share(run, x_0, images), images.clamp(-1, 1)
     request = {
         "set": settings, "class": c, "n": n, "strength": strength, "steps": steps or run.config.steps, "seed": seed,
-        "exact": exact, "outside_support": outside,
+        "exact": exact, "outside_support": outside, **({} if gamma is None else {"gamma": gamma}),
     }  # fmt: skip
 
     def write() -> None:
