@@ -5,6 +5,7 @@ python bench/figures.py NAME [SEED …]        (the seeds of the table below if 
 demo, digit, ink,slant   `ctrl demo` with peak memory (ten minutes a seed on two quiet cores; ink,slant half an hour)
 add     a control that `ctrl add` adds later, against two trained together (three quarters of an hour a seed)
 scale   ink as a number: values asked for against those measured (ten minutes a seed)
+gamma   ink for several γ: the gap at each over the gap at 1, and beside a run of γ = 1 alone (twenty minutes a seed)
 own     an unknown pipeline, of examples/textures.py, all settings the defaults (half an hour)
 text    a text-to-image pipeline, of examples/text_digits.py, and ink (three quarters of an hour)
 exact   the testbed: every learner where the conditional is known (an hour)
@@ -109,6 +110,23 @@ def write_measured_ink(folder: Path, seed: int) -> None:
 
 def scale_row(folder: Path, seed: int) -> Metrics:
     return {"seed": seed, **select(metrics_of(folder, seed), "scale prior target ctrl certificate classifier")}
+
+
+def write_gammas(folder: Path, seed: int) -> None:
+    (folder / "gammas.yaml").write_text(yaml.safe_dump({"gammas": [0.5, 1, 2, 4]}))
+
+
+def gamma_row(folder: Path, seed: int) -> Metrics:
+    """Return the certificate along γ, each gap over that at γ = 1, and that over the gap of the run of γ = 1 alone."""
+    several, single = metrics_of(folder, seed), read_json(folder / "single" / "metrics.json")
+    gaps = {row["gamma"]: row["gap_nats"] for row in several["gammas"]}
+    return {
+        "seed": seed,
+        "gap_over_gap_at_1": {f"{gamma:g}": round(gap / gaps[1.0], 3) for gamma, gap in gaps.items()},
+        "gap_over_single": round(gaps[1.0] / single["certificate"]["gap_nats"], 3),
+        **select(several, "gammas ctrl target seconds"),
+        "single": select(single, "ctrl certificate seconds"),
+    }
 
 
 def own_metrics(folder: Path, seed: int) -> Metrics:
@@ -224,6 +242,14 @@ TABLE = {
     "scale": Figures(
         ("ctrl train --config {out}/scale.yaml --out {out}/run --quiet",),
         ("scale", scale_row), {"run/scale-ink.png": "scale.png"}, (0, 1, 2), write_measured_ink, "seed scale",
+    ),
+    "gamma": Figures(
+        (
+            "ctrl demo --controls ink --seed {seed} --out {out}/single",
+            "ctrl demo --controls ink --seed {seed} --config {out}/gammas.yaml --out {out}/run",
+        ),
+        ("gamma", gamma_row), {"run/gammas.png": "gammas.png"}, (0,), write_gammas,
+        "seed gap_over_gap_at_1 gap_over_single gammas",
     ),
     "own": Figures(
         (

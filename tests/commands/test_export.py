@@ -186,6 +186,36 @@ def test_an_exported_control_keeps_to_its_interval(finished, tmp_path, strength)
     assert torch.equal((sampled + 1) / 2, once)
 
 
+def test_an_exported_control_takes_every_gamma_it_was_made_for(finished, tmp_path):
+    """The run's own by default, and any other within its range, as the run samples it."""
+    run, _ = run_on("SD 1", finished, tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"gamma": 2.0, "gammas": [0.5, 4]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    control = LoRAControl("dark", ("no", "yes"), Prior.from_pretrained(tmp_path / "prior").denoiser, 2, gammas=(0.5, 4))
+    with torch.no_grad():
+        for i, p in enumerate([control.table.weight, *control.of_gamma.parameters()]):
+            p[:-1] += torch.randn(p[:-1].shape, generator=torch.Generator().manual_seed(i))
+    control.save(run / "control")
+    export(run, tmp_path / "out")
+    pipe, y = opened(tmp_path / "out"), torch.ones(2, dtype=torch.long)
+
+    def drawn(gamma=None):
+        noise = torch.Generator().manual_seed(3)
+        options = {"num_images_per_prompt": 2, "output_type": "pt", "generator": noise, "control_gamma": gamma}
+        return pipe("two", controls={"dark": "yes"}, **options).images
+
+    assert torch.equal(drawn(), drawn(2.0))
+    assert (drawn() - drawn(0.5)).abs().max() > 1e-3
+    for gamma in (None, 0.5, 3.0):
+        sampled = Run.load(run).sample(y, y, generator=torch.Generator().manual_seed(3), gamma=gamma)
+        assert torch.equal((sampled + 1) / 2, drawn(gamma))
+    with pytest.raises(ValueError, match=r"trained for γ = 0\.5 … 4, got 8"):
+        drawn(8.0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "control_gamma=" in card
+    assert "0.5 to 4" in card
+
+
 @pytest.mark.parametrize("alpha", [None, 8.0])
 def test_the_adapter_alone_is_what_diffusers_loads(finished, tmp_path, alpha):
     """`load_lora_weights` of the pipeline the run was trained on gives its layers W + BA, scaled by α over the rank."""

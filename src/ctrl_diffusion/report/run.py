@@ -129,6 +129,37 @@ def sweep_figure(sweep: dict[str, list[SweepPoint]], target_accuracy: float, tra
     return figure
 
 
+def gammas_figure(rows: list[dict[str, Any]], trained: float) -> Figure:
+    """Plot accuracy, adherence and diversity over γ, and the gap: the rows are those of `Evaluation.metrics_at`."""
+    lines = {
+        "accuracy": ("accuracy", CTRL, "o"), "still the class requested": ("class_accuracy", "#444", "s"),
+        "diversity / target’s": ("diversity_ratio", "#c2661c", "^"),
+    }  # fmt: skip
+    x = [row["gamma"] for row in rows]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for name, (key, colour, marker) in lines.items():
+            if (y := [row[key] for row in rows]) and None not in y:
+                panels[0].plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
+        style = {"color": CTRL, "linewidth": 0.8, "linestyle": "--", "zorder": 0}
+        panels[0].plot(x, [row["target_accuracy"] for row in rows], **style, label="target’s accuracy")
+        panels[0].set_ylim(bottom=0)
+        errors = [2 * row["gap_stderr"] for row in rows]
+        panels[1].errorbar(x, [row["gap_nats"] for row in rows], errors, color=CTRL, marker="o", markersize=3.5)
+        panels[1].set_ylim(bottom=min(0, panels[1].get_ylim()[0]))
+        for axes, title in zip(panels, ("γ of the target", "Gap (nats) ± 2 s.e."), strict=True):
+            axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, [f"{gamma:g}" for gamma in x])
+            axes.minorticks_off()
+            axes.set(xlabel="γ")
+            headline(axes, f"{title} (grey: the run’s)")
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
 def plane_figure(run: Run, x: Tensor) -> Figure:
     """Draw the samples of `measure.plane`."""
     (first, rows), (second, columns) = [(n, run.policy.controls[n].values) for n in run.names[:2]]
@@ -166,6 +197,8 @@ def write_report(
         "confusion": confusion_figure(evaluation.ctrl.confusion, values, *axes, "Confusion of CTRL, %"),
         "sweep": sweep_figure(metrics.sweep, evaluation.target.accuracy, run.config.steps),
     }
+    if metrics.gammas:
+        figures["gammas"] = gammas_figure(metrics.gammas, run.config.gamma)
     for name, scale in measurements.scales.items():
         figures[f"scale-{name}"] = scale_figure(scale, run.policy.controls[name].values, name)
     if samples.plane is not None:
