@@ -1,4 +1,4 @@
-"""A control for several γ takes γ beside y: one evaluation at any, null labels untouched, at γ = 1 what it is without."""
+"""A control for several γ takes γ beside y: one evaluation at any, null untouched, at γ = 1 what it is without."""
 
 import json
 

@@ -77,7 +77,8 @@ def test_samples_are_drawn_at_a_gamma(finished, tmp_path, ctrl_here):
         folder = tmp_path / name
         done = ctrl_here("sample", run, "--set", "ink=4", "-n", 2, "--quiet", "--out", folder, *options)
         assert done.returncode == 0, done.stderr
-        return [(folder / f"0000{i}.png").read_bytes() for i in range(2)], json.loads((folder / "sample.json").read_text())
+        pictures = [(folder / f"0000{i}.png").read_bytes() for i in range(2)]
+        return pictures, json.loads((folder / "sample.json").read_text())
 
     plain, request = drawn(finished, "plain")
     assert "gamma" not in request
