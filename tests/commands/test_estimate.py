@@ -122,8 +122,9 @@ def test_the_probes_said_are_those_made(data, panel, updates, probes):
     assert probes_of(job.config) == made
 
 
+@pytest.mark.parametrize("gammas", [None, [0.5, 1, 2]])
 @pytest.mark.filterwarnings("ignore:log Z")
-def test_the_evaluations_of_samples_are_those_made(digits):
+def test_the_evaluations_of_samples_are_those_made(digits, gammas):
     """Rows that go through the network while samples, probes and certificate are drawn."""
 
     class Even:
@@ -140,7 +141,8 @@ def test_the_evaluations_of_samples_are_those_made(digits):
         def to(self, device):
             return self
 
-    config = Config.from_values({**TINY, "data": "-", "classes": [3, 7], "learners": ["weighted", "adjoint"]})
+    settings = {"data": "-", "classes": [3, 7], "learners": ["weighted", "adjoint"], "gammas": gammas}
+    config = Config.from_values({**TINY, **settings})
     names = ("ink", "slant")
     config = config.with_(controls=[config.controls[0].model_dump() | {"name": name, "ruler": name} for name in names])
     values = {name: rulers.VALUES[name] for name in names}
