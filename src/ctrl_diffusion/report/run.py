@@ -148,7 +148,7 @@ def gammas_figure(rows: list[dict[str, Any]], trained: float) -> Figure:
         errors = [2 * row["gap_stderr"] for row in rows]
         panels[1].errorbar(x, [row["gap_nats"] for row in rows], errors, color=CTRL, marker="o", markersize=3.5)
         panels[1].set_ylim(bottom=min(0, panels[1].get_ylim()[0]))
-        for axes, title in zip(panels, ("γ of the target", "Gap (nats) ± 2 s.e."), strict=True):
+        for axes, title in zip(panels, ("Samples at γ", "Gap (nats) ± 2 s.e."), strict=True):
             axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
             axes.set_xscale("log", base=2)
             axes.set_xticks(x, [f"{gamma:g}" for gamma in x])
