@@ -14,10 +14,11 @@ from ..evaluate.evaluation import Evaluation
 from ..evaluate.verdict import Verdict
 from ..learn.weighted import RENOISING
 from ..run.folder import RunFolder
-from ..run.measure import Measurements, PictureSamples, ScaleSamples, columns_of
+from ..run.measure import Measurements, ScaleSamples
 from ..run.metrics import RunMetrics, SweepPoint
 from ..run.run import Run
 from .classifier import confusion_figure
+from .pictures import PictureSamples, columns_of
 from .style import CTRL, QUIET, STYLE, distinct_endings, embedded, headline, render, shortened, show_grid
 
 
@@ -161,7 +162,7 @@ def gammas_figure(rows: list[dict[str, Any]], trained: float) -> Figure:
 
 
 def plane_figure(run: Run, x: Tensor) -> Figure:
-    """Draw the samples of `measure.plane`."""
+    """Draw the samples of `pictures.plane`."""
     (first, rows), (second, columns) = [(n, run.policy.controls[n].values) for n in run.names[:2]]
     across = x.shape[2]
     with matplotlib.rc_context(STYLE):

@@ -263,7 +263,9 @@ def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = 
     """
     x_prior = prior_samples(run, run.config.evaluation.prior_samples, "prior samples for log Z", phase)
     of_prior = run.second_opinion.measure(x_prior, run.conditions)
-    evaluation = evaluate_on(run, run.conditions, x_prior, of_prior, n, "paths to certify", phase, None, against_untrained)
+    evaluation = evaluate_on(
+        run, run.conditions, x_prior, of_prior, n, "paths to certify", phase, None, against_untrained
+    )
     clip = getattr(run.prior.denoiser, "clip", None)
     evaluation.clipped = None if clip is None else float((x_prior.abs() >= clip).float().mean())
     for names in partial_choices(run):
@@ -360,52 +362,3 @@ def outside_share(run: Run, x_0: Tensor, images: Tensor) -> float | None:
         advice = "there p̂ has seen no labels. Compare the judge in report.html."
         warnings.warn(f"{text} {usual:.0%}: {advice}", RuntimeWarning, stacklevel=2)
     return share
-
-
-class PictureSamples(NamedTuple):
-    """Hold the samples that the pictures of a run show (see `same_noise` and `plane`); ranks draw them together."""
-
-    prior: Tensor
-    ctrl: Tensor
-    plane: Tensor | None  # None with one control
-
-    @classmethod
-    def from_run(cls, run: Run) -> "PictureSamples":
-        """Draw them."""
-        prior, ctrl = (same_noise(run, strength, columns_of(run)) for strength in (0.0, 1.0))
-        return cls(prior, ctrl, plane(run) if len(run.names) > 1 else None)
-
-
-def columns_of(run: Run) -> int:
-    """Return the columns of the grid of samples: the prior's classes, ten at most, or ten draws without classes."""
-    return 10 if run.config.classes is None else min(10, len(run.config.classes))
-
-
-def same_noise(run: Run, strength: float, columns: int) -> Tensor:
-    """Draw samples for every y and column, columns running fastest; a column has the same noise for every y.
-
-    Columns are the prior's classes in turn, or draws of an unconditional prior.
-    """
-    classes = run.config.classes
-    cond = {} if classes is None else {"c": torch.tensor(classes)[torch.arange(columns) % len(classes)]}
-    conditions, rows = run.conditions, []
-    for labels in conditions.combinations:
-        y = {name: label.expand(columns) for name, label in zip(conditions.controls, labels, strict=True)}
-        rows.append(run.sample(y, strength=strength, generator=stream(run.config.seed, "grid"), **cond))
-    return torch.cat(rows)
-
-
-def plane(run: Run, across: int = 4) -> Tensor:
-    """Draw `across` samples for each pair of values of the first two controls, each also left out (which comes first).
-
-    All pairs have the same noise and, if the prior has classes, the middle one of those trained. Shape of the result:
-    (1 + classes of the first, 1 + of the second, across, C, H, W).
-    """
-    (first, rows), (second, columns) = [(n, len(run.policy.controls[n].values)) for n in run.names[:2]]
-    classes, samples = run.config.classes, []
-    cond = {} if classes is None else {"c": torch.full((across,), classes[len(classes) // 2])}
-    for i in range(NULL, rows):
-        for j in range(NULL, columns):
-            y = {first: torch.full((across,), i), second: torch.full((across,), j)}
-            samples.append(run.sample(y, generator=stream(run.config.seed, "plane"), **cond))
-    return torch.cat(samples).unflatten(0, (-1, columns + 1, across))

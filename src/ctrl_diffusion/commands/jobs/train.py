@@ -13,13 +13,14 @@ from ...data.labelled import LabelledImages, write_imagefolder
 from ...learn.budget import seconds_in
 from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
+from ...report.pictures import PictureSamples
 from ...report.run import write_report
 from ...reward.classifiers import fit_panel
 from ...reward.panel import Panel
 from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
 from ...run.defaults import quick
 from ...run.folder import CLASSIFIER_FILES, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
-from ...run.measure import Measurements, PictureSamples, find_intervals, lower_gamma, probe
+from ...run.measure import Measurements, find_intervals, lower_gamma, probe
 from ...run.metrics import RunMetrics
 from ...run.prepare import (
     ControlInputs,
@@ -332,6 +333,8 @@ def reopen(folder: RunFolder, options: JobOptions) -> tuple[Run, TrainingState, 
             loaded.policy.controls[control.name].fix()
     kept, repeats = loaded.policy.snapshot(), probe_paths(loaded) // loaded.training_conditions.pairs
     run = Run.start(config, configured(open_prior(config.prior, config.size), config), loaded.panels)
+    for name, control in run.policy.controls.items():
+        control.interval = loaded.policy.controls[name].interval
     *records, record = map(json.loads, folder.log.read_text(encoding="utf-8").splitlines())
     best = BestControl(run.policy, probe(run, repeats).figures["J"])
     with run.policy.holding(kept):
