@@ -93,7 +93,7 @@ def test_weights_are_those_of_each_gamma(monkeypatch):
     policy = policy_of()
     reward, conditions = Reward({"y": ComponentLabel(policy.base)}), Conditions({}, {"y": 2}, gammas=GAMMAS)
     learner, drawn = learner_of("weighted", policy), []
-    monkeypatch.setattr(weighted, "regression", lambda *given: iter([drawn.append((given[1], given[2], given[-1]))]))
+    monkeypatch.setattr(weighted, "regression", lambda *given: iter([drawn.append((given[1], given[3], given[-1]))]))
     stream = learner(policy, reward, conditions, torch.Generator().manual_seed(0))
     for _ in range(300):
         next(stream)

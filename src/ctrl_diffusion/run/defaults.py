@@ -21,10 +21,8 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     """
     dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
-    cache, warm = (
-        max(100, min(10_000 // groups, max(1000, 300 * classes))),
-        max(min(700, 400 + 20 * pairs), min(2000, 150 * classes)),
-    )
+    cache = max(100, min(10_000 // groups, max(1000, 300 * classes)))
+    warm = max(min(700, 400 + 20 * pairs), min(2000, 150 * classes))
     states = max(1, min(40, MOST_NUMBERS // (cache * groups * dimensions)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = Adjoint.Settings()

@@ -258,8 +258,8 @@ def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = 
     """Evaluate the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
 
     The certificate is of the training chain. With several controls each of the `partial_choices` is evaluated as well,
-    and of a control for several γ each other γ, on half the paths. If that is asked for, J is also compared with that of
-    the untrained control on the same noise.
+    and of a control for several γ each other γ, on half the paths. J is also compared with that of the untrained
+    control on the same noise, if that is asked for.
     """
     x_prior = prior_samples(run, run.config.evaluation.prior_samples, "prior samples for log Z", phase)
     of_prior = run.second_opinion.measure(x_prior, run.conditions)
