@@ -1,5 +1,6 @@
 """Hold the figures of a finished run under the names of metrics.json."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -97,9 +98,15 @@ class RunMetrics:
 def verdict_of(
     evaluation: Evaluation, classifiers: dict[str, dict[str, Any]], records: Sequence[dict[str, Any]], cut: bool
 ) -> Verdict:
-    """Judge a trained control by its evaluation and its log, whose last record is the kept control's probe."""
-    climbing, learned = last_climb(records), evaluation.gained.is_clear
-    accuracies = evaluation.prior.accuracy, evaluation.target.accuracy
+    """Judge a trained control by its evaluation and its log, whose last record is the kept control's probe.
+
+    It has learned if J rose, and if more samples have y than without control, unless p̂ lets even a perfect learner's
+    have no more: the surest misses alone may become less sure, which raises J.
+    """
+    climbing, accuracies = last_climb(records), (evaluation.prior.accuracy, evaluation.target.accuracy)
+    error = math.hypot(evaluation.prior.accuracy_stderr, evaluation.ctrl.accuracy_stderr)
+    right = evaluation.ctrl.accuracy - accuracies[0] > error or accuracies[1] - accuracies[0] <= error
+    learned = evaluation.gained.is_clear and right
     causes = likely_causes(classifiers, accuracies, climbing is not None, cut, evaluation.clipped)
     return Verdict(learned, evaluation.gained, climbing, [] if learned else causes, cut)
 
