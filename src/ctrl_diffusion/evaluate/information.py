@@ -22,7 +22,7 @@ from ..chain.noise import normal
 from ..chain.rollout import Times
 from ..chain.transition import step
 
-DECIDED, UNDECIDED = 0.97, 0.02  # shares of the information behind and before which a control is silent
+DECIDED, UNDECIDED = 0.95, 0.02  # shares of the information behind and before which a control is silent
 FOLDS, FLOOR = 4, -12.0  # of the cross-validation; of a log-probability that is a feature, in nats
 LEAST = 0.05  # nats about y, below which nothing is decided anywhere
 
