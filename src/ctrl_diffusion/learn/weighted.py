@@ -2,10 +2,12 @@
 
 Draw paths from the prior once; for each (c, y) and γ draw from them by weight w = p̂(y | x_0)^γ and regress the denoiser
 at a state x_t on the way, ½‖(x̂_g(x_t) − x_0)/σ_t‖². An update costs a plain training step and finds every mode (the
-cross-entropy method of stochastic control). The solution is E[x_0 | x_t, c, y], the least forward KL of paths.
+cross-entropy method of stochastic control). The solution is E[x_0 | x_t, c, y]; it minimises the forward KL of paths if
+the prior's chain is the reverse of adding noise.
 
-States may also be made by adding noise to x_0, which needs no memory. That is the same if the prior's chain is the
-reverse of the noising, and for a trained network it is not: the error shows as KL even at w ≡ 1.
+States may also be made by adding noise to x_0, which needs no memory. A trained prior does not reverse that exactly: its
+own paths decide y elsewhere and at other times, and states made by noise teach what does not happen on them. What is
+left of the error shows as KL even at w ≡ 1.
 
 The weight 1/σ_t² makes the loss the squared error of v, for diffusion and flow alike. The weights of the forward KL in
 nats have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is
@@ -49,7 +51,7 @@ class Weighted(Learner):
 
     Args:
         x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn; or paths with states, to learn
-            from these instead of x_0 with noise: what the prior's chain does is then learned with no error of its own.
+            from these instead of x_0 with noise.
         times, batch, options: see `Learner`.
         even: learn at w ≡ 1, where the effect of re-noising alone is left, the same for every label.
         learned_renoising: a snapshot of the controls after training at w ≡ 1, whose effect is subtracted; or None.
