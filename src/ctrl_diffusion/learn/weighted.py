@@ -5,9 +5,9 @@ at a state x_t on the way, ½‖(x̂_g(x_t) − x_0)/σ_t‖². An update costs 
 cross-entropy method of stochastic control). The solution is E[x_0 | x_t, c, y]; it minimises the forward KL of paths if
 the prior's chain is the reverse of adding noise.
 
-States may also be made by adding noise to x_0, which needs no memory. A trained prior does not reverse that exactly: its
-own paths decide y elsewhere and at other times, and states made by noise teach what does not happen on them. What is
-left of the error shows as KL even at w ≡ 1.
+States may also be made by adding noise to x_0, which needs no memory. A trained prior does not reverse that exactly:
+its own paths decide y elsewhere and at other times, and states made by noise teach what does not happen on them. What
+is left of the error shows as KL even at w ≡ 1.
 
 The weight 1/σ_t² makes the loss the squared error of v, for diffusion and flow alike. The weights of the forward KL in
 nats have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is
