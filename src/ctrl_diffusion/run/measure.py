@@ -25,6 +25,7 @@ from ..evaluate.verdict import Gain
 from ..reward.reward import prior_table
 from ..system import ranks
 from ..system.progress import Phase, silent
+from .config import Config
 from .run import Run, fits
 from .state import paired
 
@@ -121,7 +122,7 @@ def find_intervals(run: Run, phase: Phase = silent) -> None:
     wanted = [control for control in run.config.controls if control.interval == "auto"]
     if not wanted and run.config.focus != "auto":
         return
-    profiles = profiles_of(run, phase) if wanted and run.config.evaluation.paths >= LEAST_PROFILE_PATHS else {}
+    profiles = profiles_of(run, phase) if measures_intervals(run.config) else {}
     for name, profile in profiles.items():
         run.policy.controls[name].interval = profile.interval(run.prior.denoiser)
     intervals = {control.name: run.policy.controls[control.name].interval or "none" for control in wanted}
@@ -140,11 +141,22 @@ def lower_gamma(run: Run, budget: float, phase: Phase = silent) -> None:
     run.policy.gamma = run.config.gamma
 
 
+def measures_intervals(config: Config) -> bool:
+    """Return whether a training measures where y is decided: some interval is "auto", and enough paths are sampled."""
+    automatic = any(control.interval == "auto" for control in config.controls)
+    return automatic and config.evaluation.paths >= LEAST_PROFILE_PATHS
+
+
+def profile_paths(run: Run) -> int:
+    """Return how many paths of the prior that takes, equally many for each condition."""
+    groups = run.conditions.groups
+    return -(-(LATENT_PROFILE_PATHS if run.prior.latent else PROFILE_PATHS) // groups) * groups
+
+
 def profiles_of(run: Run, phase: Phase = silent) -> dict[str, Profile]:
     """Measure what the states of the prior's paths say about the label of each control whose interval is "auto"."""
-    latent, groups = run.prior.latent, run.conditions.groups
-    members = -(-(LATENT_PROFILE_PATHS if latent else PROFILE_PATHS) // groups)
-    group = torch.arange(groups).repeat_interleave(members)
+    groups = run.conditions.groups
+    group = torch.arange(groups).repeat_interleave(profile_paths(run) // groups)
     names = [control.name for control in run.config.controls if control.interval == "auto"]
     every = -(-(len(run.times) - 1) // MOST_PROFILE_STEPS)
     generator, advance = stream(run.config.seed, "profile"), phase("where y is decided", len(run.times) * len(group))

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from platform import python_version
 from typing import Any
 
+import torch
 from sklearn.metrics import r2_score
 from torch import Tensor
 
@@ -17,7 +18,15 @@ from .measure import Measurements
 from .run import Run
 
 PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "scikit-learn")
-OPTIONAL = ("controls", "gammas", "scale", "dependence", "strength", "steps")  # left out where they are None
+OPTIONAL = (
+    "controls",
+    "gammas",
+    "scale",
+    "dependence",
+    "intervals",
+    "strength",
+    "steps",
+)  # left out where they are None
 
 
 @dataclass
@@ -47,6 +56,7 @@ class RunMetrics:
     certificate: dict[str, Any]
     scale: dict[str, dict[str, float]] | None
     dependence: dict[str, Any] | None  # of the labels of two controls, if images have both
+    intervals: dict[str, dict[str, float]] | None  # where each control speaks, of controls that do not everywhere
     training: dict[str, Any]  # the kept control, and the last record of each stage
     sweep: dict[str, list[SweepPoint]]
     classifier: dict[str, Any]  # the held-out report of p̂, of several controls by their names
@@ -70,6 +80,7 @@ class RunMetrics:
             **{"controls": None, "gammas": None, **evaluation.metrics()},
             scale={name: scale_metrics(*pair) for name, pair in measurements.scales.items()} or None,
             dependence=start.dependence or None,
+            intervals=intervals_of(run) or None,
             training={
                 "kept": {"stage": last["stage"], "update": last["update"], "averaged": "averaged" in last},
                 "stages": [record for record in records[:-1] if "averaged" in record or "stopped" in record],
@@ -93,6 +104,21 @@ class RunMetrics:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON values of metrics.json."""
         return asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None or k not in OPTIONAL})
+
+
+def intervals_of(run: Run) -> dict[str, dict[str, float]]:
+    """Return the noise levels of each control that has an interval, and how many of the chain's steps lie inside."""
+    sigmas = torch.tensor([float(run.policy.schedule(t)[1]) for t in run.times[:-1]])
+    return {
+        name: {
+            "sigma_off": control.interval[0],
+            "sigma_on": control.interval[1],
+            "steps": int(control.speaks(sigmas).sum()),
+            "of_steps": len(sigmas),
+        }
+        for name, control in run.policy.controls.items()
+        if control.interval
+    }
 
 
 def verdict_of(

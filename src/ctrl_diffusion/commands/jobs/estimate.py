@@ -19,7 +19,14 @@ from ...reward.classifiers import BATCH, fit_panel
 from ...reward.panel import Panel
 from ...run.config import Config
 from ...run.defaults import quick
-from ...run.measure import STRENGTHS, partial_choices, repeats_of, step_counts
+from ...run.measure import (
+    STRENGTHS,
+    measures_intervals,
+    partial_choices,
+    profile_paths,
+    repeats_of,
+    step_counts,
+)
 from ...run.prepare import ControlInputs, PreparedTraining, encoder_of, prepare
 from ...run.run import Run
 from ...run.stages import ADDED, between_probes, budgeted, probe_paths, stages_of, train
@@ -156,6 +163,7 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     scales = sum(control.scale for control in run.policy.controls.values())
     counts = {
         "cache": ("weighted" in config.learners) * config.weighted.cache * conditions.groups * chain,
+        "where y is decided": profile_paths(run) * chain if measures_intervals(config) else 0,
         "probes": probes_of(config) * probe_paths(run) * compared,
         "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
         "certificate": certified * compared + untrained + scales * (e.paths // 2) * chain,
@@ -186,8 +194,7 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     kept = measure_kept(policy, prior)
     learners = [getattr(config, name) for name in config.learners]
     held, drawn = (
-        run.conditions.groups * one_x * (c.evaluation.prior_samples + c.weighted.cache * ("weighted" in c.learners))
-        for c in (config, run.config)
+        run.conditions.groups * one_x * (c.evaluation.prior_samples + cached_numbers(c)) for c in (config, run.config)
     )
     sizes = {
         "weights": weights + kept.weights,
@@ -202,6 +209,12 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     sizes |= {"images": sum(data.x.nbytes for data in images if isinstance(data.x, torch.Tensor)), "samples": held}
     total = most_needed() + held - drawn + run.config.evaluation.prior_samples * run.conditions.groups * one_x
     return {**sizes, "the rest": max(0, total - sum(sizes.values())), "all": total}
+
+
+def cached_numbers(config: Config) -> int:
+    """Count the tensors like x_0 that `weighted` keeps for each condition: ends of the prior's paths, and states."""
+    states = min(config.weighted.states, config.steps)
+    return config.weighted.cache * (1 + states) if "weighted" in config.learners else 0
 
 
 def most_needed() -> int:
