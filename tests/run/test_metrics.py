@@ -3,9 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.evaluate.verdict import Gain
-from ctrl_diffusion.run.metrics import verdict_of
+from ctrl_diffusion.exact.mixtures import GaussianMixture
+from ctrl_diffusion.exact.side_control import SideControl
+from ctrl_diffusion.run.metrics import intervals_of, verdict_of
 
 GOOD = {"ink": {"nll": 0.4, "chance_nll": 1.39}}
 
@@ -30,3 +34,17 @@ def evaluation(gain, prior, ctrl, target):
 )
 def test_a_control_has_learned_if_j_and_what_is_right_rose(gain, prior, ctrl, target, learned):
     assert verdict_of(evaluation(gain, prior, ctrl, target), GOOD, [{}, {}], False).learned is learned
+
+
+def test_intervals_are_reported_with_the_steps_inside():
+    schedule, times = RectifiedFlow(), (1.0, 0.8, 0.6, 0.4, 0.2, 0.05)  # σ = t
+    controls = {}
+    for name, interval in {"late": (0.0, 0.4), "early": (0.6, 1.0), "always": None}.items():
+        prior = GaussianMixture(torch.zeros(1, 2), 1.0, schedule)
+        controls[name] = SideControl(name, ("a", "b"), prior)
+        controls[name].interval = interval
+    run = SimpleNamespace(times=times, policy=SimpleNamespace(schedule=schedule, controls=controls))
+    assert intervals_of(run) == {
+        "late": {"sigma_off": 0.0, "sigma_on": 0.4, "steps": 2, "of_steps": 5},
+        "early": {"sigma_off": 0.6, "sigma_on": 1.0, "steps": 3, "of_steps": 5},
+    }
