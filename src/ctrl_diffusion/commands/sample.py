@@ -16,7 +16,7 @@ def sample(
         str | None, typer.Option("--class", help="The prior's class, or any prompt; left out, each.")
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
-    strength: Annotated[float, typer.Option(help="w: 0 the prior, 1 as trained, more extrapolates.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="w: 0 the prior, 1 as trained, or more.")] = 1.0,
     gamma: Annotated[float | None, typer.Option(help="γ, of a run with gammas; left out, the run's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
