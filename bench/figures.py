@@ -77,7 +77,11 @@ def write_two_datasets(folder: Path, seed: int) -> None:
         for kind, data in zip(("data", "judge_data"), pair, strict=True):
             write_imagefolder(folder / kind / control["name"], data)
             control = {**control, kind: f"{kind}/{control['name']}"}
-        settings = {**select(both, "prior classes weighted evaluation"), "seed": seed, "controls": [control]}
+        settings = {
+            **select(both, "prior classes weighted evaluation focus patience"),
+            "seed": seed,
+            "controls": [control],
+        }
         (folder / f"{control['name']}.yaml").write_text(yaml.safe_dump(settings))
 
 
@@ -104,7 +108,8 @@ def write_measured_ink(folder: Path, seed: int) -> None:
     (folder / "data" / "metadata.csv").write_text("\n".join(lines))
     classifier = {k: v for k, v in demo.SETTINGS["ink"]["controls"][0]["classifier"].items() if k != "head"}
     settings = {"prior": "digits", "control": "ink", "kind": "scale", "data": "data", "condition": "digit"}
-    settings |= {"ruler": "ink", "classifier": classifier, "seed": seed}
+    settings |= {"ruler": "ink", "interval": "none", "classifier": classifier, "seed": seed}
+    settings |= select(demo.SETTINGS["ink"], "weighted focus patience")
     (folder / "scale.yaml").write_text(yaml.safe_dump(settings))
 
 
@@ -136,10 +141,13 @@ def own_metrics(folder: Path, seed: int) -> Metrics:
 
 # less than the defaults: as much as a busy thread does in twenty minutes
 TEXT = {
+    "interval": "none",
+    "focus": "none",
+    "patience": None,
     "guidance": 1.0,
     "rank": 32,
     "classifier": {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 4000},
-    "weighted": {"updates": 500, "cache": 800, "renoising": 125},
+    "weighted": {"updates": 500, "cache": 800, "states": 0, "renoising": 125},
     "adjoint": {"updates": 260},
     "evaluation": {"prior_samples": 400, "paths": 1000, "probes": 5, "sweep_paths": 80},
 }

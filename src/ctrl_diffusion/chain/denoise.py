@@ -70,13 +70,6 @@ class Denoiser(nn.Module):
         """Return the steps 0 … N − 1 of a chain at which what is trained of it speaks, by the σ they begin at."""
         return torch.arange(len(times) - 1)
 
-    def error_scale(self, t: Tensor) -> Tensor:
-        """Return what errors of x̂ at times (B,) are multiplied by, for a loss that is even over the chain: (B,).
-
-        1/σ makes them errors of v, for diffusion and flow alike.
-        """
-        return 1 / self.schedule(t)[1]
-
     @contextmanager
     def unclipped(self) -> Iterator[None]:
         """Let x̂ inside be what the network says, where the chain clips it: saturated pixels then have a gradient."""

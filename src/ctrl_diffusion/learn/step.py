@@ -159,12 +159,11 @@ def regression(
 ) -> Iterator[Step]:  # fmt: skip
     """Regress x̂ at states on x_0 (n, *), this rank's share of a batch.
 
-    Yields ½‖(x̂ − x_0) · scale‖², `micro` rows at a time, with the scale in which the network's own error is even
-    (`Denoiser.error_scale`); the effect of re-noising is subtracted, if controls learned it. `gamma` is what
-    `Conditions.draw_gamma` drew for these rows.
+    Yields ½‖(x̂ − x_0)/σ_t‖², `micro` rows at a time; the effect of re-noising is subtracted, if controls learned it.
+    `gamma` is what `Conditions.draw_gamma` drew for these rows.
     """
     x_t, t = states
-    scale = policy.prior.error_scale(t)
+    sigma = policy.schedule(t)[1]
     for rows in parts(len(x_0), micro):
         x, target, row_cond = x_t[rows], x_0[rows], rows_of(cond, rows)
         inputs = {"labels": rows_of(labels, rows), **rows_of(gamma or {}, rows), **row_cond}
@@ -172,5 +171,5 @@ def regression(
             if learned_renoising is not None:
                 with torch.no_grad(), policy.holding(learned_renoising):
                     target = target - policy(x, t[rows], **inputs) + policy.prior(x, t[rows], **row_cond)
-            loss = half_square((policy(x, t[rows], **inputs) - target) * per_sample(scale[rows], x)).sum()
+            loss = half_square((policy(x, t[rows], **inputs) - target) / per_sample(sigma[rows], x)).sum()
         yield Step(loss / batch, last=rows.stop == len(x_0))

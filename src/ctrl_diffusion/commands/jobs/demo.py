@@ -27,11 +27,14 @@ from .train import reserved, start_training
 
 # ink depends on neither place nor orientation, and its classes are ordered
 INK_CLASSIFIER = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
-INK_CONTROL = {"name": INK, "condition": DIGIT, "ruler": INK, "classifier": INK_CLASSIFIER}
+INK_CONTROL = {"name": INK, "condition": DIGIT, "ruler": INK, "interval": "none", "classifier": INK_CLASSIFIER}
+# ink is decided at the end of the chain: its control has no use for an interval, nor its chain for a focus
+EVERYWHERE = {"focus": "none", "patience": None}
+RENOISED = {"states": 0, "updates": 700, "renoising": 175}
 # few updates: 250 labels leave too few to calibrate a classifier that is fitted until it is overconfident
 SLANT_CLASSIFIER = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 500}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ink": {"prior": "digits", "controls": [INK_CONTROL]},
+    "ink": {"prior": "digits", "controls": [INK_CONTROL], "weighted": RENOISED, **EVERYWHERE},
     "digit": {
         "prior": "digits",
         "unconditional": True,
@@ -45,9 +48,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ink,slant": {
         "prior": "digits",
         "classes": list(UPRIGHT),
-        "controls": [INK_CONTROL, {"name": SLANT, "ruler": SLANT, "classifier": SLANT_CLASSIFIER}],
+        "controls": [
+            INK_CONTROL,
+            {"name": SLANT, "ruler": SLANT, "interval": "none", "classifier": SLANT_CLASSIFIER},
+        ],
         # eight combinations share the samples of a digit, the rarest one in a hundred
-        "weighted": {"cache": 4000},
+        "weighted": {"cache": 4000, **RENOISED},
+        **EVERYWHERE,
         "adjoint": {"updates": 1200},
         "evaluation": {"prior_samples": 4000, "paths": 2000},
     },
