@@ -104,3 +104,24 @@ def test_a_history_is_restored_to_the_bit():
     assert again.updates == history.updates
     assert all(map(torch.equal, again.log_w + again.rewards, history.log_w + history.rewards))
     assert ProbeHistory.from_tensors(ProbeHistory().tensors()).updates == []
+
+
+@pytest.mark.parametrize(
+    ("shifts", "lost"),
+    [
+        ([0.0, -1.0, -1.0, -0.5], True),
+        ([0.0, -1.0, -1.0, -0.5, 2.0], True),  # the trial is over
+        ([0.0, -1.0, -1.0], False),  # not yet
+        ([0.0, -1.0, 0.0, -1.0], False),
+        ([0.0, -0.1, -0.1, -0.1], False),  # within two errors
+        ([0.0, 1.0, 1.0, 1.0], False),
+    ],
+)
+def test_a_learner_that_loses_what_another_has_learned_stops(shifts, lost):
+    """Each probe has paths of the same noise, 5 nats wide, and of its own, 1 nat: an error of 0.14 in 100 paths."""
+    generator, history = torch.Generator().manual_seed(0), ProbeHistory()
+    shared = 5 * torch.randn(100, generator=generator)
+    for i, shift in enumerate(shifts):
+        own = torch.randn(100, generator=generator)
+        history.add(i, shared + own - own.mean() + shift, shared)
+    assert (history.loss() is not None) is lost

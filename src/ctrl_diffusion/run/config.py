@@ -132,7 +132,8 @@ class Config(Strict):
         more: updates of further stages of the last learner, as `ctrl train --resume RUN --time 1h` adds them.
         ema_decay: decay of the exponential moving average of the weights.
         patience: stop a learner when J and reward of its last `patience` probes are on average no higher than of as
-            many before (`state.ProbeHistory` derives the default); null never stops it early.
+            many before (`state.ProbeHistory` derives the default), and one that follows another when its first probes
+            are all worse than what it began with; null never stops any early.
         max_skipped: non-finite batches in turn that may be skipped; one more stops the learner at its best control.
         checkpoint: updates between saved states; a state that a signal saves is at most a tenth as many updates old.
         track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.

@@ -155,6 +155,14 @@ def refined(run: Run, best: BestControl) -> Iterator[dict[str, Any]]:
         yield {**best.record, "intervals": intervals}
 
 
+def reason_to_stop(training: TrainingState, stage: Stage, config: Config) -> str | None:
+    """Return why a stage should stop after its last probe; None to go on, as with no patience."""
+    if not config.patience:
+        return None
+    follows = stage.learner != config.learners[0]  # the first may pay J for the reward
+    return training.history.standstill(config.patience) or (training.history.loss() if follows else None)
+
+
 def train_stage(
     run: Run, stage: Stage, learner: Learner, phase: Phase, training: TrainingState, best: BestControl | None = None
 ) -> Generator[dict[str, Any], None, int]:
@@ -178,7 +186,7 @@ def train_stage(
     begin = int(resumed["counts"][0]) if resumed else 0
     training.taken, training.saved, training.due = begin, begin, False
     advance, note, skipped = phase(f"learner: {stage.name}", settings.updates), "", {}
-    reason = training.history.standstill(config.patience)  # as before an interruption
+    reason = reason_to_stop(training, stage, config)  # as before an interruption
     advance(begin)
     record = {"stage": stage.name, "update": begin}
     if best and not resumed:
@@ -196,7 +204,7 @@ def train_stage(
                 if best and (lost := best.divergence(record)):
                     yield {**record, "stopped": lost}
                     return update.number
-                reason = training.history.standstill(config.patience)
+                reason = reason_to_stop(training, stage, config)
             advance(1, note)
             yield record
             training.after(update, "J" in record, config.checkpoint, generator, carried)
