@@ -152,7 +152,12 @@ def refined(run: Run, best: BestControl) -> Iterator[dict[str, Any]]:
     if smaller is not current:
         best.record, best.log_w, best.rewards = {**best.record, **smaller.figures}, smaller.log_w, smaller.rewards
         intervals = {name: list(c.interval) for name, c in run.policy.controls.items() if c.interval}
-        yield {**best.record, "intervals": intervals}
+        yield {
+            "stage": best.record["stage"],
+            "update": best.record["update"],
+            **smaller.figures,
+            "intervals": intervals,
+        }
 
 
 def reason_to_stop(training: TrainingState, stage: Stage, config: Config) -> str | None:
