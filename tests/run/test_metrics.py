@@ -9,7 +9,7 @@ from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.evaluate.verdict import Gain
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.run.metrics import intervals_of, verdict_of
+from ctrl_diffusion.run.metrics import intervals_of, last_climb, verdict_of
 
 GOOD = {"ink": {"nll": 0.4, "chance_nll": 1.39}}
 
@@ -48,3 +48,11 @@ def test_intervals_are_reported_with_the_steps_inside():
         "late": {"sigma_off": 0.0, "sigma_on": 0.4, "steps": 2, "of_steps": 5},
         "early": {"sigma_off": 0.6, "sigma_on": 1.0, "steps": 3, "of_steps": 5},
     }
+
+
+def test_a_refined_interval_hides_no_climb():
+    """The last record is that of the kept control; one of refined intervals may come before it."""
+    averaged = {"stage": "weighted", "averaged": True, "rose": 0.5, "rose_stderr": 0.1, "rose_over": 30}
+    refined, kept = {"stage": "weighted", "J": -2.0, "intervals": {}}, {"kept": True}
+    assert last_climb([averaged, refined, kept]) == last_climb([averaged, kept]) == (0.5, 0.1, 30)
+    assert last_climb([averaged, {"stage": "adjoint", "stopped": "lost"}, kept]) is None
