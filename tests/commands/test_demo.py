@@ -93,12 +93,12 @@ def test_demo_leaves_a_whole_run(quick_run):
     assert not [name for name in names if name.startswith(".")], "temporary files left behind"
     assert len({path.stat().st_mode for path in quick_run.rglob("*") if path.is_file()}) == 1, "all may be read alike"
     records = [json.loads(line) for line in (quick_run / "progress.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(record["stage"] for record in records)) == ["weighted", "adjoint"]
+    assert list(dict.fromkeys(record["stage"] for record in records)) == ["re-noising", "weighted", "adjoint"]
     kept = {key: value for key, value in records[-1].items() if key != "kept"}
     assert records[-1]["kept"]
     assert kept in [record for record in records[:-1] if "J" in record and record["stage"] != "re-noising"]
     assert {key: metrics["training"]["kept"][key] for key in ("stage", "update")}.items() <= kept.items()
-    assert [stage["stage"] for stage in metrics["training"]["stages"]] == ["weighted", "adjoint"]
+    assert [stage["stage"] for stage in metrics["training"]["stages"]] == ["re-noising", "weighted", "adjoint"]
     with (quick_run / "samples" / "metadata.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["digit"], row["ink"]) for row in rows[:5]] == [

@@ -44,7 +44,7 @@ def test_a_finished_run_is_left_as_it_is(ctrl_here, quick_run):
     before = {path: path.stat().st_mtime_ns for path in quick_run.rglob("*") if path.is_file()}
     done = ctrl_here("train", "--resume", quick_run)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{quick_run} is finished: there is nothing to go on with.\n"
+    assert done.stdout == f"{quick_run} is finished: there is nothing to go on with, unless you give it --time.\n"
     assert {path: path.stat().st_mtime_ns for path in quick_run.rglob("*") if path.is_file()} == before
 
 
