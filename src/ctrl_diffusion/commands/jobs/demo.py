@@ -28,7 +28,8 @@ from .train import reserved, start_training
 # ink depends on neither place nor orientation, and its classes are ordered
 INK_CLASSIFIER = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
 INK_CONTROL = {"name": INK, "condition": DIGIT, "ruler": INK, "interval": "none", "classifier": INK_CLASSIFIER}
-# ink is decided at the end of the chain: its control has no use for an interval, nor its chain for a focus
+# ink is decided at the end of the chain: its control has no use for an interval, nor its chain for a focus; the figures
+# of all demos in the docs were measured without
 EVERYWHERE = {"focus": "none", "patience": None}
 RENOISED = {"states": 0, "updates": 700, "renoising": 175}
 # few updates: 250 labels leave too few to calibrate a classifier that is fitted until it is overconfident
@@ -39,9 +40,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prior": "digits",
         "unconditional": True,
         # the names are numbers, but not in an order; digits differ in where the strokes are
-        "controls": [{"name": DIGIT, "classifier": {"head": "categorical", "grid": 4, "depth": 2}}],
+        "controls": [{"name": DIGIT, "interval": "none", "classifier": {"head": "categorical", "grid": 4, "depth": 2}}],
         # ten classes share the samples of the one condition
-        "weighted": {"cache": 4000},
+        "weighted": {"cache": 4000, "states": 0, "updates": 600, "renoising": 150},
+        **EVERYWHERE,
         "adjoint": {"updates": 900},
         "evaluation": {"prior_samples": 4000, "paths": 2000},
     },
