@@ -5,7 +5,7 @@ python bench/figures.py NAME [SEED …]        (the seeds of the table below if 
 demo, digit, ink,slant   `ctrl demo` with peak memory (ten minutes a seed on two quiet cores; ink,slant half an hour)
 add     a control that `ctrl add` adds later, against two trained together (three quarters of an hour a seed)
 scale   ink as a number: values asked for against those measured (ten minutes a seed)
-gamma   ink for several γ: the gap at each over the gap at 1, and beside a run of γ = 1 alone (twenty minutes a seed)
+gamma   ink for several γ: the gap at each over the gap at 1, and beside a run of γ = 1 alone (two demos a seed)
 own     an unknown pipeline, of examples/textures.py, all settings the defaults (half an hour)
 text    a text-to-image pipeline, of examples/text_digits.py, and ink (three quarters of an hour)
 exact   the testbed: every learner where the conditional is known (an hour)

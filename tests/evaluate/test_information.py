@@ -35,12 +35,12 @@ def exact_information(prior, spread, t, n=40_000):
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])
 def test_information_is_bounded_by_what_there_is(schedule):
-    """Never above I(y; x_t) by more than its noise, and within 0.08 nat of it: a fit of 900 paths loses little."""
+    """Never above I(y; x_t) by more than its noise, and little below: the fit's regularisation costs 0.05 nat here."""
     profile, prior, _ = profile_of(schedule, 0.25)
     for t, nats in list(zip(profile.times, profile.nats, strict=True))[::4]:
         exact = exact_information(prior, 0.25, t)
         error = 3 * math.log(2) / N**0.5  # a log-loss of two classes spreads by less than log 2 around its mean
-        assert exact - 0.08 - error <= nats <= exact + error
+        assert exact - 0.05 - error <= nats <= exact + error
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), RectifiedFlow()])

@@ -70,7 +70,7 @@ def trained(kind, updates=1500):
     return NetworkDenoiser(network, timed(network, kind), schedule, kind, (2,), site=site)
 
 
-def gap_of(kind, updates=900):
+def gap_of(kind, updates=500):
     """The gap in nats of a control learned by `weighted` from the prior's own paths, and its standard error."""
     prior = trained(kind)
     control = LoRAControl("y", ("a", "b"), prior, rank=8)

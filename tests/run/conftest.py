@@ -6,10 +6,33 @@ import pytest
 from faults import SETTINGS, disturbed, interrupted_at, log
 
 from ctrl_diffusion.commands.jobs import train as job
-from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.jobs.demo import demo_job, labelled_digits
 from ctrl_diffusion.commands.jobs.train import resume_job
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.run import stages
+from ctrl_diffusion.run.config import Config
+from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.progress import Interrupted
+
+
+@pytest.fixture(scope="session")
+def panel():
+    """p̂ of ink, fitted for a moment."""
+    data = labelled_digits("ink", 0)[0][0]
+    fitting = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=150)
+    return fit_panel(data, "ink", ruler=True, settings=fitting)[0]
+
+
+@pytest.fixture
+def start_ink(digits, panel):
+    """Begin a run of an untrained control of ink with settings of the control and of the run."""
+
+    def start(control=None, **values):
+        control = {"name": "ink", "data": "-", "ruler": "ink", **(control or {})}
+        settings = {"prior": "digits", "controls": [control], "classes": [3, 5], "rank": 2, **values}
+        return Run.start(Config.from_values(settings), digits, {"ink": panel})
+
+    return start
 
 
 def only_train(run, folder, *rest):

@@ -4,32 +4,17 @@ import pytest
 import torch
 from torch import tensor
 
-from ctrl_diffusion.commands.jobs.demo import labelled_digits
 from ctrl_diffusion.evaluate.information import Profile
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.run import measure
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.measure import Probe, find_intervals, prior_samples, refine_intervals
-from ctrl_diffusion.run.run import Run
 
 AUTO = {"interval": "auto"}
 
 
-@pytest.fixture(scope="module")
-def panel():
-    data = labelled_digits("ink", 0)[0][0]
-    fitting = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=150)
-    return fit_panel(data, "ink", ruler=True, settings=fitting)[0]
-
-
 @pytest.fixture
-def run(digits, panel):
-    def start(control, **values):
-        settings = {"prior": "digits", "classes": [3, 5], "steps": 12, "rank": 2, **values}
-        control = {"name": "ink", "data": "-", "ruler": "ink", **control}
-        return Run.start(Config.from_values({**settings, "controls": [control]}), digits, {"ink": panel})
-
-    return start
+def run(start_ink):
+    return lambda control, **values: start_ink(control, **{"steps": 12, **values})
 
 
 def test_ink_is_decided_late_so_its_control_speaks_nearly_everywhere(run):

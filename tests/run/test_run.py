@@ -3,25 +3,14 @@
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs.demo import labelled_digits
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.measure import PolicyPaths, policy_paths, probe
 from ctrl_diffusion.run.run import Run
 
 
-@pytest.fixture(scope="module")
-def panel():
-    data = labelled_digits("ink", 0)[0][0]
-    fitting = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=150)
-    return fit_panel(data, "ink", ruler=True, settings=fitting)[0]
-
-
 @pytest.fixture
-def run(digits, panel):
-    control = {"name": "ink", "data": "-", "ruler": "ink"}
-    config = Config.from_values({"prior": "digits", "controls": [control], "classes": [3, 5], "steps": 2, "rank": 2})
-    return Run.start(config, digits, {"ink": panel})
+def run(start_ink):
+    return start_ink(steps=2)
 
 
 def seeded():

@@ -29,14 +29,17 @@ def assert_as_expected(name, value):
         assert torch.equal(value, EXPECTED[name]), name
 
 
-def assert_as_trained(name, value):
-    """AdamW divides a gradient by its own size: where that is rounding, an update moves by up to the learning rate, and
-    which way depends on the processor. Few numbers are such; updates that were other ones would move a tensor by tenths
-    of its norm."""
-    if TOLERANCE:
-        assert float((value - EXPECTED[name]).norm()) < 0.05 * float(EXPECTED[name].norm()), name
-    else:
-        assert torch.equal(value, EXPECTED[name]), name
+def assert_as_trained(control):
+    """AdamW divides a gradient by its own size. Where that is rounding, the processor decides which way an update goes,
+    by at most the learning rate. On another processor that moved 13 of 20,480 numbers, by up to 1.1e-4."""
+    if not TOLERANCE:
+        for name, value in control.items():
+            assert_as_expected(name, value)
+        return
+    differences = torch.cat([(value - EXPECTED[name]).abs().flatten() for name, value in control.items()])
+    bounds = torch.cat([1e-5 + 1e-5 * EXPECTED[name].abs().flatten() for name in control])
+    assert float((differences > bounds).float().mean()) < 1e-3
+    assert float(differences.max()) < 2 * 6 * 2e-3, "six updates either way at the adapter's rate"
 
 
 def sampled(folder, **options):
@@ -52,13 +55,13 @@ def test_a_run_samples_as_it_did():
 def test_an_interrupted_run_resumes_to_the_same_control(tmp_path):
     folder = shutil.copytree(FILES / "interrupted", tmp_path / "run")
     metrics = resume_job(folder)
-    for name, value in load_file(folder / "control" / "control.safetensors").items():
-        assert_as_trained(f"resumed.{name}", value)
-    assert_as_trained("resumed", sampled(folder))
+    control = load_file(folder / "control" / "control.safetensors")
+    assert_as_trained({f"resumed.{name}": value for name, value in control.items()})
+    assert_as_expected("resumed", sampled(folder))
     before = json.loads((FILES / "resumed-metrics.json").read_text())
     assert metrics.keys() == before.keys() | {"learned", "verdict"}
     gaps = [certificate["certificate"]["pairs"]["gap_nats"] for certificate in (metrics, before)]
-    assert gaps[0] == pytest.approx(gaps[1], abs=0.02), "the log p̂ of 80 slightly other samples"
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-4), "written to six digits"
     assert metrics["training"]["kept"] == before["training"]["kept"]
 
 

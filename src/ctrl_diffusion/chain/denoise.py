@@ -63,11 +63,11 @@ class Denoiser(nn.Module):
         yield
 
     def speaks(self, t: float, **control: Any) -> bool:
-        """Return whether it may differ from its prior at time t; of a policy, under labels and at a strength."""
+        """Return whether x̂ may depend on what is trained at time t; of a policy, under labels and at a strength."""
         return True
 
     def active_steps(self, times: Sequence[float]) -> Tensor:
-        """Return the steps 0 … N − 1 of a chain at which what is trained of it speaks, by the σ they begin at."""
+        """Return the steps of a chain, numbered from 0, at which x̂ may depend on what is trained."""
         return torch.arange(len(times) - 1)
 
     @contextmanager

@@ -67,8 +67,7 @@ def paths(
         kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
         return path.x_0.cpu(), kl.cpu(), log_ratio.cpu()
 
-    results = in_batches(denoiser, n, len(times), generator, simulate, batch, progress)
-    return Paths(*(ranks.all_gather(torch.cat(values) if values else torch.empty(0)) for values in results))
+    return Paths(*in_batches(denoiser, n, len(times), generator, simulate, batch, progress, len(Paths._fields)))
 
 
 @torch.no_grad()
@@ -80,22 +79,21 @@ def paths_with_states(
 
     def simulate(rows: slice, noise: list[Tensor]) -> tuple[Tensor, ...]:
         path = rollout(prior, noise[0], times, noise=noise[1:], cond=rows_of(cond or {}, rows))
-        kept = path.x[steps[rows], torch.arange(len(path.x_0))[:, None]]
-        return path.x_0.cpu(), kept.cpu()
+        states = path.x[steps[rows], torch.arange(len(path.x_0))[:, None]]
+        return path.x_0.cpu(), states.cpu()
 
     x_0, states = in_batches(prior, len(steps), len(times), generator, simulate, None, progress, 2)
-    x_0, states = (ranks.all_gather(torch.cat(values) if values else torch.empty(0)) for values in (x_0, states))
     return PriorPaths(x_0, steps, states)
 
 
 def in_batches(
     denoiser: Denoiser, n: int, count: int, generator: torch.Generator,
     simulate: Callable[[slice, list[Tensor]], tuple[Tensor, ...]], batch: int | None,
-    progress: Callable[[int], None] | None, results: int = 3,
-) -> list[list[Tensor]]:  # fmt: skip
+    progress: Callable[[int], None] | None, results: int,
+) -> list[Tensor]:  # fmt: skip
     """Call `simulate` with the rows of each batch of n paths and its `count` tensors of noise; ranks share the batches.
 
-    Return each of its `results`, batch by batch.
+    Return each of its `results`, which a rank without a batch cannot count, for all n paths on every rank.
     """
     batches, lists = parts(n, batch or default_batch(denoiser)), [[] for _ in range(results)]
     rank_batches = batches[ranks.rank_slice(len(batches))]
@@ -110,4 +108,4 @@ def in_batches(
             progress(shape[0])
     if ranks.sharded() and len(rank_batches) * ranks.world_size() < len(batches):  # other ranks have one batch more
         simulate(slice(0, 1), [torch.zeros(1, *denoiser.shape, device=denoiser.device) for _ in range(count)])
-    return lists
+    return [ranks.all_gather(torch.cat(values) if values else torch.empty(0)) for values in lists]

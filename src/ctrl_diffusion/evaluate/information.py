@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -45,13 +46,14 @@ class Profile:
         if most < LEAST:
             return None
         schedule = denoiser.schedule
-        decided = next(i for i, nats in enumerate(self.nats) if nats >= DECIDED * most)
-        seen = next(i for i, nats in enumerate(self.nats) if nats >= UNDECIDED * most)
-        on = schedule.latest(float(schedule(self.times[seen])[0]) / 2)
+        begin, end = (
+            next(i for i, nats in enumerate(self.nats) if nats >= share * most) for share in (UNDECIDED, DECIDED)
+        )
+        on = schedule.latest(float(schedule(self.times[begin])[0]) / 2)
         sigma_on = float(schedule(min(on, denoiser.start))[1])
-        if decided >= len(self.nats) - 1 or decided == 0 or DECIDED * self.last > most:
+        if end >= len(self.nats) - 1 or end == 0 or DECIDED * self.last > most:
             return (0.0, sigma_on)
-        above, below = (float(schedule(self.times[i])[1]) for i in (decided - 1, decided))
+        above, below = (float(schedule(self.times[i])[1]) for i in (end - 1, end))
         return ((above * below) ** 0.5, sigma_on)
 
 
@@ -90,7 +92,7 @@ def information(log_p: Tensor, p_end: Tensor, group: Tensor, seed: int = 0) -> f
         if len(classes := np.unique(y[rest])) < 2:
             return 0.0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a fit that has not converged is still a lower bound
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a fit that has not converged is still a lower bound
             fit = LogisticRegression(C=0.3, max_iter=200).fit(features[rest], y[rest])
         log_q[np.ix_(part, classes)] = fit.predict_log_proba(features[part])
     return float((base + (p_end * torch.from_numpy(log_q).clamp(min=np.log(1 / len(y)))).sum(1)).mean())

@@ -17,7 +17,7 @@ class Gain(NamedTuple):
 
     @classmethod
     def from_paths(cls, log_w: Tensor, before: Tensor) -> "Gain":
-        """Compare log w (n,) of a policy with that of another on the same noise: the spread they share cancels."""
+        """Compare log w, or rewards, (n,) of two policies on the same noise: the spread they share cancels."""
         difference = log_w - before
         return cls(float(difference.mean()), float(difference.std() / len(difference) ** 0.5))
 

@@ -129,7 +129,7 @@ def steps_to_learn(policy: Policy, times: Times) -> Tensor:
     return active
 
 
-class Noised(NamedTuple):
+class States(NamedTuple):
     """Hold a batch of states with the times (B,) they are of."""
 
     x_t: Tensor
@@ -143,18 +143,18 @@ def even_steps(steps: Tensor, batch: int, generator: Generator) -> Tensor:
     return steps[(position * len(steps) / batch).long().clamp(max=len(steps) - 1)]
 
 
-def noised(policy: Policy, x_0: Tensor, times: Times, batch: int, generator: Generator) -> Noised:
+def noised(policy: Policy, x_0: Tensor, times: Times, batch: int, generator: Generator) -> States:
     """Add noise to this rank's share x_0 (n, *) of a batch, at every step to learn equally often."""
     share = ranks.rank_rows(batch)
     step = even_steps(steps_to_learn(policy, times), batch, generator)
     t = torch.tensor(times, dtype=torch.float64)[step][share]
     alpha, sigma = policy.schedule(t)
     noise = normal((batch, *x_0.shape[1:]), x_0, generator, share)
-    return Noised(per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise, t)
+    return States(per_sample(alpha, x_0) * x_0 + per_sample(sigma, x_0) * noise, t)
 
 
 def regression(
-    policy: Policy, x_0: Tensor, states: Noised, labels: Labels, cond: dict[str, Tensor], batch: int,
+    policy: Policy, x_0: Tensor, states: States, labels: Labels, cond: dict[str, Tensor], batch: int,
     micro: int | None, learned_renoising: list[Tensor] | None = None, gamma: dict[str, Tensor] | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """Regress x̂ at states on x_0 (n, *), this rank's share of a batch.

@@ -35,8 +35,8 @@ from .step import (
     Evaluations,
     Learner,
     LearnerSettings,
-    Noised,
     PriorSampler,
+    States,
     Step,
     even_steps,
     noised,
@@ -122,11 +122,11 @@ class Weighted(Learner):
             sizes = self.batch, self.micro
             yield from regression(policy, x_0, states, labels, cond, *sizes, self.learned_renoising, gamma)
 
-    def states_of(self, policy: Policy, row: Tensor, x_0: Tensor, generator: Generator) -> Noised:
+    def states_of(self, policy: Policy, row: Tensor, x_0: Tensor, generator: Generator) -> States:
         """Return states on the way to x_0 (n, *), samples `row` (n,): of their own paths, else by adding noise."""
         if self.paths.states is None:
             return noised(policy, x_0, self.times, self.batch, generator)
         columns = torch.arange(self.paths.states.shape[1])
         column = even_steps(columns, self.batch, generator)[ranks.rank_rows(self.batch)]
         t = torch.tensor(self.times, dtype=torch.float64)[self.paths.steps[row, column]]
-        return Noised(self.paths.states[row, column].to(policy.device), t)
+        return States(self.paths.states[row, column].to(policy.device), t)

@@ -197,6 +197,11 @@ class Config(Strict):
         return self
 
     @property
+    def grid_focus(self) -> tuple[float, float, float] | None:
+        """The focus of the chain's grid; None where it has none, or none is chosen yet."""
+        return None if isinstance(self.focus, str) else self.focus
+
+    @property
     def trained_gammas(self) -> tuple[float, ...]:
         """Every γ the control is trained for, first the run's; none where that is the only one."""
         if self.gammas is None:

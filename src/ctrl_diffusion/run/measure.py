@@ -22,12 +22,12 @@ from ..evaluate.information import Profile, denoised_paths, information
 from ..evaluate.judge import Observation
 from ..evaluate.scores import Nulled, Score, score_samples, score_target
 from ..evaluate.verdict import Gain
+from ..learn.step import steps_to_learn
 from ..reward.reward import prior_table
 from ..system import ranks
 from ..system.progress import Phase, silent
 from .config import Config
 from .run import Run, fits
-from .state import paired
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 PROFILE_PATHS, LATENT_PROFILE_PATHS, LEAST_PROFILE_PATHS = 600, 200, 200  # to measure where y is decided
@@ -106,9 +106,9 @@ def prior_samples(run: Run, members: int, purpose: str, phase: Phase = silent, s
     with run.policy.base.full_precision():
         if not states:
             return paths(run.prior.denoiser, n, run.times, generator, cond, progress=advance).x_0
-        active = run.policy.active_steps(run.times)
-        some = torch.rand(n, len(active), generator=stream(run.config.seed, f"states of {purpose}")).argsort(1)
-        steps = active[some[:, :states].sort(1).values]
+        active = steps_to_learn(run.policy, run.times)
+        order = torch.rand(n, len(active), generator=stream(run.config.seed, f"states of {purpose}")).argsort(1)
+        steps = active[order[:, :states].sort(1).values]
         return paths_with_states(run.prior.denoiser, steps, run.times, generator, cond, advance)
 
 
@@ -119,13 +119,13 @@ def find_intervals(run: Run, phase: Phase = silent) -> None:
     The figures replace "auto" in the run's config, so that the same config trains the same control again. Where too few
     paths are sampled to measure them, controls speak everywhere.
     """
-    wanted = [control for control in run.config.controls if control.interval == "auto"]
-    if not wanted and run.config.focus != "auto":
+    names = [control.name for control in run.config.controls if control.interval == "auto"]
+    if not names and run.config.focus != "auto":
         return
     profiles = profiles_of(run, phase) if measures_intervals(run.config) else {}
     for name, profile in profiles.items():
         run.policy.controls[name].interval = profile.interval(run.prior.denoiser)
-    intervals = {control.name: run.policy.controls[control.name].interval or "none" for control in wanted}
+    intervals = {name: run.policy.controls[name].interval or "none" for name in names}
     controls = [{**c.model_dump(), "interval": intervals.get(c.name, c.interval)} for c in run.config.controls]
     focus = focus_of(run) if run.config.focus == "auto" else run.config.focus
     run.config = run.config.with_(controls=controls, focus=focus)
@@ -207,13 +207,13 @@ def policy_paths(
     """
     pair = conditions.all(repeats)
     labels, cond = conditions.of(pair)
-    obeyed = {n: torch.full_like(y, NULL) if untrained and not run.policy.controls[n].fixed else y
-              for n, y in labels.items()}  # fmt: skip
-    what = f"{purpose}, uncontrolled" if untrained else purpose
-    generator, advance = stream(run.config.seed, purpose), phase(what, len(pair))
+    control = {n: torch.full_like(y, NULL) if untrained and not run.policy.controls[n].fixed else y
+               for n, y in labels.items()}  # fmt: skip
+    task = f"{purpose}, uncontrolled" if untrained else purpose
+    generator, advance = stream(run.config.seed, purpose), phase(task, len(pair))
     compare = not untrained or any(control.fixed for control in run.policy.controls.values())
     with run.policy.base.full_precision():
-        arguments = run.policy, len(pair), run.times, generator, cond, obeyed
+        arguments = run.policy, len(pair), run.times, generator, cond, control
         x_0, kl, log_ratio = paths(*arguments, compare=compare, progress=advance, gamma=gamma)
     rewards = run.reward_at(run.config.gamma if gamma is None else gamma)(x_0, labels, cond)
     return PolicyPaths(ranks.broadcast(lambda: rewards), x_0, kl, log_ratio)
@@ -241,7 +241,7 @@ def refine_intervals(run: Run, current: Probe, repeats: int) -> Probe:
             while smaller := without_steps(run, control.interval, end):
                 before, control.interval = control.interval, smaller
                 candidate = probe(run, repeats)
-                gain, error = paired(candidate.log_w - current.log_w)
+                gain, error = Gain.from_paths(candidate.log_w, current.log_w)
                 if not gain > error:
                     control.interval = before
                     break

@@ -45,8 +45,7 @@ def configured(prior: Prior, config: Config) -> Prior:
 
 def times_of(prior: Prior, config: Config, steps: int) -> Times:
     """Return the time grid of a number of steps; raise ValueError if the prior's schedule has fewer."""
-    focus = None if isinstance(config.focus, str) else config.focus
-    return prior.denoiser.times(steps, config.sigma_end, config.time_power, focus)
+    return prior.denoiser.times(steps, config.sigma_end, config.time_power, config.grid_focus)
 
 
 def fits(prior: Prior, config: Config, steps: int) -> bool:

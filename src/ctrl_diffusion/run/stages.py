@@ -96,10 +96,14 @@ def speed_of(run: Run, batch: int) -> Speed:
     return ranks.broadcast(lambda: Speed(*(seconds * rows / batch for seconds in speed)))
 
 
+def probe_repeats(run: Run) -> int:
+    """Return how often a probe has each (c, y)."""
+    return -(-PROBE_PATHS // run.training_conditions.pairs)
+
+
 def probe_paths(run: Run) -> int:
     """Return how many paths a probe has."""
-    pairs = run.training_conditions.pairs
-    return -(-PROBE_PATHS // pairs) * pairs
+    return probe_repeats(run) * run.training_conditions.pairs
 
 
 def between_probes(config: Config, updates: int) -> int:
@@ -138,17 +142,17 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
             taken = yield from train_stage(run, stage, learner, phase, training, best)
             training.spare, learner = (stage.settings.updates - taken) * per_update, None
             run.policy.restore(best.snapshot)
-            yield from refined(run, best)
+            yield from refine(run, best)
             phase(f"kept: {best.record['stage']} {best.record['update']}, J {best.record['J']:.2f}", 1)(1)
         training.finish_stage()
     yield {**best.record, "kept": True}
 
 
-def refined(run: Run, best: BestControl) -> Iterator[dict[str, Any]]:
+def refine(run: Run, best: BestControl) -> Iterator[dict[str, Any]]:
     """Refine the intervals of the best control, which is the policy's now; yield a record if that changes any."""
     figures = {key: value for key, value in best.record.items() if key == "J" or key.startswith("probe_")}
     current = Probe(figures, best.log_w, best.rewards)
-    smaller = refine_intervals(run, current, -(-PROBE_PATHS // run.training_conditions.pairs))
+    smaller = refine_intervals(run, current, probe_repeats(run))
     if smaller is not current:
         best.record, best.log_w, best.rewards = {**best.record, **smaller.figures}, smaller.log_w, smaller.rewards
         intervals = {name: list(c.interval) for name, c in run.policy.controls.items() if c.interval}
@@ -181,7 +185,7 @@ def train_stage(
     and updates that are not finite are an error.
     """
     config, settings, resumed = run.config, stage.settings, subset("fit", training.within)
-    generator, paths = stream(config.seed, stage.name), -(-PROBE_PATHS // run.training_conditions.pairs)
+    generator, repeats = stream(config.seed, stage.name), probe_repeats(run)
     if resumed:
         generator.set_state(training.within["generator"])
     carried = [value.to(run.policy.device) for value in unpack("carried", training.within)]
@@ -195,7 +199,7 @@ def train_stage(
     advance(begin)
     record = {"stage": stage.name, "update": begin}
     if best and not resumed:
-        yield probed(run, record, paths, training, best)
+        yield probed(run, record, repeats, training, best)
     try:
         options = {"ema_decay": config.ema_decay, "max_skipped": config.max_skipped, "begin": resumed}
         options["enough"] = lambda: reason is not None
@@ -204,7 +208,7 @@ def train_stage(
             record = {"stage": stage.name, "update": update.number, "loss": update.loss}
             record |= {"grad_norm": update.gradient_norm, **update.metrics, **skipped}
             if update.number % every == 0 and update.number < settings.updates:
-                record = probed(run, record, paths, training, best)
+                record = probed(run, record, repeats, training, best)
                 note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
                 if best and (lost := best.divergence(record)):
                     yield {**record, "stopped": lost}
@@ -220,7 +224,7 @@ def train_stage(
         return record["update"]
     record = {"stage": stage.name, "update": record["update"], "averaged": True, **skipped}
     record |= {"stopped": reason} if reason else {}
-    yield probed(run, record, paths, training, best)
+    yield probed(run, record, repeats, training, best)
     return record["update"]
 
 

@@ -42,8 +42,8 @@ class BestControl:
         if self.first is None:
             self.first = record["J"]
         else:
-            gain, error = paired(log_w - self.log_w)
-            reward, reward_error = paired(rewards - self.rewards)
+            gain, error = Gain.from_paths(log_w, self.log_w)
+            reward, reward_error = Gain.from_paths(rewards, self.rewards)
             loses = reward < -reward_error
             needed = max(error, -reward - reward_error) if loses else -error if "averaged" in record else 0.0
             if not gain > needed:  # a J that is NaN is not better
@@ -103,7 +103,7 @@ class ProbeHistory:
         if len(self.log_w) <= TRIAL:
             return None
         for log_w in self.log_w[1 : TRIAL + 1]:
-            gain, error = paired(log_w - self.log_w[0])
+            gain, error = Gain.from_paths(log_w, self.log_w[0])
             if gain > -2 * error:
                 return None
         return f"J of its first {TRIAL} probes is lower than what it began with"
@@ -127,11 +127,6 @@ class ProbeHistory:
         """Restore it from a saved state; an earlier version's has none."""
         updates = tensors["updates"].tolist() if tensors else []
         return cls(updates, unpack("log_w", tensors), unpack("rewards", tensors))
-
-
-def paired(difference: Tensor) -> tuple[float, float]:
-    """Return the mean of differences (n,) and its standard error."""
-    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
 @dataclass

@@ -49,7 +49,6 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         write_text(out / f"{name}.py", text)
     shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
     write_text(out / "README.md", model_card(folder, run, index["_class_name"]))
-    focus = None if isinstance(config.focus, str) else config.focus
     chain = {"steps", "sigma_end", "time_power", "gamma", "guidance", "negative_prompt", "size", "unconditional"}
     about = {
         **parts,
@@ -57,7 +56,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         "_diffusers_version": index.get("_diffusers_version"),
         "base": index["_class_name"],
         "flags": {name: value for name, value in index.items() if isinstance(value, bool)},
-        "chain": {**config.model_dump(include=chain), "focus": focus, "controls": run.names},
+        "chain": {**config.model_dump(include=chain), "focus": config.grid_focus, "controls": run.names},
         "id2label": index.get("id2label"),
     }
     write_json(out / INDEX, about)  # last: it marks a complete folder

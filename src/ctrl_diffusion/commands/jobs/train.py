@@ -33,7 +33,7 @@ from ...run.prepare import (
     select_inputs,
 )
 from ...run.run import Run, configured
-from ...run.stages import budgeted, probe_paths, speed_of, stages_of, train_in
+from ...run.stages import budgeted, probe_repeats, speed_of, stages_of, train_in
 from ...run.state import BestControl, TrainingState
 from ...system import ranks
 from ...system.files import atomic, write_json
@@ -331,7 +331,7 @@ def reopen(folder: RunFolder, options: JobOptions) -> tuple[Run, TrainingState, 
     for control in config.controls:
         if control.settled_from:
             loaded.policy.controls[control.name].fix()
-    kept, repeats = loaded.policy.snapshot(), probe_paths(loaded) // loaded.training_conditions.pairs
+    kept, repeats = loaded.policy.snapshot(), probe_repeats(loaded)
     run = Run.start(config, configured(open_prior(config.prior, config.size), config), loaded.panels)
     for name, control in run.policy.controls.items():
         control.interval = loaded.policy.controls[name].interval
