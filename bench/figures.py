@@ -78,7 +78,7 @@ def write_two_datasets(folder: Path, seed: int) -> None:
             write_imagefolder(folder / kind / control["name"], data)
             control = {**control, kind: f"{kind}/{control['name']}"}
         settings = {
-            **select(both, "prior classes weighted evaluation focus patience"),
+            **select(both, "prior classes learners weighted evaluation focus patience"),
             "seed": seed,
             "controls": [control],
         }
@@ -109,7 +109,7 @@ def write_measured_ink(folder: Path, seed: int) -> None:
     classifier = {k: v for k, v in demo.SETTINGS["ink"]["controls"][0]["classifier"].items() if k != "head"}
     settings = {"prior": "digits", "control": "ink", "kind": "scale", "data": "data", "condition": "digit"}
     settings |= {"ruler": "ink", "interval": "none", "classifier": classifier, "seed": seed}
-    settings |= select(demo.SETTINGS["ink"], "weighted focus patience")
+    settings |= select(demo.SETTINGS["ink"], "learners weighted focus patience")
     (folder / "scale.yaml").write_text(yaml.safe_dump(settings))
 
 
@@ -144,10 +144,11 @@ TEXT = {
     "interval": "none",
     "focus": "none",
     "patience": None,
+    "learners": ["weighted", "adjoint"],
     "guidance": 1.0,
     "rank": 32,
     "classifier": {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 4000},
-    "weighted": {"updates": 500, "cache": 800, "states": 0, "renoising": 125},
+    "weighted": {"updates": 500, "cache": 800, "renoising": 125},
     "adjoint": {"updates": 260},
     "evaluation": {"prior_samples": 400, "paths": 1000, "probes": 5, "sweep_paths": 80},
 }

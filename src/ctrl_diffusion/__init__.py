@@ -20,7 +20,7 @@ _MODULES = {
     "prior_table": "reward.reward", "Classifier": "reward.scorer", "Estimator": "reward.scorer",
     "Support": "reward.support",
     "Adjoint": "learn.adjoint", "Backprop": "learn.backprop", "fit": "learn.fit", "Labelled": "learn.labelled",
-    "PPO": "learn.ppo", "Weighted": "learn.weighted",
+    "PPO": "learn.ppo", "Contrast": "learn.contrast", "Weighted": "learn.weighted",
     "ClassifierGuidance": "guide.classifier_guidance", "FreeGuidance": "guide.free_guidance",
     "fit_noisy": "guide.noisy", "FeynmanKac": "guide.particles", "TDS": "guide.particles",
     "DPS": "guide.reconstruction", "MPGD": "guide.reconstruction", "BestOf": "guide.selection",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.paths import paths, paths_with_states
 from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.policy import Policy
@@ -12,6 +12,7 @@ from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn import weighted
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.contrast import Contrast
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
@@ -41,11 +42,15 @@ def learner_of(name, policy, **options):
     if name == "weighted":
         x_0 = paths(policy.prior, 60, TIMES, torch.Generator().manual_seed(1)).x_0
         return Weighted(x_0, TIMES, B, **options)
+    if name == "contrast":
+        steps = torch.arange(len(TIMES) - 1).expand(60, -1)
+        drawn = paths_with_states(policy.prior, steps, TIMES, torch.Generator().manual_seed(1))
+        return Contrast(drawn, TIMES, B, **options)
     kinds = {"adjoint": Adjoint, "backprop": Backprop, "ppo": PPO}
     return kinds[name](TIMES, B, **options)
 
 
-LEARNERS = ["weighted", "adjoint", "backprop", "ppo"]
+LEARNERS = ["contrast", "weighted", "adjoint", "backprop", "ppo"]
 
 
 def gradient(name, policy, reward, conditions):

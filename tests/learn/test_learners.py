@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ctrl_diffusion.chain.paths import paths
+from ctrl_diffusion.chain.paths import paths, paths_with_states
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.policy import Policy
@@ -12,6 +12,7 @@ from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.contrast import Contrast
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
@@ -21,7 +22,7 @@ LR = {"embedding": 1e-2, "adapter": 3e-3}
 N = 2000
 SCHEDULES = [pytest.param(Cosine(), marks=pytest.mark.slow), RectifiedFlow()]
 # tests/test_testbed.py holds these against their floors by default
-RACED = [pytest.param(name, marks=pytest.mark.slow) for name in ("weighted", "adjoint", "backprop")]
+RACED = [pytest.param(name, marks=pytest.mark.slow) for name in ("contrast", "weighted", "adjoint", "backprop")]
 
 
 def toy(schedule):
@@ -29,6 +30,11 @@ def toy(schedule):
     prior = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, schedule, torch.tensor([0.3, 0.7]))
     policy = Policy(prior, SideControl("y", ("a", "b"), prior))
     return policy, Reward({"y": ComponentLabel(prior)}, gamma=1.0), Conditions({}, {"y": 2}), schedule.times(25, 0.1)
+
+
+def own_paths(policy, times, n=50):
+    steps = torch.arange(len(times) - 1).expand(n, -1)
+    return paths_with_states(policy.prior, steps, times, torch.Generator().manual_seed(1))
 
 
 def judge(policy, reward, conditions, times):
@@ -73,6 +79,20 @@ def test_what_renoising_alone_does_is_taken_off(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_contrast_does_not_learn_where_a_prior_is_careless(schedule):
+    """At γ = 0 all labels are alike, and the control of `contrast` stays the prior, whatever its x̂ is."""
+    torch.manual_seed(0)
+    prior = Careless(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, schedule)
+    policy, conditions = Policy(prior, SideControl("y", ("a", "b"), prior)), Conditions({}, {"y": 2})
+    reward, times = Reward({"y": ComponentLabel(prior)}, gamma=0.0), schedule.times(25, 0.1)
+    learner = Contrast(own_paths(policy, times, 4000), times, 128)
+    for _ in fit(policy, learner(policy, reward, conditions, torch.Generator().manual_seed(0)), 400, LR):
+        pass
+    # `weighted` learns more than 0.4 nat here, see above; what is left is noise
+    assert judge(policy, reward, conditions, times)[0].kl < 0.04
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", ["lean adjoint", *RACED])
 def test_learners_reach_the_component_asked_for(schedule, name):
     torch.manual_seed(0)
@@ -80,6 +100,8 @@ def test_learners_reach_the_component_asked_for(schedule, name):
     if name == "weighted":
         cache = paths(policy.prior, 4000, times, torch.Generator().manual_seed(1)).x_0
         learner, updates = Weighted(cache, times, batch=256), 600
+    elif name == "contrast":
+        learner, updates = Contrast(own_paths(policy, times, 4000), times, batch=128), 600
     elif name == "backprop":
         learner, updates = Backprop(times, batch=64), 150
     else:
@@ -105,7 +127,7 @@ def test_learners_reach_the_component_asked_for(schedule, name):
 
 
 @pytest.mark.parametrize("micro", [1, 5, 7])
-@pytest.mark.parametrize("name", ["weighted", "adjoint", "lean adjoint", "backprop", "ppo"])
+@pytest.mark.parametrize("name", ["contrast", "weighted", "adjoint", "lean adjoint", "backprop", "ppo"])
 def test_micro_batches_add_up_to_the_whole(name, micro):
     """What goes through the network at once changes neither the gradient nor the figures of any update."""
     policy, reward, conditions, times = toy(RectifiedFlow())
@@ -113,7 +135,9 @@ def test_micro_batches_add_up_to_the_whole(name, micro):
         for i, p in enumerate(policy.trainable()):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     x_0 = paths(policy.prior, 50, times, torch.Generator().manual_seed(1)).x_0
+    drawn = own_paths(policy, times)
     learners = {
+        "contrast": lambda size: Contrast(drawn, times, batch=12, micro=size),
         "weighted": lambda size: Weighted(x_0, times, batch=12, micro=size),
         "adjoint": lambda size: Adjoint(times, 12, micro=size, regressed=3, reuse=2),
         "lean adjoint": lambda size: Adjoint(times, 12, micro=size, regressed=3, reuse=2, lean=True),
@@ -139,7 +163,7 @@ def test_micro_batches_add_up_to_the_whole(name, micro):
     assert figures == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["weighted", "adjoint", "lean adjoint", "backprop", "ppo"])
+@pytest.mark.parametrize("name", ["contrast", "weighted", "adjoint", "lean adjoint", "backprop", "ppo"])
 def test_what_is_scaled_up_on_the_way_back_comes_out_the_same(name):
     """Clips and adjoints too, which work on gradients themselves; to the bit, as the scale is a power of two."""
 
@@ -148,6 +172,7 @@ def test_what_is_scaled_up_on_the_way_back_comes_out_the_same(name):
         policy.base.loss_scale = scale
         x_0 = paths(policy.prior, 50, times, torch.Generator().manual_seed(1)).x_0
         learner = {
+            "contrast": Contrast(own_paths(policy, times), times, batch=12),
             "weighted": Weighted(x_0, times, batch=12),
             "adjoint": Adjoint(times, 12, clip=0.5),
             "lean adjoint": Adjoint(times, 12, clip=0.5, lean=True),
@@ -161,5 +186,5 @@ def test_what_is_scaled_up_on_the_way_back_comes_out_the_same(name):
     (plain, figures), (scaled, same) = trained(1.0), trained(1024.0)
     assert all(torch.equal(p, q) for p, q in zip(plain, scaled, strict=True))
     assert figures == same
-    if name not in ("weighted", "ppo"):
+    if name not in ("contrast", "weighted", "ppo"):
         assert 0 < figures[-1]["clipped"] < 1

@@ -13,8 +13,8 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.evaluate.certificate import certify
 from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture
+from ctrl_diffusion.learn.contrast import Contrast
 from ctrl_diffusion.learn.fit import fit
-from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.network import ControlSite, NetworkDenoiser
 from ctrl_diffusion.reward.reward import Reward, prior_table
 
@@ -71,14 +71,14 @@ def trained(kind, updates=1500):
 
 
 def gap_of(kind, updates=500):
-    """The gap in nats of a control learned by `weighted` from the prior's own paths, and its standard error."""
+    """The gap in nats of a control learned by `contrast` from the prior's own paths, and its standard error."""
     prior = trained(kind)
     control = LoRAControl("y", ("a", "b"), prior, rank=8)
     control.interval = INTERVAL
     policy, conditions, draw = Policy(prior, control), Conditions({}, {"y": 2}), torch.Generator()
     reward, times = Reward({"y": ComponentLabel(GaussianMixture(MEANS, 0.3, Cosine()))}), prior.times(30, 0.05, 2.0)
     active = policy.active_steps(times)
-    learner = Weighted(paths_with_states(prior, active.expand(2000, -1), times, draw.manual_seed(1)), times, 256)
+    learner = Contrast(paths_with_states(prior, active.expand(2000, -1), times, draw.manual_seed(1)), times, 128)
     for _ in fit(policy, learner(policy, reward, conditions, draw.manual_seed(2)), updates,
                  {"embedding": 2e-2, "adapter": 5e-3}):  # fmt: skip
         pass

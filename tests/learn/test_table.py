@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import Field
 
+from ctrl_diffusion.chain.paths import PriorPaths
 from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.policy import Policy
@@ -23,8 +24,14 @@ class Step(torch.nn.Module):
         return torch.stack([x[:, 0] > 0, x[:, 0] <= 0], dim=1).double().clamp(0.1, 0.9).log().float()
 
 
-def draw(members):
-    return torch.randn(members, 2, generator=torch.Generator().manual_seed(0))
+def draw(members, states=0):
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randn(members, 2, generator=generator)
+    if not states:
+        return x_0
+    steps = torch.arange(len(TIMES) - 1).expand(members, -1)
+    x = torch.randn(2, *steps.shape, 2, generator=generator)
+    return PriorPaths(x_0, steps, x[0], x[1])
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -76,6 +83,6 @@ def test_a_row_may_come_from_outside(monkeypatch):
 
 def test_an_unknown_name_is_answered_by_the_nearest():
     with pytest.raises(
-        ValueError, match="'adjiont'. Did you mean adjoint\\? There are weighted, adjoint, backprop, ppo"
+        ValueError, match="'adjiont'. Did you mean adjoint\\? There are contrast, weighted, adjoint, backprop, ppo"
     ):
         check_learners(["weighted", "adjiont"])

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from ctrl_diffusion.chain.paths import PriorPaths
 from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import GaussianMixture, Logistic
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.weighted import RENOISING, Weighted
-from ctrl_diffusion.prior.network import as_denoiser
 from ctrl_diffusion.reward.reward import Reward
 
 TIMES = (0.8, 0.1)  # a chain of one step: every sample is noised to t = 0.8, where σ = 0.8
@@ -76,41 +74,3 @@ def test_renoising_is_a_stage_of_its_own_on_the_same_samples():
     even = learner.at_even_weights()
     assert (len(learner.x_0), learner.batch, learner.micro, learner.even) == (10, 8, 3, False)
     assert (even.even, even.x_0 is learner.x_0) == (True, True)
-
-
-def test_states_of_paths_are_regressed_on_their_own_ends():
-    """With x̂ = 0 the loss is ½‖x_0/σ‖² of the path and step that were drawn, whatever the states are."""
-    members, steps = 40, torch.tensor([[0, 1], [1, 2]]).repeat(40, 1)
-    times = (0.9, 0.6, 0.3, 0.1)
-    x_0 = torch.randn(2 * members, 2, generator=torch.Generator().manual_seed(1))
-    states = torch.full((2 * members, 2, 2), 7.0)
-    seen = []
-
-    class Watched(Zero):
-        def forward(self, x_t, t, c=None):
-            seen.append((x_t, t))
-            return super().forward(x_t, t, c)
-
-    prior = Watched(torch.zeros(1, 2), 1.0, RectifiedFlow())
-    policy = Policy(prior, SideControl("y", ("a", "b"), prior, conditions=2, width=8))
-    loss = loss_of(Weighted(PriorPaths(x_0, steps, states), times, 4000, even=True), policy)
-    x_t, t = seen[-1]
-    assert bool((x_t == 7.0).all())
-    assert t.unique().tolist() == sorted(times[:3])
-    squares = 0.5 * x_0.square().sum(1)
-    weights = torch.stack([1 / torch.tensor(times)[row].square() for row in steps]).mean(
-        1
-    )  # both columns equally often
-    mean = float((squares * weights).mean())
-    spread = float((squares * weights).std())
-    assert loss == pytest.approx(mean, abs=5 * spread / 4000**0.5 + 0.02 * mean)
-
-
-def test_where_the_chain_clips_the_regression_does_not():
-    """A pixel beyond the clip has a gradient; outside the regression the prior clips as before."""
-    network = as_denoiser(lambda x_t, timestep: 3 * torch.ones_like(x_t), RectifiedFlow(), (2,))
-    network.clip = 1.0
-    x = torch.zeros(4, 2)
-    with network.unclipped():
-        assert bool((network(x, 0.5) == 3).all())
-    assert bool((network(x, 0.5) == 1).all())

@@ -4,10 +4,12 @@ import json
 
 import torch
 
+from ctrl_diffusion.chain.paths import PriorPaths
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.contrast import Contrast
 from ctrl_diffusion.learn.ppo import PPO
 from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
@@ -58,8 +60,17 @@ class Darkness:
         return (x.flatten(1).mean(1, keepdim=True) * self.slopes).log_softmax(1)
 
 
+def states_to(x_0, times):
+    """Return paths to x_0 whose states are x_0 with noise, and whose x̂ is zero."""
+    steps = torch.arange(len(times) - 1).expand(len(x_0), -1)
+    noise = torch.randn(*steps.shape, *x_0.shape[1:], generator=torch.Generator().manual_seed(5))
+    states = (x_0[:, None].cpu() + noise) / 2
+    return PriorPaths(x_0.cpu(), steps, states, torch.zeros_like(states))
+
+
 # each update sees every step of the rollout
 LEARNERS = {
+    "contrast": lambda times, x_0: Contrast(states_to(x_0, times), times, batch=24),
     "weighted": lambda times, x_0: Weighted(x_0, times, batch=32),
     "adjoint": lambda times, x_0: Adjoint(times, 16, regressed=3),
     "backprop": lambda times, x_0: Backprop(times, 16),

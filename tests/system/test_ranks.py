@@ -24,6 +24,7 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.task import Task, new_policy
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.contrast import Contrast
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.learn.ppo import PPO
@@ -32,6 +33,7 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.prior.sharding import shard
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.system import ranks
+from tests.prior.priors import states_to
 from tests.whole.test_resume import SETTINGS, contents
 
 processes = multiprocessing.get_context("forkserver")
@@ -41,6 +43,7 @@ processes.set_forkserver_preload(["ctrl_diffusion.exact.races", "ctrl_diffusion.
 def learners_of(samples, drawn):
     """Each with batches of samples or of paths that it draws, in micro-batches and without."""
     return {
+        "contrast": lambda times, x_0, y, cond: Contrast(states_to(x_0, times), times, batch=samples, micro=4),
         "weighted": lambda times, x_0, y, cond: Weighted(x_0, times, batch=samples, micro=2),
         "adjoint": lambda times, x_0, y, cond: Adjoint(times, drawn, regressed=2, reuse=2, micro=2),
         "backprop": lambda times, x_0, y, cond: Backprop(times, drawn, micro=2),

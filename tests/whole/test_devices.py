@@ -24,6 +24,7 @@ from ctrl_diffusion.guide.reconstruction import DPS, MPGD
 from ctrl_diffusion.guide.selection import BestOf, Importance, Rejection
 from ctrl_diffusion.learn.adjoint import Adjoint
 from ctrl_diffusion.learn.backprop import Backprop
+from ctrl_diffusion.learn.contrast import Contrast
 from ctrl_diffusion.learn.fit import fit
 from ctrl_diffusion.learn.labelled import Labelled
 from ctrl_diffusion.learn.ppo import PPO
@@ -32,8 +33,10 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.run import Run
+from tests.prior.priors import states_to
 
 LEARNERS = {
+    "contrast": lambda times, x_0: Contrast(states_to(x_0, times), times, batch=6, micro=4),
     "weighted": lambda times, x_0: Weighted(x_0, times, batch=6),
     "adjoint": lambda times, x_0: Adjoint(times, 4, regressed=2, micro=3),
     "backprop": lambda times, x_0: Backprop(times, 4),

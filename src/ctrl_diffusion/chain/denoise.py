@@ -71,8 +71,8 @@ class Denoiser(nn.Module):
         return torch.arange(len(times) - 1)
 
     @contextmanager
-    def unclipped(self) -> Iterator[None]:
-        """Let x̂ inside be what the network says, where the chain clips it: saturated pixels then have a gradient."""
+    def straight_through(self) -> Iterator[None]:
+        """Give a clipped x̂ inside the gradient of one that is not: saturated pixels have none else."""
         yield
 
     def times(self, steps: int, sigma_end: float, power: float = 1.0, focus: Focus | None = None) -> tuple[float, ...]:

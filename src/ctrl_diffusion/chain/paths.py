@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from ..system import ranks
 from .denoise import Denoiser
 from .noise import EVERY, normal
-from .rollout import Times, rollout
+from .rollout import Times, read_out, rollout
 from .rows import parts, rows_of
+from .transition import step
 
 
 class Paths(NamedTuple):
@@ -28,6 +30,7 @@ class PriorPaths(NamedTuple):
     x_0: Tensor  # (n, *)
     steps: Tensor | None = None  # (n, K), the numbers of the steps that begin at the states; None without states
     states: Tensor | None = None  # (n, K, *)
+    x_hat: Tensor | None = None  # (n, K, *), the prior's x̂ at the states
 
 
 def default_batch(denoiser: Denoiser) -> int:
@@ -75,15 +78,21 @@ def paths_with_states(
     prior: Denoiser, steps: Tensor, times: Times, generator: torch.Generator, cond: dict[str, Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PriorPaths:  # fmt: skip
-    """Simulate n paths of the prior as `paths` does; keep the states at which the steps (n, K) of each begin."""
+    """Simulate n paths of the prior as `paths` does; keep states at which steps (n, K) of each begin, with their x̂."""
 
     def simulate(rows: slice, noise: list[Tensor]) -> tuple[Tensor, ...]:
-        path = rollout(prior, noise[0], times, noise=noise[1:], cond=rows_of(cond or {}, rows))
-        states = path.x[steps[rows], torch.arange(len(path.x_0))[:, None]]
-        return path.x_0.cpu(), states.cpu()
+        x_t, states, x_hats = noise[0], [], []
+        row_cond = rows_of({name: value.to(x_t.device) for name, value in (cond or {}).items()}, rows)
+        for (t, s), z in zip(pairwise(times), noise[1:], strict=True):
+            states.append(x_t)
+            x_hats.append(prior(x_t, t, **row_cond))
+            x_t = step(prior.schedule, x_hats[-1], x_t, t, s, 1.0).rsample(z)
+        index = steps[rows], torch.arange(len(x_t))[:, None]
+        x_0 = read_out(prior, x_t, times[-1], **row_cond)
+        return x_0.cpu(), torch.stack(states)[index].cpu(), torch.stack(x_hats)[index].cpu()
 
-    x_0, states = in_batches(prior, len(steps), len(times), generator, simulate, None, progress, 2)
-    return PriorPaths(x_0, steps, states)
+    x_0, states, x_hat = in_batches(prior, len(steps), len(times), generator, simulate, None, progress, 3)
+    return PriorPaths(x_0, steps, states, x_hat)
 
 
 def in_batches(

@@ -7,24 +7,20 @@ say; where it has not begun to rise nothing can be said yet. There the control i
 Kynkäänniemi et al. 2024, arXiv 2404.07724, made a property of the control).
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from ..chain.denoise import Denoiser
 from ..chain.noise import normal
 from ..chain.rollout import Times
 from ..chain.transition import step
+from ..reward.outlook import features_of, predicted
 
 DECIDED, UNDECIDED = 0.95, 0.02  # shares of the information behind and before which a control is silent
-FOLDS, FLOOR = 4, -12.0  # of the cross-validation; of a log-probability that is a feature, in nats
 LEAST = 0.05  # nats about y, below which nothing is decided anywhere
 
 
@@ -79,20 +75,9 @@ def information(log_p: Tensor, p_end: Tensor, group: Tensor, seed: int = 0) -> f
         group: (n,), the number of the path's condition c.
         seed: of the labels that are drawn from p_end.
     """
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.multinomial(p_end, 1, generator=generator).squeeze(1).numpy()
-    one_hot = torch.nn.functional.one_hot(group)
-    features = torch.cat([log_p.clamp(min=FLOOR), one_hot[:, 1:]], dim=1).double().numpy()
-    frequencies = (one_hot.double().T @ p_end.double()) / one_hot.sum(0)[:, None]
+    features = features_of(log_p, group)
+    one_hot = torch.nn.functional.one_hot(group).double()
+    frequencies = (one_hot.T @ p_end.double()) / one_hot.sum(0)[:, None]
     base = -(p_end * frequencies[group].clamp(min=1e-12).log()).sum(1)
-    log_q = np.full(p_end.shape, np.log(1 / len(y)))
-    fold = torch.randperm(len(y), generator=generator).numpy() % FOLDS
-    for k in range(FOLDS):
-        rest, part = fold != k, fold == k
-        if len(classes := np.unique(y[rest])) < 2:
-            return 0.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a fit that has not converged is still a lower bound
-            fit = LogisticRegression(C=0.3, max_iter=200).fit(features[rest], y[rest])
-        log_q[np.ix_(part, classes)] = fit.predict_log_proba(features[part])
-    return float((base + (p_end * torch.from_numpy(log_q).clamp(min=np.log(1 / len(y)))).sum(1)).mean())
+    log_q = predicted(features, p_end, torch.Generator().manual_seed(seed))
+    return max(0.0, float((base + (p_end * log_q).sum(1)).mean()))

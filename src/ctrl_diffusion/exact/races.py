@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..chain.denoise import Denoiser
 from ..chain.noise import stream
-from ..chain.paths import paths
+from ..chain.paths import PriorPaths, paths, paths_with_states
 from ..chain.rollout import rollout
 from ..control.policy import Policy
 from ..evaluate.certificate import Certificate, certify
@@ -30,6 +30,7 @@ from .task import GROWING, SCHEDULES, Answers, Task, new_policy
 LR = {"embedding": 5e-3, "adapter": 3e-3}
 # for each entry of the race the learners that train in turn, with their settings
 STAGES = {
+    "contrast": {"contrast": {"updates": 1500, "batch": 256, "cache": 10_000}},
     "weighted": {"weighted": {"updates": 1500, "batch": 512, "cache": 10_000}},
     "adjoint": {"adjoint": {"updates": 800, "batch": 256}},
     "backprop": {
@@ -43,9 +44,12 @@ ENTRIES = tuple(STAGES)
 def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> Iterator[tuple[Learner, int]]:
     """Yield the learners that train an entry of the race in turn, with their numbers of updates."""
 
-    def prior_samples(members: int) -> Tensor:
+    def prior_samples(members: int, states: int = 0) -> Tensor | PriorPaths:
         cond = task.conditions.cond_of(torch.arange(2).repeat_interleave(members))
-        return paths(task.prior(), 2 * members, task.times, generator, cond, batch=members).x_0
+        if not states:
+            return paths(task.prior(), 2 * members, task.times, generator, cond, batch=members).x_0
+        steps = torch.arange(task.steps).expand(2 * members, -1)
+        return paths_with_states(task.prior(), steps, task.times, generator, cond)
 
     for learner, values in STAGES[name].items():
         settings = LEARNERS[learner].Settings(**values)

@@ -48,6 +48,10 @@ class LearnerSettings(Strict):
         """Return the settings with `ratio` times as many updates, at least one."""
         return self.model_copy(update={"updates": max(1, int(self.updates * ratio))})
 
+    def numbers_kept(self, steps: int) -> int:
+        """Count the tensors like x_0 that are kept of the prior's samples for each of its conditions."""
+        return 0
+
     def rows_kept(self, micro: int | None) -> int:
         """Count the samples of which a gradient keeps a step at once, `micro` of them at most."""
         return min(self.batch, micro or self.batch)
@@ -167,7 +171,7 @@ def regression(
     for rows in parts(len(x_0), micro):
         x, target, row_cond = x_t[rows], x_0[rows], rows_of(cond, rows)
         inputs = {"labels": rows_of(labels, rows), **rows_of(gamma or {}, rows), **row_cond}
-        with policy.prior.unclipped():
+        with policy.prior.straight_through():
             if learned_renoising is not None:
                 with torch.no_grad(), policy.holding(learned_renoising):
                     target = target - policy(x, t[rows], **inputs) + policy.prior(x, t[rows], **row_cond)

@@ -4,12 +4,15 @@ from difflib import get_close_matches
 
 from .adjoint import Adjoint
 from .backprop import Backprop
+from .contrast import Contrast
 from .ppo import PPO
 from .step import Learner
 from .weighted import Weighted
 
 # another package may add a row
-LEARNERS: dict[str, type[Learner]] = {"weighted": Weighted, "adjoint": Adjoint, "backprop": Backprop, "ppo": PPO}
+LEARNERS: dict[str, type[Learner]] = {
+    "contrast": Contrast, "weighted": Weighted, "adjoint": Adjoint, "backprop": Backprop, "ppo": PPO,
+}  # fmt: skip
 
 
 def check_learners(names: list[str]) -> list[str]:

@@ -1,13 +1,10 @@
-"""Regress on reward-weighted paths of the prior.
+"""Regress on reward-weighted samples of the prior.
 
-Draw paths from the prior once; for each (c, y) and γ draw from them by weight w = p̂(y | x_0)^γ and regress the denoiser
-at a state x_t on the way, ½‖(x̂_g(x_t) − x_0)/σ_t‖². An update costs a plain training step and finds every mode (the
+Draw samples from the prior once; for each (c, y) and γ draw from them by weight w = p̂(y | x_0)^γ, add noise, and
+regress the denoiser, ½‖(x̂_g(x_t) − x_0)/σ_t‖². An update costs a plain training step and finds every mode (the
 cross-entropy method of stochastic control). The solution is E[x_0 | x_t, c, y]; it minimises the forward KL of paths if
-the prior's chain is the reverse of adding noise.
-
-States may also be made by adding noise to x_0, which needs no memory. A trained prior does not reverse that exactly:
-its own paths decide y elsewhere and at other times, and states made by noise teach what does not happen on them. What
-is left of the error shows as KL even at w ≡ 1.
+the prior's chain is the reverse of adding noise. A trained prior's is so nearly: the difference is learned first, at
+w ≡ 1, and subtracted. `contrast` learns from the prior's own paths, where there is none.
 
 The weight 1/σ_t² makes the loss the squared error of v, for diffusion and flow alike. The weights of the forward KL in
 nats have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is
@@ -23,7 +20,6 @@ from pydantic import Field
 from torch import Generator, Tensor
 from typing_extensions import Self
 
-from ..chain.paths import PriorPaths
 from ..chain.rollout import Times
 from ..chain.rows import rows_of
 from ..control.conditions import Conditions
@@ -36,9 +32,7 @@ from .step import (
     Learner,
     LearnerSettings,
     PriorSampler,
-    States,
     Step,
-    even_steps,
     noised,
     regression,
 )
@@ -50,8 +44,7 @@ class Weighted(Learner):
     """Learn by reward-weighted regression.
 
     Args:
-        x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn; or paths with states, to learn
-            from these instead of x_0 with noise.
+        x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn.
         times, batch, options: see `Learner`.
         even: learn at w ≡ 1, where the effect of re-noising alone is left, the same for every label.
         learned_renoising: a snapshot of the controls after training at w ≡ 1, whose effect is subtracted; or None.
@@ -63,8 +56,10 @@ class Weighted(Learner):
         lr_embedding: float = Field(5e-2, gt=0)
         lr_adapter: float = Field(2e-3, gt=0)
         cache: int = Field(1000, ge=1)  # samples of the prior for each of its conditions
-        states: int = Field(0, ge=0)  # of each prior path, to learn from; 0 adds noise to its end instead
         renoising: int = Field(175, ge=0)  # updates at w ≡ 1 that come first; 0 for none
+
+        def numbers_kept(self, steps: int) -> int:
+            return self.cache
 
         def stages(self, name: str) -> dict[str, Self]:
             first = self.model_copy(update={"updates": self.renoising, "renoising": 0})
@@ -78,19 +73,17 @@ class Weighted(Learner):
             return Evaluations(2 if self.renoising else 0, 1)
 
     def __init__(
-        self, x_0: Tensor | PriorPaths, times: Times, batch: int | None = None, *, even: bool = False,
+        self, x_0: Tensor, times: Times, batch: int | None = None, *, even: bool = False,
         learned_renoising: list[Tensor] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(times, batch, **options)
-        self.paths = PriorPaths(x_0) if isinstance(x_0, Tensor) else x_0
-        self.x_0, self.even, self.learned_renoising = self.paths.x_0, even, learned_renoising
+        self.x_0, self.even, self.learned_renoising = x_0, even, learned_renoising
 
     @classmethod
     def from_settings(
         cls, settings: LearnerSettings, times: Times, prior_samples: PriorSampler, **options: Any
     ) -> Self:
-        states = {"states": settings.states} if settings.states else {}
-        return cls(prior_samples(settings.cache, **states), times, **options, **dict(settings))
+        return cls(prior_samples(settings.cache), times, **options, **dict(settings))
 
     def at_even_weights(self) -> Self:
         """Return the learner of re-noising alone, on the same samples."""
@@ -118,15 +111,6 @@ class Weighted(Learner):
             member = torch.searchsorted(cumulated[cell], quantile).squeeze(1).clamp(max=members - 1)
             row = pair // conditions.classes * members + member
             x_0 = self.x_0[row].to(policy.device)
-            states = self.states_of(policy, row, x_0, generator)
+            states = noised(policy, x_0, self.times, self.batch, generator)
             sizes = self.batch, self.micro
             yield from regression(policy, x_0, states, labels, cond, *sizes, self.learned_renoising, gamma)
-
-    def states_of(self, policy: Policy, row: Tensor, x_0: Tensor, generator: Generator) -> States:
-        """Return states on the way to x_0 (n, *), samples `row` (n,): of their own paths, else by adding noise."""
-        if self.paths.states is None:
-            return noised(policy, x_0, self.times, self.batch, generator)
-        columns = torch.arange(self.paths.states.shape[1])
-        column = even_steps(columns, self.batch, generator)[ranks.rank_rows(self.batch)]
-        t = torch.tensor(self.times, dtype=torch.float64)[self.paths.steps[row, column]]
-        return States(self.paths.states[row, column].to(policy.device), t)

@@ -42,6 +42,7 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
 
     # of sharded weights: (K, B) of this rank → (K, B of all ranks); then all ranks must call the network in step
     all_gather: Callable[[Tensor], Tensor] | None = None
+    passes_clip = False  # whether a clipped x̂ has the gradient of one that is not
 
     def __init__(
         self, network: nn.Module, call: Call, schedule: Schedule, prediction: Prediction, shape: tuple[int, ...],
@@ -64,12 +65,12 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
         return other
 
     @contextmanager
-    def unclipped(self) -> Iterator[None]:
-        clip, self.clip = self.clip, None
+    def straight_through(self) -> Iterator[None]:
+        before, self.passes_clip = self.passes_clip, True
         try:
             yield
         finally:
-            self.clip = clip
+            self.passes_clip = before
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
         timestep, alpha, sigma = coefficients(clock, x_t, self.schedule, t)
@@ -77,7 +78,10 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
             prediction = self.call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
         x_hat = x_hat_from(prediction[:, : x_t.shape[1]].to(x_t.dtype), self.prediction, x_t, alpha, sigma)
-        return x_hat if self.clip is None else x_hat.clamp(-self.clip, self.clip)
+        if self.clip is None:
+            return x_hat
+        clipped = x_hat.clamp(-self.clip, self.clip)
+        return x_hat + (clipped - x_hat).detach() if self.passes_clip else clipped
 
 
 def as_denoiser(

@@ -137,7 +137,7 @@ class Config(Strict):
         max_skipped: non-finite batches in turn that may be skipped; one more stops the learner at its best control.
         checkpoint: updates between saved states; a state that a signal saves is at most a tenth as many updates old.
         track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.
-        weighted, adjoint, backprop, ppo: settings of each learner.
+        contrast, weighted, adjoint, backprop, ppo: settings of each learner.
         evaluation: how much is sampled to probe, certify and report.
     """
 
@@ -165,7 +165,7 @@ class Config(Strict):
     rank: int = Field(64, ge=1)
     lora_alpha: float | None = Field(None, gt=0)
     lora_targets: list[str] | None = Field(None, min_length=1)
-    learners: Annotated[list[str], AfterValidator(check_learners)] = Field(["weighted", "adjoint"], min_length=1)
+    learners: Annotated[list[str], AfterValidator(check_learners)] = Field(["contrast", "adjoint"], min_length=1)
     time: Annotated[str, AfterValidator(checked_time)] | None = None
     updates: int | None = Field(None, ge=1)
     budget: int | None = Field(None, ge=1)
@@ -175,6 +175,7 @@ class Config(Strict):
     max_skipped: int = Field(5, ge=0)
     checkpoint: int = Field(50, ge=1)
     track: list[str] = Field(default_factory=list)
+    contrast: LEARNERS["contrast"].Settings = LEARNERS["contrast"].Settings()
     weighted: LEARNERS["weighted"].Settings = LEARNERS["weighted"].Settings()
     adjoint: LEARNERS["adjoint"].Settings = LEARNERS["adjoint"].Settings()
     backprop: LEARNERS["backprop"].Settings = LEARNERS["backprop"].Settings()

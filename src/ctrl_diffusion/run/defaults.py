@@ -23,7 +23,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache = max(100, min(10_000 // groups, max(1000, 300 * classes)))
     warm = max(min(700, 400 + 20 * pairs), min(2000, 150 * classes))
-    states = max(1, min(40, MOST_NUMBERS // (cache * groups * dimensions)))
+    states = max(1, min(40, MOST_NUMBERS // (2 * cache * groups * dimensions)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = Adjoint.Settings()
     share = (batch / full.batch) ** 0.5
@@ -33,12 +33,12 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         "focus": "auto",
         "rank": rank,
         "micro_batch": None if dimensions <= 4096 and parameters < 1e8 else max(1, 2**15 // dimensions),
+        "contrast": {"updates": warm, "batch": min(64, batch), "cache": cache, "states": states, **lr},
         "weighted": {
             "updates": warm,
             "batch": min(128, 2 * batch),
             "cache": cache,
-            "states": states,
-            "renoising": 0,
+            "renoising": warm // 4,
             **lr,
         },
         "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
@@ -56,6 +56,7 @@ def quick(config: Config) -> Config:
         for c in config.controls
     ]  # fmt: skip
     learners = {name: {"updates": max(1, getattr(config, name).updates // 20)} for name in LEARNERS}
+    learners["contrast"] |= {"cache": max(1, config.contrast.cache // 10)}
     learners["weighted"] |= {
         "renoising": config.weighted.renoising // 20, "cache": max(1, config.weighted.cache // 10),
     }  # fmt: skip

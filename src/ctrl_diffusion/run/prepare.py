@@ -60,8 +60,13 @@ class PreparedTraining:
     cut: bool = False  # whether a learner has fewer updates than by default
 
 
-def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTraining:
-    """Read prior, data and classifiers, and choose the settings that depend on them; refuse what is wrong with any."""
+def prepare(
+    values: dict[str, Any], options: JobOptions = DEFAULT, usual: dict[str, Any] | None = None
+) -> PreparedTraining:
+    """Read prior, data and classifiers, and choose the settings that depend on them; refuse what is wrong with any.
+
+    A training with fewer updates than by default counts as cut short; `usual` settings, if given, say other defaults.
+    """
     values = list_controls(values)
     check_present(values, "prior")
     values = map_paths(values, lambda name: str(Path(name).resolve()))
@@ -80,16 +85,17 @@ def prepare(values: dict[str, Any], options: JobOptions = DEFAULT) -> PreparedTr
         what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
         raise ValueError(f"classes must be {what}; got {classes}.")
     inputs = [select_inputs(each, classes) for each in inputs]
-    config, cut = complete(values, config, prior, inputs, classes)
+    config, cut = complete(values, config, prior, inputs, classes, usual or {})
     return PreparedTraining(config, prior, inputs, cut)
 
 
 def complete(
-    values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], classes: list[int] | None
-) -> tuple[Config, bool]:
+    values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], classes: list[int] | None,
+    usual: dict[str, Any],
+) -> tuple[Config, bool]:  # fmt: skip
     """Return the config with defaults for this prior and these data where `values` has none; refuse what cannot be.
 
-    Return also whether a learner has fewer updates than by default.
+    Return also whether a learner has fewer updates than by default, or than `usual` settings name.
     """
     sizes = {each.name: each.classes for each in inputs}
     fixed = [each.name for each in inputs if each.settings.settled_from]
@@ -113,8 +119,9 @@ def complete(
     times_of(prior, config, config.steps)
     if config.evaluation.prior_samples < math.prod(sizes.values()):
         raise ValueError("evaluation.prior_samples must be at least the number of the controls' classes.")
-    updates = ((getattr(config, name).updates, defaults.get(name, {}).get("updates", 0)) for name in config.learners)
-    return config, any(count < usual for count, usual in updates)
+    usual = merged(defaults, usual)
+    updates = ((getattr(config, name).updates, usual.get(name, {}).get("updates", 0)) for name in config.learners)
+    return config, any(count < most for count, most in updates)
 
 
 def read_prompts(path: Path) -> list[str]:

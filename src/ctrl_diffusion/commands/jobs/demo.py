@@ -30,8 +30,8 @@ INK_CLASSIFIER = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side
 INK_CONTROL = {"name": INK, "condition": DIGIT, "ruler": INK, "interval": "none", "classifier": INK_CLASSIFIER}
 # ink is decided at the end of the chain: its control has no use for an interval, nor its chain for a focus; the figures
 # of all demos in the docs were measured without
-EVERYWHERE = {"focus": "none", "patience": None}
-RENOISED = {"states": 0, "updates": 700, "renoising": 175}
+EVERYWHERE = {"focus": "none", "patience": None, "learners": ["weighted", "adjoint"]}
+RENOISED = {"updates": 700, "renoising": 175}
 # few updates: 250 labels leave too few to calibrate a classifier that is fitted until it is overconfident
 SLANT_CLASSIFIER = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 500}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         # the names are numbers, but not in an order; digits differ in where the strokes are
         "controls": [{"name": DIGIT, "interval": "none", "classifier": {"head": "categorical", "grid": 4, "depth": 2}}],
         # ten classes share the samples of the one condition
-        "weighted": {"cache": 4000, "states": 0, "updates": 600, "renoising": 150},
+        "weighted": {"cache": 4000, "updates": 600, "renoising": 150},
         **EVERYWHERE,
         "adjoint": {"updates": 900},
         "evaluation": {"prior_samples": 4000, "paths": 2000},
@@ -115,7 +115,7 @@ def demo_job(
                 path = Path(scratch, kind, control["name"]) if len(datasets) > 1 else Path(scratch, kind)
                 write_imagefolder(path, data)
                 control[kind] = str(path)
-        job = prepare(values, options)
+        job = prepare(values, options, SETTINGS[controls])
         moved = job.config.model_dump(include={"controls"})
         for control in moved["controls"]:
             for kind in DATA_FOLDERS:

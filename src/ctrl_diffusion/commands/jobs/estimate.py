@@ -114,9 +114,11 @@ def few_images(data: LabelledImages, columns: list[str]) -> LabelledImages:
 def shortened(config: Config) -> Config:
     """Return the config with the updates of two batches of paths, and a smaller cache."""
     learners = {name: {"updates": 2 * getattr(getattr(config, name), "reuse", 1)} for name in config.learners}
-    small = {"cache": min(64, config.weighted.cache), "renoising": min(2, config.weighted.renoising)}
+    for name in ("contrast", "weighted"):
+        learners[name] = {"cache": min(64, getattr(config, name).cache), **learners.get(name, {})}
+    learners["weighted"]["renoising"] = min(2, config.weighted.renoising)
     return config.with_(
-        **{**learners, "weighted": small | learners.get("weighted", {})},
+        **learners,
         more=[2] * len(config.more),
         evaluation={"probes": 1},
     )
@@ -161,8 +163,9 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     fixed = any(control.fixed for control in run.policy.controls.values())
     untrained = repeats_of(e.paths, conditions) * conditions.pairs * (compared if fixed else chain)
     scales = sum(control.scale for control in run.policy.controls.values())
+    drawn = [getattr(getattr(config, name), "cache", 0) for name in config.learners]
     counts = {
-        "cache": ("weighted" in config.learners) * config.weighted.cache * conditions.groups * chain,
+        "cache": sum(drawn) * conditions.groups * chain,
         "where y is decided": profile_paths(run) * chain if measures_intervals(config) else 0,
         "probes": probes_of(config) * probe_paths(run) * compared,
         "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
@@ -212,9 +215,8 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
 
 
 def cached_numbers(config: Config) -> int:
-    """Count the tensors like x_0 that `weighted` keeps for each condition: ends of the prior's paths, and states."""
-    states = min(config.weighted.states, config.steps)
-    return config.weighted.cache * (1 + states) if "weighted" in config.learners else 0
+    """Count the tensors like x_0 that a learner keeps of the prior's samples for each condition, at most."""
+    return max(getattr(config, name).numbers_kept(config.steps) for name in config.learners)
 
 
 def most_needed() -> int:

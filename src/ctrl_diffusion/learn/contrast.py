@@ -1,0 +1,199 @@
+"""Regress on the prior's own paths: the label they end with, against a label they might have ended with.
+
+Draw paths from the prior once. At a state x_t of a path with end x_0 draw a label y ~ p̂(y | x_0)^γ, and a label y' that
+could have come of x_t as well, from the outlook p(y | x_t). With r = (x_0 − x̂_pre)/σ_t and the control's effect
+d_y = (x̂_g(x_t, y) − x̂_pre)/σ_t the loss is
+
+    ½‖d_y‖² − (d_y − d_y')·r,  least for  σ_t d_y = E[x_0 | x_t, c, y] − E[x_0 | x_t, c].
+
+An update costs a training step and finds every mode, as `weighted` does. Two things differ:
+
+- A chain of few steps, a clipped x̂ or a network that is not exact have x̂_pre ≠ E[x_0 | x_t] on their own paths. That
+  difference is the same for every label; learned, it would be KL for nothing. Here it cancels.
+- Where y is decided y' = y, and there is little noise.
+
+A label is drawn as often as any other, and its paths with weights p̂^γ / E[p̂^γ]; the terms of y' are weighted such that
+E[x_0 | x_t, c] is the prior's.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+from typing_extensions import Self
+
+from ..chain.paths import PriorPaths
+from ..chain.rollout import Times
+from ..chain.rows import parts, rows_of
+from ..chain.schedule import per_sample
+from ..chain.transition import half_square
+from ..control.conditions import Conditions
+from ..control.policy import Policy
+from ..data.labels import NULL
+from ..reward.outlook import outlook
+from ..reward.reward import Reward, prior_table
+from ..system import ranks
+from .step import Carried, Evaluations, Learner, LearnerSettings, PriorSampler, Step, even_steps, steps_to_learn
+
+MOST_WEIGHT = 10.0  # of the terms of y', which is more only where a label is very rare
+
+
+class Contrast(Learner):
+    """Learn from states of the prior's own paths.
+
+    Args:
+        paths: of the prior with states and x̂, M for each of the G conditions in turn.
+        times, batch, options: see `Learner`; a batch has so many states.
+        seed: of the labels that the outlook is fitted to.
+    """
+
+    class Settings(LearnerSettings):
+        updates: int = Field(700, ge=1)
+        batch: int = Field(64, ge=1)
+        lr_embedding: float = Field(5e-2, gt=0)
+        lr_adapter: float = Field(2e-3, gt=0)
+        cache: int = Field(1000, ge=1)  # paths of the prior for each of its conditions
+        states: int = Field(40, ge=1)  # of each path
+
+        def numbers_kept(self, steps: int) -> int:
+            return self.cache * (1 + 2 * min(self.states, steps))
+
+        def evaluations(self, steps: int) -> Evaluations:
+            return Evaluations(0, 2)
+
+        def rows_kept(self, micro: int | None) -> int:
+            return min(2 * self.batch, micro or 2 * self.batch)
+
+    def __init__(
+        self, paths: PriorPaths, times: Times, batch: int | None = None, *, seed: int = 0, **options: Any
+    ) -> None:
+        super().__init__(times, batch, **options)
+        self.paths, self.seed = paths, seed
+
+    @classmethod
+    def from_settings(
+        cls, settings: LearnerSettings, times: Times, prior_samples: PriorSampler, **options: Any
+    ) -> Self:
+        return cls(prior_samples(settings.cache, states=settings.states), times, **options, **dict(settings))
+
+    def __call__(
+        self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
+    ) -> Iterator[Step]:
+        steps_to_learn(policy, self.times)  # refuses a chain on which nothing speaks
+        table = LabelTable.from_paths(reward, conditions, self.paths, self.seed)
+        share, times = ranks.rank_rows(self.batch), torch.tensor(self.times, dtype=torch.float64)
+        columns = torch.arange(self.paths.steps.shape[1])
+        while True:
+            pair = conditions.draw(self.batch, generator)[share]
+            gamma = rows_of(conditions.draw_gamma(self.batch, generator), share)
+            quantile, other = torch.rand(2, self.batch, 1, generator=generator, dtype=torch.float64)[:, share]
+            cell = conditions.cell(pair, **gamma)
+            row = table.path(cell, quantile)
+            column = even_steps(columns, self.batch, generator)[share]
+            others, weight = table.other(cell, row, column, other)
+            t = times[self.paths.steps[row, column]]
+            for rows in parts(len(pair), self.micro and max(1, self.micro // 2)):
+                at = row[rows], column[rows]
+                state = State(*(v.to(policy.device) for v in (self.paths.x_0[at[0]], self.paths.x_hat[at])))
+                x_t, y, gammas = (
+                    self.paths.states[at].to(policy.device),
+                    (pair[rows], others[rows]),
+                    rows_of(gamma, rows),
+                )
+                loss = contrast(policy, conditions, x_t, t[rows], y, state, weight[rows], gammas)
+                yield Step(loss / self.batch, last=rows.stop == len(pair))
+
+
+class State(NamedTuple):
+    """Hold where paths end, and what the prior predicts at their states."""
+
+    x_0: Tensor  # (n, *)
+    x_hat: Tensor  # (n, *)
+
+
+def contrast(
+    policy: Policy, conditions: Conditions, x_t: Tensor, t: Tensor, pairs: tuple[Tensor, Tensor], state: State,
+    weight: Tensor, gamma: dict[str, Tensor],
+) -> Tensor:  # fmt: skip
+    """Return the sum of the loss over states x_t (n, *) at times t (n,); where both pairs are one it is called once.
+
+    `pairs` are (c, y) and (c, y'), (n,) each; `weight` (n,) is that of the terms of y'.
+    """
+    first, second = pairs
+    differ = (first != second).nonzero().squeeze(1)
+    rows = torch.cat([torch.arange(len(first)), differ])
+    labels, cond = conditions.of(torch.cat([first, second[differ]]))
+    with policy.prior.straight_through():
+        x_hat = policy(x_t[rows], t[rows], labels=labels, **rows_of(gamma, rows), **cond)
+    sigma = per_sample(policy.schedule(t)[1], x_t)
+    effect = ((x_hat - state.x_hat[rows]) / sigma[rows]).flatten(1)
+    r, weight = ((state.x_0 - state.x_hat) / sigma).flatten(1), weight.to(effect)
+    d, d_other = effect.split([len(first), len(differ)])
+    drive = (d * r).sum(1) * torch.where(first == second, 1 - weight, 1.0)  # a y' that is y has the effect of y
+    return (half_square(d) - drive).sum() + (weight[differ] * (d_other * r[differ]).sum(1)).sum()
+
+
+class LabelTable(NamedTuple):
+    """Hold what labels the prior's paths end with, and which ones their states could lead to."""
+
+    conditions: Conditions
+    weights: Tensor  # (cells, M), p̂^γ / E[p̂^γ] of each path of the cell's condition
+    cumulated: Tensor  # (cells, M), their shares, summed up
+    outlooks: list[Tensor]  # at each γ (G · M, states, joint labels), of all controls together
+    frequencies: Tensor  # (cells,), E[p̂^γ] over the E[Σ_y p̂^γ] of the controls that act
+
+    @classmethod
+    @torch.no_grad()
+    def from_paths(cls, reward: Reward, conditions: Conditions, paths: PriorPaths, seed: int) -> Self:
+        """Tabulate p̂^γ at the ends of paths, and the outlook at their states."""
+        gammas = conditions.gammas or (reward.gamma,)
+        plain = reward.at(1.0)
+        table = prior_table(plain, conditions, paths.x_0).double()  # (G, M, K)
+        p = torch.cat([gamma * table for gamma in gammas]).transpose(1, 2)  # (γ · G, K, M)
+        shares = p.softmax(2).flatten(0, 1)
+        mean = p.exp().mean(2)  # (γ · G, K)
+        choice = choices_of(conditions)
+        frequencies = mean / (mean[:, None] * (choice[:, None] == choice)).sum(2)
+        every = Conditions(conditions.cond, conditions.controls)
+        outlooks = [outlook(plain, every, paths, gamma, seed) for gamma in gammas]
+        return cls(conditions, shares * shares.shape[1], shares.cumsum(1), outlooks, frequencies.flatten())
+
+    def path(self, cell: Tensor, quantile: Tensor) -> Tensor:
+        """Return paths (n,) of cells (n,), each as often as its weight, at quantiles (n, 1)."""
+        member = torch.searchsorted(self.cumulated[cell], quantile).squeeze(1).clamp(max=self.members - 1)
+        return cell % self.conditions.pairs // self.conditions.classes * self.members + member
+
+    @property
+    def members(self) -> int:
+        """M."""
+        return self.weights.shape[1]
+
+    def other(self, cell: Tensor, path: Tensor, column: Tensor, quantile: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw y' at states (path, column) of cells (n,); return the pairs (c, y') and the weights of their terms."""
+        conditions, classes = self.conditions, self.conditions.classes
+        label, first = cell % classes, cell - cell % classes  # the cell of label 0, at the same c and γ
+        cells = first[:, None] + torch.arange(classes)
+        choice = choices_of(conditions)
+        among = choice[label][:, None] == choice  # (n, K), the labels of the same controls
+        at_gamma = cell // conditions.pairs
+        joint = torch.stack([self.outlooks[g][i, k] for g, i, k in zip(at_gamma, path, column, strict=True)]).double()
+        relative = among * (joint @ agreement(conditions)) / self.frequencies[cells]  # p(y | x_t) over p(y)
+        drawn = relative.cumsum(1) / relative.sum(1, keepdim=True)
+        y = torch.searchsorted(drawn, quantile).squeeze(1).clamp(max=classes - 1)
+        at_end = (among * self.weights[cells, (path % self.members)[:, None]]).sum(1)
+        weight = (relative.sum(1) / at_end).clamp(max=MOST_WEIGHT)
+        return first % conditions.pairs + y, weight
+
+
+def choices_of(conditions: Conditions) -> Tensor:
+    """Return the number (K,) of the choice of controls that each label sets."""
+    return (conditions.combinations != NULL).unique(dim=0, return_inverse=True)[1]
+
+
+def agreement(conditions: Conditions) -> Tensor:
+    """Return whether each label of all controls together has the classes of each label of some: (joint, K)."""
+    joint = Conditions({}, conditions.controls).combinations[:, None]
+    labels = conditions.combinations
+    return ((joint == labels) | (labels == NULL)).all(2).double()
