@@ -110,7 +110,8 @@ def test_a_history_is_restored_to_the_bit():
     ("shifts", "lost"),
     [
         ([0.0, -1.0, -1.0, -0.5], True),
-        ([0.0, -1.0, -1.0, -0.5, 2.0], True),  # the trial is over
+        ([0.0, -1.0, -1.0, -0.5, 2.0], False),  # it has come back
+        ([0.0, 0.5, -1.0, -1.0, -0.5], True),  # it was better once
         ([0.0, -1.0, -1.0], False),  # not yet
         ([0.0, -1.0, 0.0, -1.0], False),
         ([0.0, -0.1, -0.1, -0.1], False),  # within two errors

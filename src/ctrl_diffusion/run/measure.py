@@ -31,7 +31,7 @@ from .run import Run, fits
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 PROFILE_PATHS, LATENT_PROFILE_PATHS, LEAST_PROFILE_PATHS = 600, 200, 200  # to measure where y is decided
-MOST_PROFILE_STEPS = 24
+MOST_PROFILE_STEPS, MOST_LATENT_STEPS = 60, 24  # of the chain at which it is measured; latents are decoded at each
 
 
 class PolicyPaths(NamedTuple):
@@ -158,7 +158,7 @@ def profiles_of(run: Run, phase: Phase = silent) -> dict[str, Profile]:
     groups = run.conditions.groups
     group = torch.arange(groups).repeat_interleave(profile_paths(run) // groups)
     names = [control.name for control in run.config.controls if control.interval == "auto"]
-    every = -(-(len(run.times) - 1) // MOST_PROFILE_STEPS)
+    every = -(-(len(run.times) - 1) // (MOST_LATENT_STEPS if run.prior.latent else MOST_PROFILE_STEPS))
     generator, advance = stream(run.config.seed, "profile"), phase("where y is decided", len(run.times) * len(group))
     tables: dict[str, list[Tensor]] = {name: [] for name in names}
     rows = parts(len(group), default_batch(run.prior.denoiser))

@@ -95,18 +95,18 @@ class ProbeHistory:
         return f"J and reward of the last {k} probes are no higher than of the {k} before"
 
     def loss(self) -> str | None:
-        """Say that a stage loses what it began with, if the first TRIAL probes after its start are all clearly lower.
+        """Say that a stage loses what it began with, if its last TRIAL probes are all clearly lower.
 
         A learner that follows the reward's gradient does not see a choice between modes, and sells what another has
         learned of it; each probe is lower by two standard errors of the paired difference.
         """
         if len(self.log_w) <= TRIAL:
             return None
-        for log_w in self.log_w[1 : TRIAL + 1]:
+        for log_w in self.log_w[-TRIAL:]:
             gain, error = Gain.from_paths(log_w, self.log_w[0])
             if gain > -2 * error:
                 return None
-        return f"J of its first {TRIAL} probes is lower than what it began with"
+        return f"J of its last {TRIAL} probes is lower than what it began with"
 
     def climb(self) -> Climb | None:
         """Return what the last probe has gained over that of LAST intervals before it; None of a single probe."""
