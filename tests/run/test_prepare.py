@@ -100,6 +100,8 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
     assert (small["steps"], middle["steps"]) == (20, 40)
     many = suggested((1, 8, 8), 800_000, 64, 1, 10)  # ten classes share the samples of one condition
     assert [s["weighted"]["cache"] for s in (small, middle, many)] == [1000, 1000, 3000]
+    # three classes are three pairs to tell apart, ten are forty-five
+    assert [s["contrast"]["updates"] for s in (middle, many)] == [460, 2970]
 
 
 def test_the_judges_own_data_have_the_same_classes(data, tmp_path):

@@ -53,7 +53,7 @@ class Contrast(Learner):
         updates: int = Field(700, ge=1)
         batch: int = Field(64, ge=1)
         lr_embedding: float = Field(5e-2, gt=0)
-        lr_adapter: float = Field(2e-3, gt=0)
+        lr_adapter: float = Field(4e-3, gt=0)
         cache: int = Field(1000, ge=1)  # paths of the prior for each of its conditions
         states: int = Field(40, ge=1)  # of each path
 

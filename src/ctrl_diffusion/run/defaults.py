@@ -23,6 +23,8 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache = max(100, min(10_000 // groups, max(1000, 300 * classes)))
     warm = max(min(700, 400 + 20 * pairs), min(2000, 150 * classes))
+    told_apart = classes * (classes - 1) // 2  # pairs of labels
+    contrasts = min(4000, max(min(700, 400 + 20 * pairs), 66 * told_apart))
     states = max(1, min(40, MOST_NUMBERS // (2 * cache * groups * dimensions)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = Adjoint.Settings()
@@ -33,7 +35,13 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         "focus": "auto",
         "rank": rank,
         "micro_batch": None if dimensions <= 4096 and parameters < 1e8 else max(1, 2**15 // dimensions),
-        "contrast": {"updates": warm, "batch": min(64, batch), "cache": cache, "states": states, **lr},
+        "contrast": {
+            "updates": contrasts,
+            "batch": min(64, max(32, batch)),
+            "cache": cache,
+            "states": states,
+            **lr,
+        },
         "weighted": {
             "updates": warm,
             "batch": min(128, 2 * batch),
