@@ -129,10 +129,11 @@ def contrast(
         x_hat = policy(x_t[rows], t[rows], labels=labels, **rows_of(gamma, rows), **cond)
     sigma = per_sample(policy.schedule(t)[1], x_t)
     effect = ((x_hat - state.x_hat[rows]) / sigma[rows]).flatten(1)
-    r, weight = ((state.x_0 - state.x_hat) / sigma).flatten(1), weight.to(effect)
+    r = ((state.x_0 - state.x_hat) / sigma).flatten(1)
     d, d_other = effect.split([len(first), len(differ)])
-    drive = (d * r).sum(1) * torch.where(first == second, 1 - weight, 1.0)  # a y' that is y has the effect of y
-    return (half_square(d) - drive).sum() + (weight[differ] * (d_other * r[differ]).sum(1)).sum()
+    share = torch.where(first == second, 1 - weight, 1.0).to(effect)  # a y' that is y has the effect of y
+    own = half_square(d) - share * (d * r).sum(1)
+    return own.sum() + (weight[differ].to(effect) * (d_other * r[differ]).sum(1)).sum()
 
 
 class LabelTable(NamedTuple):
