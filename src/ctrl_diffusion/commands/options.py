@@ -38,7 +38,7 @@ Trust = Annotated[bool, typer.Option("--trust", help="Run code that files name: 
 Track = Annotated[str | None, typer.Option(hidden=True)]  # or -o
 Time = Annotated[str | None, typer.Option(help="Of training (90s, 30m, 1h), turned into updates.")]
 Updates = Annotated[int | None, typer.Option(min=1, hidden=True)]  # of all learners together; or -o
-Learner = Annotated[str | None, typer.Option(help="contrast, weighted, adjoint, backprop, ppo, in turn.")]
+Learner = Annotated[str | None, typer.Option(help="In turn, such as contrast,adjoint or ppo.")]
 
 
 @contextmanager
