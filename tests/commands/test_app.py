@@ -101,7 +101,10 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         (TRAIN + "{data} --classifier {data}", "holds no classifier"),
         (TRAIN + "{data} --steps 5000", "fewer than 5000 distinct times"),
         (TRAIN + "{data} --gamma -1", "gamma: Input should be greater than or equal to 0"),
-        (TRAIN + "{data} --learner adjoint,magic", "learners: no learner is called 'magic'. There are contrast, weighted"),
+        (
+            TRAIN + "{data} --learner adjoint,magic",
+            "learners: no learner is called 'magic'. There are contrast, weighted",
+        ),
         (TRAIN + "{data} --config {file}", "must hold KEY: VALUE lines"),
         (TRAIN + "{data} --config {tmp}/none.yaml", "No such file"),
         ("train --prior digits --control ink --out {tmp}/o", "--data is missing"),

@@ -26,7 +26,7 @@ from ctrl_diffusion.run.stages import train
 
 FAST = {"head": "ordinal", "grid": 1, "depth": 1, "updates": 150}
 TINY = {
-    "prior": "digits", "control": "ink", "classifier": FAST, "steps": 2, "rank": 4,
+    "prior": "digits", "control": "ink", "classifier": FAST, "steps": 2, "rank": 4, "learners": ["weighted", "adjoint"],
     "weighted": {"updates": 6, "batch": 16, "cache": 8, "renoising": 3},
     "adjoint": {"updates": 8, "batch": 8, "reuse": 2},
     "evaluation": {"prior_samples": 8, "paths": 80, "probes": 2, "sweep_paths": 80},

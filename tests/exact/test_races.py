@@ -19,7 +19,13 @@ from ctrl_diffusion.reward.reward import prior_table
 FLOW_FIRST = ["flow", pytest.param("vp", marks=pytest.mark.slow)]
 
 # the bars of each learner above its floor, in nats, at γ = 1 and 2
-BARS = {"adjoint": (0.05, 0.10), "backprop": (0.05, 0.10), "ppo": (0.12, 0.25), "weighted": (0.12, 0.25)}
+BARS = {
+    "adjoint": (0.05, 0.10),
+    "backprop": (0.05, 0.10),
+    "ppo": (0.12, 0.25),
+    "weighted": (0.12, 0.25),
+    "contrast": (0.12, 0.25),
+}
 
 
 @cache

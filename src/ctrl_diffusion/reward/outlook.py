@@ -64,7 +64,7 @@ def outlook(reward: Reward, conditions: Conditions, paths: PriorPaths, gamma: fl
     """
     p_end = (gamma * prior_table(reward, conditions, paths.x_0)).flatten(0, 1).softmax(1)
     group = torch.arange(len(p_end)) * conditions.groups // len(p_end)
-    out = torch.empty(*paths.steps.shape, p_end.shape[1])
+    out = torch.empty(*paths.steps.shape, p_end.shape[1], dtype=torch.float32)
     for number in paths.steps.unique().tolist():
         path, column = (paths.steps == number).nonzero(as_tuple=True)
         log_p = log_probabilities(reward, conditions, paths.x_hat[path, column], group[path])
