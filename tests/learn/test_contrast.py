@@ -10,7 +10,7 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn import contrast as module
-from ctrl_diffusion.learn.contrast import Contrast, LabelTable, State, agreement, choices_of, contrast
+from ctrl_diffusion.learn.contrast import Contrast, LabelTable, State, contrast
 from ctrl_diffusion.prior.network import as_denoiser
 from ctrl_diffusion.reward.reward import Reward, prior_table
 
@@ -76,13 +76,13 @@ def test_what_all_labels_share_is_not_learned(monkeypatch):
     steps = torch.arange(0, 80, 8).expand(4000, -1)
     drawn = paths_with_states(policy.base, steps, times, torch.Generator().manual_seed(1))
 
-    def exact(reward, conditions, paths, gamma, seed):
+    def exact(reward, conditions, paths, log_p_end, gammas):
         tables = []
         for i, number in enumerate(paths.steps[0]):
             alpha, sigma = (float(a) for a in FLOW(times[number]))
             square = (paths.states[:, i, None] - alpha * MEANS).square().sum(2)
             tables.append((WEIGHTS.log() - square / (2 * ((0.4 * alpha) ** 2 + sigma**2))).softmax(1))
-        return torch.stack(tables, 1)
+        return torch.stack(tables, 1)[None]
 
     monkeypatch.setattr(module, "outlook", exact)
     monkeypatch.setattr(module, "half_square", lambda d: 0 * d.sum(1))  # the part of the loss that r is in
@@ -106,7 +106,7 @@ def test_what_all_labels_share_is_not_learned(monkeypatch):
 def test_labels_are_drawn_evenly_and_others_as_the_state_allows():
     policy, reward, conditions = setting()
     drawn = paths_of(policy.base, 3000)
-    table = LabelTable.from_paths(reward, conditions, drawn, 0)
+    table = LabelTable.from_paths(reward, conditions, drawn)
     n, generator = 30_000, torch.Generator().manual_seed(2)
     cell, column = torch.arange(n) % 3, torch.randint(3, (n,), generator=generator)
     quantile = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
@@ -127,24 +127,23 @@ def test_labels_are_drawn_evenly_and_others_as_the_state_allows():
 
 def test_with_several_controls_the_other_label_is_of_the_same_controls():
     policy, reward, conditions = setting(controls=2)
-    table = LabelTable.from_paths(reward, conditions, paths_of(policy.base), 0)
+    table = LabelTable.from_paths(reward, conditions, paths_of(policy.base))
     n, generator = 3000, torch.Generator().manual_seed(2)
     cell = conditions.draw(n, generator)
     quantile = torch.rand(2, n, 1, generator=generator, dtype=torch.float64)
     row = table.path(cell, quantile[0])
     other, weight = table.other(cell, row, torch.zeros(n, dtype=torch.long), quantile[1])
-    choice = choices_of(conditions)
+    choice = conditions.choice
     assert bool((choice[cell] == choice[other]).all())
     assert bool(weight.isfinite().all() & (weight > 0).all())
 
 
 def test_labels_of_some_controls_agree_with_those_of_all():
-    conditions = Conditions({}, {"a": 2, "b": 3}, nullable=("a", "b"))
-    table = agreement(conditions)
-    assert table.shape == (6, 11)
-    # a label of one control has the classes of three, or two, of all; one of both of a single one
-    counts = [6 // (2 if y[0] >= 0 else 1) // (3 if y[1] >= 0 else 1) for y in conditions.combinations]
-    assert table.sum(0).tolist() == counts
+    policy, reward, conditions = setting(controls=2)
+    agrees = LabelTable.from_paths(reward, conditions, paths_of(policy.base)).agrees
+    assert agrees.shape == (9, 15)
+    # a label of one control has the classes of three of all, one of both of a single one
+    assert agrees.sum(0).tolist() == [1 if (y >= 0).all() else 3 for y in conditions.combinations]
 
 
 def test_where_the_chain_clips_a_gradient_passes():
@@ -165,7 +164,7 @@ def test_a_path_keeps_its_own_label(gammas):
     """γ sharpens the weights of paths, and an outlook is fitted for each γ."""
     policy, reward, conditions = setting(gammas=gammas)
     reward = Reward({"y0": Logistic3()})
-    table = LabelTable.from_paths(reward, conditions, paths_of(policy.base), 0)
+    table = LabelTable.from_paths(reward, conditions, paths_of(policy.base))
     assert len(table.outlooks) == max(1, len(gammas))
     assert table.weights.shape == (conditions.cells, 300)
     torch.testing.assert_close(table.weights.mean(1), torch.ones(conditions.cells, dtype=torch.float64))

@@ -7,7 +7,7 @@ from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture
 from ctrl_diffusion.reward.outlook import features_of, outlook, predicted
-from ctrl_diffusion.reward.reward import Reward
+from ctrl_diffusion.reward.reward import Reward, prior_table
 
 FLOW = RectifiedFlow()
 
@@ -49,7 +49,7 @@ def test_it_is_nearly_the_posterior_of_a_mixture():
     steps = torch.tensor([4, 10, 16]).expand(3000, -1)
     drawn = paths_with_states(prior, steps, times, torch.Generator().manual_seed(0))
     reward, conditions = Reward({"y": ComponentLabel(prior)}), Conditions({}, {"y": 2})
-    q = outlook(reward, conditions, drawn, 1.0)
+    (q,) = outlook(reward, conditions, drawn, prior_table(reward, conditions, drawn.x_0)[0], [1.0])
     torch.testing.assert_close(q.sum(2), torch.ones(3000, 3))
     y = reward.table("y", drawn.x_0).argmax(1)
     for column, number in enumerate(steps[0]):

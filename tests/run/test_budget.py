@@ -10,7 +10,7 @@ from tiny import TINY
 
 from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.commands.jobs.train import extend_job, resume_job, train_job
-from ctrl_diffusion.learn.budget import Speed, cost_of_update
+from ctrl_diffusion.learn.step import Speed, cost_of_update
 from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.stages import extended, stages_of

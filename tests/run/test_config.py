@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ctrl_diffusion.run.config import Config, list_controls, with_overrides
+from ctrl_diffusion.run.config import Config, list_controls, seconds_in, with_overrides
 from ctrl_diffusion.run.defaults import quick
 
 LEAST = {"prior": "digits", "control": "ink", "data": "photos"}
@@ -176,3 +176,17 @@ def test_code_that_an_override_names_is_trusted(ctrl_here, tmp_path, monkeypatch
     train = ("train", *COMMANDS["train"], "--config", "theirs.yaml")
     assert "theirs.yaml runs code: somebodys:label" in ctrl_here(*train).stderr
     assert "runs code" not in ctrl_here(*train, "-o", "column=somebodys:label").stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("30m", 1800), ("1h", 3600), ("1h30m", 5400), ("0.5h", 1800), (" 2m5s ", 125), ("1h1s", 3601)],
+)
+def test_a_time_is_read(text, seconds):
+    assert seconds_in(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "0s", "-5m", "1d", "5m2h", "1..5h", "half an hour"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match="is no time"):
+        seconds_in(text)

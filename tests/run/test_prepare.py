@@ -104,6 +104,15 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
     assert [s["contrast"]["updates"] for s in (middle, many)] == [460, 2970]
 
 
+def test_fewer_updates_than_usual_are_a_training_cut_short(data):
+    few = {"learners": ["weighted"], "weighted": {"updates": 50}}
+    assert prepare(given(data)).cut is False
+    assert prepare(given(data, **few)).cut is True
+    # as a demo has settings of its own
+    assert prepare(given(data, **few), usual={"weighted": {"updates": 50}}).cut is False
+    assert prepare(given(data, **few), usual={"weighted": {"updates": 51}}).cut is True
+
+
 def test_the_judges_own_data_have_the_same_classes(data, tmp_path):
     job = prepare(given(data, judge_data=str(data)))
     assert job.inputs[0].judge_data.values == {"ink": ("1", "2", "3", "4")}

@@ -29,10 +29,10 @@ LAW = {
 }
 # lines of each wing: what it has now and a tenth
 LINES = {
-    "system": 611, "chain": 715, "data": 795, "prior": 845, "control": 760, "reward": 1380, "learn": 1300,
+    "system": 611, "chain": 715, "data": 795, "prior": 845, "control": 760, "reward": 1375, "learn": 1265,
     "guide": 680, "evaluate": 1040, "exact": 1135, "run": 2420, "report": 860, "commands": 2390,
 }  # fmt: skip
-FILES, MORE = 10, {"commands": 14, "learn": 12}  # where a command, or a learner, is a file
+FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)
 
 
@@ -100,7 +100,7 @@ def test_wings_are_small():
         assert lines <= most, f"{name} has {lines} lines, {most} at most"
     for folder in {p.parent for p in MODULES}:
         files = [p for p in folder.glob("*.py") if p.name != "__init__.py"]
-        assert len(files) <= MORE.get(folder.name, FILES), f"{folder.name} has {len(files)} files"
+        assert len(files) <= (COMMANDS if folder.name == "commands" else FILES), f"{folder.name} has {len(files)} files"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
 
     @contextmanager
     def straight_through(self) -> Iterator[None]:
-        """Give a clipped x̂ inside the gradient of one that is not: saturated pixels have none else."""
+        """Give a clipped x̂ inside the gradient of one that is not clipped, which saturated pixels lack."""
         yield
 
     def times(self, steps: int, sigma_end: float, power: float = 1.0, focus: Focus | None = None) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """Simulate many paths in batches that fit into memory, on all ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,9 +28,9 @@ class PriorPaths(NamedTuple):
     """Hold the ends of n paths of the prior on the CPU, and some states on the way to each."""
 
     x_0: Tensor  # (n, *)
-    steps: Tensor | None = None  # (n, K), the numbers of the steps that begin at the states; None without states
-    states: Tensor | None = None  # (n, K, *)
-    x_hat: Tensor | None = None  # (n, K, *), the prior's x̂ at the states
+    steps: Tensor  # (n, K), the numbers of the steps that begin at the states
+    states: Tensor  # (n, K, *)
+    x_hat: Tensor  # (n, K, *), the prior's x̂ at the states
 
 
 def default_batch(denoiser: Denoiser) -> int:
@@ -81,18 +81,29 @@ def paths_with_states(
     """Simulate n paths of the prior as `paths` does; keep states at which steps (n, K) of each begin, with their x̂."""
 
     def simulate(rows: slice, noise: list[Tensor]) -> tuple[Tensor, ...]:
-        x_t, states, x_hats = noise[0], [], []
-        row_cond = rows_of({name: value.to(x_t.device) for name, value in (cond or {}).items()}, rows)
-        for (t, s), z in zip(pairwise(times), noise[1:], strict=True):
-            states.append(x_t)
-            x_hats.append(prior(x_t, t, **row_cond))
-            x_t = step(prior.schedule, x_hats[-1], x_t, t, s, 1.0).rsample(z)
-        index = steps[rows], torch.arange(len(x_t))[:, None]
-        x_0 = read_out(prior, x_t, times[-1], **row_cond)
-        return x_0.cpu(), torch.stack(states)[index].cpu(), torch.stack(x_hats)[index].cpu()
+        row_cond = rows_of({name: value.to(noise[0].device) for name, value in (cond or {}).items()}, rows)
+        states, x_hats = zip(*denoised(prior, noise, times, row_cond), strict=True)
+        index = steps[rows], torch.arange(len(noise[0]))[:, None]
+        return x_hats[-1].cpu(), torch.stack(states)[index].cpu(), torch.stack(x_hats)[index].cpu()
 
     x_0, states, x_hat = in_batches(prior, len(steps), len(times), generator, simulate, None, progress, 3)
     return PriorPaths(x_0, steps, states, x_hat)
+
+
+def denoised(
+    prior: Denoiser, noise: Iterable[Tensor], times: Times, cond: dict[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield x_t and x̂ (n, *) of the prior's paths at each of the times; the last x̂ is the read-out x_0.
+
+    `noise` is what the paths begin with, and then that of each step (n, *).
+    """
+    each = iter(noise)
+    x_t = next(each)
+    for t, s in pairwise(times):
+        x_hat = prior(x_t, t, **cond)
+        yield x_t, x_hat
+        x_t = step(prior.schedule, x_hat, x_t, t, s, 1.0).rsample(next(each))
+    yield x_t, read_out(prior, x_t, times[-1], **cond)
 
 
 def in_batches(

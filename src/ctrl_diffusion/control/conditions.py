@@ -61,10 +61,14 @@ class Conditions:
         return self.groups * self.classes
 
     @cached_property
+    def choice(self) -> Tensor:
+        """The number of the choice of controls that are not null, for each of the K labels: (K,)."""
+        return (self.combinations != NULL).unique(dim=0, return_inverse=True)[1]
+
+    @cached_property
     def choices(self) -> list[Tensor]:
         """The pairs of each choice of controls that are not null."""
-        _, choice = (self.combinations != NULL).unique(dim=0, return_inverse=True)
-        return [(choice.repeat(self.groups) == i).nonzero().squeeze(1) for i in choice.unique()]
+        return [(self.choice.repeat(self.groups) == i).nonzero().squeeze(1) for i in self.choice.unique()]
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n pairs (n,): each choice of controls equally often, and each of its pairs, but for the remainder.

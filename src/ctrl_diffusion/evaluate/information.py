@@ -9,15 +9,14 @@ Kynkäänniemi et al. 2024, arXiv 2404.07724, made a property of the control).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..chain.denoise import Denoiser
 from ..chain.noise import normal
+from ..chain.paths import denoised
 from ..chain.rollout import Times
-from ..chain.transition import step
 from ..reward.outlook import features_of, predicted
 
 DECIDED, UNDECIDED = 0.95, 0.02  # shares of the information behind and before which a control is silent
@@ -58,12 +57,9 @@ def denoised_paths(
     prior: Denoiser, n: int, times: Times, generator: torch.Generator, cond: dict[str, Tensor]
 ) -> Iterator[Tensor]:
     """Yield x̂ (n, *) at every step of n paths of the prior, and last the read-out x_0."""
-    x_t = normal((n, *prior.shape), prior, generator)
-    for t, s in pairwise(times):
-        x_hat = prior(x_t, t, **cond)
+    noise = (normal((n, *prior.shape), prior, generator) for _ in times)
+    for _, x_hat in denoised(prior, noise, times, cond):
         yield x_hat
-        x_t = step(prior.schedule, x_hat, x_t, t, s, 1.0).rsample(normal(x_t.shape, x_t, generator))
-    yield prior(x_t, times[-1], **cond)
 
 
 def information(log_p: Tensor, p_end: Tensor, group: Tensor, seed: int = 0) -> float:

@@ -4,7 +4,7 @@ Draw paths from the prior once. At a state x_t of a path with end x_0 draw a lab
 could have come of x_t as well, from the outlook p(y | x_t). With r = (x_0 − x̂_pre)/σ_t and the control's effect
 d_y = (x̂_g(x_t, y) − x̂_pre)/σ_t the loss is
 
-    ½‖d_y‖² − (d_y − d_y')·r,  least for  σ_t d_y = E[x_0 | x_t, c, y] − E[x_0 | x_t, c].
+    ½‖d_y‖² − (d_y − d_y')·r,  least for σ_t d_y = E[x_0 | x_t, c, y] − E[x_0 | x_t, c].
 
 An update costs a training step and finds every mode, as `weighted` does. Two things differ:
 
@@ -35,9 +35,19 @@ from ..data.labels import NULL
 from ..reward.outlook import outlook
 from ..reward.reward import Reward, prior_table
 from ..system import ranks
-from .step import Carried, Evaluations, Learner, LearnerSettings, PriorSampler, Step, even_steps, steps_to_learn
+from .step import (
+    CachedSettings,
+    Carried,
+    Evaluations,
+    Learner,
+    LearnerSettings,
+    PriorSampler,
+    Step,
+    even_steps,
+    steps_to_learn,
+)
 
-MOST_WEIGHT = 10.0  # of the terms of y', which is more only where a label is very rare
+MOST_WEIGHT = 10.0  # of the terms of y': more would be noise, where a label is rare
 
 
 class Contrast(Learner):
@@ -46,15 +56,11 @@ class Contrast(Learner):
     Args:
         paths: of the prior with states and x̂, M for each of the G conditions in turn.
         times, batch, options: see `Learner`; a batch has so many states.
-        seed: of the labels that the outlook is fitted to.
     """
 
-    class Settings(LearnerSettings):
-        updates: int = Field(700, ge=1)
+    class Settings(CachedSettings):
         batch: int = Field(64, ge=1)
-        lr_embedding: float = Field(5e-2, gt=0)
         lr_adapter: float = Field(4e-3, gt=0)
-        cache: int = Field(1000, ge=1)  # paths of the prior for each of its conditions
         states: int = Field(40, ge=1)  # of each path
 
         def numbers_kept(self, steps: int) -> int:
@@ -66,11 +72,9 @@ class Contrast(Learner):
         def rows_kept(self, micro: int | None) -> int:
             return min(2 * self.batch, micro or 2 * self.batch)
 
-    def __init__(
-        self, paths: PriorPaths, times: Times, batch: int | None = None, *, seed: int = 0, **options: Any
-    ) -> None:
+    def __init__(self, paths: PriorPaths, times: Times, batch: int | None = None, **options: Any) -> None:
         super().__init__(times, batch, **options)
-        self.paths, self.seed = paths, seed
+        self.paths = paths
 
     @classmethod
     def from_settings(
@@ -82,7 +86,7 @@ class Contrast(Learner):
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         steps_to_learn(policy, self.times)  # refuses a chain on which nothing speaks
-        table = LabelTable.from_paths(reward, conditions, self.paths, self.seed)
+        table = LabelTable.from_paths(reward, conditions, self.paths)
         share, times = ranks.rank_rows(self.batch), torch.tensor(self.times, dtype=torch.float64)
         columns = torch.arange(self.paths.steps.shape[1])
         while True:
@@ -97,12 +101,8 @@ class Contrast(Learner):
             for rows in parts(len(pair), self.micro and max(1, self.micro // 2)):
                 at = row[rows], column[rows]
                 state = State(*(v.to(policy.device) for v in (self.paths.x_0[at[0]], self.paths.x_hat[at])))
-                x_t, y, gammas = (
-                    self.paths.states[at].to(policy.device),
-                    (pair[rows], others[rows]),
-                    rows_of(gamma, rows),
-                )
-                loss = contrast(policy, conditions, x_t, t[rows], y, state, weight[rows], gammas)
+                x_t, both = self.paths.states[at].to(policy.device), (pair[rows], others[rows])
+                loss = contrast(policy, conditions, x_t, t[rows], both, state, weight[rows], rows_of(gamma, rows))
                 yield Step(loss / self.batch, last=rows.stop == len(pair))
 
 
@@ -142,24 +142,25 @@ class LabelTable(NamedTuple):
     conditions: Conditions
     weights: Tensor  # (cells, M), p̂^γ / E[p̂^γ] of each path of the cell's condition
     cumulated: Tensor  # (cells, M), their shares, summed up
-    outlooks: list[Tensor]  # at each γ (G · M, states, joint labels), of all controls together
+    outlooks: Tensor  # (γ, G · M, states, J), of the J labels of all controls together
+    agrees: Tensor  # (J, K), whether a label of all controls has the classes of a label of some
     frequencies: Tensor  # (cells,), E[p̂^γ] over the E[Σ_y p̂^γ] of the controls that act
 
     @classmethod
     @torch.no_grad()
-    def from_paths(cls, reward: Reward, conditions: Conditions, paths: PriorPaths, seed: int) -> Self:
+    def from_paths(cls, reward: Reward, conditions: Conditions, paths: PriorPaths) -> Self:
         """Tabulate p̂^γ at the ends of paths, and the outlook at their states."""
         gammas = conditions.gammas or (reward.gamma,)
-        plain = reward.at(1.0)
-        table = prior_table(plain, conditions, paths.x_0).double()  # (G, M, K)
-        p = torch.cat([gamma * table for gamma in gammas]).transpose(1, 2)  # (γ · G, K, M)
+        plain, labels, choice = reward.at(1.0), conditions.combinations, conditions.choice
+        table = prior_table(plain, conditions, paths.x_0)  # (G, M, K)
+        p = torch.cat([gamma * table.double() for gamma in gammas]).transpose(1, 2)  # (γ · G, K, M)
         shares = p.softmax(2).flatten(0, 1)
         mean = p.exp().mean(2)  # (γ · G, K)
-        choice = choices_of(conditions)
         frequencies = mean / (mean[:, None] * (choice[:, None] == choice)).sum(2)
-        every = Conditions(conditions.cond, conditions.controls)
-        outlooks = [outlook(plain, every, paths, gamma, seed) for gamma in gammas]
-        return cls(conditions, shares * shares.shape[1], shares.cumsum(1), outlooks, frequencies.flatten())
+        full = (labels != NULL).all(1)  # the labels of all controls together
+        outlooks = outlook(plain, conditions, paths, table[..., full].flatten(0, 1), gammas)
+        agrees = ((labels[full][:, None] == labels) | (labels == NULL)).all(2).double()
+        return cls(conditions, shares * shares.shape[1], shares.cumsum(1), outlooks, agrees, frequencies.flatten())
 
     def path(self, cell: Tensor, quantile: Tensor) -> Tensor:
         """Return paths (n,) of cells (n,), each as often as its weight, at quantiles (n, 1)."""
@@ -173,28 +174,13 @@ class LabelTable(NamedTuple):
 
     def other(self, cell: Tensor, path: Tensor, column: Tensor, quantile: Tensor) -> tuple[Tensor, Tensor]:
         """Draw y' at states (path, column) of cells (n,); return the pairs (c, y') and the weights of their terms."""
-        conditions, classes = self.conditions, self.conditions.classes
-        label, first = cell % classes, cell - cell % classes  # the cell of label 0, at the same c and γ
+        pairs, classes, choice = self.conditions.pairs, self.conditions.classes, self.conditions.choice
+        first = cell - cell % classes  # the cell of label 0, at the same c and γ
         cells = first[:, None] + torch.arange(classes)
-        choice = choices_of(conditions)
-        among = choice[label][:, None] == choice  # (n, K), the labels of the same controls
-        at_gamma = cell // conditions.pairs
-        joint = torch.stack([self.outlooks[g][i, k] for g, i, k in zip(at_gamma, path, column, strict=True)]).double()
-        relative = among * (joint @ agreement(conditions)) / self.frequencies[cells]  # p(y | x_t) over p(y)
+        among = choice[cell % classes][:, None] == choice  # (n, K), the labels of the same controls
+        likely = self.outlooks[cell // pairs, path, column].double() @ self.agrees
+        relative = among * likely / self.frequencies[cells]  # p(y | x_t) over p(y)
         drawn = relative.cumsum(1) / relative.sum(1, keepdim=True)
         y = torch.searchsorted(drawn, quantile).squeeze(1).clamp(max=classes - 1)
         at_end = (among * self.weights[cells, (path % self.members)[:, None]]).sum(1)
-        weight = (relative.sum(1) / at_end).clamp(max=MOST_WEIGHT)
-        return first % conditions.pairs + y, weight
-
-
-def choices_of(conditions: Conditions) -> Tensor:
-    """Return the number (K,) of the choice of controls that each label sets."""
-    return (conditions.combinations != NULL).unique(dim=0, return_inverse=True)[1]
-
-
-def agreement(conditions: Conditions) -> Tensor:
-    """Return whether each label of all controls together has the classes of each label of some: (joint, K)."""
-    joint = Conditions({}, conditions.controls).combinations[:, None]
-    labels = conditions.combinations
-    return ((joint == labels) | (labels == NULL)).all(2).double()
+        return first % pairs + y, (relative.sum(1) / at_end).clamp(max=MOST_WEIGHT)

@@ -1,5 +1,10 @@
-"""Define what a learner is: settings, their cost, and a generator of losses."""
+"""Define what a learner is: settings, what they cost, and a generator of losses.
 
+Training is counted in evaluations of the network, so that a time buys the same updates whenever it is used again. An
+evaluation with its gradient counts as three without: the forward pass, and a backward pass of twice its operations.
+"""
+
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +27,9 @@ from ..data.labels import Labels
 from ..reward.reward import Reward
 from ..system import ranks
 from ..system.strict import Strict
+
+WITH_BACKWARD = 3
+TIMED = 3  # evaluations, of which the fastest counts
 
 
 class Evaluations(NamedTuple):
@@ -48,9 +56,14 @@ class LearnerSettings(Strict):
         """Return the settings with `ratio` times as many updates, at least one."""
         return self.model_copy(update={"updates": max(1, int(self.updates * ratio))})
 
-    def numbers_kept(self, steps: int) -> int:
-        """Count the tensors like x_0 that are kept of the prior's samples for each of its conditions."""
+    @property
+    def drawn(self) -> int:
+        """The number of the prior's samples that are drawn first, for each of its conditions."""
         return 0
+
+    def numbers_kept(self, steps: int) -> int:
+        """Count the tensors like x_0 that are kept of these samples, for each condition."""
+        return self.drawn
 
     def rows_kept(self, micro: int | None) -> int:
         """Count the samples of which a gradient keeps a step at once, `micro` of them at most."""
@@ -59,6 +72,24 @@ class LearnerSettings(Strict):
     def evaluations(self, steps: int) -> Evaluations:
         """Count the evaluations of an update on a chain of so many steps, for each sample of the batch."""
         raise NotImplementedError
+
+
+class CachedSettings(LearnerSettings):
+    """Hold the settings of a learner that draws samples of the prior once and regresses on them."""
+
+    updates: int = Field(700, ge=1)
+    lr_embedding: float = Field(5e-2, gt=0)
+    cache: int = Field(1000, ge=1)  # samples of the prior for each of its conditions
+
+    @property
+    def drawn(self) -> int:
+        return self.cache
+
+
+def cost_of_update(settings: LearnerSettings, steps: int) -> int:
+    """Count the evaluations of one update on a chain of so many steps."""
+    forward, with_backward = settings.evaluations(steps)
+    return settings.batch * (forward + WITH_BACKWARD * with_backward)
 
 
 @dataclass
@@ -177,3 +208,40 @@ def regression(
                     target = target - policy(x, t[rows], **inputs) + policy.prior(x, t[rows], **row_cond)
             loss = half_square((policy(x, t[rows], **inputs) - target) / per_sample(sigma[rows], x)).sum()
         yield Step(loss / batch, last=rows.stop == len(x_0))
+
+
+class Speed(NamedTuple):
+    """Hold the seconds of the network's evaluations, for each sample."""
+
+    forward: float  # alone
+    with_backward: float
+
+    def of_update(self, settings: LearnerSettings, steps: int) -> float:
+        """Predict the seconds of one update."""
+        forward, with_backward = settings.evaluations(steps)
+        return settings.batch * (forward * self.forward + with_backward * self.with_backward)
+
+
+def measure_speed(policy: Policy, times: Times, conditions: Conditions, batch: int, micro: int | None = None) -> Speed:
+    """Time the policy on a batch of zeros, `micro` rows at once, without and with the gradient of its controls."""
+    steps = steps_to_learn(policy, times)
+    t, x_t = times[int(steps[len(steps) // 2])], torch.zeros(batch, *policy.shape, device=policy.device)
+    labels, cond = conditions.of(torch.arange(batch) % conditions.pairs)
+
+    def evaluate(backward: bool) -> float:
+        begin = time.perf_counter()
+        for rows in parts(batch, micro):
+            x_hat = policy(x_t[rows], t, labels=rows_of(labels, rows), **rows_of(cond, rows))
+            if backward:
+                x_hat.square().sum().backward()
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    fastest = []
+    for backward in (False, True):
+        with torch.set_grad_enabled(backward):
+            fastest.append(min(evaluate(backward) for _ in range(TIMED)) / batch)
+    for p in policy.trainable():
+        p.grad = None
+    return Speed(*fastest)

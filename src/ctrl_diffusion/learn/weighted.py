@@ -27,6 +27,7 @@ from ..control.policy import Policy
 from ..reward.reward import Reward, prior_table
 from ..system import ranks
 from .step import (
+    CachedSettings,
     Carried,
     Evaluations,
     Learner,
@@ -50,16 +51,10 @@ class Weighted(Learner):
         learned_renoising: a snapshot of the controls after training at w ≡ 1, whose effect is subtracted; or None.
     """
 
-    class Settings(LearnerSettings):
-        updates: int = Field(700, ge=1)
+    class Settings(CachedSettings):
         batch: int = Field(128, ge=1)
-        lr_embedding: float = Field(5e-2, gt=0)
         lr_adapter: float = Field(2e-3, gt=0)
-        cache: int = Field(1000, ge=1)  # samples of the prior for each of its conditions
         renoising: int = Field(175, ge=0)  # updates at w ≡ 1 that come first; 0 for none
-
-        def numbers_kept(self, steps: int) -> int:
-            return self.cache
 
         def stages(self, name: str) -> dict[str, Self]:
             first = self.model_copy(update={"updates": self.renoising, "renoising": 0})

@@ -5,6 +5,7 @@ for each step of the chain, is fitted to the labels of the ends of paths; no net
 """
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from torch import Generator, Tensor
 from ..chain.paths import PriorPaths
 from ..chain.rows import parts
 from ..control.conditions import Conditions
-from .reward import Reward, prior_table
+from .reward import Reward
 
 FOLDS, FLOOR = 4, -12.0  # of the cross-validation; of a log-probability that is a feature, in nats
-MOST_FITTED = 2000  # paths: more do not change the regression
+MOST_FITTED = 2000  # paths that a regression is fitted to, at most
 
 
 def features_of(log_p: Tensor, group: Tensor) -> Tensor:
@@ -52,24 +53,29 @@ def predicted(features: Tensor, p_end: Tensor, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def outlook(reward: Reward, conditions: Conditions, paths: PriorPaths, gamma: float, seed: int = 0) -> Tensor:
-    """Return the probability of every label at each state of the prior's paths: (n, states, K).
+def outlook(
+    reward: Reward, conditions: Conditions, paths: PriorPaths, log_p_end: Tensor, gammas: Sequence[float]
+) -> Tensor:
+    """Return the probability of every label at each state of the prior's paths, at each γ: (γ, n, states, K).
 
     Args:
         reward: at γ = 1.
-        conditions: all controls of the reward act.
-        paths: with states and x̂, equally many for each condition in turn.
-        gamma: the labels of the ends are drawn from p̂^γ, made to sum to one.
-        seed: of these draws.
+        conditions: of the paths, and the controls that act.
+        paths: of the prior, equally many for each condition in turn.
+        log_p_end: (n, K), log p̂ of every label at the ends of the paths.
+        gammas: labels of the ends are drawn from p̂^γ, made to sum to one.
     """
-    p_end = (gamma * prior_table(reward, conditions, paths.x_0)).flatten(0, 1).softmax(1)
-    group = torch.arange(len(p_end)) * conditions.groups // len(p_end)
-    out = torch.empty(*paths.steps.shape, p_end.shape[1], dtype=torch.float32)
+    p_end = [(gamma * log_p_end).softmax(1) for gamma in gammas]
+    group = torch.arange(len(log_p_end)) * conditions.groups // len(log_p_end)
+    out = torch.empty(len(gammas), *paths.steps.shape, log_p_end.shape[1], dtype=torch.float32)
     for number in paths.steps.unique().tolist():
         path, column = (paths.steps == number).nonzero(as_tuple=True)
-        log_p = log_probabilities(reward, conditions, paths.x_hat[path, column], group[path])
-        generator = torch.Generator().manual_seed(seed)
-        out[path, column] = predicted(features_of(log_p, group[path]), p_end[path], generator).softmax(1).float()
+        features = features_of(
+            log_probabilities(reward, conditions, paths.x_hat[path, column], group[path]), group[path]
+        )
+        for i, p in enumerate(p_end):
+            log_q = predicted(features, p[path], torch.Generator().manual_seed(0))
+            out[i, path, column] = log_q.softmax(1).float()
     return out
 
 

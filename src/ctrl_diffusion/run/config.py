@@ -1,6 +1,7 @@
 """Describe a training by one config: everything needed to run it again."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,6 @@ from pydantic import AfterValidator, Field, PositiveInt, create_model, field_val
 from typing_extensions import Self
 
 from ..data.tables import HUB
-from ..learn.budget import seconds_in
 from ..learn.table import LEARNERS, check_learners
 from ..prior.prior import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
@@ -18,7 +18,20 @@ from ..system.files import write_text
 from ..system.strict import Strict, merged
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
+
+
+def seconds_in(text: str) -> float:
+    """Read a time such as 90s, 30m or 1h30m; raise ValueError for another text."""
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
+    try:
+        seconds = sum(float(n) * unit for n, unit in zip(match.groups(), UNITS.values(), strict=True) if n)
+    except (AttributeError, ValueError):
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"{text!r} is no time. Give one such as 90s, 30m, 1h or 1h30m.")
+    return seconds
 
 
 def checked_time(text: str) -> str:

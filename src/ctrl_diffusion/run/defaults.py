@@ -23,7 +23,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache = max(100, min(10_000 // groups, max(1000, 300 * classes)))
     warm = max(min(700, 400 + 20 * pairs), min(2000, 150 * classes))
-    told_apart = classes * (classes - 1) // 2  # pairs of labels
+    told_apart = classes * (classes - 1) // 2  # pairs of labels; ten classes were still learning after 1,500 updates
     contrasts = min(4000, max(min(700, 400 + 20 * pairs), 66 * told_apart))
     states = max(1, min(40, MOST_NUMBERS // (2 * cache * groups * dimensions)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..chain.noise import stream
-from ..learn.budget import Speed, cost_of_update, measure_speed, seconds_in
 from ..learn.fit import fit
-from ..learn.step import Learner, LearnerSettings
+from ..learn.step import Learner, LearnerSettings, Speed, cost_of_update, measure_speed
 from ..learn.table import LEARNERS
 from ..learn.weighted import RENOISING, Weighted
 from ..reward.reward import prior_table
@@ -22,7 +21,7 @@ from ..system.checkpoint import subset, unpack
 from ..system.files import rounded, write_text
 from ..system.progress import Phase, silent
 from ..system.tracking import Tracking
-from .config import Config
+from .config import Config, seconds_in
 from .folder import RunFolder
 from .measure import Probe, prior_samples, probe, refine_intervals
 from .run import Run
@@ -74,7 +73,7 @@ def budgeted(run: Run, config: Config) -> Config:
         one = probe_paths(run) * (2 * config.steps + 1) * speed.forward * len(stages)
         seconds = seconds_in(config.time)
         probes = max(1, min(config.evaluation.probes, int(PROBES_SHARE * seconds / one) - 1))
-        cached = sum(getattr(getattr(config, name), "cache", 0) for name in config.learners) * run.conditions.groups
+        cached = sum(getattr(config, name).drawn for name in config.learners) * run.conditions.groups
         drawn = cached * (config.steps + 1) * speed.forward  # samples of the prior to learn from
         seconds = max(seconds - (probes + 1) * one - drawn, seconds / 2)
         usual = sum(stage.settings.updates * speed.of_update(stage.settings, config.steps) for stage in stages)

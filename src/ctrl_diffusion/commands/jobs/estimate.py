@@ -163,7 +163,7 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     fixed = any(control.fixed for control in run.policy.controls.values())
     untrained = repeats_of(e.paths, conditions) * conditions.pairs * (compared if fixed else chain)
     scales = sum(control.scale for control in run.policy.controls.values())
-    drawn = [getattr(getattr(config, name), "cache", 0) for name in config.learners]
+    drawn = [getattr(config, name).drawn for name in config.learners]
     counts = {
         "cache": sum(drawn) * conditions.groups * chain,
         "where y is decided": profile_paths(run) * chain if measures_intervals(config) else 0,

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...data.labelled import LabelledImages, write_imagefolder
-from ...learn.budget import seconds_in
 from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
 from ...report.pictures import PictureSamples
 from ...report.run import write_report
 from ...reward.classifiers import fit_panel
 from ...reward.panel import Panel
-from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
+from ...run.config import Config, ControlSettings, check_code, check_present, list_controls, seconds_in
 from ...run.defaults import quick
 from ...run.folder import CLASSIFIER_FILES, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
 from ...run.measure import Measurements, find_intervals, lower_gamma, probe

@@ -1,4 +1,4 @@
-"""A time is read, and counted in evaluations of the network."""
+"""The cost of a learner is counted in evaluations of the network, and timed once."""
 
 import pytest
 import torch
@@ -9,23 +9,9 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.adjoint import Adjoint
-from ctrl_diffusion.learn.budget import Speed, cost_of_update, measure_speed, seconds_in
+from ctrl_diffusion.learn.step import Speed, cost_of_update, measure_speed
 from ctrl_diffusion.learn.table import LEARNERS
 from ctrl_diffusion.learn.weighted import Weighted
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90s", 90), ("30m", 1800), ("1h", 3600), ("1h30m", 5400), ("0.5h", 1800), (" 2m5s ", 125), ("1h1s", 3601)],
-)
-def test_a_time_is_read(text, seconds):
-    assert seconds_in(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "30", "m", "0s", "-5m", "1d", "5m2h", "1..5h", "half an hour"])
-def test_what_is_no_time_is_refused(text):
-    with pytest.raises(ValueError, match="is no time"):
-        seconds_in(text)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -50,7 +36,7 @@ def test_the_speed_is_measured_and_leaves_no_trace(micro, monkeypatch):
     policy = Policy(prior, SideControl("y", ("a", "b"), prior, width=4))
     before, state = policy.snapshot(), torch.get_rng_state()
     ticks = iter(range(1000))
-    monkeypatch.setattr("ctrl_diffusion.learn.budget.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("ctrl_diffusion.learn.step.time.perf_counter", lambda: float(next(ticks)))
     speed = measure_speed(policy, prior.times(4, 0.05), Conditions({}, {"y": 2}), batch=8, micro=micro)
     assert speed == (1 / 8, 1 / 8)
     assert all(map(torch.equal, before, policy.snapshot()))
