@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..system.launch import read_launch, set_threads
 from ..system.progress import Interrupted
 from .add import add
 from .classifier import classifier
@@ -21,6 +22,7 @@ from .export import export
 from .inspect import inspect
 from .options import CTRL, OTHER
 from .sample import sample
+from .terminal import spell_output
 from .train import train
 
 app = typer.Typer(
@@ -67,9 +69,10 @@ def root(
     ] = False,
 ) -> None:
     """Add new conditional controls to pre-trained diffusion and flow models."""
-    name = context.invoked_subcommand
-    if os.environ.get("WORLD_SIZE", "1") != "1" and name not in SHARED:
-        raise ValueError(f"ctrl {name} is the work of one process: start it without accelerate launch.")
+    name, launch = context.invoked_subcommand, read_launch(os.environ)
+    if launch.size > 1 and name not in SHARED:
+        started = f"{launch.by} started {launch.size}"
+        raise ValueError(f"ctrl {name} is the work of one process, and {started}. Start it without {launch.by}.")
 
 
 # each command with an example, in the order of `ctrl --help`
@@ -94,6 +97,8 @@ def main() -> None:
 
     A training whose control has not learned exits with 3 (`options.close_training`).
     """
+    spell_output()
+    set_threads()
     quiet_dependencies()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     try:

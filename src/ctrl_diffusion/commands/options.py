@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..system.launch import rank_of
 from ..system.progress import JobOptions
 
 SHOWN = 12  # progress bars
-RANK = os.environ.get("RANK", "0")  # among several processes
+RANK = rank_of(os.environ)  # among several processes
 OTHER = RANK != "0"  # a process that prints nothing but errors
 CTRL = f"ctrl (process {RANK})" if OTHER else "ctrl"
 

@@ -21,6 +21,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from .launch import Launch, ignored, read_launch, standard_environment
+from .rendezvous import meet
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=12)  # rank 0 may fit or write for long; a process that dies is noticed at once
@@ -29,7 +33,11 @@ _alone = _sharded = False
 
 
 def state() -> PartialState:
-    """Return accelerate's state of this process, on a CPU without CUDA; refuse to shard other than by FSDP2."""
+    """Return accelerate's state of this process, on a CPU without CUDA; the first call meets the other ranks.
+
+    Raises:
+        ValueError: a model is to be sharded other than by FSDP2; the other ranks have not come.
+    """
     global _sharded
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("a model is not sharded by DeepSpeed here. Launch with --use_fsdp --fsdp_version 2.")
@@ -38,8 +46,24 @@ def state() -> PartialState:
             raise ValueError("a model is sharded by FSDP2 here. Launch with --use_fsdp --fsdp_version 2.")
         # else accelerate would shard the control as if it were the model, and transformers would load no weights
         _sharded, os.environ[FSDP] = True, "false"
+    return PartialState() if PartialState._shared_state else first_state(read_launch(os.environ))
+
+
+def first_state(launch: Launch) -> PartialState:
+    """Make accelerate's state: of a process that is alone, whatever a platform says, or once all ranks are there."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    return PartialState(cpu=cpu, timeout=TIMEOUT)
+    if others := ", ".join(ignored(os.environ)):
+        advice = "Use accelerate launch or torchrun for several."
+        warnings.warn(f"{others}: ignored, this process works alone, since no launcher started it. {advice}", stacklevel=2)
+    with standard_environment(launch):
+        if launch.size == 1:
+            return PartialState(cpu=cpu)
+        store = meet(launch)
+        place = {"store": store, "rank": launch.rank, "world_size": launch.size}
+        shared = PartialState(cpu=cpu, timeout=store.timeout, **place)  # to connect takes no longer than to meet
+    store.set_timeout(TIMEOUT)
+    _set_pg_timeout(TIMEOUT)
+    return shared
 
 
 def world_size() -> int:

@@ -44,7 +44,7 @@ COPIES = 12
 def estimate_job(values: dict[str, Any], options: JobOptions = DEFAULT) -> dict[str, Any]:
     """Estimate what `train_job` would take with the same settings and options; write nothing."""
     if ranks.world_size() > 1:
-        raise ValueError("--dry-run: one process measures what one takes. Start it without accelerate launch.")
+        raise ValueError("--dry-run: one process measures what one takes. Start it without a launcher.")
     job = prepare(values, options)
     return estimate(replace(job, config=quick(job.config)) if options.quick else job, options.phase)
 
