@@ -415,8 +415,26 @@ def test_a_training_loop_that_comes_first_is_shared_all_the_same(tmp_path):
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
 
 
-def test_what_one_process_does_is_refused_by_several(ctrl_here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = ctrl_here("compare", "runs/demo")
+@pytest.mark.parametrize(
+    ("started", "by"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, "torchrun"),
+        ({"TORCHELASTIC_RUN_ID": "none", "ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch"),
+        ({}, "the launcher that set LOCAL_RANK"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compare runs/demo", "inspect digits", "export runs/demo out", "exact --quick"])
+def test_what_one_process_does_is_refused_by_several(ctrl_here, monkeypatch, started, by, command):
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"} | started).items():
+        monkeypatch.setenv(name, value)
+    done, name = ctrl_here(*command.split()), command.split()[0]
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "ctrl: ctrl compare is the work of one process: start it without accelerate launch.\n"
+    work = f"ctrl {name} is the work of one process, and {by} started 2"
+    assert done.stderr == f"ctrl: {work}. Start it without {by}.\n"
+
+
+def test_a_platforms_variables_alone_refuse_nothing(ctrl_here, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = ctrl_here("inspect", "digits")
+    assert (done.returncode, done.stderr) == (0, "")

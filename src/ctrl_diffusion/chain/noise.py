@@ -12,9 +12,15 @@ EVERY = slice(None)
 
 
 def normal(
-    shape: Sequence[int], like: Tensor | Denoiser, generator: torch.Generator | None = None, rows: slice = EVERY
-) -> Tensor:
-    """Draw standard normal noise of a shape and return some of its rows on the device of `like`."""
+    shape: Sequence[int], like: Tensor | Denoiser,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None, rows: slice = EVERY,
+) -> Tensor:  # fmt: skip
+    """Draw standard normal noise of a shape and return some of its rows on the device of `like`.
+
+    Of several generators each draws a row, the one it would draw alone.
+    """
+    if isinstance(generator, Sequence):
+        return torch.cat([normal((1, *shape[1:]), like, each) for each in generator])[rows]
     dtype = like.dtype if isinstance(like, Tensor) else None
     source = generator.device if generator else "cpu"  # so that a seed gives the same values on every device
     return torch.randn(*shape, generator=generator, dtype=dtype, device=source)[rows].to(like.device)

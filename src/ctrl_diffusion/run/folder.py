@@ -113,6 +113,18 @@ class RunFolder:
         self.start.unlink(missing_ok=True)
         clear(self.path, [CHECKPOINT])
 
+    def read_config(self, *needed: str) -> Config:
+        """Read config.yaml; refuse (ValueError) an absolute path of the `needed` keys that leads nowhere any more."""
+        config = Config.read(self.config)
+        groups = [("", config), *((f"controls.{i}.", control) for i, control in enumerate(config.controls))]
+        for group, settings in groups:
+            for key in needed:
+                path = getattr(settings, key, None)  # of a hub, or "digits", it is no absolute path
+                if path and Path(path).is_absolute() and not Path(path).exists():
+                    advice = f"If it has moved, write its new place after {key}: there."
+                    raise ValueError(f"{self.config}: {group}{key}: {path} is not there. {advice}")
+        return config
+
     def read_metrics(self) -> dict[str, Any]:
         """Read metrics.json."""
         return json.loads(self.metrics.read_text(encoding="utf-8"))

@@ -89,7 +89,7 @@ class Waiting:
                 f"{here} waited {self.seconds:g} s at {self.place} for {whom}. Start all {self.launch.size} with the same "
                 f"MASTER_ADDR and MASTER_PORT, or wait longer: {SECONDS}=1800."
             )
-        if not self.spoken and passed > SPEAK:
+        if not self.spoken and passed > min(SPEAK, self.seconds / 2):
             self.spoken = True
             print(f"ctrl: {here} waits at {self.place} for {whom}, {self.seconds:g} s at most", file=sys.stderr, flush=True)
         time.sleep(PAUSE)

@@ -52,7 +52,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     chain = {"steps", "sigma_end", "time_power", "gamma", "guidance", "negative_prompt", "size", "unconditional"}
     about = {
         **parts,
-        "_class_name": ["pipeline", "ControlledPipeline"],
+        "_class_name": controlled.CLASS,
         "_diffusers_version": index.get("_diffusers_version"),
         "base": index["_class_name"],
         "flags": {name: value for name, value in index.items() if isinstance(value, bool)},

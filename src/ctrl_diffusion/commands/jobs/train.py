@@ -264,7 +264,8 @@ def resume_job(
         metrics, has_begun = ranks.broadcast(reserve)
         if metrics:
             return metrics
-        config = Config.read(folder.config)
+        unread = () if has_begun else ("data", "judge_data", "classifier_from")
+        config = folder.read_config("prior", "settled_from", *unread)
         check_trackers(config.track)
         if not has_begun:
             check_code(config.model_dump(), {}, trust, folder.config)
@@ -325,7 +326,7 @@ def extend_job(
 
 def reopen(folder: RunFolder, options: JobOptions) -> tuple[Run, TrainingState, StartRecord]:
     """Return a finished run as it was before its first update, the state after its last, and what it began with."""
-    config, metrics = Config.read(folder.config), folder.read_metrics()
+    config, metrics = folder.read_config("prior", "settled_from"), folder.read_metrics()
     loaded = Run.load(folder.path, config.device, options.trust)
     for control in config.controls:
         if control.settled_from:
