@@ -23,12 +23,18 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_
     ("environment", "place"),
     [
         (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, Launch(1, 4, 1, 2, "torchrun")),
-        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "x", "ACCELERATE_MIXED_PRECISION": "no"}, Launch(1, 4, 1, 2, "accelerate launch")),
+        (
+            TORCHRUN | {"TORCHELASTIC_RUN_ID": "x", "ACCELERATE_MIXED_PRECISION": "no"},
+            Launch(1, 4, 1, 2, "accelerate launch"),
+        ),
         (TORCHRUN, Launch(1, 4, 1, 2, "the launcher that set LOCAL_RANK")),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Launch(0, 1, 0, 1, "the launcher that set LOCAL_RANK")),
         (OPEN_MPI, Launch(3, 4, 1, 2, "Open MPI's mpirun")),
         (OPEN_MPI | KUBERNETES, Launch(3, 4, 1, 2, "Open MPI's mpirun")),
-        ({name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()}, Launch(3, 4, 1, 2, "MVAPICH's mpirun")),
+        (
+            {name.replace("OMPI", "MV2"): value for name, value in OPEN_MPI.items()},
+            Launch(3, 4, 1, 2, "MVAPICH's mpirun"),
+        ),
         (HYDRA, Launch(0, 2, 0, 2, "mpirun")),
         (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"}, Launch(3, 4, 1, 1, "srun --mpi=pmi2")),
     ],
@@ -98,6 +104,10 @@ def test_accelerate_sees_a_launch_by_torchs_names_alone(monkeypatch):
         pass
 
 
+def version_1(folder, granted):
+    return {f"{folder}cpu.cfs_quota_us": f"{granted}\n", f"{folder}cpu.cfs_period_us": "100000\n"}
+
+
 V1, V2 = "4:cpu,cpuacct:/docker/abc\n3:memory:/docker/abc\n0::/x\n", "0::/a/b\n"
 
 
@@ -112,10 +122,10 @@ V1, V2 = "4:cpu,cpuacct:/docker/abc\n3:memory:/docker/abc\n0::/x\n", "0::/a/b\n"
         (V2, {}, None),
         (V2, {"a/b/cpu.max": "max 100000\n"}, None),
         (V2, {"a/b/cpu.max": "garbage\n"}, None),
-        (V1, {f"cpu,cpuacct/docker/abc/cpu.cfs_{name}_us": value for name, value in (("quota", "250000"), ("period", "100000"))}, 2.5),
-        (V1, {f"cpu,cpuacct/cpu.cfs_{name}_us": value for name, value in (("quota", "200000"), ("period", "100000"))}, 2.0),
-        (V1, {f"cpu/docker/cpu.cfs_{name}_us": value for name, value in (("quota", "100000"), ("period", "100000"))}, 1.0),
-        (V1, {f"cpu,cpuacct/cpu.cfs_{name}_us": value for name, value in (("quota", "-1"), ("period", "100000"))}, None),
+        (V1, version_1("cpu,cpuacct/docker/abc/", 250000), 2.5),
+        (V1, version_1("cpu,cpuacct/", 200000), 2.0),
+        (V1, version_1("cpu/docker/", 100000), 1.0),
+        (V1, version_1("cpu,cpuacct/", -1), None),
     ],
 )  # fmt: skip
 def test_control_groups_say_how_many_cores_may_be_used(tmp_path, own, files, cores):
@@ -180,7 +190,11 @@ def test_torch_has_as_many_threads_as_the_quota_grants():
 
 
 def test_the_command_sets_them_before_torch_is_there():
-    code = "sys.argv = ['ctrl', '--version']\nfrom ctrl_diffusion.commands.app import main\ntry: main()\nexcept SystemExit: pass"
+    code = """
+sys.argv = ["ctrl", "--version"]
+from ctrl_diffusion.commands.app import main
+try: main()
+except SystemExit: pass"""
     version, left = left_by(code).splitlines()
     assert version
     assert left.split(", ", 1)[1] == "'passive', '0', None] False"

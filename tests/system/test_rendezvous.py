@@ -47,7 +47,18 @@ def test_a_process_that_never_comes_is_one_line_and_an_end(port, rank, whom):
 )
 def test_a_signal_ends_the_command_that_waits(port, tmp_path, rank, sent):
     """With 130, and long before the wait of ten minutes does."""
-    command = [sys.executable, "-m", "ctrl_diffusion", "train", "--prior", "digits", "--control", "ink", "--data", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "ctrl_diffusion",
+        "train",
+        "--prior",
+        "digits",
+        "--control",
+        "ink",
+        "--data",
+        "none",
+    ]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True, env=environment(rank, port)
     )

@@ -125,7 +125,8 @@ class ControlledPipeline(DiffusionPipeline):
         """
         source, target = self._folder(), Path(save_directory)
         if not (source / CONTROLS).is_dir():
-            raise ValueError(f"{source}, where this pipeline was loaded from, has no {CONTROLS}/ to save. Bring it back.")
+            gone = f"{source}, where this pipeline was loaded from, has no {CONTROLS}/ to save"
+            raise ValueError(f"{gone}. Bring it back.")
         for file in sorted(path for pattern in OURS for path in source.glob(pattern) if path.is_file()):
             copy = target / file.relative_to(source)
             if not (copy.exists() and copy.samefile(file)):
@@ -136,7 +137,8 @@ class ControlledPipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         """Return model_index.json; it names the file of the class, where diffusers would name the class alone."""
-        return json.dumps({**json.loads(super().to_json_string()), "_class_name": CLASS}, indent=2, sort_keys=True) + "\n"
+        index = {**json.loads(super().to_json_string()), "_class_name": CLASS}
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def to(self, *arguments: Any, **options: Any) -> "ControlledPipeline":
         """Move or convert as diffusers does, with the controls, which keep their precision."""
@@ -148,8 +150,8 @@ class ControlledPipeline(DiffusionPipeline):
 
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
         """Refuse (ValueError) to move parts about between calls."""
-        advice = "Use pipe.to(device) or pipe.to(torch.bfloat16)."
-        raise ValueError(f"a control changes the network's weights where they are, so parts cannot be offloaded. {advice}")
+        reason = "a control changes the network's weights where they are, so parts cannot be offloaded"
+        raise ValueError(f"{reason}. Use pipe.to(device) or pipe.to(torch.bfloat16).")
 
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
@@ -177,8 +179,8 @@ class ControlledPipeline(DiffusionPipeline):
             control_gamma: γ of the target, of controls trained for several; one evaluation a step; as trained if None.
 
         Raises:
-            ValueError: an unknown control, value, class or output type; a prompt or class missing or not wanted; numbers
-                that are none; a γ that a control was not trained for.
+            ValueError: an unknown control, value, class or output type; a prompt or class missing or not wanted; a
+                number that is none; a γ that a control was not trained for.
         """
         check_call(num_images_per_prompt, num_inference_steps, control_strength, output_type)
         prior, policy = self._opened()

@@ -27,7 +27,8 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # a path in it may hold bytes that are no text
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:

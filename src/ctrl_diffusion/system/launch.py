@@ -1,7 +1,7 @@
 """Say, before torch is imported, who started this process: whether it is one of several, and on how many cores.
 
-A platform (Kubernetes, SageMaker, Slurm) describes its nodes in variables that torch and accelerate take for the order to
-meet other processes. Only who starts one process for each rank also numbers them on their host: without that number
+A platform (Kubernetes, SageMaker, Slurm) describes its nodes in variables that torch and accelerate take for the order
+to meet other processes. Only who starts one process for each rank also numbers them on their host: without that number
 this process runs alone, whatever else is set.
 """
 
@@ -21,7 +21,7 @@ LAUNCHERS = {
     "mpirun": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
     "srun --mpi=pmi2": ("PMI_RANK", "PMI_SIZE", "SLURM_LOCALID", "LOCAL_WORLD_SIZE"),
 }
-MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # where, unless said: processes of one host, torch's port
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # where, unless said: on one host, at torch's port
 PLATFORM = (*dict.fromkeys(size for _, size, *_ in LAUNCHERS.values()), "SLURM_NTASKS")
 # OpenMP's threads wait in a busy loop for the next parallel region, and keep a neighbour, or each other, from the core
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # of libgomp, and of Intel's and LLVM's libraries
@@ -61,7 +61,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         rank, size, local_rank, local_size = (int(values.get(name, "1")) for name in LAUNCHERS[by])
     except ValueError:
         rank, size, local_rank, local_size = 0, 0, 0, 0
-    if not (0 <= rank < size and 0 <= local_rank and 1 <= local_size):
+    if not (0 <= rank < size and local_rank >= 0 and local_size >= 1):
         what = ", ".join(f"{name}={value}" for name, value in values.items())
         raise ValueError(f"{what}: these number no process among several. Unset them, or use accelerate launch.")
     if not by:
@@ -87,7 +87,7 @@ def standard_environment(launch: Launch) -> Iterator[None]:
         meeting = MEETING | {name: value for name, value in before.items() if name in MEETING}
         if "MASTER_ADDR" not in before and launch.local_size < launch.size:
             hosts = f"{launch.size} processes on several hosts"
-            raise ValueError(f"{hosts}: MASTER_ADDR is not set. Export the name of the host of process 0 as MASTER_ADDR.")
+            raise ValueError(f"{hosts}: MASTER_ADDR is not set. Export it: the name of the host of process 0.")
         os.environ.update(meeting | dict(zip(STANDARD, map(str, launch[:4]), strict=True)))
     try:
         yield
@@ -107,7 +107,8 @@ def quota(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float 
     for _, controllers, path in lines:
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top = root / (controllers if (root / controllers).is_dir() else "cpu")  # version 2 has a single tree, at the root
+        # version 2 names no controllers: it has a single tree, at the root
+        top = root / (controllers if (root / controllers).is_dir() else "cpu")
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):  # a limit above holds below
             shares += quota_of(folder)

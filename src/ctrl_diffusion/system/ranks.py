@@ -54,7 +54,8 @@ def first_state(launch: Launch) -> PartialState:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if others := ", ".join(ignored(os.environ)):
         advice = "Use accelerate launch or torchrun for several."
-        warnings.warn(f"{others}: ignored, this process works alone, since no launcher started it. {advice}", stacklevel=2)
+        alone = f"{others}: ignored, this process works alone, since no launcher started it"
+        warnings.warn(f"{alone}. {advice}", stacklevel=2)
     with standard_environment(launch):
         if launch.size == 1:
             return PartialState(cpu=cpu)

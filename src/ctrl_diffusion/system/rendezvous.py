@@ -1,7 +1,8 @@
 """Meet the other processes of a launch: say for whom it waits, give up after minutes, and hear signals meanwhile.
 
 torch's own rendezvous waits inside one call, without a word, as long as a collective may take, and hears no signal.
-Here rank 0 opens torch's store without waiting, the others look for it, and all wait in Python until every rank is there.
+Here rank 0 opens torch's store without waiting, the others look for it, and all wait in Python until every rank is
+there.
 """
 
 import math
@@ -54,7 +55,8 @@ def meet(launch: Launch) -> TCPStore:
             waiting.look(f"process {', '.join(map(str, missing[:5]))}{' …' * (len(missing) > 5)}")
     except RuntimeError as error:  # a port that is taken, a process 0 that has ended
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"process {launch.rank} of {launch.size} cannot meet the others at {host}:{port}: {reason}") from error
+        here = f"process {launch.rank} of {launch.size}"
+        raise ValueError(f"{here} cannot meet the others at {host}:{port}: {reason}") from error
     store.set_timeout(timedelta(seconds=waiting.seconds))
     return store
 
@@ -85,11 +87,11 @@ class Waiting:
         passed = time.monotonic() - self.begin
         here = f"process {self.launch.rank} of {self.launch.size}"
         if passed > self.seconds:
-            raise ValueError(
-                f"{here} waited {self.seconds:g} s at {self.place} for {whom}. Start all {self.launch.size} with the same "
-                f"MASTER_ADDR and MASTER_PORT, or wait longer: {SECONDS}=1800."
-            )
+            all_of_them = f"all {self.launch.size} with the same MASTER_ADDR and MASTER_PORT"
+            waited = f"{here} waited {self.seconds:g} s at {self.place} for {whom}"
+            raise ValueError(f"{waited}. Start {all_of_them}, or wait longer: {SECONDS}=1800.")
         if not self.spoken and passed > min(SPEAK, self.seconds / 2):
             self.spoken = True
-            print(f"ctrl: {here} waits at {self.place} for {whom}, {self.seconds:g} s at most", file=sys.stderr, flush=True)
+            waits = f"{here} waits at {self.place} for {whom}, {self.seconds:g} s at most"
+            print(f"ctrl: {waits}", file=sys.stderr, flush=True)
         time.sleep(PAUSE)
