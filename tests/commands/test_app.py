@@ -33,6 +33,9 @@ def places(quick_run, tmp_path_factory):
     shutil.rmtree(made["unfinished"] / "control")
     weights = made["damaged"] / "control" / "control.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
+    made["moved"] = root / "moved"
+    shutil.copytree(quick_run, made["moved"])
+    (made["moved"] / "config.yaml").write_text(yaml.safe_dump({**config, "prior": str(root / "old" / "prior")}))
     made["file"] = root / "file"
     made["file"].write_text("")
     changes = {
@@ -57,6 +60,7 @@ def places(quick_run, tmp_path_factory):
     return made
 
 
+MOVED = "/old/prior is not there. If it has moved, write its new place after prior: there."
 TRAIN = "train --prior digits --control ink --out {tmp}/o --data "
 
 
@@ -79,6 +83,11 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         ("evaluate {typo}", "gama: Extra inputs are not permitted"),
         ("evaluate {unfinished}", "unfinished run: it lacks control"),
         ("evaluate {damaged}", "is damaged"),
+        ("evaluate {moved}", MOVED),
+        ("sample {moved} --class 3 --out {tmp}/o", MOVED),
+        ("export {moved} {tmp}/o", MOVED),
+        ("train --resume {moved} --time 10s", MOVED),
+        ("compare {moved} --out {tmp}/o", MOVED),
         ("demo --seed 4294967296 --out {tmp}/o", "Invalid value for '--seed'"),
         ("demo --learner magic --out {tmp}/o", "learners: no learner is called 'magic'. There are contrast, weighted"),
         ("demo --controls slant --out {tmp}/o", "the demo's controls are ink or digit or ink,slant; got 'slant'"),

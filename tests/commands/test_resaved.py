@@ -71,10 +71,10 @@ def test_an_exported_pipeline_is_saved_again_with_controls_and_code(finished, tm
     meant = drawn["first"] - drawn["null"]
     for key in ("unchanged", "before", "after", "before-again", "after-again"):
         assert torch.equal(drawn[key], drawn["first"]), key
-    assert torch.equal(drawn["converted"], drawn["kept half"]), "the controls keep their precision"
-    for key in ("converted", "half", "half-again"):
-        # weights of eight bits are off by 2⁻⁹ of themselves; a control that is lost would be off by all it does, by 1
-        assert (drawn[key] - drawn["first"]).norm() < 0.2 * meant.norm(), key
+    # what a control does would be off by all of itself, by 1, if it were lost. Weights of eight bits are off by 2⁻⁹ of
+    # themselves; where activations have eight bits too, effects are alike to a cosine of 0.9, as of an export's own test
+    for key, most in {"half": 0.1, "half-again": 0.1, "converted": 0.45, "kept half": 0.45}.items():
+        assert (drawn[key] - drawn["first"]).norm() < most * meant.norm(), key
     for folder in ("before", "after", "half"):
         for file in (path for path in out.rglob("*") if path.suffix in (".py", ".safetensors", ".md", ".png")):
             copy = tmp_path / folder / file.relative_to(out)
@@ -197,6 +197,19 @@ def test_a_call_that_means_nothing_is_one_line(pipe, wrong, line):
 def test_parts_cannot_be_offloaded(pipe, how):
     with pytest.raises(ValueError, match="a control changes the network's weights where they are"):
         getattr(pipe, how)()
+
+
+def test_controls_keep_their_precision_where_the_model_is_converted(exported):
+    pipe = opened(exported("SD 1"))
+    draw = {"controls": "yes", "output_type": "pt"}
+    before = pipe("two", generator=seeds(3)[0], **draw).images
+    weights = [p.clone() for p in pipe.policy.snapshot()]
+    assert pipe.to(torch.float16) is pipe
+    assert pipe.dtype == torch.float16
+    assert all(map(torch.equal, weights, pipe.policy.snapshot()))
+    after = pipe("two", generator=seeds(3)[0], **draw).images
+    assert after.dtype == before.dtype
+    assert 0 < (after - before).abs().max() < 0.05, "weights of eleven bits; a picture lies in [0, 1]"
 
 
 def test_without_its_folder_nothing_is_saved(exported, tmp_path):

@@ -1,5 +1,7 @@
 """Where a run folder keeps its files, and what state it is in."""
 
+import re
+
 import pytest
 
 from ctrl_diffusion.run.config import Config
@@ -64,3 +66,28 @@ def test_clearing_leaves_what_is_not_ours(folder):
         (folder.path / name).write_text("x")
     folder.clear()
     assert {path.name for path in folder.path.iterdir()} == {"thesis.txt", "data", folder.log.name}
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("prior", "config.yaml: prior: {old} is not there. If it has moved, write its new place after prior: there."),
+        ("data", "config.yaml: controls.0.data: {old} is not there"),
+        ("judge_data", "config.yaml: controls.0.judge_data: {old} is not there"),
+        ("classifier_from", "config.yaml: controls.0.classifier_from: {old} is not there"),
+        ("settled_from", "config.yaml: controls.0.settled_from: {old} is not there"),
+    ],
+)
+def test_what_has_moved_is_named_by_its_key(folder, tmp_path, key, line):
+    """Whatever has moved, and only where it is needed; names on a hub and the embedded prior are no paths."""
+    folder.path.mkdir(exist_ok=True)
+    old = tmp_path / "old"
+    values = {"prior": "digits", "control": "ink", "data": "someone/pictures"}
+    Config.from_values(values).write(folder.config)
+    assert folder.read_config("prior", "data", "settled_from").prior == "digits"
+    Config.from_values(values | {key: str(old)}).write(folder.config)
+    with pytest.raises(ValueError, match=re.escape(line.format(old=old))):
+        folder.read_config(key)
+    assert folder.read_config("size")
+    old.mkdir()
+    assert folder.read_config(key)
