@@ -19,7 +19,7 @@ from evidence import write
 
 from ctrl_diffusion.system.launch import SPINNING, set_threads
 
-UPDATES, LONG = 5, 20.0  # of a worker; none begins after so many seconds
+UPDATES, LONG = 4, 15.0  # of a worker; none begins after so many seconds
 THREADS, PLACES = ("ours", "torch's own"), ("alone", "beside")
 CORES = os.cpu_count() or 1
 
@@ -57,13 +57,14 @@ def worker(threads: str) -> list[float]:
 @contextmanager
 def neighbour(place: str) -> Iterator[None]:
     """Keep every core busy inside, if anybody is beside."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(CORES * (place == "beside"))]
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"  # ends with this process, however that ends
+    loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(CORES * (place == "beside"))]
     try:
         yield
     finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
+        for each in loops:
+            each.kill()
+            each.wait()
 
 
 def measured(threads: str) -> list[float]:
@@ -79,7 +80,9 @@ def main(rounds: int) -> None:
         for place in PLACES:
             for threads in THREADS:
                 with neighbour(place):
-                    seconds.setdefault((threads, place), []).extend(measured(threads))
+                    updates = measured(threads)
+                seconds.setdefault((threads, place), []).extend(updates)
+                print(f"{threads}, {place}: {', '.join(f'{each:.2f}' for each in updates)} s", flush=True)
     median = {key: statistics.median(values) for key, values in seconds.items()}
     rows = [
         {

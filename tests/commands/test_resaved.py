@@ -72,7 +72,7 @@ def test_an_exported_pipeline_is_saved_again_with_controls_and_code(finished, tm
     for key in ("unchanged", "before", "after", "before-again", "after-again"):
         assert torch.equal(drawn[key], drawn["first"]), key
     # what a control does would be off by all of itself, by 1, if it were lost. Weights of eight bits are off by 2⁻⁹ of
-    # themselves; where activations have eight bits too, effects are alike to a cosine of 0.9, as of an export's own test
+    # themselves; where activations have eight bits too, effects are alike to a cosine of 0.9, as in test_export
     for key, most in {"half": 0.1, "half-again": 0.1, "converted": 0.45, "kept half": 0.45}.items():
         assert (drawn[key] - drawn["first"]).norm() < most * meant.norm(), key
     for folder in ("before", "after", "half"):
