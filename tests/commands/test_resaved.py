@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctrl_diffusion.commands.jobs.export import export
+from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.run.pipeline import ControlledPipeline
 from tests.commands.test_export import finished, opened, run_on  # noqa: F401
 
@@ -43,6 +44,7 @@ for name in ("before", "after", "half"):
     results[name] = draw(opened(f"{root}/{name}"))
     opened(f"{root}/{name}").save_pretrained(f"{root}/{name}-again")
     results[f"{name}-again"] = draw(opened(f"{root}/{name}-again"))
+results["by file"] = draw(opened(f"{root}/after", custom_pipeline="pipeline"))
 results["kept half"] = draw(opened(f"{root}/half", torch_dtype=torch.bfloat16))
 null = {**call, "controls": None}
 results["null"] = opened(out)(**null, output_type="pt", generator=torch.Generator().manual_seed(3)).images
@@ -69,7 +71,7 @@ def test_an_exported_pipeline_is_saved_again_with_controls_and_code(finished, tm
     assert done.returncode == 0, done.stderr
     drawn = torch.load(tmp_path / "results.pt")
     meant = drawn["first"] - drawn["null"]
-    for key in ("unchanged", "before", "after", "before-again", "after-again"):
+    for key in ("unchanged", "before", "after", "before-again", "after-again", "by file"):
         assert torch.equal(drawn[key], drawn["first"]), key
     # what a control does would be off by all of itself, by 1, if it were lost. Weights of eight bits are off by 2⁻⁹ of
     # themselves; where activations have eight bits too, effects are alike to a cosine of 0.9, as in test_export
@@ -130,6 +132,14 @@ def test_each_generator_of_a_list_draws_what_it_draws_alone(pipe):
 def test_of_a_single_control_the_value_will_do(pipe):
     named, bare = (
         pipe("two", controls=y, output_type="pt", generator=seeds(3)[0]).images for y in ({"dark": "yes"}, "yes")
+    )
+    assert torch.equal(named, bare)
+
+
+def test_a_value_may_be_called_as_its_control(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.policy.controls["dark"], "space", LabelSpace(("light", "dark")))
+    named, bare = (
+        pipe("two", controls=y, output_type="pt", generator=seeds(3)[0]).images for y in ({"dark": "dark"}, "dark")
     )
     assert torch.equal(named, bare)
 

@@ -65,3 +65,9 @@ def test_what_may_not_be_read_is_not_damaged(tmp_path):
         raise PermissionError("denied")
     with pytest.raises(Refused), undamaged(tmp_path, "Fit it again.", but=(Refused,)):
         raise Refused
+
+
+def test_text_with_a_path_of_any_bytes_is_written(tmp_path):
+    """As a command that the user typed; the file stays UTF-8."""
+    write_text(tmp_path / "text", "ctrl train --out runs/\udcff γ")
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "ctrl train --out runs/\\udcff γ"

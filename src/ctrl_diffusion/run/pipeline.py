@@ -218,9 +218,9 @@ class ControlledPipeline(DiffusionPipeline):
         if controls is None or isinstance(controls, Mapping):
             return controls or {}
         names = list(self.policy.controls)
-        if isinstance(controls, (str, Real)) and len(names) == 1 and controls != names[0]:
-            return {names[0]: controls}
         first = self.policy.controls[names[0]]
+        if isinstance(controls, (str, Real)) and len(names) == 1 and controls not in {*names} - {*first.values}:
+            return {names[0]: controls}
         example, has = {names[0]: first.values[-1]}, f"the control{'s' * (len(names) > 1)} {', '.join(names)}"
         raise ValueError(f"controls={controls!r}: this pipeline has {has}. Give a value by name, such as {example}.")
 
