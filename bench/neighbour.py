@@ -1,9 +1,10 @@
 """Measure an update of `adjoint` on the digits alone and beside a busy process: bench/results/neighbour.json.
 
-python bench/neighbour.py [ROUNDS]      (about a minute a round, on two cores)
+python bench/neighbour.py [ROUNDS]      (one to six minutes a round, on two cores)
 
 The neighbour keeps every core busy. A worker is one process of its own: with the threads that `ctrl` sets before torch
-is loaded, or with torch's own. Ratios are of medians over the updates of all rounds.
+is loaded, or with torch's own. Ratios are of medians over the updates of all rounds; a worker that has not ended after
+LIMIT seconds counts as one update of that length, a lower bound.
 """
 
 import json
@@ -20,6 +21,7 @@ from evidence import write
 from ctrl_diffusion.system.launch import SPINNING, set_threads
 
 UPDATES, LONG = 4, 15.0  # of a worker; none begins after so many seconds
+LIMIT = 240.0  # seconds of a whole worker, with its imports
 THREADS, PLACES = ("ours", "torch's own"), ("alone", "beside")
 CORES = os.cpu_count() or 1
 
@@ -71,7 +73,11 @@ def measured(threads: str) -> list[float]:
     """Run a worker in a process whose environment says nothing of threads."""
     clean = {name: value for name, value in os.environ.items() if name not in {*SPINNING, "OMP_NUM_THREADS"}}
     command = [sys.executable, __file__, "--worker", threads]
-    return json.loads(subprocess.run(command, env=clean, capture_output=True, text=True, check=True).stdout)
+    try:
+        done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return [LIMIT]
+    return json.loads(done.stdout)
 
 
 def main(rounds: int) -> None:
@@ -83,6 +89,10 @@ def main(rounds: int) -> None:
                     updates = measured(threads)
                 seconds.setdefault((threads, place), []).extend(updates)
                 print(f"{threads}, {place}: {', '.join(f'{each:.2f}' for each in updates)} s", flush=True)
+    report(seconds, rounds)
+
+
+def report(seconds: dict[tuple[str, str], list[float]], rounds: int) -> None:
     median = {key: statistics.median(values) for key, values in seconds.items()}
     rows = [
         {
