@@ -3,12 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..chain.denoise import SMALLEST_ALPHA, Denoiser, Prediction, x_hat_from
 from ..chain.schedule import Schedule, coefficients
+from .parts import refusing
 from .precision import MixedPrecision
 
 Call = Callable[..., Tensor]  # (x_t, timestep (B,), **cond) → prediction (B, *)
@@ -27,6 +32,51 @@ class ControlSite:
 def clock(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the network's timestep, α_t and σ_t, float64, in the shape of t."""
     return schedule.timestep(t), *schedule(t)
+
+
+def check_prediction(prediction: Tensor, x_t: Tensor) -> None:
+    """Refuse a prediction that is not of the shape of x_t (B, C, *), or of (B, 2 C, *) with a learned variance."""
+    batch, channels, *sides = x_t.shape
+    if prediction.shape not in (x_t.shape, (batch, 2 * channels, *sides)):
+        shapes = " for ".join(" × ".join(map(str, tensor.shape[1:])) for tensor in (prediction, x_t))
+        raise ValueError(f"its network predicts {shapes}: needed is the same, or twice the channels (learned variance)")
+
+
+class OnMeta(nn.Module):
+    """Call a function of a module with the module's weights on the meta device: shapes are computed, values are not."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.function(*arguments, **options)
+
+
+@torch.no_grad()
+def on_meta(module: nn.Module, function: Callable[..., Any], *shape: int, **rows: Tensor) -> Any:
+    """Return what `function`, which calls the module, gives for x of a shape and other inputs, all on the meta device."""
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    weights = {f"module.{name}": tensor.to("meta") for name, tensor in tensors}
+    rows = {name: row.to("meta") for name, row in rows.items()}
+    return functional_call(OnMeta(module, function), weights, (torch.empty(shape, device="meta"),), rows)
+
+
+def check_call(network: nn.Module, call: Callable[..., Tensor], shape: tuple[int, ...], **rows: Tensor) -> None:
+    """Refuse a network of diffusers that cannot be called for x of a shape, or that predicts another, without computing.
+
+    `rows` are its other inputs, of two rows each.
+    """
+    if not isinstance(network, ModelMixin):  # another may keep what it computes
+        return
+    timestep = torch.zeros(2, device="meta")
+
+    def called(x_t: Tensor, **options: Tensor) -> Tensor:
+        return call(x_t, timestep, **options)
+
+    with refusing("its network cannot be called with what this pipeline gives it"):
+        prediction = on_meta(network, called, 2, *shape, **rows)
+    check_prediction(prediction, torch.empty(2, *shape, device="meta"))
 
 
 class NetworkDenoiser(MixedPrecision, Denoiser):
@@ -77,6 +127,7 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
         rows = {name: value.to(x_t.device, non_blocking=True) for name, value in cond.items()}
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
             prediction = self.call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
+        check_prediction(prediction, x_t)  # of other channels it would be broadcast without a word
         x_hat = x_hat_from(prediction[:, : x_t.shape[1]].to(x_t.dtype), self.prediction, x_t, alpha, sigma)
         if self.clip is None:
             return x_hat
