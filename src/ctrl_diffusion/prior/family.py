@@ -57,8 +57,8 @@ def check_channels(part: str, given: int, predicted: int, channels: int) -> None
     """Refuse a network that is given more than x, or does not predict x, or x and its variance."""
     if given != channels:
         raise ValueError(
-            f"its {part} is given {given} channels, and x has {channels}: the others would be an image or a mask, which "
-            "are not supported"
+            f"its {part} is given {given} channels, and x has {channels}: the others, of an image or a mask, are not "
+            "supported"
         )
     if predicted not in (channels, 2 * channels):
         raise ValueError(
@@ -68,7 +68,7 @@ def check_channels(part: str, given: int, predicted: int, channels: int) -> None
 
 
 def refuse_inputs(part: str, config: Any, inputs: dict[str, tuple[Any, ...]]) -> None:
-    """Refuse a network that wants an input which the chain does not give, by the values of its config that want none."""
+    """Refuse a network that wants inputs which the chain does not give, by the values of its config that want none."""
     for name, fine in inputs.items():
         if (value := config.get(name)) not in fine:
             raise ValueError(f"its {part} has {name} {value!r}: it is given an input that is not supported")

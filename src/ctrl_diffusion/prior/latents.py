@@ -1,6 +1,5 @@
 """Decode and encode images by the autoencoder of a latent model."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..chain.codec import Codec
 from .family import check_class
-from .network import on_meta
+from .network import shape_of
 from .parts import refusing
 
 PIXELS = 2**20  # decoded together: what a decoder keeps for the gradient is many times its image
@@ -22,7 +21,7 @@ def factor_of(vae: nn.Module) -> int:
 
 
 class Autoencoder(Codec):
-    """Turn images of a size (H, W) into latents of about unit variance and back, by an AutoencoderKL or a tiny one; it is frozen."""
+    """Turn images of a size (H, W) into latents of about unit variance and back, by a frozen AutoencoderKL or tiny one."""
 
     latent = True
     batch = 16  # images are many times their latents
@@ -38,20 +37,20 @@ class Autoencoder(Codec):
             mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
             self.scale, self.shift = config.scaling_factor / std, mean
         else:
-            self.scale, self.shift = torch.tensor(config.scaling_factor), torch.tensor(config.get("shift_factor") or 0.0)
+            self.scale, self.shift = (
+                torch.tensor(config.scaling_factor),
+                torch.tensor(config.get("shift_factor") or 0.0),
+            )
         self.shape = (config.latent_channels, *(side // factor_of(vae) for side in size))
         self.micro_batch = max(1, PIXELS // (size[0] * size[1]))
         with refusing("its vae cannot be called"):
-            shapes = (self._shape(self._modes, self.image_shape), self._shape(self._images, self.shape))
-        if shapes != (self.shape, self.image_shape):
+            latents = shape_of(vae, self._modes, (1, *self.image_shape)) or (1, *self.shape)
+            images = shape_of(vae, self._images, (1, *self.shape)) or (1, *self.image_shape)
+        if (latents[1:], images[1:]) != (self.shape, self.image_shape):
             raise ValueError(
-                f"its vae turns images of {self.image_shape} into latents of {shapes[0]}, and latents of {self.shape} "
-                f"into images of {shapes[1]}, which do not belong together"
+                f"its vae turns images of {self.image_shape} into latents of {latents[1:]}, and latents of "
+                f"{self.shape} into images of {images[1:]}, which do not belong together"
             )
-
-    def _shape(self, function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of what a function of the autoencoder gives for an input of a shape, without computing it."""
-        return tuple(on_meta(self.vae, function, 1, *shape).shape[1:])
 
     def _modes(self, images: Tensor) -> Tensor:
         """Return the mode of the encoder's distribution, or what an encoder gives that has none."""

@@ -13,9 +13,10 @@ import diffusers
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .families import FAMILIES
-from .parts import PICKLES, load_part, refusing
+from .parts import PICKLES, load_part, one_line, refusing
 
 NO_PICKLE = {"use_safetensors": True}  # a pickle can run any code
+VARIANTS = ("fp16", "bf16", "non_ema")  # what is asked of the hub where no plain weights are
 NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -26,12 +27,16 @@ def find_pipeline(source: str | Path) -> Path:
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} is no pipeline folder of diffusers: {no_pipeline(folder)}.")
         return folder
-    try:
-        with quiet():
-            return Path(diffusers.DiffusionPipeline.download(str(source), **NO_PICKLE))
-    except Exception as error:  # gated, absent, no network: the hub's client has an exception for each
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source} is no folder here, and the hub does not give it: {reason}") from error
+    reasons = []
+    for variant in (None, *VARIANTS):
+        try:
+            with quiet():
+                return Path(diffusers.DiffusionPipeline.download(str(source), **NO_PICKLE, variant=variant))
+        except Exception as error:  # gated, absent, no network: the hub's client has an exception for each
+            reasons.append(one_line(error, 200))
+            if "`safetensors` weights" not in str(error):  # those of a variant may be there
+                break
+    raise ValueError(f"{source} is no folder here, and the hub does not give it: {reasons[0]}")
 
 
 def is_hub_id(name: str) -> bool:
@@ -71,7 +76,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     if isinstance(name, list) and "base" in index:
         raise ValueError(f"{folder} was written by ctrl export. Name the {index['base']} it was made from.")
     if isinstance(name, list):
-        raise ValueError(f"{folder} is a pipeline of its own class, {'.'.join(map(str, name))}, whose code is not run; {supported}.")
+        raise ValueError(
+            f"{folder} is a pipeline of its own class, {'.'.join(map(str, name))}, whose code is not run; {supported}."
+        )
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{folder} holds a {name}; {supported}.")
     return index

@@ -34,11 +34,11 @@ def clock(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor
     return schedule.timestep(t), *schedule(t)
 
 
-def check_prediction(prediction: Tensor, x_t: Tensor) -> None:
-    """Refuse a prediction that is not of the shape of x_t (B, C, *), or of (B, 2 C, *) with a learned variance."""
-    batch, channels, *sides = x_t.shape
-    if prediction.shape not in (x_t.shape, (batch, 2 * channels, *sides)):
-        shapes = " for ".join(" × ".join(map(str, tensor.shape[1:])) for tensor in (prediction, x_t))
+def check_prediction(predicted: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Refuse a prediction that is not of the shape (B, C, *) of x_t, or (B, 2 C, *) with a learned variance."""
+    batch, channels, *sides = shape
+    if tuple(predicted) not in ((batch, channels, *sides), (batch, 2 * channels, *sides)):
+        shapes = " for ".join(" × ".join(map(str, each[1:])) for each in (predicted, shape))
         raise ValueError(f"its network predicts {shapes}: needed is the same, or twice the channels (learned variance)")
 
 
@@ -54,29 +54,40 @@ class OnMeta(nn.Module):
 
 
 @torch.no_grad()
-def on_meta(module: nn.Module, function: Callable[..., Any], *shape: int, **rows: Tensor) -> Any:
-    """Return what `function`, which calls the module, gives for x of a shape and other inputs, all on the meta device."""
-    tensors = chain(module.named_parameters(), module.named_buffers())
+def shape_of(
+    module: nn.Module, function: Callable[..., Tensor], shape: tuple[int, ...], **rows: Tensor
+) -> tuple[int, ...] | None:
+    """Return the shape of what a function that calls a module gives for an input of a shape, without computing it.
+
+    `rows` are further inputs. None if an operator of the module cannot tell shapes alone.
+    """
+    tensors = list(chain(module.named_parameters(), module.named_buffers()))
+    dtype = next((tensor.dtype for _, tensor in tensors if tensor.is_floating_point()), torch.float32)
     weights = {f"module.{name}": tensor.to("meta") for name, tensor in tensors}
-    rows = {name: row.to("meta") for name, row in rows.items()}
-    return functional_call(OnMeta(module, function), weights, (torch.empty(shape, device="meta"),), rows)
+    rows = {name: row.to("meta", dtype if row.is_floating_point() else None) for name, row in rows.items()}
+    try:
+        result = functional_call(
+            OnMeta(module, function), weights, (torch.empty(shape, device="meta", dtype=dtype),), rows
+        )
+    except NotImplementedError:
+        return None
+    return tuple(result.shape)
 
 
 def check_call(network: nn.Module, call: Callable[..., Tensor], shape: tuple[int, ...], **rows: Tensor) -> None:
-    """Refuse a network of diffusers that cannot be called for x of a shape, or that predicts another, without computing.
+    """Refuse a network of diffusers that cannot be called for x of a shape, or predicts another, without computing.
 
     `rows` are its other inputs, of two rows each.
     """
     if not isinstance(network, ModelMixin):  # another may keep what it computes
         return
-    timestep = torch.zeros(2, device="meta")
 
     def called(x_t: Tensor, **options: Tensor) -> Tensor:
-        return call(x_t, timestep, **options)
+        return call(x_t, torch.zeros(2, device="meta"), **options)
 
     with refusing("its network cannot be called with what this pipeline gives it"):
-        prediction = on_meta(network, called, 2, *shape, **rows)
-    check_prediction(prediction, torch.empty(2, *shape, device="meta"))
+        predicted = shape_of(network, called, (2, *shape), **rows)
+    check_prediction(predicted or (2, *shape), (2, *shape))
 
 
 class NetworkDenoiser(MixedPrecision, Denoiser):
@@ -127,7 +138,7 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
         rows = {name: value.to(x_t.device, non_blocking=True) for name, value in cond.items()}
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
             prediction = self.call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
-        check_prediction(prediction, x_t)  # of other channels it would be broadcast without a word
+        check_prediction(prediction.shape, x_t.shape)  # of other channels it would be broadcast without a word
         x_hat = x_hat_from(prediction[:, : x_t.shape[1]].to(x_t.dtype), self.prediction, x_t, alpha, sigma)
         if self.clip is None:
             return x_hat

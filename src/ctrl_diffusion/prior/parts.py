@@ -94,6 +94,11 @@ def class_of(name: str, part: Any) -> type:
     return found
 
 
+def part_folder(folder: Path, name: str) -> Path:
+    """Return the folder of a part: in early pipelines its files are beside the index."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
 def base_name(kind: type) -> str:
     """Return how the files of a model's weights begin."""
     return "diffusion_pytorch_model" if issubclass(kind, diffusers.ModelMixin) else "model"
@@ -175,7 +180,7 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
     DistributedDataParallel are taken off the names, with a warning.
     """
     kind = class_of(name, part)
-    folder = folder / name if (folder / name).is_dir() else folder  # in early pipelines beside the index
+    folder = part_folder(folder, name)
     if not issubclass(kind, nn.Module):
         with refusing(f"its {name} cannot be read"):
             return kind.from_pretrained(folder), None
@@ -192,7 +197,9 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
         model, info = kind.from_pretrained(folder, **options)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if weights.wrapped:
-        warnings.warn(f"{folder}: weights were saved from torch.compile or DDP; their prefixes are undone.", stacklevel=5)
+        warnings.warn(
+            f"{folder}: weights were saved from torch.compile or DDP; their prefixes are undone.", stacklevel=5
+        )
         if issubclass(kind, diffusers.ModelMixin):
             missing, unexpected = assign(model, weights)
     missing |= {key for key, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta}
@@ -200,8 +207,17 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
     return model, weights.variant
 
 
+def is_plain(folder: Path, name: str, part: Any) -> bool:
+    """Return whether any program can read a part's files by their usual names."""
+    kind = class_of(name, part)
+    if not issubclass(kind, nn.Module):
+        return True
+    weights = find_weights(part_folder(folder, name), name, base_name(kind))
+    return weights.variant is None and not weights.wrapped
+
+
 def assign(model: nn.Module, weights: Weights) -> tuple[set[str], set[str]]:
-    """Put weights whose names have prefixes into a model; return the names it lacks, and those that it does not have."""
+    """Put weights whose names have prefixes into a model; return the names it lacks and those it does not have."""
     stored = chain.from_iterable(load_file(file).items() for file in weights.files)
     tensors = {unwrapped(key): value.float() if value.is_floating_point() else value for key, value in stored}
     with refusing("weights"):
@@ -213,7 +229,7 @@ def check_complete(
     model: nn.Module, name: str, config: dict[str, Any], missing: Iterable[str], unexpected: Iterable[str],
     mismatched: Iterable[Any],
 ) -> None:  # fmt: skip
-    """Refuse a model that lacks weights, or whose file was altered; warn of weights in the file that it does not have."""
+    """Refuse a model that lacks weights, or whose file was altered; warn of weights that are not used."""
     missing, unexpected, mismatched = sorted(missing), sorted(unexpected), sorted(mismatched)
     if mismatched:
         key, stored, wanted = mismatched[0]
@@ -230,8 +246,8 @@ def check_complete(
         )
     if cause:
         raise ValueError(
-            f"its {name}: {len(unexpected)} weights of the file would not be used (the first: {unexpected[0]}). It looks "
-            f"like {cause}"
+            f"its {name}: {len(unexpected)} weights of the file would not be used (the first: {unexpected[0]}). It "
+            f"looks like {cause}"
         )
     if unexpected:
         warnings.warn(

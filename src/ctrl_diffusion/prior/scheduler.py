@@ -76,7 +76,9 @@ def read_schedule(scheduler: Any, tokens: int) -> ReadSchedule:
     if settings.get("use_flow_sigmas"):
         raise ValueError(f"its {kind} has use_flow_sigmas: it is a flow, whose schedule is read from {FLOW}")
     if settings.get("timestep_type") == "continuous" and prediction == "v_prediction":
-        raise ValueError(f"its {kind} has timestep_type continuous: its network is given log σ, not a discrete timestep")
+        raise ValueError(
+            f"its {kind} has timestep_type continuous: its network is given log σ, not a discrete timestep"
+        )
     clip = settings.get("clip_sample_range", 1.0) if settings.get("clip_sample") else None
     return ReadSchedule(VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod)), prediction, clip)
 
