@@ -183,54 +183,140 @@ def flux(**options):
 
 # what is wrong → the family, the change, and what the one line must say: the part, what was got, the way out
 LACKS = {
-    "LoRA merged, not unloaded": ("DDPM", on("unet", with_lora), r"unet lacks \d+ of \d+ weights .*first: .*LoRA.*unload"),
+    "LoRA merged, not unloaded": (
+        "DDPM",
+        on("unet", with_lora),
+        r"unet lacks \d+ of \d+ weights .*first: .*LoRA.*unload",
+    ),
     "LoRA in a text encoder": ("SD 1", on("text_encoder", with_lora), "text_encoder lacks .*LoRA"),
     "LoRA in a whole pipeline's UNet": ("SD 1", on("unet", with_lora), "unet lacks .*LoRA"),
-    "old LoRA beside plain weights": ("SD 1", with_added("unet", "mid_block.to_q.lora.down.weight"), "would not be used .*LoRA"),
+    "old LoRA beside plain weights": (
+        "SD 1",
+        with_added("unet", "mid_block.to_q.lora.down.weight"),
+        "would not be used .*LoRA",
+    ),
     "LyCORIS beside plain weights": ("SD 1", with_added("text_encoder", "x.hada_w1_a"), "text_encoder: .*LoRA"),
-    "PEFT's wrapper": ("SD 1", on("text_encoder", with_lora, "base_model.model."), "text_encoder lacks .*merge_and_unload"),
-    "PEFT's wrapper, UNet": ("DDPM", tensors("unet", renamed("base_model.model.{}".format)), "unet lacks .*PEFT's wrapper"),
+    "PEFT's wrapper": (
+        "SD 1",
+        on("text_encoder", with_lora, "base_model.model."),
+        "text_encoder lacks .*merge_and_unload",
+    ),
+    "PEFT's wrapper, UNet": (
+        "DDPM",
+        tensors("unet", renamed("base_model.model.{}".format)),
+        "unet lacks .*PEFT's wrapper",
+    ),
     "EMA": ("DDPM", tensors("unet", renamed("ema_model.{}".format)), "unet lacks .*EMA"),
     "shadow parameters": ("SD 1", tensors("text_encoder", renamed("shadow_params.{}".format)), "lacks .*EMA"),
     "FSDP": ("DDPM", tensors("unet", renamed("_fsdp_wrapped_module.{}".format)), "unet lacks .*wrapper of torch"),
     "module of a trainer": ("DDPM", tensors("unet", renamed("net.{}".format)), "lacks .*names begin with 'net.'"),
-    "single-file names": ("SD 1", tensors("unet", renamed("model.diffusion_model.{}".format)), "unet lacks .*from_single_file"),
+    "single-file names": (
+        "SD 1",
+        tensors("unet", renamed("model.diffusion_model.{}".format)),
+        "unet lacks .*from_single_file",
+    ),
     "IP-Adapter": ("SD 1", with_added("unet", "down.attn2.processor.to_k_ip.weight"), "unet: .*unload_ip_adapter"),
     "quantised without a word": ("SD 1", with_added("unet", "conv_in.weight.absmax"), "quantised"),
     "scaled fp8": ("SD 3", with_added("transformer", "proj_out.scale_weight"), "transformer: .*quantised"),
-    "pruned": ("DDPM", tensors("unet", renamed(lambda key: key.replace("conv_in.weight", "conv_in.weight_orig"))), "mask"),
+    "pruned": (
+        "DDPM",
+        tensors("unet", renamed(lambda key: key.replace("conv_in.weight", "conv_in.weight_orig"))),
+        "mask",
+    ),
     "an incomplete file": ("DDPM", tensors("unet", without), "unet lacks 1 of .*incomplete"),
     "an incomplete VAE": ("SD 1", tensors("vae", without), "vae lacks 1 of .*incomplete"),
     "an incomplete text encoder": ("Flux", tensors("text_encoder_2", without), "text_encoder_2 lacks .*incomplete"),
-    "a buffer": ("SD 3", tensors("transformer", lambda t: {k: v for k, v in t.items() if k != "pos_embed.pos_embed"}),
-                 "transformer lacks 1 of .*pos_embed"),
-    "another class of text encoder": ("SD 3", lambda folder: shutil.copytree(
-        folder.parent / "SD 1" / "text_encoder", folder / "text_encoder", dirs_exist_ok=True),
-        "text_encoder lacks .*weights of a CLIPTextModel, which model_index.json calls a CLIPTextModelWithProjection"),
+    "a buffer": (
+        "SD 3",
+        tensors("transformer", lambda t: {k: v for k, v in t.items() if k != "pos_embed.pos_embed"}),
+        "transformer lacks 1 of .*pos_embed",
+    ),
+    "another class of text encoder": (
+        "SD 3",
+        lambda folder: shutil.copytree(
+            folder.parent / "SD 1" / "text_encoder", folder / "text_encoder", dirs_exist_ok=True
+        ),
+        "text_encoder lacks .*weights of a CLIPTextModel, which model_index.json calls a CLIPTextModelWithProjection",
+    ),
     "another shape": ("DDPM", tensors("unet", reshaped), "unet: .*expected shape"),
-    "another shape of a text encoder": ("SD 1", tensors("text_encoder", reshaped), "text_encoder: 1 weights have another shape"),
-    "an index that promises": ("DDPM", on("unet", sharded, forgotten=True), "unet lacks 1 weights that .*index.json names"),
-    "an index that promises, text": ("SD 1", on("text_encoder", sharded, forgotten=True), "text_encoder lacks 1 weights that"),
-    "a shard that is lost": ("SD 1", on("text_encoder", sharded, lost=True), "text_encoder lacks model-00002.*Download"),
-    "an index that is damaged": ("DDPM", lambda folder: (folder / "unet" / f"{UNET}.safetensors.index.json").write_text("{"),
-                                 "unet: .*index.json is damaged"),
+    "another shape of a text encoder": (
+        "SD 1",
+        tensors("text_encoder", reshaped),
+        "text_encoder: 1 weights have another shape",
+    ),
+    "an index that promises": (
+        "DDPM",
+        on("unet", sharded, forgotten=True),
+        "unet lacks 1 weights that .*index.json names",
+    ),
+    "an index that promises, text": (
+        "SD 1",
+        on("text_encoder", sharded, forgotten=True),
+        "text_encoder lacks 1 weights that",
+    ),
+    "a shard that is lost": (
+        "SD 1",
+        on("text_encoder", sharded, lost=True),
+        "text_encoder lacks model-00002.*Download",
+    ),
+    "an index that is damaged": (
+        "DDPM",
+        lambda folder: (folder / "unet" / f"{UNET}.safetensors.index.json").write_text("{"),
+        "unet: .*index.json is damaged",
+    ),
     "a damaged header": ("DDPM", on("unet", damaged_header), "unet: .*safetensors is damaged"),
-}  # fmt: skip
+}
 FILES = {
-    "two variants": ("DDPM", on("unet", as_variant, "fp16", "non_ema"), "unet has .*variants fp16 and non_ema .*rename"),
-    "two variants of a text encoder": ("SD 1", on("text_encoder", as_variant, "bf16", "fp16"), "text_encoder has .*bf16 and fp16"),
+    "two variants": (
+        "DDPM",
+        on("unet", as_variant, "fp16", "non_ema"),
+        "unet has .*variants fp16 and non_ema .*rename",
+    ),
+    "two variants of a text encoder": (
+        "SD 1",
+        on("text_encoder", as_variant, "bf16", "fp16"),
+        "text_encoder has .*bf16 and fp16",
+    ),
     "a pickle": ("DDPM", on("unet", as_file, f"{UNET}.bin"), "unet has weights as pickles .*use_safetensors=False"),
-    "a pickle of a text encoder": ("SD 1", on("text_encoder", as_file, "pytorch_model.bin"), "text_encoder has .*pickles"),
+    "a pickle of a text encoder": (
+        "SD 1",
+        on("text_encoder", as_file, "pytorch_model.bin"),
+        "text_encoder has .*pickles",
+    ),
     "a .ckpt": ("SD 1", on("vae", as_file, "vae.ckpt"), "vae has weights as pickles"),
-    "another name": ("DDPM", on("unet", as_file, "model.safetensors"), f"unet has no {UNET}.safetensors, but model.safetensors"),
+    "another name": (
+        "DDPM",
+        on("unet", as_file, "model.safetensors"),
+        f"unet has no {UNET}.safetensors, but model.safetensors",
+    ),
     "gguf": ("Flux", on("transformer", as_file, "flux-q4.gguf"), "transformer has no .*but flux-q4.gguf"),
     "flax": ("SD 1", on("unet", as_file, "diffusion_flax_model.msgpack"), "unet has no .*msgpack"),
     "no weights": ("DDPM", lambda folder: weights_of(folder / "unet").unlink(), "unet has no weights"),
-    "no config": ("SD 1", lambda folder: (folder / "text_encoder" / "config.json").unlink(), "text_encoder has no config.json"),
-    "bitsandbytes": ("SD 1", config("unet", quantization_config={"quant_method": "bitsandbytes"}), "unet is quantised .bitsandbytes"),
-    "quanto": ("Flux", config("transformer", quantization_config={"quant_method": "quanto"}), "transformer is quantised .quanto"),
-    "torchao": ("SD 3", config("text_encoder", quantization_config={"quant_method": "torchao"}), "text_encoder is quantised"),
-    "gptq": ("Flux", config("text_encoder_2", quantization_config={"quant_method": "gptq"}), "text_encoder_2 is quantised .gptq"),
+    "no config": (
+        "SD 1",
+        lambda folder: (folder / "text_encoder" / "config.json").unlink(),
+        "text_encoder has no config.json",
+    ),
+    "bitsandbytes": (
+        "SD 1",
+        config("unet", quantization_config={"quant_method": "bitsandbytes"}),
+        "unet is quantised .bitsandbytes",
+    ),
+    "quanto": (
+        "Flux",
+        config("transformer", quantization_config={"quant_method": "quanto"}),
+        "transformer is quantised .quanto",
+    ),
+    "torchao": (
+        "SD 3",
+        config("text_encoder", quantization_config={"quant_method": "torchao"}),
+        "text_encoder is quantised",
+    ),
+    "gptq": (
+        "Flux",
+        config("text_encoder_2", quantization_config={"quant_method": "gptq"}),
+        "text_encoder_2 is quantised .gptq",
+    ),
     "optimum": ("DDPM", lambda folder: (folder / "unet" / "quanto_qmap.json").write_text("{}"), "unet is quantised"),
     "a custom class": ("DDPM", index(unet=["my_unet", "MyUNet"]), "unet is of a class of its own .my_unet.MyUNet"),
     "a custom autoencoder": ("DiT", index(vae=["my_vae", "MyVAE"]), "vae is of a class of its own"),
@@ -240,10 +326,17 @@ FILES = {
     "an unknown class": ("SD 1", index(unet=["diffusers", "UNetOfTomorrow"]), "unet is a UNetOfTomorrow.*Upgrade"),
     "an index of another kind": ("DDPM", index(unet="UNet2DModel"), "unet is given as 'UNet2DModel'"),
     "a custom pipeline": ("DDPM", index(_class_name=["my_pipeline", "Mine"]), "its own class, my_pipeline.Mine"),
-    "our own export": ("DDPM", index(_class_name=["pipeline", "ControlledPipeline"], base="DDPMPipeline"),
-                       "written by ctrl export. Name the DDPMPipeline"),
-    "no tokenizer": ("SD 1", lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer cannot be read"),
-}  # fmt: skip
+    "our own export": (
+        "DDPM",
+        index(_class_name=["pipeline", "ControlledPipeline"], base="DDPMPipeline"),
+        "written by ctrl export. Name the DDPMPipeline",
+    ),
+    "no tokenizer": (
+        "SD 1",
+        lambda folder: shutil.rmtree(folder / "tokenizer"),
+        "tokenizer has no vocabulary: there is no vocab.json",
+    ),
+}
 INPUTS = {
     "4 in, 3 out": ("DDPM", unet(in_channels=4, out_channels=3), "unet predicts 3 channels for 4"),
     "3 in, 1 out": ("DDPM", unet(in_channels=3, out_channels=1), "unet predicts 1 channels for 3"),
@@ -259,29 +352,63 @@ INPUTS = {
     "labels as an embedding": ("DDPM", unet(class_embed_type="identity"), "unet has class_embed_type 'identity'"),
     "classes and text": ("SD 1", text(num_class_embeds=3), "unet has num_class_embeds 3"),
     "a noise level": ("SD 1", text(class_embed_type="timestep"), "unet has class_embed_type 'timestep'"),
-    "a projection": ("SD 1", text(class_embed_type="projection", projection_class_embeddings_input_dim=8), "'projection'"),
+    "a projection": (
+        "SD 1",
+        text(class_embed_type="projection", projection_class_embeddings_input_dim=8),
+        "'projection'",
+    ),
     "image embeddings": ("SD 1", text(encoder_hid_dim_type="image_proj", encoder_hid_dim=16), "encoder_hid_dim_type"),
     "image hints": ("SD 1", text(addition_embed_type="image", encoder_hid_dim=16), "addition_embed_type 'image'"),
     "SDXL's sizes without SDXL": (
-        "SD 1", text(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64),
-        "its network cannot be called with what this pipeline gives it"),
+        "SD 1",
+        text(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64),
+        "its network cannot be called with what this pipeline gives it",
+    ),
     "guidance": ("SD 1", text(time_cond_proj_dim=8), "unet is distilled for few steps and is given the guidance"),
     "text of another width": ("SD 1", text(cross_attention_dim=24), "its network cannot be called"),
-    "text on pixels": ("DDPM", lambda folder: put(folder, "unet", text_unet()), "unet is a UNet2DConditionModel.*UNet2DModel"),
+    "text on pixels": (
+        "DDPM",
+        lambda folder: put(folder, "unet", text_unet()),
+        "unet is a UNet2DConditionModel.*UNet2DModel",
+    ),
     "pixels on text": ("SD 1", unet(), "unet is a UNet2DModel.*UNet2DConditionModel"),
     "σ": ("DDPM", unet(time_embedding_type="fourier"), "unet is given σ .fourier"),
-    "a table of timesteps": ("DDPM", unet(time_embedding_type="learned", num_train_timesteps=1000),
-                             "unet has a learned table of timesteps"),
+    "a table of timesteps": (
+        "DDPM",
+        unet(time_embedding_type="learned", num_train_timesteps=1000),
+        "unet has a learned table of timesteps",
+    ),
     "a side that does not halve": ("DDPM", unet(sample_size=7), "its network cannot be called"),
     "no size": ("DDPM", unet(sample_size=None), "does not say sample_size.*--size"),
     "no size of latents": ("SD 1", config("unet", sample_size=None), "does not say sample_size.*--size"),
-    "VQ": ("SD 1", lambda folder: put(folder, "vae", VQModel(norm_num_groups=4, block_out_channels=(8,))),
-           "vae is a VQModel, and this pipeline needs: AutoencoderKL"),
-    "latents of another scale": ("SD 1", config("vae", scaling_factor=None), "vae's config.json does not say scaling_factor"),
-    "images of other channels": ("SD 1", lambda folder: put(folder, "vae", AutoencoderKL(
-        out_channels=1, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)), "do not belong together"),
-}  # fmt: skip
+    "VQ": (
+        "SD 1",
+        lambda folder: put(folder, "vae", VQModel(norm_num_groups=4, block_out_channels=(8,))),
+        "vae is a VQModel, and this pipeline needs: AutoencoderKL",
+    ),
+    "latents of another scale": (
+        "SD 1",
+        config("vae", scaling_factor=None),
+        "vae's config.json does not say scaling_factor",
+    ),
+    "images of other channels": (
+        "SD 1",
+        lambda folder: put(
+            folder,
+            "vae",
+            AutoencoderKL(
+                out_channels=1,
+                latent_channels=4,
+                block_out_channels=(8, 8),
+                norm_num_groups=4,
+                sample_size=32,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+            ),
+        ),
+        "do not belong together",
+    ),
+}
 SCHEDULERS = {
     "LCM": ("SD 1", scheduler("LCMScheduler"), "LCMScheduler belongs to a model distilled for few steps"),
     "TCD": ("DDPM", scheduler("TCDScheduler"), "TCDScheduler belongs to a model distilled"),
@@ -291,7 +418,9 @@ SCHEDULERS = {
     "log σ": ("SDXL", scheduler(timestep_type="continuous", prediction_type="v_prediction"), "is given log σ"),
     "a flow": ("DDPM", scheduler("DPMSolverMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas: it is a flow"),
     "flow of LCM": ("SD 3", scheduler("FlowMatchLCMScheduler"), "it is a flow, .* not FlowMatchLCMScheduler"),
-}  # fmt: skip
-ODD = {f"{kind}: {name}": odd for kind, table in
-       {"lacks": LACKS, "files": FILES, "inputs": INPUTS, "scheduler": SCHEDULERS}.items()
-       for name, odd in table.items()}  # fmt: skip
+}
+ODD = {
+    f"{kind}: {name}": odd
+    for kind, table in {"lacks": LACKS, "files": FILES, "inputs": INPUTS, "scheduler": SCHEDULERS}.items()
+    for name, odd in table.items()
+}

@@ -21,7 +21,7 @@ def factor_of(vae: nn.Module) -> int:
 
 
 class Autoencoder(Codec):
-    """Turn images of a size (H, W) into latents of about unit variance and back, by a frozen AutoencoderKL or tiny one."""
+    """Turn images of a size (H, W) into latents of about unit variance and back; the autoencoder is frozen."""
 
     latent = True
     batch = 16  # images are many times their latents

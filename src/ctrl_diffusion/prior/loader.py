@@ -119,7 +119,7 @@ def load_pipeline(folder: Path, index: dict[str, Any]) -> Any:
     loaded = {name: load_part(folder, name, part) for name, part in given.items()}
     if taken := {name: variant for name, (_, variant) in loaded.items() if variant}:
         names = ", ".join(f"{variant} of its {name}" for name, variant in taken.items())
-        warnings.warn(f"{folder} has no plain weights: the variants there are were taken ({names}).", stacklevel=3)
+        warnings.warn(f"{folder} has no plain weights: the variants there are were taken ({names}).", stacklevel=2)
     parts = {name: part for name, (part, _) in loaded.items()}
     if family.ALONE:
         return SimpleNamespace(**parts)

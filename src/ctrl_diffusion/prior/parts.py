@@ -23,8 +23,9 @@ ALTERED = {
     r"^base_model\.model\.": "saved from inside of PEFT's wrapper; save merge_and_unload() instead",
     r"base_layer\.|lora_|\.lora\.|\.hada_|\.lokr_|\.oft_|modules_to_save\.": "a LoRA that was not merged and unloaded "
     "before saving; load it again and call fuse_lora() and unload_lora_weights(), or merge_and_unload(), first",
-    r"absmax|quant_map|\bSCB$|\._data$|qweight|qzeros|(^|[._])(input_|weight_)?scale(_input|_weight)?$": "quantised "
-    "weights; take the original, or save what dequantize() returns",
+    r"\.(absmax|quant_map|SCB|_data|_scale|qweight|qzeros|(input|weight)_scale(_inv)?|scale_(input|weight))$|quant_state": (
+        "quantised weights; take the original, or save what dequantize() returns"
+    ),
     r"\.processor\.": "an IP-Adapter or other attention processors; unload_ip_adapter() before saving",
     r"parametrizations\.|\.weight_(orig|mask|g|v)$": "weights under a mask or parametrization of torch; remove it "
     "before saving",
@@ -182,6 +183,9 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
     kind = class_of(name, part)
     folder = part_folder(folder, name)
     if not issubclass(kind, nn.Module):
+        files = [file for file in getattr(kind, "vocab_files_names", {}).values() if isinstance(file, str)]
+        if files and not any((folder / file).is_file() for file in files):  # else transformers makes an empty one
+            raise ValueError(f"its {name} has no vocabulary: there is no {' or '.join(files)} in its folder")
         with refusing(f"its {name} cannot be read"):
             return kind.from_pretrained(folder), None
     config = check_config(folder, name)
@@ -198,7 +202,7 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if weights.wrapped:
         warnings.warn(
-            f"{folder}: weights were saved from torch.compile or DDP; their prefixes are undone.", stacklevel=5
+            f"{folder}: weights were saved from torch.compile or DDP; their prefixes are undone.", stacklevel=2
         )
         if issubclass(kind, diffusers.ModelMixin):
             missing, unexpected = assign(model, weights)
@@ -252,7 +256,7 @@ def check_complete(
     if unexpected:
         warnings.warn(
             f"its {name}: {len(unexpected)} weights of the file are not used (the first: {unexpected[0]}).",
-            stacklevel=6,
+            stacklevel=2,
         )
 
 

@@ -80,7 +80,10 @@ def read_schedule(scheduler: Any, tokens: int) -> ReadSchedule:
             f"its {kind} has timestep_type continuous: its network is given log σ, not a discrete timestep"
         )
     clip = settings.get("clip_sample_range", 1.0) if settings.get("clip_sample") else None
-    return ReadSchedule(VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod)), prediction, clip)
+    alphas_cumprod = torch.as_tensor(scheduler.alphas_cumprod).clone()
+    if settings.get("rescale_betas_zero_snr") and alphas_cumprod[-1] >= alphas_cumprod[-2]:
+        alphas_cumprod[-1] = 0.0  # some schedulers write 2⁻²⁴ in its place, since they divide by it
+    return ReadSchedule(VariancePreserving(alphas_cumprod), prediction, clip)
 
 
 def read_shift(settings: dict[str, Any], tokens: int) -> float:

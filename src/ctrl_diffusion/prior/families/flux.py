@@ -33,7 +33,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     if not network.config.guidance_embeds:
         warnings.warn(
             "its transformer is given no guidance: if it is one distilled for few steps (FLUX.1-schnell), it does not "
-            "predict the mean of x_0, and is a poor prior.", stacklevel=4,
+            "predict the mean of x_0, and is a poor prior.", stacklevel=2,
         )  # fmt: skip
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
