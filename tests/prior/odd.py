@@ -152,6 +152,10 @@ def reshaped(stored):
     return {**stored, key: torch.zeros(3, 3)}
 
 
+def broken(stored, value=float("nan")):
+    return {**stored, "conv_in.bias": stored["conv_in.bias"].index_fill(0, torch.tensor([1]), value)}
+
+
 def damaged_header(part):
     path = weights_of(part)
     path.write_bytes(path.read_bytes()[:5] + b"\xff" * 40)
@@ -175,8 +179,8 @@ def flux(**options):
         "transformer",
         FluxTransformer2DModel(
             patch_size=1, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
-            **{"in_channels": 16, **options},
+            joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+            **{"in_channels": 16, "guidance_embeds": True, **options},
         ),
     )  # fmt: skip
 
@@ -264,6 +268,12 @@ LACKS = {
         lambda folder: (folder / "unet" / f"{UNET}.safetensors.index.json").write_text("{"),
         "unet: .*index.json is damaged",
     ),
+    "not a number": (
+        "SD 1",
+        tensors("unet", broken),
+        "unet: 1 weights hold numbers that are not finite .*conv_in.bias",
+    ),
+    "infinite": ("DDPM", tensors("unet", lambda old: broken(old, float("inf"))), "unet: 1 weights hold numbers"),
     "a damaged header": ("DDPM", on("unet", damaged_header), "unet: .*safetensors is damaged"),
 }
 FILES = {
@@ -379,6 +389,15 @@ INPUTS = {
         "unet has a learned table of timesteps",
     ),
     "a side that does not halve": ("DDPM", unet(sample_size=7), "its network cannot be called"),
+    "a size that is none": ("DDPM", config("unet", sample_size="8"), "sample_size must be a height and a width.*'8'"),
+    "three sides": ("SD 1", config("unet", sample_size=[8, 8, 8]), "sample_size must be a height and a width"),
+    "a class too many": (
+        "DiT",
+        index(id2label={"0": "a", "5": "b"}),
+        "names 'b' as class 5; its network has 5 classes",
+    ),
+    "names that are none": ("DiT", index(id2label={"one": "a"}), "id2label must map the numbers"),
+    "shift as a word": ("SD 3", scheduler(shift="x"), "scheduler"),
     "no size": ("DDPM", unet(sample_size=None), "does not say sample_size.*--size"),
     "no size of latents": ("SD 1", config("unet", sample_size=None), "does not say sample_size.*--size"),
     "VQ": (

@@ -21,6 +21,7 @@ from tests.prior.odd import (
     UNET,
     as_variant,
     config,
+    flux,
     on,
     put,
     renamed,
@@ -123,7 +124,6 @@ UNDONE = {
     "a sharded variant of text": ("SD 1", on("text_encoder", sharded, "fp16"), "taken .fp16 of its text_encoder"),
     "unused": ("SD 1", with_added("text_encoder", "logit_scale"), "1 weights of the file are not used .*logit_scale"),
     "an EMA beside the weights": ("DDPM", with_added("unet", "ema_decay"), "unet: 1 weights of the file are not used"),
-    "schnell": ("Flux", config("transformer", guidance_embeds=True), None),
     "plain ones first": ("DDPM", lambda folder: shutil.copy(
         weights_of(folder / "unet"), folder / "unet" / f"{UNET}.fp16.safetensors"), None),
     "sharded plainly": ("SD 1", on("text_encoder", sharded), None),
@@ -168,6 +168,12 @@ def test_an_input_made_of_the_text_is_given(odd, options):
         text(encoder_hid_dim=16, **options) if options else text(encoder_hid_dim=16, encoder_hid_dim_type="text_proj")
     )
     assert Prior.from_pretrained(odd("SD 1", change)).with_prompts(PROMPTS).classes == 2
+
+
+def test_a_flow_without_guidance_may_be_distilled(odd):
+    """FLUX.1-schnell says so nowhere but there."""
+    with pytest.warns(UserWarning, match="given no guidance: if it is one distilled for few steps"):
+        Prior.from_pretrained(odd("Flux", flux(guidance_embeds=False)), (32, 48)).with_prompts(PROMPTS)
 
 
 def asymmetric():

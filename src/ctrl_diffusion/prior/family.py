@@ -26,14 +26,21 @@ class Family:
     tokens: int = 0  # of one x of a flow, on which its shift may depend; 0 of others
 
 
+def sides_of(sample_size: Any) -> tuple[int, int]:
+    """Return height and width of what a config says of them, in one number or two; refuse one that says nothing."""
+    if sample_size is None:
+        raise ValueError("its config does not say sample_size. Name the height and width of the images with --size")
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise ValueError(f"its config's sample_size must be a height and a width, or one number, got {sample_size!r}")
+    return tuple(sides)
+
+
 def image_size(
     size: tuple[int, int] | None, sample_size: int | tuple[int, int] | None, factor: int, patch: int = 1
 ) -> tuple[int, int]:
     """Return (H, W) of images: `size`, or `factor` times that of latents; refuse sides that are no whole patches."""
-    if size is None and sample_size is None:
-        raise ValueError("its config does not say sample_size. Name the height and width of the images with --size")
-    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    height, width = size or (factor * sides[0], factor * sides[1])
+    height, width = size or (factor * side for side in sides_of(sample_size))
     if height % (factor * patch) or width % (factor * patch):
         raise ValueError(f"size {height}×{width}: height and width must be multiples of {factor * patch}")
     return height, width
@@ -45,12 +52,11 @@ def check_size(size: tuple[int, int] | None, only: tuple[int, int]) -> None:
         raise ValueError(f"size {size[0]}×{size[1]}: it makes images of {only[0]}×{only[1]} only. Leave size out")
 
 
-def check_class(part: str, module: nn.Module, *known: type) -> None:
-    """Refuse a part of a class that the family does not know."""
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
-    if not isinstance(module, known):
-        names = ", ".join(kind.__name__ for kind in known)
-        raise ValueError(f"its {part} is a {type(module).__name__}, and this pipeline needs: {names}")
+def check_class(part: str, module: nn.Module, *known: str) -> None:
+    """Refuse a part that is of none of the classes of diffusers with these names, which take a second to import."""
+    kind = type(getattr(module, "_orig_mod", module))  # in torch.compile's wrapper
+    if not {base.__name__ for base in kind.__mro__} & set(known):
+        raise ValueError(f"its {part} is a {kind.__name__}, and this pipeline needs: {', '.join(known)}")
 
 
 def check_channels(part: str, given: int, predicted: int, channels: int) -> None:

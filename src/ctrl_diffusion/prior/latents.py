@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,20 +26,19 @@ class Autoencoder(Codec):
     batch = 16  # images are many times their latents
 
     def __init__(self, vae: nn.Module, size: tuple[int, int]) -> None:
-        check_class("vae", vae, AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
+        check_class("vae", vae, "AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
         super().__init__((vae.config.in_channels, *size))
         self.vae = vae.requires_grad_(False).eval()
         config = vae.config
         if not config.get("scaling_factor"):
             raise ValueError("its vae's config.json does not say scaling_factor, by which latents are multiplied")
-        if config.get("latents_mean") is not None:
-            mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
-            self.scale, self.shift = config.scaling_factor / std, mean
-        else:
-            self.scale, self.shift = (
-                torch.tensor(config.scaling_factor),
-                torch.tensor(config.get("shift_factor") or 0.0),
-            )
+        with refusing("its vae's config.json has a scale or shift of latents that is no number"):
+            if config.get("latents_mean") is not None:
+                mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
+                self.scale, self.shift = config.scaling_factor / std, mean
+            else:
+                self.scale = torch.tensor(config.scaling_factor)
+                self.shift = torch.tensor(config.get("shift_factor") or 0.0)
         self.shape = (config.latent_channels, *(side // factor_of(vae) for side in size))
         self.micro_batch = max(1, PIXELS // (size[0] * size[1]))
         with refusing("its vae cannot be called"):

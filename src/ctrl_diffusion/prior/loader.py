@@ -81,6 +81,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{folder} holds a {name}; {supported}.")
+    labels = index.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(key.isdecimal() and isinstance(labels[key], str) for key in labels):
+        raise ValueError(f"{folder}/model_index.json: id2label must map the numbers of classes to their names.")
     return index
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -79,7 +79,7 @@ def check_call(network: nn.Module, call: Callable[..., Tensor], shape: tuple[int
 
     `rows` are its other inputs, of two rows each.
     """
-    if not isinstance(network, ModelMixin):  # another may keep what it computes
+    if not isinstance(network, diffusers.ModelMixin):  # another may keep what it computes
         return
 
     def called(x_t: Tensor, **options: Tensor) -> Tensor:

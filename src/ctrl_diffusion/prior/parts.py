@@ -23,9 +23,8 @@ ALTERED = {
     r"^base_model\.model\.": "saved from inside of PEFT's wrapper; save merge_and_unload() instead",
     r"base_layer\.|lora_|\.lora\.|\.hada_|\.lokr_|\.oft_|modules_to_save\.": "a LoRA that was not merged and unloaded "
     "before saving; load it again and call fuse_lora() and unload_lora_weights(), or merge_and_unload(), first",
-    r"\.(absmax|quant_map|SCB|_data|_scale|qweight|qzeros|(input|weight)_scale(_inv)?|scale_(input|weight))$|quant_state": (
-        "quantised weights; take the original, or save what dequantize() returns"
-    ),
+    r"\.(absmax|quant_map|SCB|_data|_scale|qweight|qzeros|(input|weight)_scale(_inv)?|scale_(input|weight))$|quant_state":
+    "quantised weights; take the original, or save what dequantize() returns",
     r"\.processor\.": "an IP-Adapter or other attention processors; unload_ip_adapter() before saving",
     r"parametrizations\.|\.weight_(orig|mask|g|v)$": "weights under a mask or parametrization of torch; remove it "
     "before saving",
@@ -242,6 +241,11 @@ def check_complete(
             f"{tuple(stored)} in the file, {tuple(wanted)} by the config). Download both again"
         )
     cause = next((words for sign, words in ALTERED.items() if any(re.search(sign, key) for key in unexpected)), "")
+    if broken := [key for key, value in model.named_parameters() if not (value.is_meta or value.sum().isfinite())]:
+        raise ValueError(
+            f"its {name}: {len(broken)} weights hold numbers that are not finite (the first: {broken[0]}). Take a "
+            "checkpoint from before its training diverged, or one of full precision"
+        )
     if missing:
         total = len(model.state_dict())
         raise ValueError(

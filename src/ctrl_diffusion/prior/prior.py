@@ -104,6 +104,11 @@ class Prior:
         """
         family = FAMILIES[name].load(pipeline, size)
         names = {label.strip(): int(i) for i, labels in (id2label or {}).items() for label in labels.split(",")}
+        if family.classes and (beyond := [name for name, i in names.items() if i >= family.classes]):
+            raise ValueError(
+                f"id2label in model_index.json names {beyond[0]!r} as class {names[beyond[0]]}; its network "
+                f"has {family.classes} classes, numbered from 0"
+            )
         names |= {str(i): i for i in range(family.classes or 0)}
         denoiser = make_denoiser(family, pipeline.scheduler)
         scheduler = pipeline.scheduler
@@ -128,6 +133,8 @@ class Prior:
         rows = {name: row[[0, 0]] for name, row in call.rows.items()}
         rows |= {"guidance": torch.zeros(2)} if self.text.distilled else {}
         try:
+            if uneven := [name for name, row in call.null.items() if row.shape[1:] != rows[name].shape[1:]]:
+                raise ValueError(f"its tokenizers give a prompt and no prompt different lengths ({uneven[0]})")
             check_call(self.denoiser.network, self.text.call, self.denoiser.shape, **rows)
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from error

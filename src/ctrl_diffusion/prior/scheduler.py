@@ -66,7 +66,7 @@ def read_schedule(scheduler: Any, tokens: int) -> ReadSchedule:
             f"its {kind} belongs to a model distilled for few steps, which does not predict the mean of x_0. Use the "
             "model it was distilled from"
         )
-    if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in settings:
+    if not len(getattr(scheduler, "alphas_cumprod", ())) > 1 or "prediction_type" not in settings:
         raise ValueError(f"its {kind} has no discrete noise schedule to read")
     prediction, kinds = settings["prediction_type"], [name for name in get_args(Prediction) if name != "flow"]
     if prediction not in kinds:
@@ -79,11 +79,21 @@ def read_schedule(scheduler: Any, tokens: int) -> ReadSchedule:
         raise ValueError(
             f"its {kind} has timestep_type continuous: its network is given log σ, not a discrete timestep"
         )
-    clip = settings.get("clip_sample_range", 1.0) if settings.get("clip_sample") else None
+    clip = (
+        number_of({"clip_sample_range": 1.0, **settings}, "clip_sample_range") if settings.get("clip_sample") else None
+    )
     alphas_cumprod = torch.as_tensor(scheduler.alphas_cumprod).clone()
     if settings.get("rescale_betas_zero_snr") and alphas_cumprod[-1] >= alphas_cumprod[-2]:
         alphas_cumprod[-1] = 0.0  # some schedulers write 2⁻²⁴ in its place, since they divide by it
     return ReadSchedule(VariancePreserving(alphas_cumprod), prediction, clip)
+
+
+def number_of(settings: dict[str, Any], name: str) -> float:
+    """Return a setting that must be a positive number."""
+    value = settings[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"its scheduler's {name} must be a positive number, got {value!r}")
+    return value
 
 
 def read_shift(settings: dict[str, Any], tokens: int) -> float:
@@ -93,8 +103,11 @@ def read_shift(settings: dict[str, Any], tokens: int) -> float:
     if (steps := settings.get("num_train_timesteps", TIMESTEPS)) != TIMESTEPS:
         raise ValueError(f"its {FLOW} counts {steps} timesteps (num_train_timesteps); {TIMESTEPS} are supported")
     if not settings.get("use_dynamic_shifting"):
-        return settings["shift"]
-    few, many = settings["base_image_seq_len"], settings["max_image_seq_len"]  # the shift it would set for the tokens
-    low, high = settings["base_shift"], settings["max_shift"]
+        return number_of(settings, "shift")
+    # the shift it would set for the tokens
+    few, many = number_of(settings, "base_image_seq_len"), number_of(settings, "max_image_seq_len")
+    low, high = number_of(settings, "base_shift"), number_of(settings, "max_shift")
+    if few == many:
+        raise ValueError(f"its {FLOW} has one length, {few}, for base_image_seq_len and max_image_seq_len")
     mu = low + (high - low) * (tokens - few) / (many - few)
     return math.exp(mu) if settings.get("time_shift_type") == "exponential" else mu

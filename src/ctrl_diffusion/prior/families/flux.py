@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from ..family import Family, check_channels, check_class, image_size
@@ -24,7 +23,7 @@ PATCH = 2  # latents a side that become one token
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """Return the family of a pipeline."""
     network = pipeline.transformer
-    check_class("transformer", network, FluxTransformer2DModel)
+    check_class("transformer", network, "FluxTransformer2DModel")
     size = image_size(size, pipeline.default_sample_size, pipeline.vae_scale_factor, PATCH)
     codec = Autoencoder(pipeline.vae, size)
     channels, height, width = codec.shape

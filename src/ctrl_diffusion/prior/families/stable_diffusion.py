@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..family import Family, check_channels, check_class, image_size, refuse_inputs
@@ -27,7 +26,7 @@ NO_INPUT = {
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """Return the family of a pipeline, with or without SDXL's second encoder."""
     network = pipeline.unet
-    check_class("unet", network, UNet2DConditionModel)
+    check_class("unet", network, "UNet2DConditionModel")
     if network.config.time_cond_proj_dim is not None:
         raise ValueError("its unet is distilled for few steps and is given the guidance, which is not supported")
     size = image_size(size, network.config.sample_size, pipeline.vae_scale_factor)
