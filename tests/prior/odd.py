@@ -248,6 +248,16 @@ LACKS = {
         tensors("text_encoder", reshaped),
         "text_encoder: 1 weights have another shape",
     ),
+    "DDP, and another shape": (
+        "DDPM",
+        tensors("unet", lambda old: renamed("module.{}".format)(reshaped(old))),
+        "unet: Error.* size mismatch for up_blocks",
+    ),
+    "DDP, and incomplete": (
+        "DDPM",
+        tensors("unet", lambda old: renamed("module.{}".format)(without(old, 3))),
+        "unet lacks 3 of .*incomplete",
+    ),
     "an index that promises": (
         "DDPM",
         on("unet", sharded, forgotten=True),

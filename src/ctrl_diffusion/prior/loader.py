@@ -4,7 +4,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,7 +119,8 @@ def load_pipeline(folder: Path, index: dict[str, Any]) -> Any:
     given = {name: index[name] for name in names if index.get(name) not in (None, [None, None])}
     if missing := [name for name in needed if name not in given]:
         raise ValueError(f"it lacks its {' and '.join(missing)}")
-    loaded = {name: load_part(folder, name, part) for name, part in given.items()}
+    with nullcontext() if family.ALONE else quiet():
+        loaded = {name: load_part(folder, name, part) for name, part in given.items()}
     if taken := {name: variant for name, (_, variant) in loaded.items() if variant}:
         names = ", ".join(f"{variant} of its {name}" for name, variant in taken.items())
         warnings.warn(f"{folder} has no plain weights: the variants there are were taken ({names}).", stacklevel=2)

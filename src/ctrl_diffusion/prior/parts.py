@@ -119,8 +119,7 @@ def find_weights(folder: Path, name: str, base: str) -> Weights:
             f"rename {first}, say, to {first.replace(f'.{next(iter(found))}', '', 1)}"
         )
     variant = None if None in found else next(iter(found))
-    files, names = read_names(folder / found[variant], name)
-    return Weights(files, names, variant)
+    return Weights(*read_names(folder / found[variant], name), variant)
 
 
 def no_weights(files: Iterable[str], base: str) -> str:
@@ -204,7 +203,7 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
             f"{folder}: weights were saved from torch.compile or DDP; their prefixes are undone.", stacklevel=2
         )
         if issubclass(kind, diffusers.ModelMixin):
-            missing, unexpected = assign(model, weights)
+            missing, unexpected = assign(model, name, weights)
     missing |= {key for key, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta}
     check_complete(model, name, config, missing, unexpected, info.get("mismatched_keys") or ())
     return model, weights.variant
@@ -219,11 +218,11 @@ def is_plain(folder: Path, name: str, part: Any) -> bool:
     return weights.variant is None and not weights.wrapped
 
 
-def assign(model: nn.Module, weights: Weights) -> tuple[set[str], set[str]]:
+def assign(model: nn.Module, name: str, weights: Weights) -> tuple[set[str], set[str]]:
     """Put weights whose names have prefixes into a model; return the names it lacks and those it does not have."""
     stored = chain.from_iterable(load_file(file).items() for file in weights.files)
     tensors = {unwrapped(key): value.float() if value.is_floating_point() else value for key, value in stored}
-    with refusing("weights"):
+    with refusing(f"its {name}"):
         result = model.load_state_dict(tensors, strict=False, assign=True)
     return set(result.missing_keys), set(result.unexpected_keys)
 
