@@ -76,9 +76,9 @@ def vae(channels=4, shift=None):
 
 def text_unet(**options):
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4, **{"cross_attention_dim": WIDTH, **options},
+        attention_head_dim=4, **{"in_channels": 4, "out_channels": 4, "cross_attention_dim": WIDTH, **options},
     ).eval()  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 from pipelines import BUILDERS, saved
@@ -25,6 +25,7 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.run.pipeline import ControlledPipeline
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.progress import JobOptions
+from tests.prior.odd import as_variant, renamed, rewrite, weights_of
 
 # in a process of its own: the package cannot be imported, and says so if it is
 LOADED = """
@@ -121,6 +122,20 @@ def test_an_exported_run_draws_the_same_images_without_us(finished, ctrl_here, t
     assert "trust_remote_code=True" in card
     assert "{{" not in card
     assert (out / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda part: as_variant(part, "fp16"), lambda part: rewrite(part, renamed("module.{}".format))]
+)
+def test_what_was_chosen_or_undone_at_the_border_is_exported_plainly(finished, ctrl_here, tmp_path, change):
+    """diffusers finds the weights in the exported folder by their usual names."""
+    run, _ = run_on("DDPM", finished, tmp_path)
+    expected = load_file(weights_of(tmp_path / "prior" / "unet"))
+    change(tmp_path / "prior" / "unet")
+    assert ctrl_here("export", run, tmp_path / "out").returncode == 0
+    loaded = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", use_safetensors=True).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
 
 
 def opened(out, **options):

@@ -49,3 +49,20 @@ def test_full_precision_is_that_of_convolutions_and_products_too():
 def test_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="prediction must be"):
         as_denoiser(lambda x, timestep: x, Cosine(), (2,), "score")(torch.ones(1, 2), 0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 8])
+def test_a_prediction_of_other_channels_is_never_broadcast(channels):
+    denoiser = as_denoiser(lambda x, timestep: x[:, :1].repeat(1, channels, 1), Cosine(), (4, 2))
+    if channels == 8:  # with a learned variance
+        assert denoiser(torch.ones(5, 4, 2), 0.5).shape == (5, 4, 2)
+        return
+    with pytest.raises(ValueError, match=f"its network predicts {channels} × 2 for 4 × 2: needed is the same"):
+        denoiser(torch.ones(5, 4, 2), 0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), (5, 4, 1), (5, 4), (5, 4, 2, 1)])
+def test_a_prediction_of_another_shape_is_never_broadcast(shape):
+    denoiser = as_denoiser(lambda x, timestep: torch.ones(shape), Cosine(), (4, 2))
+    with pytest.raises(ValueError, match="its network predicts"):
+        denoiser(torch.ones(5, 4, 2), 0.5)

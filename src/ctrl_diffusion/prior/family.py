@@ -1,18 +1,14 @@
 """Describe a model family: what its file reads of a pipeline, and the denoiser that follows."""
 
-import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-import diffusers
-import torch
 from torch import nn
 
 from ..chain.codec import Codec
-from ..chain.denoise import Prediction
-from ..chain.schedule import RectifiedFlow, VariancePreserving
 from .network import Call, ControlSite, NetworkDenoiser
+from .scheduler import read_schedule
 from .text import TextFamily
 
 
@@ -30,12 +26,21 @@ class Family:
     tokens: int = 0  # of one x of a flow, on which its shift may depend; 0 of others
 
 
+def sides_of(sample_size: Any) -> tuple[int, int]:
+    """Return height and width of what a config says of them, in one number or two; refuse one that says nothing."""
+    if sample_size is None:
+        raise ValueError("its config does not say sample_size. Name the height and width of the images with --size")
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise ValueError(f"its config's sample_size must be a height and a width, or one number, got {sample_size!r}")
+    return tuple(sides)
+
+
 def image_size(
-    size: tuple[int, int] | None, sample_size: int | tuple[int, int], factor: int, patch: int = 1
+    size: tuple[int, int] | None, sample_size: int | tuple[int, int] | None, factor: int, patch: int = 1
 ) -> tuple[int, int]:
     """Return (H, W) of images: `size`, or `factor` times that of latents; refuse sides that are no whole patches."""
-    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    height, width = size or (factor * sides[0], factor * sides[1])
+    height, width = size or (factor * side for side in sides_of(sample_size))
     if height % (factor * patch) or width % (factor * patch):
         raise ValueError(f"size {height}×{width}: height and width must be multiples of {factor * patch}")
     return height, width
@@ -47,29 +52,38 @@ def check_size(size: tuple[int, int] | None, only: tuple[int, int]) -> None:
         raise ValueError(f"size {size[0]}×{size[1]}: it makes images of {only[0]}×{only[1]} only. Leave size out")
 
 
+def check_class(part: str, module: nn.Module, *known: str) -> None:
+    """Refuse a part that is of none of the classes of diffusers with these names, which take a second to import."""
+    kind = type(getattr(module, "_orig_mod", module))  # in torch.compile's wrapper
+    if not {base.__name__ for base in kind.__mro__} & set(known):
+        raise ValueError(f"its {part} is a {kind.__name__}, and this pipeline needs: {', '.join(known)}")
+
+
+def check_channels(part: str, given: int, predicted: int, channels: int) -> None:
+    """Refuse a network that is given more than x, or does not predict x, or x and its variance."""
+    if given != channels:
+        raise ValueError(
+            f"its {part} is given {given} channels, and x has {channels}: the others, of an image or a mask, are not "
+            "supported"
+        )
+    if predicted not in (channels, 2 * channels):
+        raise ValueError(
+            f"its {part} predicts {predicted} channels for {channels}: needed are as many, or twice as many (a learned "
+            "variance)"
+        )
+
+
+def refuse_inputs(part: str, config: Any, inputs: dict[str, tuple[Any, ...]]) -> None:
+    """Refuse a network that wants inputs which the chain does not give, by the values of its config that want none."""
+    for name, fine in inputs.items():
+        if (value := config.get(name)) not in fine:
+            raise ValueError(f"its {part} has {name} {value!r}: it is given an input that is not supported")
+
+
 def make_denoiser(family: Family, scheduler: Any) -> NetworkDenoiser:
     """Return the denoiser of a network under its scheduler's schedule, prediction type and clipping, or ValueError."""
-    config, kind = scheduler.config, type(scheduler).__name__
-    network, call, shape, site = family.network, family.call, family.codec.shape, family.site
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        shift = config["shift"]
-        if config.get("use_dynamic_shifting"):  # the shift that the scheduler would set for so many tokens
-            few, many = config["base_image_seq_len"], config["max_image_seq_len"]
-            low, high = config["base_shift"], config["max_shift"]
-            mu = low + (high - low) * (family.tokens - few) / (many - few)
-            shift = math.exp(mu) if config.get("time_shift_type") == "exponential" else mu
-        return NetworkDenoiser(network, call, RectifiedFlow(shift), "flow", shape, site=site)
-    if family.tokens:
-        raise ValueError(f"it is a flow, whose schedule is read from FlowMatchEulerDiscreteScheduler, not {kind}")
-    if not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in config:
-        raise ValueError(f"its {kind} has no discrete noise schedule to read")
-    kinds = [prediction for prediction in get_args(Prediction) if prediction != "flow"]
-    if config.prediction_type not in kinds:
-        raise ValueError(f"its scheduler's prediction_type is {config.prediction_type!r}; known: {', '.join(kinds)}")
-    if config.get("thresholding"):
-        raise ValueError("its scheduler asks for dynamic thresholding of x̂, which is not supported")
-    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
+    schedule, prediction, clip = read_schedule(scheduler, family.tokens)
     if clip is not None:
         warnings.warn(f"this prior clips x̂ to ±{clip:g}: saturated pixels give learners no gradient.", stacklevel=3)
-    schedule = VariancePreserving(torch.as_tensor(scheduler.alphas_cumprod))
-    return NetworkDenoiser(network, call, schedule, config.prediction_type, shape, clip, site)
+    shape = family.codec.shape
+    return NetworkDenoiser(family.network, family.call, schedule, prediction, shape, clip, family.site)

@@ -3,12 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..chain.denoise import SMALLEST_ALPHA, Denoiser, Prediction, x_hat_from
 from ..chain.schedule import Schedule, coefficients
+from .parts import refusing
 from .precision import MixedPrecision
 
 Call = Callable[..., Tensor]  # (x_t, timestep (B,), **cond) → prediction (B, *)
@@ -27,6 +32,62 @@ class ControlSite:
 def clock(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the network's timestep, α_t and σ_t, float64, in the shape of t."""
     return schedule.timestep(t), *schedule(t)
+
+
+def check_prediction(predicted: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Refuse a prediction that is not of the shape (B, C, *) of x_t, or (B, 2 C, *) with a learned variance."""
+    batch, channels, *sides = shape
+    if tuple(predicted) not in ((batch, channels, *sides), (batch, 2 * channels, *sides)):
+        shapes = " for ".join(" × ".join(map(str, each[1:])) for each in (predicted, shape))
+        raise ValueError(f"its network predicts {shapes}: needed is the same, or twice the channels (learned variance)")
+
+
+class OnMeta(nn.Module):
+    """Call a function of a module with the module's weights on the meta device: shapes are computed, values are not."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.function(*arguments, **options)
+
+
+@torch.no_grad()
+def shape_of(
+    module: nn.Module, function: Callable[..., Tensor], shape: tuple[int, ...], **rows: Tensor
+) -> tuple[int, ...] | None:
+    """Return the shape of what a function that calls a module gives for an input of a shape, without computing it.
+
+    `rows` are further inputs. None if an operator of the module cannot tell shapes alone.
+    """
+    tensors = list(chain(module.named_parameters(), module.named_buffers()))
+    dtype = next((tensor.dtype for _, tensor in tensors if tensor.is_floating_point()), torch.float32)
+    weights = {f"module.{name}": tensor.to("meta") for name, tensor in tensors}
+    rows = {name: row.to("meta", dtype if row.is_floating_point() else None) for name, row in rows.items()}
+    try:
+        result = functional_call(
+            OnMeta(module, function), weights, (torch.empty(shape, device="meta", dtype=dtype),), rows
+        )
+    except NotImplementedError:
+        return None
+    return tuple(result.shape)
+
+
+def check_call(network: nn.Module, call: Callable[..., Tensor], shape: tuple[int, ...], **rows: Tensor) -> None:
+    """Refuse a network of diffusers that cannot be called for x of a shape, or predicts another, without computing.
+
+    `rows` are its other inputs, of two rows each.
+    """
+    if not isinstance(network, diffusers.ModelMixin):  # another may keep what it computes
+        return
+
+    def called(x_t: Tensor, **options: Tensor) -> Tensor:
+        return call(x_t, torch.zeros(2, device="meta"), **options)
+
+    with refusing("its network cannot be called with what this pipeline gives it"):
+        predicted = shape_of(network, called, (2, *shape), **rows)
+    check_prediction(predicted or (2, *shape), (2, *shape))
 
 
 class NetworkDenoiser(MixedPrecision, Denoiser):
@@ -77,6 +138,7 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
         rows = {name: value.to(x_t.device, non_blocking=True) for name, value in cond.items()}
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
             prediction = self.call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
+        check_prediction(prediction.shape, x_t.shape)  # of other channels it would be broadcast without a word
         x_hat = x_hat_from(prediction[:, : x_t.shape[1]].to(x_t.dtype), self.prediction, x_t, alpha, sigma)
         if self.clip is None:
             return x_hat

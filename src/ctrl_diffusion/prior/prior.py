@@ -1,21 +1,21 @@
 """Open a pre-trained model: a pipeline folder of diffusers becomes a `Prior`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..chain.codec import Codec
 from .families import FAMILIES
 from .family import make_denoiser
-from .loader import find_pipeline, load_pipeline
-from .network import NetworkDenoiser
+from .loader import find_pipeline, load_pipeline, read_index
+from .network import NetworkDenoiser, check_call
+from .parts import refusing
 from .precision import PRECISIONS
+from .scheduler import not_followed
 from .text import Prompted, TextFamily
 
 DIGITS = Path(__file__).parent / "digits"
@@ -33,6 +33,9 @@ class Prior:
     codec: Codec = field(default_factory=Codec)  # turns x into images: a latent model's autoencoder, else the identity
     text: TextFamily | None = None  # of a model that is given prompts
     pipeline: str = ""  # the class of its pipeline
+    scheduler: str = ""  # the class of its scheduler
+    not_followed: dict[str, Any] = field(default_factory=dict)  # settings of the scheduler that the chain does not
+    source: str = "this prior"  # its folder
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -81,20 +84,15 @@ class Prior:
         ValueError if it is not found, no pipeline, damaged, not supported, or cannot make the size.
         """
         folder = find_pipeline(source)
+        index = read_index(folder)
         try:
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            name, scheduler = index["_class_name"], index["scheduler"][1]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/model_index.json is not one that diffusers writes ({error!r}).") from error
-        if not scheduler:
-            raise ValueError(f"{folder} cannot be loaded: it lacks its scheduler")
-        if not isinstance(name, str) or name not in FAMILIES:
-            raise ValueError(f"{folder} holds a {name}; supported: {', '.join(FAMILIES)}.")
-        try:
-            return cls.from_pipeline(load_pipeline(folder, index), name, size, index.get("id2label"))
-        except (OSError, ValueError, AttributeError, RuntimeError, TypeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{folder} cannot be loaded: {reason}") from error
+            prior = cls.from_pipeline(load_pipeline(folder, index), index["_class_name"], size, index.get("id2label"))
+            if not prior.text:  # else when its first prompts are there
+                c = {} if prior.classes is None else {"c": torch.zeros(2, dtype=torch.long)}
+                check_call(prior.denoiser.network, prior.denoiser.call, prior.denoiser.shape, **c)
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot be loaded: {error}") from error
+        return replace(prior, source=str(folder))
 
     @classmethod
     def from_pipeline(
@@ -106,9 +104,18 @@ class Prior:
         """
         family = FAMILIES[name].load(pipeline, size)
         names = {label.strip(): int(i) for i, labels in (id2label or {}).items() for label in labels.split(",")}
+        if family.classes and (beyond := [name for name, i in names.items() if i >= family.classes]):
+            raise ValueError(
+                f"id2label in model_index.json names {beyond[0]!r} as class {names[beyond[0]]}; its network "
+                f"has {family.classes} classes, numbered from 0"
+            )
         names |= {str(i): i for i in range(family.classes or 0)}
         denoiser = make_denoiser(family, pipeline.scheduler)
-        return cls(denoiser, family.classes, names, family.null, family.codec, family.text, name)
+        scheduler = pipeline.scheduler
+        return cls(
+            denoiser, family.classes, names, family.null, family.codec, family.text, name, type(scheduler).__name__,
+            not_followed(scheduler),
+        )  # fmt: skip
 
     def with_prompts(self, prompts: Sequence[str], guidance: float | None = None, negative: str = "") -> "Prior":
         """Return the prior of numbered prompts, the classes of `c`, of a model that is given text.
@@ -121,7 +128,16 @@ class Prior:
         if not prompts or len(set(prompts)) < len(prompts):
             raise ValueError("prompts must be distinct, and at least one.")
         call = Prompted(self.text, self.text.guidance if guidance is None else guidance, negative)
-        call.add(prompts)
+        with refusing(f"{self.source}: its text encoders cannot encode the prompts"):
+            call.add(prompts)
+        rows = {name: row[[0, 0]] for name, row in call.rows.items()}
+        rows |= {"guidance": torch.zeros(2)} if self.text.distilled else {}
+        try:
+            if uneven := [name for name, row in call.null.items() if row.shape[1:] != rows[name].shape[1:]]:
+                raise ValueError(f"its tokenizers give a prompt and no prompt different lengths ({uneven[0]})")
+            check_call(self.denoiser.network, self.text.call, self.denoiser.shape, **rows)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from error
         names = {prompt: i for i, prompt in enumerate(prompts)}
         return replace(self, denoiser=self.denoiser.with_call(call), classes=len(prompts), names=names)
 

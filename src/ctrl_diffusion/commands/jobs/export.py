@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader
 
 from ...prior import families
 from ...prior.loader import find_pipeline
+from ...prior.parts import is_plain, load_part
 from ...prior.prior import DIGITS, EMBEDDED
 from ...run import pipeline as controlled
 from ...run.folder import RunFolder
@@ -38,8 +39,11 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
     named = {name: index[name] for name in index if name in ("scheduler", *families.PARTS)}
     parts = {name: part for name, part in named.items() if isinstance(part, list) and part[0] is not None}
     clear(out, FILES)
-    for name in parts:
-        copy_part(prior, out, name)
+    for name, part in parts.items():
+        if is_plain(prior, name, part):
+            copy_part(prior, out, name)
+        else:  # its weights are of a variant, or have the prefixes of a wrapper
+            load_part(prior, name, part)[0].save_pretrained(out / name)
     for name, control in run.policy.controls.items():
         path = out / controlled.CONTROLS / name
         control.save(path)

@@ -36,6 +36,7 @@ def describe(prior: Prior) -> dict[str, Any]:
     kept = measure_kept(policy, prior)
     return {
         "family": prior.pipeline, "prediction_type": denoiser.prediction, "schedule": type(denoiser.schedule).__name__,
+        "scheduler": prior.scheduler, "not_followed": prior.not_followed,
         "sample_shape": list(denoiser.shape), "image_shape": list(prior.image_shape),
         "conditions": "text" if prior.text else prior.classes, "guidance": prior.text and prior.text.guidance,
         "parameters": parameters, "control_parameters": trainable,
@@ -101,9 +102,11 @@ def in_words(facts: dict[str, Any]) -> str:
     sizes = " × ".join(map(str, facts["sample_shape"]))
     if facts["image_shape"] != facts["sample_shape"]:
         sizes += f", latents of images {' × '.join(map(str, facts['image_shape']))}"
+    ignored = ", ".join(f"{name} {value}" for name, value in facts["not_followed"].items())
     lines = {
         "family": facts["family"],
         "predicts": f"{facts['prediction_type']}, schedule {facts['schedule']}",
+        **({"not followed": f"{ignored} (of its {facts['scheduler']})"} if ignored else {}),
         "x": sizes,
         "conditions": conditions.get(facts["conditions"], f"{facts['conditions']} classes"),
         "parameters": f"{facts['parameters']:,}, and {facts['control_parameters']:,} of a control of two classes",

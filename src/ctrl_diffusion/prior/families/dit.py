@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ...chain.codec import Codec
-from ..family import Family, check_size
+from ..family import Family, check_channels, check_class, check_size
 from ..latents import Autoencoder, factor_of
 from ..network import ControlSite
 
@@ -16,8 +16,10 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "norm1.lin
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """Return the family of a pipeline; cond is `c` (B,), the null class is the number of classes."""
     network, vae = pipeline.transformer, getattr(pipeline, "vae", None)
+    check_class("transformer", network, "DiTTransformer2DModel")
     config, side = network.config, network.config.sample_size
     codec = Codec((config.in_channels, side, side)) if vae is None else Autoencoder(vae, (factor_of(vae) * side,) * 2)
+    check_channels("transformer", config.in_channels, network.out_channels, codec.shape[0])
     check_size(size, codec.image_shape[1:])
 
     def call(x_t: Tensor, timestep: Tensor, c: Tensor) -> Tensor:

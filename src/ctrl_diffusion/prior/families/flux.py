@@ -1,11 +1,12 @@
 """Load Flux (Black Forest Labs 2024): a transformer on packed latents of a flow, given text and perhaps guidance."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..family import Family, image_size
+from ..family import Family, check_channels, check_class, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
 from ..text import Rows, TextFamily, default_guidance
@@ -22,9 +23,17 @@ PATCH = 2  # latents a side that become one token
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """Return the family of a pipeline."""
     network = pipeline.transformer
+    check_class("transformer", network, "FluxTransformer2DModel")
     size = image_size(size, pipeline.default_sample_size, pipeline.vae_scale_factor, PATCH)
     codec = Autoencoder(pipeline.vae, size)
     channels, height, width = codec.shape
+    given, predicted = (count // PATCH**2 for count in (network.config.in_channels, network.out_channels))
+    check_channels("transformer", given, predicted, channels)
+    if not network.config.guidance_embeds:
+        warnings.warn(
+            "its transformer is given no guidance: if it is one distilled for few steps (FLUX.1-schnell), it does not "
+            "predict the mean of x_0, and is a poor prior.", stacklevel=2,
+        )  # fmt: skip
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         if negative:

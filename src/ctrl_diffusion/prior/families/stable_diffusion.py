@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..family import Family, image_size
+from ..family import Family, check_channels, check_class, image_size, refuse_inputs
 from ..latents import Autoencoder
 from ..network import ControlSite
 from ..text import Rows, TextFamily, default_guidance
@@ -16,16 +16,23 @@ OPTIONAL, ALONE = (), False
 # linear layers of attention, feed-forward and time, by the endings of their names
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj")
 
+# values of a config that want no input but the text's
+NO_INPUT = {
+    "class_embed_type": (None,), "num_class_embeds": (None,), "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text", "text_time"),
+}  # fmt: skip
+
 
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """Return the family of a pipeline, with or without SDXL's second encoder."""
     network = pipeline.unet
+    check_class("unet", network, "UNet2DConditionModel")
     if network.config.time_cond_proj_dim is not None:
-        raise ValueError("its UNet is distilled for few steps and is given the guidance, which is not supported")
+        raise ValueError("its unet is distilled for few steps and is given the guidance, which is not supported")
     size = image_size(size, network.config.sample_size, pipeline.vae_scale_factor)
     codec = Autoencoder(pipeline.vae, size)
-    if network.config.in_channels != codec.shape[0]:
-        raise ValueError(f"its UNet is given {network.config.in_channels} channels, and latents have {codec.shape[0]}")
+    check_channels("unet", network.config.in_channels, network.config.out_channels, codec.shape[0])
+    refuse_inputs("unet", network.config, NO_INPUT)
     large = hasattr(pipeline, "text_encoder_2")
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..family import Family, image_size
+from ..family import Family, check_channels, check_class, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
 from ..text import Rows, TextFamily, default_guidance
@@ -18,8 +18,10 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     """Return the family of a pipeline."""
     network, config = pipeline.transformer, pipeline.transformer.config
+    check_class("transformer", network, "SD3Transformer2DModel")
     size = image_size(size, config.sample_size, pipeline.vae_scale_factor, config.patch_size)
     codec = Autoencoder(pipeline.vae, size)
+    check_channels("transformer", config.in_channels, network.out_channels, codec.shape[0])
 
     def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
         options = {"device": pipeline.text_encoder.device, "negative_prompt": [negative] * len(prompts)}
