@@ -272,11 +272,11 @@ def remeasured(run: Run, seed: int | None = None, prior_samples: int | None = No
     by, and the same each time.
     """
     config = run.config
-    least, most = prior_samples or config.evaluation.prior_samples, len(run.values)
-    if least < most:
-        raise ValueError(f"prior_samples must be at least the number of the controls' classes, {most}; got {least}.")
+    members, least = prior_samples or config.evaluation.prior_samples, len(run.values)
+    if members < least:
+        raise ValueError(f"--prior-samples {members}: give {least} at least, one for each class of the controls.")
     seed = (config.seed + 1) % 2**32 if seed is None else seed
-    run.config = config.with_(seed=seed, evaluation={"prior_samples": least})
+    run.config = config.with_(seed=seed, evaluation={"prior_samples": members})
     return run
 
 
