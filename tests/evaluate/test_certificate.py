@@ -178,12 +178,22 @@ def test_a_policy_that_shows_more_of_log_z_than_the_prior_is_said():
     generator = torch.Generator().manual_seed(0)
     table = torch.full((1, 2000, 2), -4.0)
     table[..., 1] = -0.02
-    log_w = torch.stack([-2.0 + 0.1 * torch.randn(50, generator=generator), -0.02 + torch.zeros(50)])
+    log_w = torch.stack([-2.0 + 0.1 * torch.randn(200, generator=generator), -0.02 + torch.zeros(200)])
     with pytest.warns(RuntimeWarning, match=r"above the prior's for 1 of 2 \(c, y\) \(y = 0\), by up to 2\.0"):
-        found = certify(Conditions({}, {"y": 2}), table, log_w.flatten(), torch.zeros(100), torch.zeros(100))
+        found = certify(Conditions({}, {"y": 2}), table, log_w.flatten(), torch.zeros(400), torch.zeros(400))
     assert found.certified.tolist() == [False, True]
-    assert found.on_paths.tolist() == [False, False], "p̂ of its paths, e^−2, makes fewer than ten"
+    assert found.on_paths.tolist() == [True, False]
+    assert found.metrics()["on_paths"]["pairs"] == 1
     assert found.pairs.log_z[0] == pytest.approx(-2.0, abs=0.1), "the larger"
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_a_handful_of_paths_overrules_nothing(n):
+    """However near to each other, they cannot say that the prior's log Z is low."""
+    table, log_w = torch.full((1, 2000, 1), -4.0), torch.full((n,), -1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert certify(Conditions({}, {"y": 1}), table, log_w, torch.zeros(n), torch.zeros(n)).certified.all()
 
 
 def test_where_nothing_is_certified_no_number_is_given():

@@ -7,7 +7,7 @@ from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.evaluate.judge import Observation, SecondOpinion
-from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target, weighted_diversity
+from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target, stratified_error, weighted_diversity
 from ctrl_diffusion.reward.scorer import Classifier
 
 
@@ -113,6 +113,12 @@ def test_pairs_whose_target_is_not_known_are_left_out():
     assert (
         nothing["accuracy"] is nothing["accuracy_stderr"] is nothing["diversity"] is nothing["class_accuracy"] is None
     )
+
+
+def test_a_single_sample_of_each_pair_has_the_error_of_all():
+    values = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert stratified_error(values, 4) == pytest.approx(float(values.std()) / 2)
+    assert stratified_error(values, 2) == pytest.approx((0.5 / 2) ** 0.5 / 2)
 
 
 def test_a_nulled_share_whose_target_is_not_known_is_none():

@@ -74,8 +74,10 @@ def test_what_is_not_certified_is_named_beside_the_gap(gap, apart):
     names = [f"y = {i}" for i in range(6)]
     certificate = {"gap_nats": gap, "gap_stderr": 0.04, "certified_pairs": 74, "of_pairs": 80, "on_paths": apart}
     line = gap_line({**certificate, "uncertified": names})
-    bound = "not certified" if gap is None else "at most 0.88 ± 0.04 nats over 74 of 80 (c, y)"
-    assert line.startswith(f"{bound}; nothing is certified for y = 0; y = 1; y = 2; y = 3; and 2 more")
+    some = (
+        "at most 0.88 ± 0.04 nats over 74 of 80 (c, y); nothing is certified for y = 0; y = 1; y = 2; y = 3; and 2 more"
+    )
+    assert line.startswith("not certified for any of 6 (c, y)" if gap is None else some)
     assert ("0.40 ± 0.10 nats for 2 of these by the policy's own paths" in line) == (apart is not None)
     whole = {"gap_nats": 0.88, "gap_stderr": 0.04}
     assert gap_line(whole) == gap_line({**whole, "uncertified": []}) == "at most 0.88 ± 0.04 nats"
@@ -86,7 +88,7 @@ def test_an_unknown_target_is_said_and_blames_nothing():
     scores = {name: {"accuracy": None if name == "target" else 0.25} for name in ("ctrl", "prior", "target")}
     certificate = {"gap_nats": None, "gap_stderr": None, "uncertified": ["y = 0"], "on_paths": None}
     lines = verdict.lines({"verdict": verdict.metrics(), **scores, "certificate": certificate})
-    assert "not known a perfect learner's; gap to the exact conditional not certified; nothing is certified" in lines[0]
+    assert "not known a perfect learner's; gap to the exact conditional not certified for any of 1 (c, y)" in lines[0]
     assert likely_causes({"y": GOOD}, (0.25, float("nan")), False, False, None) == []
 
 

@@ -185,6 +185,8 @@ class Slope:
         Only pairs that are `known` (G, K) count; None for all.
         """
         known = torch.ones(table.shape[0], table.shape[2], dtype=torch.bool) if known is None else known
+        if not known.any():
+            return cls(*[math.nan] * 4)
         w, log_p, members, share = table.softmax(1), table / gamma, table.shape[1], even_shares(known).to(table)
         mean = (w * log_p).sum(1, keepdim=True)  # the derivative of the log-mean-exp itself
         second = members / (members - 1) * (w.square() * (log_p - mean)).sum(1)  # that of half the variance
@@ -256,12 +258,12 @@ def certify(
     z_policy, policy_stderr = of_policy.value.squeeze(1), of_policy.stderr.squeeze(1)
     effective, w_prior = 1 / log_w.softmax(1).square().sum(1), table.softmax(1)
 
-    paths_with_y = torch.minimum(hits(reward.view(*log_w.shape, 1), gamma).squeeze(1), effective)
+    reaches = torch.minimum(hits(reward.view(*log_w.shape, 1), gamma).squeeze(1), effective) >= ENOUGH
     # three standard errors of one pair; of many, as rarely
     most = NormalDist().inv_cdf(NormalDist().cdf(3) ** (1 / conditions.pairs))
-    above = (counts >= ENOUGH) & (z_policy - z > most * torch.hypot(z_stderr, policy_stderr))
+    above = (counts >= ENOUGH) & reaches & (z_policy - z > most * torch.hypot(z_stderr, policy_stderr))
     certified = (counts >= ENOUGH) & ~above
-    on_paths = ~certified & (paths_with_y >= ENOUGH)
+    on_paths = ~certified & reaches
     raised = ~certified & (z_policy > z)
     best, best_stderr = torch.where(raised, z_policy, z), torch.where(raised, policy_stderr, z_stderr)
     stderr = torch.hypot(best_stderr, j_stderr)  # too large where both come of the same paths, whose gap is skewed

@@ -138,9 +138,12 @@ def score_target(prior: Observation, table: Tensor, conditions: Conditions, know
 
 
 def stratified_error(values: Tensor, pairs: int) -> float:
-    """Return the standard error of the mean of values (P · n,), n of each of P pairs in turn."""
-    by_pair = values.view(pairs, -1)
-    return float((by_pair.var(1) / by_pair.shape[1]).sum().sqrt()) / pairs
+    """Return the standard error of the mean of values (P · n,), n of each of P pairs in turn.
+
+    A single one of each shows no spread within its pair: that of all values, which is larger, takes its place.
+    """
+    by_pair = values.view(1 if len(values) == pairs else pairs, -1)
+    return float((by_pair.var(1) / by_pair.shape[1]).sum().sqrt()) / len(by_pair)
 
 
 def score_samples(samples: Observation, conditions: Conditions) -> Score:
@@ -191,8 +194,9 @@ def all_of(hits: dict[str, Tensor]) -> Tensor:
 
 def class_shares(y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Compute each class's share, averaged over pairs, and its standard error (K_i,), from classes (P, n)."""
-    hit = F.one_hot(y, classes).float()
-    return hit.mean((0, 1)), (hit.var(1) / y.shape[1]).sum(0).sqrt() / len(y)
+    hit, pairs = F.one_hot(y, classes).float(), len(y)
+    errors = [stratified_error(hit[..., j].flatten(), pairs) for j in range(classes)]
+    return hit.mean((0, 1)), torch.tensor(errors)
 
 
 def target_shares(y: Tensor, classes: int, weights: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

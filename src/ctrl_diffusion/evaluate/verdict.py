@@ -58,16 +58,15 @@ def percent(share: float | None) -> str:
 
 def gap_line(certificate: dict[str, Any], digits: int = 2) -> str:
     """Say what a certificate, by the names of metrics.json, bounds, and for which pairs (c, y) nothing is certified."""
-    gap = certificate["gap_nats"]
-    bound = (
-        "not certified" if gap is None else f"at most {gap:.{digits}f} ± {certificate['gap_stderr']:.{digits}f} nats"
-    )
-    if not (names := certificate.get("uncertified")):
+    gap, names = certificate["gap_nats"], certificate.get("uncertified")
+    bound = "" if gap is None else f"at most {gap:.{digits}f} ± {certificate['gap_stderr']:.{digits}f} nats"
+    if not names:
         return bound
-    named = "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    text = f"not certified for any of {len(names)} (c, y), which too few of the prior's samples have"
     if gap is not None:
-        bound += f" over {certificate['certified_pairs']} of {certificate['of_pairs']} (c, y)"
-    text = f"{bound}; nothing is certified for {named}"
+        named = "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        certified = f"over {certificate['certified_pairs']} of {certificate['of_pairs']} (c, y)"
+        text = f"{bound} {certified}; nothing is certified for {named}"
     if apart := certificate["on_paths"]:
         value = f"{apart['gap_nats']:.{digits}f} ± {apart['gap_stderr']:.{digits}f} nats"
         text += f" ({value} for {apart['pairs']} of these by the policy's own paths, which hide the modes it misses)"
