@@ -187,6 +187,16 @@ def test_a_policy_that_shows_more_of_log_z_than_the_prior_is_said():
     assert found.pairs.log_z[0] == pytest.approx(-2.0, abs=0.1), "the larger"
 
 
+def test_a_floor_below_what_floats_hold_spoils_no_other_pair():
+    table = torch.full((1, 100, 2), -1000.0)
+    table[..., 1] = -0.02
+    with pytest.warns(RuntimeWarning, match=r"for 1 of 2 \(c, y\)"):
+        found = certify(Conditions({}, {"y": 2}), table, torch.full((20,), -0.02), torch.zeros(20), torch.zeros(20))
+    assert found.certified.tolist() == [False, True]
+    assert found.gap == pytest.approx(0.0, abs=1e-6)
+    assert 0 < found.stderr <= 0.0103, "one over 98 hits"
+
+
 @pytest.mark.parametrize("n", [2, 9])
 def test_a_handful_of_paths_overrules_nothing(n):
     """However near to each other, they cannot say that the prior's log Z is low."""

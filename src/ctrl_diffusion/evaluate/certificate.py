@@ -280,7 +280,9 @@ def certify(
     if certified.any():
         mean_z = float(z[counted].mean())
         share = even_shares(certified).to(table)
-        mean_z_stderr = math.hypot(of_prior.stderr_of_mean(share.view(shape)), float((share * unseen.sqrt()).norm()))
+        mean_z_stderr = math.hypot(
+            of_prior.stderr_of_mean(share.view(shape)), float((share[certified] * unseen[certified].sqrt()).norm())
+        )
         gap, gap_stderr = mean_z - mean_j, math.hypot(mean_j_stderr, mean_z_stderr)
         warn_of_missed_modes(mean_policy - mean_z, math.hypot(mean_z_stderr, mean_policy_stderr))
     warn_of_uncertified(conditions, counts, members, above, z_policy - z)
