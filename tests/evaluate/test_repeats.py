@@ -54,7 +54,7 @@ def rare(share, members, floor, policy, spread=1.0):
 @pytest.mark.parametrize("members", [500, 1000])
 @pytest.mark.parametrize("share", [0.001, 0.003, 0.01, 0.02])
 def test_a_bound_on_a_rare_y_holds_or_is_not_given(share, members, floor, policy):
-    """At two standard errors a bound may fail in 5 %, 18 or fewer of 200 repeats at three errors of that count."""
+    """Low by two standard errors of a normal are 2.3 %; at most 5 % of the repeats, the bar, for skewed counts, too."""
     found, gap = rare(share, members, floor, policy)
     low = found.pairs.gap + 2 * found.pairs.stderr < gap
     assert int((low & found.certified).sum()) <= 0.05 * REPEATS
