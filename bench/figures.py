@@ -121,14 +121,19 @@ def write_gammas(folder: Path, seed: int) -> None:
     (folder / "gammas.yaml").write_text(yaml.safe_dump({"gammas": [0.5, 1, 2, 4]}))
 
 
+def ratio(first: float | None, second: float | None) -> float | None:
+    """Return a ratio of two gaps; None where one is not certified."""
+    return None if first is None or second is None else round(first / second, 3)
+
+
 def gamma_row(folder: Path, seed: int) -> Metrics:
     """Return the certificate along γ, each gap over that at γ = 1, and that over the gap of the run of γ = 1 alone."""
     several, single = metrics_of(folder, seed), read_json(folder / "single" / "metrics.json")
     gaps = {row["gamma"]: row["gap_nats"] for row in several["gammas"]}
     return {
         "seed": seed,
-        "gap_over_gap_at_1": {f"{gamma:g}": round(gap / gaps[1.0], 3) for gamma, gap in gaps.items()},
-        "gap_over_single": round(gaps[1.0] / single["certificate"]["gap_nats"], 3),
+        "gap_over_gap_at_1": {f"{gamma:g}": ratio(gap, gaps[1.0]) for gamma, gap in gaps.items()},
+        "gap_over_single": ratio(gaps[1.0], single["certificate"]["gap_nats"]),
         **select(several, "gammas ctrl target seconds"),
         "single": select(single, "ctrl certificate seconds"),
     }
@@ -193,7 +198,7 @@ def print_demo(rows: list[Metrics]) -> None:
         shares += (ctrl["class_accuracy"], ctrl["diversity_ratio"])
         table.add_row(
             seed, *(decimals(share, 3) for share in shares), decimals(gap["objective_nats"], 2),
-            decimals(gap["log_z_nats"], 2), f"{gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f}",
+            decimals(gap["log_z_nats"], 2), f"{decimals(gap['gap_nats'], 2)} ± {decimals(gap['gap_stderr'], 2)}",
             decimals(row["peak_memory_gb"], 2), decimals(row["seconds"]["total"], 0),
         )  # fmt: skip
         for name, control in row.get("controls", {}).items():

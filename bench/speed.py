@@ -269,7 +269,7 @@ def time_to_gap(folder: Path) -> dict[str, Any]:
             with torch.no_grad():
                 certificate = certify(setting["conditions"], table, setting["reward"](x_0, labels), kl, log_ratio)
             for level in levels:
-                if certificate.gap < level and reached[str(level)] is None:
+                if certificate.gap is not None and certificate.gap < level and reached[str(level)] is None:
                     reached[str(level)] = {"seconds": total, "updates": (block + 1) * GAP_EVERY}
             if all(reached.values()):
                 break

@@ -60,6 +60,18 @@ def test_few_paths_that_count_are_warned_of_and_fewer_refused():
         exact_samples(policy, reward, times, generator, y)
 
 
+def test_paths_that_lack_y_are_no_exact_samples_however_even_their_weights():
+    policy, _, times = tilted(Cosine(), 1.0)
+    y = {"y": torch.ones(10, dtype=torch.long)}
+
+    def reward(x_0, labels, cond):
+        return torch.where(x_0.squeeze(1) > 5, 0.0, -14.0)
+
+    with pytest.warns(RuntimeWarning, match=r"only 0\.0 of 1000 paths have y = 1 \(by number\)"):
+        _, share = exact_samples(policy, reward, times, torch.Generator().manual_seed(0), y)
+    assert share == pytest.approx(1.0), "the effective share does not tell"
+
+
 def test_paths_with_states_are_the_same_paths():
     """The ends are those of `paths`; a kept state begins its step, as in a rollout of the batch."""
     prior, generator = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), 0.5, Cosine()), torch.Generator()

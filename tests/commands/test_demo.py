@@ -167,7 +167,9 @@ def test_two_controls_from_two_datasets_that_share_no_image(both):
     assert (both / "data" / "slant" / "metadata.csv").read_text().splitlines()[0] == "file_name,slant", "no digit"
     metrics = json.loads((both / "metrics.json").read_text())
     found = metrics["controls"]
-    assert {"all_accuracy", "all_target", "null_shift", "ink", "slant"} == set(found)
+    shifts = {"null_shift", "null_shift_stderr", "null_shift_by_chance"}
+    assert {"all_accuracy", "all_target", *shifts, "ink", "slant"} == set(found)
+    assert all(0 <= found[name] < 1 for name in shifts)
     assert (found["all_accuracy"], found["all_target"]) == (metrics["ctrl"]["accuracy"], metrics["target"]["accuracy"])
     for name, classes in (("ink", 4), ("slant", 2)):
         one = found[name]
@@ -176,7 +178,10 @@ def test_two_controls_from_two_datasets_that_share_no_image(both):
         assert {"accuracy", "target", "gap_nats"} <= set(one["alone"])
         for shares in one["nulled"]["shares"].values():
             assert len(shares) == classes
-            assert sum(shares) == pytest.approx(1, abs=1e-4)
+        shares = one["nulled"]["shares"]
+        assert sum(shares["prior"]) == pytest.approx(1, abs=1e-4)
+        assert sum(shares["ctrl"]) == pytest.approx(1, abs=1e-4)
+        assert (shares["target"] == [None] * classes) == (one["alone"]["target"] is None), "of eight samples"
     names = {path.name for path in both.iterdir()}
     assert {"plane.png", "reliability.png", "reliability-slant.png"} <= names
     assert (both / "control" / "slant" / "control.safetensors").is_file()

@@ -6,8 +6,8 @@ from ctrl_diffusion.chain.codec import Codec
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
-from ctrl_diffusion.evaluate.judge import SecondOpinion
-from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target, weighted_diversity
+from ctrl_diffusion.evaluate.judge import Observation, SecondOpinion
+from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target, stratified_error, weighted_diversity
 from ctrl_diffusion.reward.scorer import Classifier
 
 
@@ -89,12 +89,44 @@ def test_what_a_nulled_control_comes_out_as():
     found = Nulled.from_labels({kind: y.long() for kind, y in measured.items()}, 2, table)
     # each label's weight is even on two samples, one of either class
     torch.testing.assert_close(found.shares["target"], torch.tensor([0.5, 0.5]))
-    # per pair Σ w² (1 − ½)² = 2 · ¼ · ¼ = 1/8; the mean of two pairs
-    torch.testing.assert_close(found.stderr["target"], torch.full((2,), (2 / 8) ** 0.5 / 2))
+    # both labels share the samples. M w (hit − ½), averaged over the two, is ∓1, ±½, ±½ and 0: its variance is ½
+    torch.testing.assert_close(found.stderr["target"], torch.full((2,), (0.5 / 4) ** 0.5))
     torch.testing.assert_close(found.shares["prior"], torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(found.stderr["prior"], torch.zeros(2))  # within a pair all were alike
     torch.testing.assert_close(found.shares["ctrl"], torch.tensor([0.0, 1.0]))
-    assert found.stderrs_from("target") == pytest.approx(0.5 / ((2 / 8) ** 0.5 / 2))
+    assert found.stderrs_from("target") == pytest.approx(0.5 / (0.5 / 4) ** 0.5)
+
+
+def test_pairs_whose_target_is_not_known_are_left_out():
+    """Of three labels one is on no sample; the figures are those of the other two, and None where none is known."""
+    conditions, features = Conditions({}, {"y": 3}), torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    observation = Observation({"y": torch.arange(40) % 2}, {}, features, torch.ones(40), None)
+    table = torch.full((1, 40, 3), -14.0)
+    table[0, torch.arange(40), torch.arange(40) % 2] = 0.0
+    score = score_target(observation, table, conditions, torch.tensor([[True, True, False]]))
+    assert score.accuracy == pytest.approx(1.0, abs=1e-4)
+    assert score.diversities.isnan().tolist() == [False, False, True]
+    assert score.confusion[2].isnan().all()
+    everywhere = score_target(observation, table, conditions)
+    assert everywhere.accuracy == pytest.approx(2 / 3, abs=1e-4)
+    nothing = score_target(observation, table, conditions, torch.zeros(1, 3, dtype=torch.bool)).metrics()
+    assert (
+        nothing["accuracy"] is nothing["accuracy_stderr"] is nothing["diversity"] is nothing["class_accuracy"] is None
+    )
+
+
+def test_a_single_sample_of_each_pair_has_the_error_of_all():
+    values = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert stratified_error(values, 4) == pytest.approx(float(values.std()) / 2)
+    assert stratified_error(values, 2) == pytest.approx((0.5 / 2) ** 0.5 / 2)
+
+
+def test_a_nulled_share_whose_target_is_not_known_is_none():
+    y = {kind: torch.zeros(8, dtype=torch.long) for kind in ("target", "prior", "ctrl")}
+    found = Nulled.from_labels(y, 2, torch.zeros(1, 8, 2), torch.zeros(1, 2, dtype=torch.bool)).metrics()
+    assert found["shares"]["target"] == found["stderr"]["target"] == [None, None]
+    assert found["stderrs_from_target"] is None
+    assert found["shares"]["ctrl"] == [1.0, 0.0]
 
 
 def test_several_controls_are_counted_each_and_all():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ctrl_diffusion.evaluate.verdict import Climb, Gain, Verdict, likely_causes
+from ctrl_diffusion.evaluate.verdict import Climb, Gain, Verdict, gap_line, likely_causes
 
 GOOD = {"nll": 0.4, "chance_nll": 1.39}
 POOR = {"nll": 1.3, "chance_nll": 1.39}
@@ -50,7 +50,12 @@ def test_only_causes_that_were_measured_are_named_in_their_order(about, named):
 def test_the_exit_code_and_the_line(learned, cut, code):
     verdict = Verdict(learned, Gain(-0.3, 0.2), Climb(0.5, 0.1, 30), ["p̂ is poor"], cut)
     scores = {name: {"accuracy": 0.25} for name in ("ctrl", "prior", "target")}
-    metrics = {"learned": learned, "verdict": verdict.metrics(), **scores, "certificate": {"gap_nats": 11.0}}
+    metrics = {
+        "learned": learned,
+        "verdict": verdict.metrics(),
+        **scores,
+        "certificate": {"gap_nats": 11.0, "gap_stderr": 0.1},
+    }
     again = Verdict.from_metrics(metrics)
     assert again == verdict
     assert again.exit_code == code
@@ -60,6 +65,40 @@ def test_the_exit_code_and_the_line(learned, cut, code):
     assert len(lines) == (1 if learned else 2)
     assert learned or lines[0].startswith("not learned: J gained −0.30 ± 0.20 nats over the untrained control")
     assert all("\n" not in line for line in lines)
+    assert learned or "gap to the exact conditional at most 11.0 ± 0.1 nats. Likely: p̂ is poor." in lines[0]
+
+
+@pytest.mark.parametrize("apart", [None, {"pairs": 2, "gap_nats": 0.4, "gap_stderr": 0.1}])
+@pytest.mark.parametrize("gap", [None, 0.88])
+def test_what_is_not_certified_is_named_beside_the_gap(gap, apart):
+    names = [f"y = {i}" for i in range(6)]
+    certificate = {"gap_nats": gap, "gap_stderr": 0.04, "certified_pairs": 74, "of_pairs": 80, "on_paths": apart}
+    line = gap_line({**certificate, "uncertified": names})
+    some = (
+        "at most 0.88 ± 0.04 nats over 74 of 80 (c, y); nothing is certified for y = 0; y = 1; y = 2; y = 3; and 2 more"
+    )
+    assert line.startswith("not certified for any of 6 (c, y)" if gap is None else some)
+    assert ("0.40 ± 0.10 nats for 2 of these by the policy's own paths" in line) == (apart is not None)
+    whole = {"gap_nats": 0.88, "gap_stderr": 0.04}
+    assert gap_line(whole) == gap_line({**whole, "uncertified": []}) == "at most 0.88 ± 0.04 nats"
+
+
+def test_an_unknown_target_is_said_and_blames_nothing():
+    verdict = Verdict(False, Gain(-0.3, 0.2), None, [], False)
+    scores = {name: {"accuracy": None if name == "target" else 0.25} for name in ("ctrl", "prior", "target")}
+    certificate = {"gap_nats": None, "gap_stderr": None, "uncertified": ["y = 0"], "on_paths": None}
+    lines = verdict.lines({"verdict": verdict.metrics(), **scores, "certificate": certificate})
+    assert "not known a perfect learner's; gap to the exact conditional not certified for any of 1 (c, y)" in lines[0]
+    assert likely_causes({"y": GOOD}, (0.25, float("nan")), False, False, None) == []
+
+
+def test_a_gain_of_several_pairs_has_the_error_within_them():
+    """Pairs that gain unequally have as many paths each: what lies between them is no error."""
+    gains = torch.tensor([0.0, 10.0]).repeat_interleave(500)
+    own = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    gain = Gain.from_paths(gains + own, torch.zeros(1000), 2)
+    assert gain.nats == pytest.approx(5, abs=0.1)
+    assert gain.stderr == pytest.approx(1000**-0.5, rel=0.1)  # a spread of 1,000 is known to 2 %
 
 
 def test_metrics_of_before_count_as_learned():

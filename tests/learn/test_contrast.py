@@ -45,6 +45,13 @@ def batch_of(n=40):
     return x[0], t, (y, other), State(x[1], x[2]), torch.rand(n, generator=generator) + 0.5
 
 
+def test_a_label_that_hardly_any_path_ends_with_is_said():
+    prior = GaussianMixture(MEANS, 0.4, FLOW, torch.tensor([0.7, 0.2999, 0.0001]))
+    reward, conditions = Reward({"y": ComponentLabel(prior)}), Conditions({}, {"y": 3}, names={"y": "abc"})
+    with pytest.warns(UserWarning, match=r"contrast learns from a handful of 300 prior samples: y = c \(\d\.\d hits\)"):
+        LabelTable.from_paths(reward, conditions, paths_of(prior))
+
+
 def test_the_loss_is_the_formula_of_the_docstring():
     policy, _, conditions = setting()
     x_t, t, (y, other), state, weight = batch_of()

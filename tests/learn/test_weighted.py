@@ -1,12 +1,14 @@
 """Laws of reward-weighted regression, in closed form under a prior whose x̂ is zero."""
 
+import warnings
+
 import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.policy import Policy
-from ctrl_diffusion.exact.mixtures import GaussianMixture, Logistic
+from ctrl_diffusion.exact.mixtures import ComponentLabel, GaussianMixture, Logistic
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.learn.weighted import RENOISING, Weighted
 from ctrl_diffusion.reward.reward import Reward
@@ -43,6 +45,33 @@ def test_samples_are_drawn_by_weight_within_their_condition(even):
     variance = float((w * squares.square()).sum(1).mean()) - mean**2
     loss = loss_of(Weighted(x_0, TIMES, n, even=even), zero_policy())
     assert loss == pytest.approx(mean, abs=4 * (variance / n) ** 0.5)
+
+
+RARE = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.3, RectifiedFlow(), torch.tensor([0.999, 0.001]))
+
+
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_a_y_that_hardly_any_sample_has_is_said_before_it_is_learned(few, even):
+    """By its name and hits, in one line; at even weights nothing is learned of y."""
+    generator = torch.Generator().manual_seed(0)
+    x_0 = RARE.means[torch.zeros(300, dtype=torch.long)] + 0.3 * torch.randn(300, 2, generator=generator)
+    if not few:
+        x_0[:150] *= -1
+    conditions = Conditions({}, {"y": 2}, names={"y": ("pale", "dark")})
+    policy = Policy(RARE, SideControl("y", ("pale", "dark"), RARE, width=4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps = Weighted(x_0, TIMES, 8, even=even)(policy, Reward({"y": ComponentLabel(RARE)}), conditions, generator)
+        next(steps)
+        next(steps)
+    lines = [str(each.message) for each in caught]
+    assert len(lines) == (1 if few and not even else 0)
+    if lines:
+        assert (
+            lines[0]
+            == "weighted learns from a handful of 300 prior samples: y = dark (0.0 hits). Raise weighted.cache."
+        )
 
 
 def test_what_renoising_learned_is_subtracted_from_the_target():

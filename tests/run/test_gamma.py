@@ -41,11 +41,12 @@ def test_what_is_no_list_of_gammas_is_refused(values, message):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A smoke test's run with every γ of a list."""
+    """A smoke test's run with every γ of a list, and samples enough to certify most pairs at all of them."""
     folder = tmp_path_factory.mktemp("gamma") / "run"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        demo_job({**SETTINGS, "gammas": [0.5, 1, 2, 4]}, folder)
+        evaluation = {**SETTINGS["evaluation"], "prior_samples": 500}
+        demo_job({**SETTINGS, "gammas": [0.5, 1, 2, 4], "evaluation": evaluation}, folder)
     return folder
 
 
@@ -56,6 +57,7 @@ def test_the_certificate_is_a_curve_along_gamma(finished):
     assert rows[1.0]["gap_nats"] == metrics["certificate"]["gap_nats"]
     assert rows[1.0]["accuracy"] == metrics["ctrl"]["accuracy"]
     for row in rows.values():
+        assert row["certified_pairs"] > 30
         assert row["gap_nats"] == pytest.approx(row["log_z_nats"] - row["objective_nats"], abs=1e-3)
         assert min(row["gap_stderr"], row["log_z_slope_stderr"], row["mean_log_p_stderr"]) > 0
     log_z, slope = ([row[key] for row in rows.values()] for key in ("log_z_nats", "log_z_slope"))

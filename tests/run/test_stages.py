@@ -53,7 +53,7 @@ def test_a_learner_that_diverges_is_rolled_back(tmp_path, monkeypatch, value):
         "weighted": {**TINY["weighted"], "updates": 60, "batch": 64},
     }
     metrics = demo_job({**settings, "evaluation": {**TINY["evaluation"], "probes": 8}}, tmp_path / "run")
-    assert math.isfinite(metrics["certificate"]["gap_nats"])
+    assert math.isfinite(metrics["certificate"]["objective_nats"])
     stopped = [stage for stage in metrics["training"]["stages"] if "stopped" in stage]
     assert [stage["stage"] for stage in stopped] == ["adjoint"]
     assert "diverged" in stopped[0]["stopped"]

@@ -88,6 +88,21 @@ def test_noise_rarely_stops_a_learner_that_climbs_and_one_that_stands_still_stop
     assert stops(None, slope=-0.5, weights=0.1) == 0
 
 
+@pytest.mark.parametrize("first", [-9.0, 0.0, 9.0])
+def test_the_probe_before_a_stage_begins_is_not_counted(first):
+    """It is of the stage before, whose averaged weights lack the noise of those that follow."""
+    slope, history = 0.02, ProbeHistory()
+    for i in range(9):
+        j = torch.full((10,), slope * i if i else first)
+        history.add(i, j, torch.zeros(10))
+        assert history.standstill(4) is None, "eight probes of its own climb"
+    still = ProbeHistory()
+    for i in range(9):
+        assert still.standstill(4) is None, "two windows of four take eight probes of its own"
+        still.add(i, torch.full((10,), 0.0 if i else first), torch.zeros(10))
+    assert still.standstill(4)
+
+
 def test_a_climb_is_the_paired_gain_of_the_last_probes():
     climb = probes(slope=0.5, weights=0.0, seed=0).climb()
     assert climb.nats == pytest.approx(1.5, abs=0.01)

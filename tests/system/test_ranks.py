@@ -373,7 +373,7 @@ def test_a_launched_run_is_that_of_one_process(launched_run, ctrl):
         assert miss.max() < 2 * lr * updates
         assert miss.mean() < 1e-3 * lr * updates
     metrics = [json.loads((run / "metrics.json").read_text()) for run in (folder, alone)]
-    for name in ("gap_nats", "objective_nats", "log_z_nats"):
+    for name in ("ess_prior_fraction", "objective_nats", "log_z_policy_nats"):
         pair = [each["certificate"][name] for each in metrics]
         assert pair[0] == pytest.approx(pair[1], rel=1e-3), name
 

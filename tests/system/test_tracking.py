@@ -107,5 +107,7 @@ def test_a_run_tells_what_its_log_says(tmp_path, ctrl_here):
             losses, rel=1e-5
         )  # six digits, float32
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    ((update, gap),) = figures["certificate/gap_nats"]
-    assert (update, gap) == (7, pytest.approx(metrics["certificate"]["gap_nats"], rel=1e-5))
+    ((update, value),) = figures["certificate/objective_nats"]
+    assert (update, value) == (7, pytest.approx(metrics["certificate"]["objective_nats"], rel=1e-5))
+    assert metrics["certificate"]["gap_nats"] is None, "of eight samples"
+    assert "certificate/gap_nats" not in figures

@@ -49,7 +49,7 @@ def test_the_readmes_example_runs(demo):
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_the_example_of_all_parts_runs(demo):
     shorter = {
-        "updates=800": "updates=2", "1000": "20", "10_000": "200", "50": "2", "2000": "80",
+        "updates=800": "updates=2", "1000": "300", "10_000": "3000", "50": "2", "2000": "80",
         '(data, "ink")': '(data, "ink", settings=FAST)',
     }  # fmt: skip
     names = {"FAST": ClassifierSettings(updates=200)}

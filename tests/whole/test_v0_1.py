@@ -60,8 +60,8 @@ def test_an_interrupted_run_resumes_to_the_same_control(tmp_path):
     assert_as_expected("resumed", sampled(folder))
     before = json.loads((FILES / "resumed-metrics.json").read_text())
     assert metrics.keys() == before.keys() | {"learned", "verdict"}
-    gaps = [certificate["certificate"]["pairs"]["gap_nats"] for certificate in (metrics, before)]
-    assert gaps[0] == pytest.approx(gaps[1], abs=1e-4), "written to six digits"
+    objectives = [certificate["certificate"]["pairs"]["objective_nats"] for certificate in (metrics, before)]
+    assert objectives[0] == pytest.approx(objectives[1], abs=1e-4), "written to six digits"
     assert metrics["training"]["kept"] == before["training"]["kept"]
 
 

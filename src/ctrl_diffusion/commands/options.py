@@ -118,16 +118,19 @@ def close_training(metrics: dict[str, Any], out: Path, quiet: bool) -> None:
 
 def summary(metrics: dict[str, Any], control: str, out: Path) -> str:
     """Return the closing words of a training."""
-    ctrl, target, gap = metrics["ctrl"], metrics["target"], metrics["certificate"]
+    from ..evaluate.verdict import gap_line, percent
+
+    ctrl = metrics["ctrl"]
     single = "".join(
-        f"{name} alone: {part['alone']['accuracy']:.1%} (a perfect learner {part['alone']['target']:.1%})\n"
+        f"{name} alone: {percent(part['alone']['accuracy'])} (a perfect learner {percent(part['alone']['target'])})\n"
         for name, part in metrics.get("controls", {}).items()
         if isinstance(part, dict)
     )
     reader = "" if ctrl["class_accuracy"] is None else f"; class still read: {ctrl['class_accuracy']:.1%}"
+    got, prior, target = (percent(metrics[name]["accuracy"]) for name in ("ctrl", "prior", "target"))
     return (
-        f"{control} as asked, by the {metrics['accuracy_by']}: {ctrl['accuracy']:.1%} "
-        f"(prior {metrics['prior']['accuracy']:.1%}, a perfect learner {target['accuracy']:.1%}){reader}\n{single}"
-        f"gap to the exact conditional: at most {gap['gap_nats']:.2f} ± {gap['gap_stderr']:.2f} nats\n"
+        f"{control} as asked, by the {metrics['accuracy_by']}: {got} "
+        f"(prior {prior}, a perfect learner {target}){reader}\n{single}"
+        f"gap to the exact conditional: {gap_line(metrics['certificate'])}\n"
         f"report: {out / 'report.html'}"
     )

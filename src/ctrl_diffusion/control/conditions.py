@@ -1,7 +1,7 @@
 """Number the conditions (c, y) that a control is trained, certified and measured on."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -23,20 +23,22 @@ class Conditions:
         controls: the number of classes of each control.
         nullable: controls that may also be null, as long as some control is not.
         gammas: the γ that are learned, first the one that half of the draws have; none where there is a single γ.
+        names: what messages call the classes of a control, and the G conditions under their keyword; numbers if absent.
     """
 
     cond: dict[str, Tensor]
     controls: dict[str, int]
     nullable: Collection[str] = ()
     gammas: tuple[float, ...] = ()
+    names: dict[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def for_training(
         cls, cond: dict[str, Tensor], controls: dict[str, int], fixed: Collection[str] = (),
-        gammas: tuple[float, ...] = (),
+        gammas: tuple[float, ...] = (), names: dict[str, Sequence[str]] | None = None,
     ) -> "Conditions":  # fmt: skip
         """Let any controls be null but not all; where some are fixed, only these, so that the others are trained."""
-        return cls(cond, controls, (fixed or controls) if len(controls) > 1 else (), gammas)
+        return cls(cond, controls, (fixed or controls) if len(controls) > 1 else (), gammas, names or {})
 
     @cached_property
     def combinations(self) -> Tensor:
@@ -120,6 +122,13 @@ class Conditions:
         """Return labels and conditions of pairs (B,)."""
         classes = self.combinations[pair % self.classes]
         return dict(zip(self.controls, classes.unbind(1), strict=True)), self.cond_of(pair // self.classes)
+
+    def name_of(self, pair: int) -> str:
+        """Return what messages call a pair, such as "c = 3, ink = heavy", without the controls that are null."""
+        group, classes = pair // self.classes, self.combinations[pair % self.classes].tolist()
+        numbers = {**dict.fromkeys(self.cond, group), **dict(zip(self.controls, classes, strict=True))}
+        values = {key: self.names[key][n] if key in self.names else n for key, n in numbers.items() if n != NULL}
+        return ", ".join(f"{key} = {value}" for key, value in values.items())
 
     def label_of(self, labels: Labels) -> Tensor:
         """Return the label 0 … K − 1 (B,) that has these classes; only where no control is nullable."""

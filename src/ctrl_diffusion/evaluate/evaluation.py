@@ -5,6 +5,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..system.files import nan_as_none
 from .certificate import Certificate, Slope
 from .scores import Nulled, Score
 from .verdict import Gain
@@ -28,18 +32,23 @@ class Evaluation:
     gammas: dict[float, "Evaluation"] = field(default_factory=dict)  # for each of several γ, this one among them
 
     @property
-    def null_shift(self) -> float:
-        """The largest change of another control's accuracy when one control is nulled."""
-        return max(
-            abs(part.ctrl.accuracy_of[name] - self.ctrl.accuracy_of[name])
+    def null_shifts(self) -> tuple[Tensor, Tensor]:
+        """Changes of another control's accuracy when one control is nulled, and their standard errors, (n,) each."""
+        shifts = [
+            (
+                part.ctrl.accuracy_of[name] - self.ctrl.accuracy_of[name],
+                math.hypot(part.ctrl.stderr_of[name], self.ctrl.stderr_of[name]),
+            )
             for part in self.parts.values()
             if len(part.nulled) == 1
             for name in part.ctrl.accuracy_of
-        )
+        ]
+        return torch.tensor(shifts, dtype=torch.float64).unbind(1)
 
     def diversity_ratio(self, score: Score) -> float:
-        """Divide a score's diversity by the target's."""
-        return score.diversity / max(self.target.diversity, 1e-12)
+        """Divide a score's diversity by the target's, over the pairs (c, y) whose target is known; NaN if none is."""
+        target = self.target.diversities
+        return float(score.diversities[~target.isnan()].mean()) / max(float(target.nanmean()), 1e-12)
 
     def metrics(self) -> dict[str, dict]:
         """Return the figures by the names metrics.json uses."""
@@ -51,7 +60,7 @@ class Evaluation:
             "kl_nats": self.certificate.kl,
             "confusion": self.ctrl.confusion.tolist(),
         }
-        return {
+        figures = {
             **({"controls": self.metrics_by_control()} if self.parts else {}),
             **({"gammas": [at.metrics_at(gamma) for gamma, at in self.gammas.items()]} if self.gammas else {}),
             "prior": self.prior.metrics(),
@@ -59,6 +68,7 @@ class Evaluation:
             "ctrl": ctrl,
             "certificate": self.certificate.metrics(),
         }
+        return nan_as_none(figures)
 
     def metrics_at(self, gamma: float) -> dict[str, Any]:
         """Return the figures of the certificate's curve along γ, of one γ."""
@@ -69,6 +79,7 @@ class Evaluation:
             "log_z_nats": certificate.log_z,
             "gap_nats": certificate.gap,
             "gap_stderr": certificate.stderr,
+            "certified_pairs": int(certificate.certified.sum()),
             "ess_prior_fraction": certificate.ess_prior,
             "log_z_slope": slope.log_z,
             "log_z_slope_stderr": slope.log_z_stderr,
@@ -86,7 +97,10 @@ class Evaluation:
     def metrics_by_control(self) -> dict[str, Any]:
         """Return the figures of several controls: of all together, of each alone, and of each while it is null."""
         figures: dict[str, Any] = {"all_accuracy": self.ctrl.accuracy, "all_target": self.target.accuracy}
-        figures["null_shift"] = self.null_shift
+        shifts, errors = self.null_shifts
+        largest = int(shifts.abs().argmax())
+        figures["null_shift"], figures["null_shift_stderr"] = float(shifts[largest].abs()), float(errors[largest])
+        figures["null_shift_by_chance"] = largest_by_chance(errors)
         for name, accuracy in self.ctrl.accuracy_of.items():
             alone = self.parts[(name,)]
             figures[name] = {
@@ -102,10 +116,21 @@ class Evaluation:
                     "samples": alone.n,
                     "gap_nats": alone.certificate.gap,
                     "gap_stderr": alone.certificate.stderr,
+                    "certified_pairs": int(alone.certificate.certified.sum()),
                 },
                 "nulled": next(p.nulled[name] for p in self.parts.values() if list(p.nulled) == [name]).metrics(),
             }
         return figures
+
+
+def largest_by_chance(errors: Tensor) -> float:
+    """Return the mean of the largest absolute value of normal differences with these errors (n,) around 0.
+
+    It is the integral of P(max > x) = 1 − Π erf(x / (√2 s_i)) over x.
+    """
+    x = torch.linspace(0, 8 * float(errors.max()), 2001, dtype=torch.float64)
+    below = torch.erf(x[:, None] / (2**0.5 * errors.double().clamp(min=1e-300))).prod(1)
+    return float(torch.trapezoid(1 - below, x))
 
 
 def leaves_region(share: float, usual: float, stderr: float) -> bool:

@@ -10,7 +10,7 @@ from ..chain.paths import paths
 from ..chain.rollout import Times
 from ..chain.rows import equal_rows
 from ..data.labels import Labels
-from ..reward.reward import Reward
+from ..reward.reward import ENOUGH, Reward, hits
 from ..system import ranks
 from ..system.progress import Phase, silent
 
@@ -44,7 +44,7 @@ def exact_samples(
         ValueError: an effective share below 0.5 %: samples would repeat a handful of paths.
 
     Warns:
-        RuntimeWarning: an effective share below 5 %.
+        RuntimeWarning: an effective share below 5 %, or fewer than ten paths that have y.
     """
     cond = cond or {}
     pairs = equal_rows(labels, cond)
@@ -58,6 +58,13 @@ def exact_samples(
         log_w = ranks.broadcast(lambda r=r: r) - log_ratio
         if not log_w.isfinite().all():
             raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
+        if (count := float(hits(r.view(1, -1, 1)))) < ENOUGH:  # whose weights may be even for all that
+            asked = ", ".join(f"{name} = {row[rows[0]]:g}" for name, row in labels.items())
+            warnings.warn(
+                f"exact sampling: only {count:.1f} of {pool} paths have {asked} (by number), so the samples are hardly "
+                "nearer to it than the paths. Train the control further, or raise its strength.",
+                RuntimeWarning, 2,
+            )  # fmt: skip
         w = log_w.softmax(0)
         smallest = min(smallest, float(1 / w.square().sum()) / pool)
         if smallest < REFUSED_SHARE:

@@ -1,7 +1,11 @@
 """Score samples: accuracy, adherence to the prior's condition, diversity.
 
 Samples of a policy are scored as they are. The *target*, the score of a perfect learner with this p̂ and γ, is estimated
-from prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y).
+from prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y). Of a pair that too few of them have it is not
+known (NaN): such a pair is left out of the means.
+
+Samples are drawn pair by pair, equally many, so the variance of a mean is that within the pairs. The K labels of one c
+share its prior samples: the influence of each on the target is summed over y before it is squared.
 """
 
 from collections.abc import Callable
@@ -15,6 +19,8 @@ from torch import Tensor
 
 from ..control.conditions import Conditions
 from ..data.labels import Labels
+from ..system.files import nan_as_none
+from .certificate import even_shares, shared_error
 from .judge import Observation
 
 
@@ -38,12 +44,14 @@ class Score(Figures):
     macro_f1: float | None = None  # mean F1 score over labels
     outside_stderr: float | None = None
     accuracy_of: dict[str, float] = field(default_factory=dict)  # of each control by itself
+    stderr_of: dict[str, float] = field(default_factory=dict)  # of `accuracy_of`, of samples that share nothing
     judge_accuracy_of: dict[str, float] = field(default_factory=dict)
     labels: Labels = field(default_factory=dict)  # (n,), of every control that is measured, asked for or not
+    diversities: Tensor = field(default_factory=lambda: torch.empty(0))  # (G · K,), NaN where it is not known
 
     def metrics(self) -> dict[str, float | None]:
-        """Return the figures alone."""
-        return {figure.name: getattr(self, figure.name) for figure in fields(Figures)}
+        """Return the figures alone, None for those that are not known."""
+        return nan_as_none({figure.name: getattr(self, figure.name) for figure in fields(Figures)})
 
 
 @dataclass
@@ -57,15 +65,18 @@ class Nulled:
     stderr: dict[str, Tensor]  # of the shares
 
     @classmethod
-    def from_labels(cls, labels: dict[str, Tensor], classes: int, table: Tensor) -> "Nulled":
-        """Count classes (n,) of "prior", "target" and "ctrl" samples; `table` (G, M, K): the prior samples' rewards."""
+    def from_labels(
+        cls, labels: dict[str, Tensor], classes: int, table: Tensor, known: Tensor | None = None
+    ) -> "Nulled":
+        """Count classes (n,) of "prior", "target" and "ctrl" samples; `table` (G, M, K): the prior samples' rewards.
+
+        The target's are of the pairs that are `known` (G, K); None for all.
+        """
         groups, members, pairs = table.shape
-        weights = table.softmax(1).transpose(1, 2).flatten(0, 1)  # (G · K, M)
-        target = labels["target"].view(groups, 1, members).expand(-1, pairs, -1).flatten(0, 1)
-        counts = {"target": class_shares(target, classes, weights)}
+        known = torch.ones(groups, pairs, dtype=torch.bool) if known is None else known
+        counts = {"target": target_shares(labels["target"].view(groups, members), classes, table.softmax(1), known)}
         for kind in ("prior", "ctrl"):
-            y = labels[kind].view(groups * pairs, -1)
-            counts[kind] = class_shares(y, classes, torch.full(y.shape, 1 / y.shape[1]))
+            counts[kind] = class_shares(labels[kind].view(groups * pairs, -1), classes)
         shares, stderr = ({kind: count[i] for kind, count in counts.items()} for i in range(2))
         return cls(shares, stderr)
 
@@ -77,7 +88,8 @@ class Nulled:
     def metrics(self) -> dict[str, Any]:
         """Return the figures by the names metrics.json uses."""
         lists = {name: {kind: t.tolist() for kind, t in value.items()} for name, value in vars(self).items()}
-        return {**lists, **{f"stderrs_from_{kind}": self.stderrs_from(kind) for kind in ("prior", "target")}}
+        distances = {f"stderrs_from_{kind}": self.stderrs_from(kind) for kind in ("prior", "target")}
+        return nan_as_none({**lists, **distances})
 
 
 def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
@@ -92,27 +104,46 @@ def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:
     return total / (1 - weights.square().sum(1)).clamp(min=1e-6)
 
 
-def score_target(prior: Observation, table: Tensor, conditions: Conditions) -> Score:
-    """Score the target from M prior samples for each of G conditions in turn, and their rewards (G, M, K)."""
+def score_target(prior: Observation, table: Tensor, conditions: Conditions, known: Tensor | None = None) -> Score:
+    """Score the target from M prior samples for each of G conditions in turn, and their rewards (G, M, K).
+
+    Pairs that are not `known` (G, K) are left out; None for all.
+    """
     groups, members, classes = table.shape
-    w = table.softmax(1)
+    known = torch.ones(groups, classes, dtype=torch.bool) if known is None else known
+    w, share = table.softmax(1), even_shares(known).to(table)
 
     def hits(labels: Labels) -> dict[str, Tensor]:
         """Return whether a sample has the class of each control that label k stands for: (G, M, K) of 0 and 1."""
         targets = zip(conditions.controls, conditions.combinations.unbind(1), strict=True)
         return {name: (labels[name].view(groups, members, 1) == y).to(w) for name, y in targets if name in labels}
 
+    def mean(hit: Tensor) -> float:
+        return float((w * hit.view(groups, members, -1)).sum(1)[known].mean())
+
     right = hits(prior.labels)
     accuracy = (w * (hit := all_of(right))).sum(1, keepdim=True)  # (G, 1, K)
     label = F.one_hot(conditions.label_of(prior.labels), classes).to(w).view(groups, members, classes)
+    diversities = weighted_diversity(prior.features.view(groups, members, -1), w)
+    confusions = torch.einsum("gmk,gmj->gkj", w, label)
+    error = shared_error(members * w * (hit - accuracy), share) if known.any() else torch.nan
     return score(
-        prior, right, hits(prior.judge_labels), lambda hit: float((w * hit.view(groups, members, -1)).sum(1).mean()),
-        accuracy=float(accuracy.mean()),
-        # of a ratio of weighted sums, pair by pair
-        accuracy_stderr=float((w * (hit - accuracy)).square().sum().sqrt() / (groups * classes)),
-        diversity=float(weighted_diversity(prior.features.view(groups, members, -1), w).mean()),
-        confusion=torch.einsum("gmk,gmj->gkj", w, label).mean(0),
+        prior, right, hits(prior.judge_labels), mean,
+        accuracy=mean(hit),
+        accuracy_stderr=error,
+        diversity=float(diversities[known].mean()),
+        diversities=torch.where(known, diversities, torch.nan).flatten(),
+        confusion=torch.where(known[..., None], confusions, torch.nan).nanmean(0),
     )  # fmt: skip
+
+
+def stratified_error(values: Tensor, pairs: int) -> float:
+    """Return the standard error of the mean of values (P · n,), n of each of P pairs in turn.
+
+    A single one of each shows no spread within its pair: that of all values, which is larger, takes its place.
+    """
+    by_pair = values.view(1 if len(values) == pairs else pairs, -1)
+    return float((by_pair.var(1) / by_pair.shape[1]).sum().sqrt()) / len(by_pair)
 
 
 def score_samples(samples: Observation, conditions: Conditions) -> Score:
@@ -126,15 +157,18 @@ def score_samples(samples: Observation, conditions: Conditions) -> Score:
         return {name: (labels[name] == y).float() for name, y in targets.items() if name in labels}
 
     hit, outside = all_of(right := hits(samples.labels)), samples.outside
-    labels = pair % conditions.classes, conditions.label_of(samples.labels)
+    labels, pairs = (pair % conditions.classes, conditions.label_of(samples.labels)), conditions.pairs
+    diversities = weighted_diversity(features, even)
     return score(
         samples, right, hits(samples.judge_labels), lambda hit: float(hit.mean()),
         accuracy=float(hit.mean()),
-        accuracy_stderr=float(hit.std() / len(hit) ** 0.5),
-        diversity=float(weighted_diversity(features, even).mean()),
+        accuracy_stderr=stratified_error(hit, pairs),
+        stderr_of={name: stratified_error(hit, pairs) for name, hit in right.items()},
+        diversity=float(diversities.mean()),
+        diversities=diversities.flatten(),
         confusion=torch.from_numpy(confusion_matrix(*labels, labels=range(conditions.classes), normalize="true")),
         macro_f1=float(f1_score(*labels, average="macro", zero_division=0.0)),
-        outside_stderr=None if outside is None else float(outside.std() / len(outside) ** 0.5),
+        outside_stderr=None if outside is None else stratified_error(outside, pairs),
     )  # fmt: skip
 
 
@@ -158,9 +192,19 @@ def all_of(hits: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(hits.values())).prod(0)
 
 
-def class_shares(y: Tensor, classes: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each class's share, averaged over pairs, and its standard error, from classes and weights (P, n)."""
-    hit = F.one_hot(y, classes).to(weights)
-    shares = (weights[..., None] * hit).sum(1, keepdim=True)
-    variance = (weights[..., None] * (hit - shares)).square().sum((0, 1))
-    return shares.mean((0, 1)), variance.sqrt() / len(y)
+def class_shares(y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Compute each class's share, averaged over pairs, and its standard error (K_i,), from classes (P, n)."""
+    hit, pairs = F.one_hot(y, classes).float(), len(y)
+    errors = [stratified_error(hit[..., j].flatten(), pairs) for j in range(classes)]
+    return hit.mean((0, 1)), torch.tensor(errors)
+
+
+def target_shares(y: Tensor, classes: int, weights: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute them of classes (G, M) that the weights (G, M, K) of each pair share; pairs not `known` do not count."""
+    hit, members, share = F.one_hot(y, classes).to(weights), y.shape[1], even_shares(known).to(weights)
+    shares = torch.einsum("gmk,gmj->gkj", weights, hit)
+    errors = [
+        shared_error(members * weights * (hit[..., j, None] - shares[:, None, :, j]), share) for j in range(classes)
+    ]
+    blank = 0.0 if known.any() else torch.nan
+    return shares[known].mean(0) + blank, torch.tensor(errors) + blank

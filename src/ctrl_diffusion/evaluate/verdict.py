@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..reward.reward import SHOWN
+
 LEAST = 0.01  # nats: less is rounding
 MUCH_CLIPPED = 0.1  # of a sample's numbers
 
@@ -16,10 +18,14 @@ class Gain(NamedTuple):
     stderr: float
 
     @classmethod
-    def from_paths(cls, log_w: Tensor, before: Tensor) -> "Gain":
-        """Compare log w, or rewards, (n,) of two policies on the same noise: the spread they share cancels."""
-        difference = log_w - before
-        return cls(float(difference.mean()), float(difference.std() / len(difference) ** 0.5))
+    def from_paths(cls, log_w: Tensor, before: Tensor, pairs: int = 1) -> "Gain":
+        """Compare log w, or rewards, (n,) of two policies on the same noise: the spread they share cancels.
+
+        With as many paths of each of some `pairs` in turn, the error is that within the pairs.
+        """
+        difference = (log_w - before).view(pairs, -1)
+        error = float((difference.var(1) / difference.shape[1]).sum().sqrt()) / pairs
+        return cls(float(difference.mean()), error)
 
     @property
     def is_clear(self) -> bool:
@@ -43,6 +49,28 @@ class Climb(NamedTuple):
 
     def __str__(self) -> str:
         return f"J rose by {self.gain} over the last {self.updates} updates"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as text."""
+    return "not known" if share is None else f"{share:.1%}"
+
+
+def gap_line(certificate: dict[str, Any], digits: int = 2) -> str:
+    """Say what a certificate, by the names of metrics.json, bounds, and for which pairs (c, y) nothing is certified."""
+    gap, names = certificate["gap_nats"], certificate.get("uncertified")
+    bound = "" if gap is None else f"at most {gap:.{digits}f} ± {certificate['gap_stderr']:.{digits}f} nats"
+    if not names:
+        return bound
+    text = f"not certified for any of {len(names)} (c, y), which too few of the prior's samples have"
+    if gap is not None:
+        named = "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        certified = f"over {certificate['certified_pairs']} of {certificate['of_pairs']} (c, y)"
+        text = f"{bound} {certified}; nothing is certified for {named}"
+    if apart := certificate["on_paths"]:
+        value = f"{apart['gap_nats']:.{digits}f} ± {apart['gap_stderr']:.{digits}f} nats"
+        text += f" ({value} for {apart['pairs']} of these by the policy's own paths, which hide the modes it misses)"
+    return text
 
 
 @dataclass
@@ -80,9 +108,9 @@ class Verdict:
         """Say in a line that the control has not learned, and in another that J is still climbing."""
         lines = []
         if not self.learned:
-            scores = [f"{100 * metrics[name]['accuracy']:.1f} %" for name in ("ctrl", "prior", "target")]
+            scores = [percent(metrics[name]["accuracy"]).replace("%", " %") for name in ("ctrl", "prior", "target")]
             got = "{} as asked, {} without control, {} a perfect learner's".format(*scores)
-            gap = f"at most {metrics['certificate']['gap_nats']:.1f} nats from the exact conditional"
+            gap = f"gap to the exact conditional {gap_line(metrics['certificate'], 1)}"
             lines.append(f"not learned: J gained {self.gained} over the untrained control; {got}; {gap}. {self.why}")
         if self.climbing:
             lines.append(f"still climbing: {self.climbing}; go on with: ctrl train --resume {run} --time 1h")

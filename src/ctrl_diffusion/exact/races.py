@@ -81,7 +81,8 @@ def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> 
     total = len(cond["c"])
     gamma = task.gamma if task.gammas else None
     x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=n, gamma=gamma)
-    return certify(conditions, prior_table(reward, conditions, x_prior), reward(x_0, labels, cond), kl, log_ratio)
+    table = prior_table(reward, conditions, x_prior)
+    return certify(conditions, table, reward(x_0, labels, cond), kl, log_ratio, task.gamma)
 
 
 @torch.no_grad()

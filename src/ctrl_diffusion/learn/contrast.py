@@ -33,7 +33,7 @@ from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..data.labels import NULL
 from ..reward.outlook import outlook
-from ..reward.reward import Reward, prior_table
+from ..reward.reward import Reward, prior_table, warn_of_rare
 from ..system import ranks
 from .step import (
     CachedSettings,
@@ -153,6 +153,7 @@ class LabelTable(NamedTuple):
         gammas = conditions.gammas or (reward.gamma,)
         plain, labels, choice = reward.at(1.0), conditions.combinations, conditions.choice
         table = prior_table(plain, conditions, paths.x_0)  # (G, M, K)
+        warn_of_rare(conditions, table, "contrast", 1.0)
         p = torch.cat([gamma * table.double() for gamma in gammas]).transpose(1, 2)  # (γ · G, K, M)
         shares = p.softmax(2).flatten(0, 1)
         mean = p.exp().mean(2)  # (γ · G, K)

@@ -24,7 +24,7 @@ from ..chain.rollout import Times
 from ..chain.rows import rows_of
 from ..control.conditions import Conditions
 from ..control.policy import Policy
-from ..reward.reward import Reward, prior_table
+from ..reward.reward import Reward, prior_table, warn_of_rare
 from ..system import ranks
 from .step import (
     CachedSettings,
@@ -90,7 +90,10 @@ class Weighted(Learner):
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
         with torch.no_grad():
-            table = prior_table(reward.at(1.0) if conditions.gammas else reward, conditions, self.x_0)
+            plain = reward.at(1.0) if conditions.gammas else reward
+            table = prior_table(plain, conditions, self.x_0)
+            if not self.even:
+                warn_of_rare(conditions, table, "weighted", plain.gamma)
             if conditions.gammas:  # one table for each γ in turn
                 table = torch.cat([gamma * table for gamma in conditions.gammas])
             weights = (torch.zeros_like(table) if self.even else table).softmax(1)  # (G, M, K)

@@ -3,13 +3,14 @@
 import base64
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..evaluate.certificate import Certificate, mean_error
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.verdict import Verdict
 from ..learn.weighted import RENOISING
@@ -22,6 +23,17 @@ from .pictures import PictureSamples, columns_of
 from .style import CTRL, QUIET, STYLE, distinct_endings, embedded, headline, render, shortened, show_grid
 
 
+class ClassRow(NamedTuple):
+    """Hold J, log Z and gap of a class, means over its certified pairs, else over those on the policy's paths alone."""
+
+    objective: float
+    log_z: float | None
+    gap: float | None
+    stderr: float | None
+    certified: int  # conditions c
+    on_paths: int
+
+
 def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str], label: str) -> Figure:
     """Draw one grid per title, side by side; columns are the prior's classes, rows the control's."""
     with matplotlib.rc_context(STYLE):
@@ -32,11 +44,13 @@ def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str]
     return figure
 
 
-def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
+def curves_figure(records: list[dict[str, Any]], certificate: Certificate) -> Figure:
     """Plot J, which climbs to log Z, KL and reward at the probes of a run; the last record is of the kept control.
 
-    The stage of re-noising is left out: its weights are no control yet.
+    The stage of re-noising is left out: its weights are no control yet. J is a mean over all pairs, and so is the log Z
+    drawn; where some are not certified, whose estimates are low, it is marked as that.
     """
+    log_z, sign = float(certificate.pairs.log_z.mean()), "≥" if certificate.uncertified else "="
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         panels = figure.subplots(1, 3)
@@ -62,7 +76,7 @@ def curves_figure(records: list[dict[str, Any]], log_z: float) -> Figure:
                 axes.text(end, 0.02, f"{stage} ", **style)
         panels[0].axhline(log_z, color="#333", linewidth=1, linestyle="--")
         panels[0].annotate(
-            f"log Z = {log_z:.2f}", (0.98, log_z), xycoords=("axes fraction", "data"), xytext=(0, 3),
+            f"log Z {sign} {log_z:.2f}", (0.98, log_z), xycoords=("axes fraction", "data"), xytext=(0, 3),
             textcoords="offset points", ha="right", color="#333", fontsize=8,
         )  # fmt: skip
         panels[0].margins(y=0.12)
@@ -144,10 +158,13 @@ def gammas_figure(rows: list[dict[str, Any]], trained: float) -> Figure:
             if (y := [row[key] for row in rows]) and None not in y:
                 panels[0].plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.2, label=name)
         style = {"color": CTRL, "linewidth": 0.8, "linestyle": "--", "zorder": 0}
-        panels[0].plot(x, [row["target_accuracy"] for row in rows], **style, label="target’s accuracy")
+        known = [row for row in rows if row["target_accuracy"] is not None]
+        targets = [row["target_accuracy"] for row in known]
+        panels[0].plot([row["gamma"] for row in known], targets, **style, label="target’s accuracy")
         panels[0].set_ylim(bottom=0)
-        errors = [2 * row["gap_stderr"] for row in rows]
-        panels[1].errorbar(x, [row["gap_nats"] for row in rows], errors, color=CTRL, marker="o", markersize=3.5)
+        certified = [row for row in rows if row["gap_nats"] is not None]
+        gaps, errors = [row["gap_nats"] for row in certified], [2 * row["gap_stderr"] for row in certified]
+        panels[1].errorbar([row["gamma"] for row in certified], gaps, errors, color=CTRL, marker="o", markersize=3.5)
         panels[1].set_ylim(bottom=min(0, panels[1].get_ylim()[0]))
         for axes, title in zip(panels, ("Samples at γ", "Gap (nats) ± 2 s.e."), strict=True):
             axes.axvline(trained, color=QUIET, linewidth=1, zorder=0)
@@ -193,7 +210,7 @@ def write_report(
     axes = f"{control} requested", "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
     figures = {
         "grid": grid_figure(pictures, [shortened(value) for value in values], column_names, control),
-        "curves": curves_figure(records, evaluation.certificate.log_z),
+        "curves": curves_figure(records, evaluation.certificate),
         "accuracy": accuracy_figure(evaluation, values, control),
         "confusion": confusion_figure(evaluation.ctrl.confusion, values, *axes, "Confusion of CTRL, %"),
         "sweep": sweep_figure(metrics.sweep, evaluation.target.accuracy, run.config.steps),
@@ -220,14 +237,22 @@ def write_report(
     )  # fmt: skip
 
 
-def by_class(evaluation: Evaluation, classes: int) -> list[tuple[float, ...]]:
-    """Return J, log Z, gap and its standard error of each class, averaged over the prior's conditions."""
-    pairs = evaluation.certificate.pairs
-    tables = pairs.objective, pairs.log_z, pairs.stderr.square()
-    objective, log_z, variance = (table.view(-1, classes) for table in tables)
-    stderr = (variance.mean(0) / len(variance)).sqrt()
-    objective, log_z = objective.mean(0), log_z.mean(0)
-    return list(zip(*(column.tolist() for column in (objective, log_z, log_z - objective, stderr)), strict=True))
+def by_class(evaluation: Evaluation, classes: int) -> list[ClassRow]:
+    """Return the row of each class: means over the prior's conditions c of which its pair is certified."""
+    certificate, rows = evaluation.certificate, []
+    pairs, certified = certificate.pairs, certificate.certified.view(-1, classes)
+    names = ("objective", "log_z", "gap", "stderr")
+    tables = [getattr(pairs, name).view(-1, classes) for name in names]
+    on_paths = certificate.on_paths.view(-1, classes)
+    for k in range(classes):
+        rests_on = next((mask[:, k] for mask in (certified, on_paths) if mask[:, k].any()), None)
+        if rests_on is None:
+            rows.append(ClassRow(float(tables[0][:, k].mean()), None, None, None, 0, 0))
+            continue
+        objective, log_z, gap, stderr = (table[rests_on, k] for table in tables)
+        means = (float(value.mean()) for value in (objective, log_z, gap))
+        rows.append(ClassRow(*means, mean_error(stderr), int(certified[:, k].sum()), int(on_paths[:, k].sum())))
+    return rows
 
 
 def flattened(settings: dict[str, Any], under: str = "") -> dict[str, Any]:

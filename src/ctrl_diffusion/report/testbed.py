@@ -40,7 +40,7 @@ def density_figure(pictures: Sequence[Picture]) -> Figure:
 
 def gap_figure(rows: Rows) -> Figure:
     """Plot the certificate's gap against the true KL where that is known: no point may lie right of the line."""
-    rows = [row for row in rows if row["true_kl_nats"] is not None and row["true_kl_nats"] > 0]
+    rows = [row for row in rows if row["gap_nats"] is not None and (row["true_kl_nats"] or 0) > 0]
     learners = dict.fromkeys(row["learner"] for row in rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 4.2), layout="constrained")
@@ -68,7 +68,8 @@ def growth_figure(rows: Rows) -> Figure:
         left, right = figure.subplots(1, 2)
         least = min(row["seconds"] for row in rows)
         for steps, marker in zip(sorted({row["steps"] for row in rows}), "o^sD", strict=False):
-            line = sorted((row for row in rows if row["steps"] == steps), key=lambda row: row["dim"])
+            line = [row for row in rows if row["steps"] == steps and row["gap_nats"] is not None]
+            line.sort(key=lambda row: row["dim"])
             x, gap, stderr = ([row[name] for row in line] for name in ("dim", "gap_nats", "gap_stderr"))
             style = {"color": CTRL, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": f"{steps} steps"}
             left.errorbar(x, gap, yerr=stderr, **style)

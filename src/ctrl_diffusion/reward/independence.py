@@ -1,13 +1,17 @@
-"""Test whether two labels are independent given x, on examples that have both: adding their rewards assumes it.
+"""Measure what two labels say about each other beyond what their p̂ see, on examples that have both.
 
-If y₁ ⊥ y₂ | x then p(y₁, y₂ | x) = p̂₁(y₁ | x) p̂₂(y₂ | x). Against that product stands
+Adding rewards assumes y₁ ⊥ y₂ | x. Against the product p̂₁(y₁ | x) p̂₂(y₂ | x) stands
 
     q(y₁, y₂ | x) ∝ p̂₁(y₁ | x) p̂₂(y₂ | x) exp(a[y₁] + b[y₂] + w[y₁, y₂])
 
 fitted to n examples by maximum likelihood; a and b absorb errors of p̂ in the labels' frequencies. What w adds to the
-mean log-likelihood is, in the limit of many examples, a lower bound of the conditional mutual information I(y₁; y₂ | x)
-in nats, and 2n times it is chi-squared with (K₁ − 1)(K₂ − 1) degrees of freedom if there is none (Wilks 1938). Examples
-that p̂ was fitted on only make the test weaker: where p̂ is certain nothing is left to share.
+mean log-likelihood is in the limit of many examples at most I(y₁; y₂ | p̂₁, p̂₂), in nats, and 2n times it is
+chi-squared with (K₁ − 1)(K₂ − 1) degrees of freedom where there is none (Wilks 1938).
+
+That is no bound of I(y₁; y₂ | x): p̂ sees less than x. Where it sees f(x), labels that x makes independent still share
+I(y₁; y₂ | f) ≤ min(H(y₁ | f), H(y₂ | f)) through what f leaves out, and no labels share more than that under any x. So
+every amount that can be measured may be p̂'s blindness, and no test of (p̂₁, p̂₂, y₁, y₂) tells it from dependence. The
+figure is reported as what it is. Examples that p̂ was fitted on make it smaller: where p̂ is certain nothing is left.
 """
 
 from dataclasses import dataclass
@@ -19,19 +23,20 @@ from torch import Tensor
 
 @dataclass
 class Dependence:
-    """Hold what the labels still say about each other given x."""
+    """Hold what the labels say about each other beyond what p̂ sees."""
 
     nats: float  # the gain per example, less what chance alone is expected to give; at least 0
-    p_value: float  # of a gain as large from independent labels
+    p_value: float  # of a gain as large from labels that are independent given what p̂ sees
     rows: int  # examples that have both labels
 
     @property
-    def doubtful(self) -> bool:
+    def clear(self) -> bool:
+        """Whether it is more than chance."""
         return self.p_value < 1e-3 and self.nats > 0.01
 
 
 def dependence(log_p: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Dependence:
-    """Test two labels y (n,) of the same examples against log p̂₁ (n, K₁) and log p̂₂ (n, K₂) in nats."""
+    """Measure it for two labels y (n,) of the same examples beside log p̂₁ (n, K₁) and log p̂₂ (n, K₂) in nats."""
     base = (log_p[0][:, :, None] + log_p[1][:, None, :]).double()  # (n, K₁, K₂)
     n, first, second = base.shape
     cell = y[0] * second + y[1]

@@ -1,5 +1,6 @@
 """Compute the reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -10,6 +11,9 @@ from ..chain.codec import Codec
 from ..chain.rows import parts, rows_of
 from ..control.conditions import Conditions
 from ..data.labels import NULL, Labels
+
+ENOUGH = 10.0  # hits of a pair, from which on its log Z is an estimate and not a guess (`evaluate/certificate.py`)
+SHOWN = 4  # pairs in a message
 
 
 class Likelihood(Protocol):
@@ -133,3 +137,35 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
             )
         total = total + torch.where(classes == NULL, 0.0, table[:, classes.clamp(min=0)])
     return total.view(conditions.groups, -1, conditions.classes)
+
+
+def hits(table: Tensor, gamma: float = 1.0) -> Tensor:
+    """Count the samples that have each y, Σ_m p̂(y | x_m): (G, K), from rewards γ log p̂ (G, M, K).
+
+    As 0 ≤ p̂ ≤ 1, the relative variance of Z's estimate Σ p̂/M is at most one over its expectation, and the samples'
+    effective number under p̂ at least as large. Both need the power γ where γ > 1: a few surest samples own p̂^γ. Where
+    γ < 1, p̂^γ would count samples that do not have y, which is the more so the smaller γ; p̂ itself is counted. Of a y
+    on a scale p̂ is a density, of about one level's width; as that may exceed 1, a sample counts for one at most.
+    """
+    if gamma == 0:  # Z is 1, whatever p̂
+        return table.new_full((table.shape[0], table.shape[2]), table.shape[1])
+    log_p = table * max(1.0, 1 / gamma)
+    return (log_p - log_p.amax(1, keepdim=True).clamp(min=0)).exp().sum(1)
+
+
+def rarest(conditions: Conditions, counts: Tensor) -> str | None:
+    """Name the pairs (c, y) with too few hits, of the hits (pairs,), the fewest first; None if all have enough."""
+    few = counts.argsort()[: int((counts < ENOUGH).sum())].tolist()
+    if not few:
+        return None
+    named = "; ".join(f"{conditions.name_of(pair)} ({float(counts[pair]):.1f} hits)" for pair in few[:SHOWN])
+    return named + (f"; and {len(few) - SHOWN} more" if len(few) > SHOWN else "")
+
+
+def warn_of_rare(conditions: Conditions, table: Tensor, learner: str, gamma: float) -> None:
+    """Warn of pairs that too few of a learner's prior samples have, before it learns; rewards (G, M, K) are at γ."""
+    if few := rarest(conditions, hits(table, gamma).flatten()):
+        warnings.warn(
+            f"{learner} learns from a handful of {table.shape[1]} prior samples: {few}. Raise {learner}.cache.",
+            stacklevel=2,
+        )

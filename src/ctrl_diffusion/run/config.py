@@ -122,7 +122,8 @@ class Config(Strict):
         gamma: γ, the weight of log p̂ in the reward; 1 aims at the posterior itself.
         gammas: other γ that the control is trained for as well, such as [0.5, 1, 2, 4]: sampling takes any between the
             smallest and the largest. Half of the training is at `gamma`. null for `gamma` alone.
-        kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null keeps γ.
+        kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null keeps γ. A warning says
+            where too few prior samples count to measure it: they show log(samples/30) nats at most.
         steps: steps of the chain that is trained and certified.
         sigma_end: noise level at which the chain ends and x_0 is read out.
         time_power: spacing of the chain's times; a larger power puts more steps near the end.

@@ -23,7 +23,7 @@ from ..evaluate.judge import Observation
 from ..evaluate.scores import Nulled, Score, score_samples, score_target
 from ..evaluate.verdict import Gain
 from ..learn.step import steps_to_learn
-from ..reward.reward import prior_table
+from ..reward.reward import ENOUGH, prior_table
 from ..system import ranks
 from ..system.progress import Phase, silent
 from .config import Config
@@ -136,7 +136,7 @@ def lower_gamma(run: Run, budget: float, phase: Phase = silent) -> None:
     """Lower the run's γ until the target lies within a KL of `budget` nats of the prior."""
     x_prior = prior_samples(run, run.config.evaluation.prior_samples, "prior samples for γ", phase)
     table = prior_table(run.reward_at(1.0), run.conditions, x_prior)
-    gamma = ranks.broadcast(lambda: gamma_within(table, budget, run.config.gamma))
+    gamma = ranks.broadcast(lambda: gamma_within(run.conditions, table, budget, run.config.gamma))
     run.config = run.config.with_(gamma=float(f"{gamma:.4g}"))
     run.policy.gamma = run.config.gamma
 
@@ -265,6 +265,21 @@ def without_steps(run: Run, interval: tuple[float, float], end: str) -> tuple[fl
     return (off, (inside[cut - 1] * inside[cut]) ** 0.5)
 
 
+def remeasured(run: Run, seed: int | None = None, prior_samples: int | None = None) -> Run:
+    """Return the run with other noise for its measurements, and as many samples of the prior for each condition.
+
+    A seed left out is the one after the run's, modulo 2³²: independent of what the run was trained, chosen and measured
+    by, and the same each time.
+    """
+    config = run.config
+    members, least = prior_samples or config.evaluation.prior_samples, len(run.values)
+    if members < least:
+        raise ValueError(f"--prior-samples {members}: give {least} at least, one for each class of the controls.")
+    seed = (config.seed + 1) % 2**32 if seed is None else seed
+    run.config = config.with_(seed=seed, evaluation={"prior_samples": members})
+    return run
+
+
 @torch.no_grad()
 def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = False) -> Evaluation:
     """Evaluate the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
@@ -305,24 +320,28 @@ def evaluate_on(
     gained = None
     if against_untrained:
         untrained = policy_paths(*arguments, untrained=True)
-        gained = Gain.from_paths(rewards - log_ratio, untrained.rewards - untrained.log_ratio)
+        log_w = (rewards - log_ratio, untrained.rewards - untrained.log_ratio)
+        gained = Gain.from_paths(*log_w, conditions.pairs)
     table = prior_table(run.reward_at(gamma), conditions, x_prior)
+    certificate = certify(conditions, table, rewards, kl, log_ratio, gamma)
+    known = (certificate.hits >= ENOUGH).view(conditions.groups, -1)
     # the prior ignores y: an equal share of its samples stands for each y
     share = members // conditions.classes
     uncontrolled = (torch.arange(len(x_prior)).view(-1, members)[:, : share * conditions.classes]).flatten()
     scores = {
         "prior": score_samples(of_prior[uncontrolled], conditions),
-        "target": score_target(of_prior, table, conditions),
+        "target": score_target(of_prior, table, conditions, known),
         "ctrl": score_samples(run.second_opinion.measure(x_0, conditions), conditions),
     }
     nulled = {
-        name: Nulled.from_labels({kind: score.labels[name] for kind, score in scores.items()}, control.size, table)
+        name: Nulled.from_labels(
+            {kind: score.labels[name] for kind, score in scores.items()}, control.size, table, known
+        )
         for name, control in run.policy.controls.items()
         if name not in conditions.controls
     }
-    certificate = certify(conditions, table, rewards, kl, log_ratio)
     warn_if_outside(scores["prior"], scores["ctrl"])
-    slope = Slope.at(gamma, table, rewards) if run.config.gammas else None
+    slope = Slope.at(gamma, table, rewards, known) if run.config.gammas else None
     return Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled, slope=slope, gained=gained)
 
 

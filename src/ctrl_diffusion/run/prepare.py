@@ -303,7 +303,7 @@ def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> list[int] | N
 
 @torch.no_grad()
 def dependences(inputs: list[ControlInputs], panels: dict[str, Panel], prior: Prior) -> dict[str, dict[str, float]]:
-    """Measure how the labels of any two controls from one dataset depend on each other once x is known; warn if so."""
+    """Measure what labels of two controls from one dataset say about each other beyond what p̂ sees; warn if much."""
     figures = {}
     usable = [i for i in inputs if i.data and not i.settings.skip_bad and not i.data.space(i.name).scale]
     for first, second in combinations(usable, 2):
@@ -316,10 +316,11 @@ def dependences(inputs: list[ControlInputs], panels: dict[str, Panel], prior: Pr
         shared = dependence(log_p, (first.data.labels[first.name], second.data.labels[second.name]))
         names = f"{first.name} and {second.name}"
         figures[names] = vars(shared)
-        if shared.doubtful:
+        if shared.clear:
             warnings.warn(
-                f"{names} still depend on each other once x is known (at least {shared.nats:.3f} nats, "
-                f"p = {shared.p_value:.1g}): rewards add only if they do not. Make their combinations one control.",
+                f"labels of {names} say {shared.nats:.3f} nats about each other beyond what p̂ sees of x (p = "
+                f"{shared.p_value:.1g}): either they depend on each other once x is known, where rewards do not add, "
+                "or p̂ does not see all of x.",
                 RuntimeWarning, 2,
             )  # fmt: skip
     return figures

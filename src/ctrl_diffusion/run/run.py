@@ -149,12 +149,16 @@ class Run:
         """All pairs (c, y) to train on: labels may be null, but where a control is being added not those of the new."""
         fixed = [name for name in self.names if self.policy.controls[name].fixed]
         conditions = self.conditions
-        return Conditions.for_training(conditions.cond, conditions.controls, fixed, self.config.trained_gammas)
+        arguments = conditions.cond, conditions.controls, fixed, self.config.trained_gammas, conditions.names
+        return Conditions.for_training(*arguments)
 
     def conditions_on(self, names: Sequence[str]) -> Conditions:
         """Return all pairs (c, y) with labels for some of the controls."""
         cond = {} if self.config.classes is None else {"c": torch.tensor(self.config.classes)}
-        return Conditions(cond, {name: self.policy.controls[name].size for name in names})
+        controls = {name: self.policy.controls[name] for name in names}
+        classes = {"c": [self.prior.class_names[c] for c in self.config.classes]} if cond else {}
+        classes |= {name: control.values for name, control in controls.items()}
+        return Conditions(cond, {name: control.size for name, control in controls.items()}, names=classes)
 
     @property
     def times(self) -> Times:

@@ -69,8 +69,9 @@ class ProbeHistory:
     reward (the warm start pays J for reward). For a learner that climbs by g a probe, where the noise of its weights
     adds s to each probe, that mean difference is k g with a standard error of s √(2/k): noise stops it at a probe with
     probability Φ(−k^1.5 g / (√2 s)) at most. At g = s/2 that is 16 % for k = 2, 3 % for k = 3 and 0.2 % for k = 4, the
-    default: of ten probes three may stop a stage, which noise then does to one in 160 such learners. A learner that
-    stands still is stopped by every second probe, or later if its reward rises.
+    default: of ten probes two may stop a stage, which noise then does to one in 240 such learners. A learner that
+    stands still is stopped by every second probe, or later if its reward rises. The first probe is made before the
+    stage's first update, often of averaged weights, which lack the noise: it is nothing the stage did, and not counted.
     """
 
     updates: list[int] = field(default_factory=list)
@@ -86,7 +87,7 @@ class ProbeHistory:
     def standstill(self, patience: int | None) -> str | None:
         """Say that the last probes gained nothing, if so; None while a stage is to go on."""
         k = patience or 0
-        if not k or len(self.updates) < 2 * k:
+        if not k or len(self.updates) < 2 * k + 1:
             return None
         for values in (self.log_w, self.rewards):
             gain = float((torch.stack(values[-k:]).mean(0) - torch.stack(values[-2 * k : -k]).mean(0)).mean())

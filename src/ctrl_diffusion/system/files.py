@@ -1,6 +1,7 @@
 """Write files whole or not at all: under a temporary name that is then renamed."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,15 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def nan_as_none(value: Any) -> Any:
+    """Replace every NaN in a JSON value by None: what is not known."""
+    if isinstance(value, dict):
+        return {key: nan_as_none(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nan_as_none(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
+from ...evaluate.verdict import gap_line
 from ...prior import families
 from ...prior.loader import find_pipeline
 from ...prior.parts import is_plain, load_part
@@ -136,5 +137,5 @@ def model_card(folder: Path, run: Run, base: str) -> str:
     templates = Environment(loader=PackageLoader("ctrl_diffusion.report"), trim_blocks=True)
     return templates.get_template("card.md").render(
         run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,
-        call=f"{first}controls={example}",
+        call=f"{first}controls={example}", certified=gap_line(metrics["certificate"]),
     )  # fmt: skip
