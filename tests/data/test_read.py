@@ -10,7 +10,8 @@ from PIL import Image
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import write_imagefolder
-from ctrl_diffusion.data.read import in_order, read_images
+from ctrl_diffusion.data.names import in_order
+from ctrl_diffusion.data.read import read_images
 
 CLASSES = {"digit": {str(c): c for c in range(10)}, "ink": {str(y + 1): y for y in range(4)}}
 SHAPE = (1, 8, 8)
@@ -47,10 +48,11 @@ def write(folder, rows, size=(8, 8)):
         ([], "no rows"),
         (["a.png,3,5"], "row 1: ink must be one of 1, 2, 3, 4, got '5'"),
         (["a.png,3,1", "b.png,3,"], "row 2: ink is blank. Label it or remove the row."),
-        (["a.png,3,1", "b.png,3"], "row 2: ink is blank"),
+        (["a.png,3,1", "b.png,3"], "row 2: it has 2 fields, the header 3. Quote a field that has commas in it"),
         (["a.png,ten,1"], "row 1: digit must be one of"),
         (["a.png,3,1", "none.png,3,1"], "row 2: cannot read 'none.png'"),
-        ([",3,1"], "row 1: cannot read ''"),
+        ([",3,1"], "row 1: cannot read its image .its path is blank"),
+        (["folder,3,1"], "row 1: cannot read its image .'folder' is no file"),
         (["broken.png,3,1"], "row 1: cannot read 'broken.png'"),
         (["text.png,3,1"], "row 1: cannot read 'text.png'"),
         (["huge.png,3,1"], "row 1: cannot read 'huge.png' .9000×9000 pixels are too many"),
@@ -67,12 +69,13 @@ def test_bad_folders_are_named_row_by_row(tmp_path, rows, message):
     (tmp_path / "broken.png").write_bytes(whole.read_bytes()[:400])
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
     (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=message):
         read_images(tmp_path, CLASSES, SHAPE)
 
 
 def test_missing_table_and_column(tmp_path):
-    with pytest.raises(ValueError, match=r"no metadata\.csv or metadata\.jsonl"):
+    with pytest.raises(ValueError, match=r"no metadata\.csv, metadata\.jsonl or metadata\.parquet"):
         read_images(tmp_path, CLASSES, SHAPE)
     write(tmp_path, ["a.png,3,1"])
     with pytest.raises(ValueError, match="no column slant; it has: file_name, digit, ink"):
@@ -89,7 +92,7 @@ def test_jsonl_is_read_as_csv_is(tmp_path):
     for name in CLASSES:
         assert torch.equal(first.labels[name], second.labels[name])
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"')
-    with pytest.raises(ValueError, match="line 1 cannot be read"):
+    with pytest.raises(ValueError, match="row 1: line 1 is no JSON object: the object is cut off"):
         read_images(tmp_path, CLASSES, SHAPE)
 
 
@@ -150,7 +153,7 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(tmp_path):
         data = read_images(tmp_path, CLASSES, SHAPE, skip_bad=True)
     assert data.labels["digit"].tolist() == [3, 5, 6, 6]
     (message,) = [str(warning.message) for warning in record]
-    counts = "1 × unreadable images, 1 × blank labels, 1 × unknown labels, 1 × repeated images"
+    counts = "1 × unreadable images, 1 × missing labels, 1 × unknown labels, 1 × repeated images"
     assert f"4 of 8 rows cannot be used ({counts}; the first: " in message
     assert "row 2: cannot read 'none.png'" in message
     write(tmp_path, [row for row in rows if row not in good[1:]])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ctrl_diffusion.data.read import read_images
-from ctrl_diffusion.data.tables import open_table
+from ctrl_diffusion.data.sources import open_table
 
 N = 12
 SHAPE = (1, 8, 8)
@@ -126,16 +126,16 @@ def test_a_name_on_the_hub_that_cannot_be_reached():
 
 def test_what_is_wrong_with_a_table_is_reported(tmp_path):
     (tmp_path / "latin.csv").write_bytes("image,ink\na.png,schwärzer\n".encode("latin-1"))
-    datasets.Dataset.from_dict({"picture": ["a.png"], "ink": ["1"]}).to_parquet(tmp_path / "t.parquet")
+    datasets.Dataset.from_dict({"drawing": ["a.png"], "ink": ["1"]}).to_parquet(tmp_path / "t.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing else")
     (tmp_path / "words.txt").write_text("hello")
     rows = with_features()
     datasets.DatasetDict({"a": rows, "b": rows}).save_to_disk(tmp_path / "splits")
     for source, message in (
         ("latin.csv", "latin.csv is not UTF-8: .* Save it as UTF-8"),
-        ("t.parquet", "no column file_name or image or path for the images; it has: picture, ink"),
+        ("t.parquet", "no column file_name or image or path for the images; it has: drawing, ink. Name theirs with --image"),
         ("broken.parquet", "broken.parquet cannot be read"),
-        ("words.txt", "is no table: .csv, .jsonl and .parquet are read, and folders"),
+        ("words.txt", "is no table: \\.csv, \\.tsv, \\.jsonl, \\.parquet are read, and folders"),
         ("splits", "has the splits a, b and none called train"),
         ("nowhere/at/all", "there is no folder or file"),
         ("", "has no metadata.csv"),
