@@ -9,7 +9,7 @@ from . import options as opt
 
 
 def classifier(
-    data: Annotated[str, typer.Argument(help="A folder with a metadata.csv, a table, or a hub id.")],
+    data: Annotated[str, typer.Argument(help="A folder of labelled images, a table, or a hub id.")],
     control: opt.Control,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     condition: opt.Condition = None,

@@ -23,7 +23,7 @@ ConfigSeed = Annotated[int | None, typer.Option("--seed", min=0, max=MOST, help=
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closing words.")]
 Control = Annotated[str, typer.Option(help="The new control y: NAME, NAME:COLUMN[=TAG] or NAME:MODULE:FUNCTION.")]
 Controls = Annotated[list[str], typer.Option(help="y: NAME or NAME:COLUMN[=TAG]; for each --data.")]
-Datasets = Annotated[list[str], typer.Option(help="Folder with metadata.csv, table, or hub id.")]
+Datasets = Annotated[list[str], typer.Option(help="Folder of labelled images, table, or hub id.")]
 Conditions = Annotated[list[str], typer.Option(help="c, as NAME or NAME:COLUMN; - for none.")]
 Classifiers = Annotated[list[Path], typer.Option(help="A folder of ctrl classifier; left out, fit one.")]
 Settings = Annotated[Path | None, typer.Option(help="Settings (a config.yaml); options above win.")]

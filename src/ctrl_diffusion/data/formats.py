@@ -6,21 +6,22 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .names import normal
 from .tables import Fault, Table, checked_header, image_column, path_inside
 
+Rows = tuple[list[str], list[dict[str, Any]], dict[int, Fault]]  # the columns, the rows, and what is wrong with which
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_text_table(path: Path, image: str | None) -> Table:
     """Read a CSV or JSON-lines file in UTF-8, whose paths are relative to its folder; `image` is their column."""
     reader = read_jsonl if path.suffix.lower() == ".jsonl" else read_csv
-    notes: list[str] = []
+    notes, doubts = [], []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            columns, rows, faults = reader(file, path, notes)
+            columns, rows, faults = reader(file, path, notes, doubts)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
     if len(rows) == len(faults):
@@ -43,11 +44,11 @@ def read_text_table(path: Path, image: str | None) -> Table:
 
     return Table(
         str(path), columns, lambda column: (row.get(column) for row in rows), file_of, len(rows), faults,
-        [f"images in the column {files}", *notes],
+        [f"images in the column {files}", *notes], doubts,
     )  # fmt: skip
 
 
-def read_csv(file: Any, path: Path, notes: list[str]) -> tuple[list[str], list[dict[str, str]], dict[int, Fault]]:
+def read_csv(file: TextIO, path: Path, notes: list[str], doubts: list[str]) -> Rows:
     """Read the columns and rows of a CSV file, and the faults of rows of another length than the header's.
 
     Its separator is the comma, or the semicolon or tab if the header has no comma and only one of these. Raises
@@ -85,11 +86,14 @@ def read_csv(file: Any, path: Path, notes: list[str]) -> tuple[list[str], list[d
         raise ValueError(f"{where} cannot be read: {error}. Is a quote in it never closed, or not doubled?") from error
     if spread:
         row, first, last = spread[0]
-        notes.append(f"quotes spread {len(spread)} rows over several lines (the first: row {row}, {first} to {last})")
+        doubts.append(
+            f"{len(spread)} of {len(rows)} rows spread over several lines, as a quote is open at their ends (row {row} "
+            f"is lines {first} to {last}). If these are rows of their own, close it."
+        )
     return columns, rows, faults
 
 
-def read_jsonl(file: Any, path: Path, notes: list[str]) -> tuple[list[str], list[dict], dict[int, Fault]]:
+def read_jsonl(file: TextIO, path: Path, *_: list[str]) -> Rows:
     """Read the columns that occur in a file with one JSON object a line, its rows, and the faults of other lines."""
     columns: dict[str, None] = {}
     rows: list[dict] = []
@@ -169,6 +173,8 @@ def read_dataset(dataset: Any, name: str, root: Path | None, image: str | None) 
         if not isinstance(value, dict):
             value = {"bytes" if isinstance(value, bytes) else "path": value}
         path = str(value.get("path") or "its image")
+        if value.get("bytes") is None and not value.get("path"):
+            raise ValueError("there is none")
         if value.get("bytes") is not None:
             return value["bytes"], path
         return (Path(path) if root is None else path_inside(root, path)), path
@@ -208,8 +214,12 @@ def load(reader: Callable[[Any], Any], source: str | Path) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in its error too
     try:
         return reader(datasets)
     except Exception as error:  # its readers raise nearly anything
         cause = error.__cause__ or error
         raise ValueError(f"{source} cannot be read: {' '.join(str(cause).split())[:200]}") from error
+    finally:
+        datasets.logging.set_verbosity(before)

@@ -17,6 +17,7 @@ from torch import Tensor
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MOST_PIXELS = 2**26  # of one file: 8192 × 8192
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners fill of a number
+SAMPLE_FORMAT, SIGNED = 339, 2  # a tag of TIFF files, and its value for what Pillow reads as if it had no sign
 IN_MEMORY = 2**28  # bytes; what is larger as floats stays on disk as bytes
 
 
@@ -50,6 +51,8 @@ def open_image(file: Path | bytes) -> Picture:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 if not 0 < image.width * image.height <= MOST_PIXELS:
                     raise ValueError(f"{image.width}×{image.height} pixels are too many")
+                if image.mode == "L" and getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT) == (SIGNED,):
+                    raise ValueError("its pixels are of 8 bits with a sign; convert it to 16 bits")
                 pages, raw = getattr(image, "n_frames", 1), str(image.tile[:1])
                 image.load()
                 return Picture(plain(ImageOps.exif_transpose(image), raw), pages)

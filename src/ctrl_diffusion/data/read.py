@@ -133,16 +133,14 @@ class Tally:
             texts.append(f"{what}: the first of each was read.")
         if self.deep and (levels != Levels(0, 2**16 - 1) or self.clipped):
             texts.append(f"{self.scaling(levels)}. For other limits, convert them to 8 bits yourself.")
-        for text in texts:
+        for text in (*self.table.doubts, *texts):
             warnings.warn(f"{name}: {text}", stacklevel=3)
 
     def scaling(self, levels: Levels) -> str:
         """Say what became black and white in deep images."""
-        count, (black, white) = f"{len(self.deep)} of {self.table.rows}", levels
-        outside = (
-            f" ({len(self.clipped)} of them go beyond; the first is row {self.clipped[0]})" if self.clipped else ""
-        )
-        return f"{count} images have more than 8 bits: {black} became black in all and {white} white{outside}"
+        beyond = f"; {len(self.clipped)} go beyond, first that of row {self.clipped[0]}" if self.clipped else ""
+        values = f"{levels.black} … {levels.white} became black … white in all of them"
+        return f"{len(self.deep)} of {self.table.rows} images have more than 8 bits ({values}{beyond})"
 
     def summary(self, used: int, levels: Levels | None, labels: Mapping[str, tuple[LabelSpace, Tensor]]) -> str:
         """Say in one line what was read: rows, how the table was read, the classes with their counts."""
@@ -151,7 +149,7 @@ class Tally:
         parts += [self.scaling(levels)] if self.deep else []
         for name, (space, y) in labels.items():
             counts = [] if space.scale else y.bincount(minlength=space.size).tolist()
-            texts = [f"{value} {n}" for value, n in zip(space.values, counts, strict=False) if n]
+            texts = [f"{n} × {value[:40]}" for value, n in zip(space.values, counts, strict=False) if n]
             more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
             scale = f"a scale, {space.values[0]} … {space.values[-1]}" if space.scale else ""
             parts.append(f"{name}: {scale or ', '.join(texts[:SHOWN])}{more}")

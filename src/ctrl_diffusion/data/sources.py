@@ -16,7 +16,7 @@ HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what a name on the Hugging Face hub look
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of a folder, the first that is there
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 TRAIN, OTHERS = ("train", "training"), ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
-SHARD = re.compile(r"(.*?)-?(\d+)-of-(\d+).*")
+SHARD = re.compile(r"(.*?)-?(\d+)-of-(\d+)")
 LABEL = "label"  # what the sub-folders' names are a column of
 
 
@@ -106,12 +106,23 @@ def read_shards(folder: Path, shards: list[Path], image: str | None) -> Table:
         if not chosen:
             raise ValueError(f"{folder} has Parquet files of several splits and none called train. Name one file.")
         notes = [f"{chosen[0].name} and the like, not {next(s for s in shards if s not in chosen).name}"]
-    numbered = [match for match in (SHARD.fullmatch(shard.stem) for shard in chosen) if match]
-    there = {(match[1], int(match[2])) for match in numbered}
-    for match in numbered:
-        if lost := next((i for i in range(int(match[3])) if (match[1], i) not in there), None):
-            raise ValueError(f"{folder} lacks file {lost + 1} of {int(match[3])} beside {match[0]}.parquet. Bring it.")
+    check_shards(folder, chosen)
     return with_notes(read_parquet(chosen, f"{folder} ({len(chosen)} Parquet files)", image), *notes)
+
+
+def check_shards(folder: Path, shards: Sequence[Path]) -> None:
+    """Refuse Parquet files that are not all there by their numbers, or have other columns than the first."""
+    from pyarrow.parquet import read_schema
+
+    matches = [match for match in (SHARD.match(shard.stem) for shard in shards) if match]
+    there = {(match[1], int(match[2])) for match in matches}
+    for match in matches:
+        if lost := [i for i in range(int(match[3])) if (match[1], i) not in there]:
+            raise ValueError(f"{folder} lacks number {lost[0]} of the {int(match[3])} files of {match[1]}. Bring it.")
+    first = load(lambda _: read_schema(shards[0]).names, shards[0])
+    for shard in shards[1:]:
+        if (names := load(lambda _, shard=shard: read_schema(shard).names, shard)) != first:
+            raise ValueError(f"{shard} has the columns {', '.join(names)}, {shards[0].name} {', '.join(first)}.")
 
 
 def read_subfolders(path: Path, folders: Sequence[Path], image: str | None) -> Table:
@@ -140,9 +151,9 @@ def read_subfolders(path: Path, folders: Sequence[Path], image: str | None) -> T
         )
         raise ValueError(f"{path} has no {', '.join(METADATA[:2])} or {METADATA[2]}. {there}.")
     image_column(str(path), columns := ["file_name", LABEL], image)
-    notes = [f"the label of an image is its sub-folder of {path.name or path}/"]
+    notes = ["labels are the names of the sub-folders"]
     if others:
-        notes.append(f"{len(others)} files there are no images by their names (the first: {others[0]})")
+        notes.append(f"{len(others)} of their files are no images by their names (the first: {others[0]})")
     if beside := sum(file.is_file() and file.suffix.lower() in images | set(TABLES) for file in path.iterdir()):
         notes.append(f"{beside} files beside the sub-folders are not read")
     return Table(

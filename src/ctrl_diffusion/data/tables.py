@@ -28,6 +28,7 @@ class Table:
     rows: int
     faults: dict[int, Fault] = field(default_factory=dict)  # row from 0 → why it cannot be used at all
     notes: list[str] = field(default_factory=list)  # which of several possible readings was taken
+    doubts: list[str] = field(default_factory=list)  # what to warn of
     other: str | None = None  # the column that a label is in if none has its name
     cache: tempfile.TemporaryDirectory | None = None  # what must live as long as the table
 

@@ -15,7 +15,7 @@ from ..control.conditions import Conditions
 from ..data.digits import VALUES
 from ..data.images import Levels
 from ..data.labelled import LabelledImages
-from ..data.names import in_order, is_missing
+from ..data.names import in_order, is_missing, key_of
 from ..data.read import read_images
 from ..data.sources import open_table
 from ..prior.prior import Prior, open_prior
@@ -186,8 +186,8 @@ def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOpti
             )
     data = read_data(settings.data, settings, prior, panel and panel.values, phase=options.phase)
     space = data.space(settings.name)
-    if settings.ruler and not space.scale and space.values != VALUES[settings.ruler]:
-        ruler = settings.ruler
+    ruler = settings.ruler
+    if ruler and not space.scale and list(map(key_of, space.values)) != list(map(key_of, VALUES[ruler])):
         raise ValueError(f"ruler: {ruler} measures {ruler}, not {settings.name!r}. Leave the ruler out.")
     judge_data = None
     if settings.judge_data and not panel:
