@@ -27,7 +27,7 @@ BROKEN = {
     "no table": (lambda t: t.unlink(), "has no metadata.csv, metadata.jsonl or metadata.parquet. Write one with"),
     "unquoted comma": ("00004.png,3,1, dark", "row 5: it has 4 fields, the header 3. Quote a field that has commas"),
     "field left out": ("00004.png,3", "row 5: it has 2 fields, the header 3."),
-    "missing label": ("00004.png,3,N/A", "row 5: ink is missing ('N/A'). Label it, remove the row, or, if the word is"),
+    "missing label": ("00005.png,3,N/A", "row 5: ink is missing ('N/A'). Label it, remove the row, or, if the word is"),
     "missing class": ("00004.png,NaN,1", "row 5: digit is missing ('NaN'). Label it"),
     "broken EXIF": ("exif.jpg,3,1", "row 5: cannot read 'exif.jpg' (error: required argument is not an integer). Mend"),
     "quote never closed": ('00004.png,3,"1', "row 5 (line 6) cannot be read: unexpected end of data. Is a quote in it"),

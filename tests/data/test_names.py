@@ -57,8 +57,18 @@ def test_spellings_of_one_class_are_one_class(spellings, name):
             assert LabelSpace(("other", known)).label_of(text, "y") == 1
 
 
-@pytest.mark.parametrize("pair", [("a", "A"), ("yes", "Yes"), ("1", "1a"), ("3_7", "37"), ("１", "1"), ("1,0", "1"), (
-    "100000000000000000001", "100000000000000000002")])  # fmt: skip
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("a", "A"),
+        ("yes", "Yes"),
+        ("1", "1a"),
+        ("3_7", "37"),
+        ("１", "1"),
+        ("1,0", "1"),
+        ("100000000000000000001", "100000000000000000002"),
+    ],
+)
 def test_other_names_keep_their_case_and_characters(pair):
     assert len(in_order(pair)) == 2
     assert LabelSpace(pair).label_of(pair[1], "y") == 1
@@ -89,13 +99,30 @@ def test_the_order_of_classes_depends_on_nothing_but_the_data(seed):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (3, "3"), (3.0, "3.0"), (True, "True"), (" a ", "a"), (np.int64(3), "3"), (np.float32(0.5), "0.5"),
-        (np.bool_(True), "True"), (np.str_("a"), "a"), (np.array(3), "3"), (np.array([3]), "3"), (torch.tensor(2), "2"),
-        (torch.tensor([0.25]), "0.25"), (Decimal("1.50"), "1.50"), (date(2020, 1, 2), "2020-01-02"),
-        (["a", 1, None], "a;1;"), (None, ""), (float("nan"), ""), (np.float64("nan"), ""), (torch.tensor(torch.nan), ""),
-        (pandas.NaT, ""), (Decimal("nan"), ""), ("nan", "nan"),
+        (3, "3"),
+        (3.0, "3.0"),
+        (True, "True"),
+        (" a ", "a"),
+        (np.int64(3), "3"),
+        (np.float32(0.5), "0.5"),
+        (np.bool_(True), "True"),
+        (np.str_("a"), "a"),
+        (np.array(3), "3"),
+        (np.array([3]), "3"),
+        (torch.tensor(2), "2"),
+        (torch.tensor([0.25]), "0.25"),
+        (Decimal("1.50"), "1.50"),
+        (date(2020, 1, 2), "2020-01-02"),
+        (["a", 1, None], "a;1;"),
+        (None, ""),
+        (float("nan"), ""),
+        (np.float64("nan"), ""),
+        (torch.tensor(torch.nan), ""),
+        (pandas.NaT, ""),
+        (Decimal("nan"), ""),
+        ("nan", "nan"),
     ],
-)  # fmt: skip
+)
 def test_values_of_many_types_are_labels(value, text):
     assert as_text(value) == text
 

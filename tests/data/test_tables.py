@@ -188,8 +188,14 @@ def test_every_kind_of_table_gives_the_same(kind, tmp_path, capfd):
     ("kind", "note"),
     [
         (saved_splits, "train of the splits test, train;"),
-        (shards, "data (2 Parquet files): 12 of 12 rows; train-00000-of-00002.parquet and the like, not test-00000-of-"),
-        (split_of_subfolders, "train: 12 of 12 rows; train/ of the splits train, val; labels are the names of the sub-fo"),
+        (
+            shards,
+            "data (2 Parquet files): 12 of 12 rows; train-00000-of-00002.parquet and the like, not test-00000-of-",
+        ),
+        (
+            split_of_subfolders,
+            "train: 12 of 12 rows; train/ of the splits train, val; labels are the names of the sub-fo",
+        ),
         (split_with_table, "train/metadata.csv: 12 of 12 rows; train/ of the splits train, validation; images in the"),
         (subfolders, "labels are the names of the sub-folders; ink was taken from label;"),
         (other_column("img"), "images in the column img;"),
