@@ -42,8 +42,14 @@ def read_text_table(path: Path, image: str | None) -> Table:
             raise ValueError(f"{files} must be a path, got {str(name)[:60]}")
         return path_inside(path.parent, name := (name or "").strip()), name
 
+    def values(column: str) -> Iterable[Any]:
+        for row in rows:
+            value = row.get(column)
+            broken = reader is read_csv and "\n" in (value or "").strip()
+            yield ValueError("it holds a line break; is a quote open across lines") if broken else value
+
     return Table(
-        str(path), columns, lambda column: (row.get(column) for row in rows), file_of, len(rows), faults,
+        str(path), columns, values, file_of, len(rows), faults,
         [f"images in the column {files}", *notes], doubts,
     )  # fmt: skip
 

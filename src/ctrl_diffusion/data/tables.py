@@ -23,7 +23,7 @@ class Table:
 
     name: str  # what an error calls it
     columns: list[str]
-    column: Callable[[str], Iterable[Any]]  # the name of a column → its values in every row
+    column: Callable[[str], Iterable[Any]]  # the name of a column → its value in every row, or the error of none
     image: Callable[[int], tuple[Path | bytes, str]]  # row from 0 → the path or bytes of its image, what to call it
     rows: int
     faults: dict[int, Fault] = field(default_factory=dict)  # row from 0 → why it cannot be used at all
@@ -40,8 +40,6 @@ class Table:
                 if isinstance(value, ValueError):
                     raise value
                 text = as_text(value)
-                if isinstance(value, str) and "\n" in value.strip():
-                    raise ValueError("it holds a line break; is a quote open across lines")
             except ValueError as error:
                 text = ""
                 self.faults.setdefault(row, ("labels that are none", f"{column}: {error}. Mend it or remove the row"))
