@@ -2,6 +2,7 @@
 
 import pytest
 
+from ctrl_diffusion import Run, resume_job
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.folder import RunFolder, StartRecord, fixed_settings
 
@@ -64,3 +65,18 @@ def test_clearing_leaves_what_is_not_ours(folder):
         (folder.path / name).write_text("x")
     folder.clear()
     assert {path.name for path in folder.path.iterdir()} == {"thesis.txt", "data", folder.log.name}
+
+
+def test_a_moved_prior_is_named_with_the_key_to_change(folder, tmp_path):
+    """Also where a run is opened, before anything else of it is."""
+    settings("ink").with_(prior=str(tmp_path / "pipeline")).write(folder.config)
+    for part in ("classifier", "control"):
+        (folder.path / part).mkdir()
+    message = rf"run/config\.yaml: there is no {tmp_path}/pipeline. If it was moved, change prior: in that file\."
+    for read in (folder.read_config, lambda: Run.load(folder.path), lambda: resume_job(folder.path)):
+        with pytest.raises(ValueError, match=message):
+            read()
+    (tmp_path / "pipeline").mkdir()
+    assert folder.read_config().prior == str(tmp_path / "pipeline")
+    settings("ink").with_(prior="digits").write(folder.config)
+    assert folder.read_config().prior == "digits"

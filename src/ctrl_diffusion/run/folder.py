@@ -113,6 +113,13 @@ class RunFolder:
         self.start.unlink(missing_ok=True)
         clear(self.path, [CHECKPOINT])
 
+    def read_config(self) -> Config:
+        """Read config.yaml; refuse (ValueError) a prior's folder that is not there any more."""
+        config = Config.read(self.config)
+        if Path(config.prior).is_absolute() and not Path(config.prior).exists():
+            raise ValueError(f"{self.config}: there is no {config.prior}. If it was moved, change prior: in that file.")
+        return config
+
     def read_metrics(self) -> dict[str, Any]:
         """Read metrics.json."""
         return json.loads(self.metrics.read_text(encoding="utf-8"))

@@ -196,7 +196,7 @@ class Run:
             raise ValueError(f"there is no folder {folder}. Make a run with: ctrl train … --out {folder}")
         if not folder.config.is_file():
             raise ValueError(f"{folder} is not a run folder: it has no config.yaml. Make one with: ctrl train")
-        config = Config.read(folder.config).with_(device=device)
+        config = folder.read_config().with_(device=device)
         if missing := [part for part in ("classifier", "control") if not (folder.path / part).is_dir()]:
             lacks = f"{folder} is an unfinished run: it lacks {', '.join(missing)}"
             raise ValueError(f"{lacks}. Go on with: ctrl train --resume {folder}")

@@ -265,7 +265,7 @@ def resume_job(
         metrics, has_begun = ranks.broadcast(reserve)
         if metrics:
             return metrics
-        config = Config.read(folder.config)
+        config = folder.read_config()
         check_trackers(config.track)
         if not has_begun:
             check_code(config.model_dump(), {}, trust, folder.config)
