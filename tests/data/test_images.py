@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -315,6 +316,16 @@ def test_of_several_pages_the_first_is_read_and_that_is_told(read, kind):
     assert len(record) == 1
     if kind in ("TIFF", "PNG", "WEBP"):  # which keep every pixel
         assert torch.equal(data.x[0], data.x[1])
+
+
+def test_a_damaged_tiff_is_no_line_of_its_decoder(read, capfd):
+    """Libtiff writes to the terminal by itself."""
+    whole = encoded(noise(32, 32, 3), "TIFF", compression="tiff_lzw")
+    damaged = whole[:60] + bytes(200) + whole[260:]
+    with pytest.raises(ValueError, match="row 1: cannot read '0.bin'"):
+        read([damaged] * 2)
+    os.write(2, b"heard again")
+    assert capfd.readouterr() == ("", "heard again")
 
 
 MODES = (

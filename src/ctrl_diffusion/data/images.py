@@ -2,10 +2,12 @@
 
 import io
 import math
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,19 @@ def long_texts() -> Iterator[None]:
         PngImagePlugin.MAX_TEXT_CHUNK = usual
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """Discard inside what libtiff, which knows no Python, writes to the terminal of a damaged file."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def open_image(file: Path | bytes) -> Picture:
     """Read one image, upright, as grey, RGB or RGBA of 8 bits or grey of more (mode I).
 
@@ -54,7 +69,8 @@ def open_image(file: Path | bytes) -> Picture:
                 if image.mode == "L" and getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT) == (SIGNED,):
                     raise ValueError("its pixels are of 8 bits with a sign; convert it to 16 bits")
                 pages, raw = getattr(image, "n_frames", 1), str(image.tile[:1])
-                image.load()
+                with muted() if image.format == "TIFF" and sys.stderr else nullcontext():
+                    image.load()
                 return Picture(plain(ImageOps.exif_transpose(image), raw), pages)
     except Exception as error:  # decoders raise anything
         text = " ".join(str(error).split())[:200]
