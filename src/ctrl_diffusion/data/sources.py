@@ -125,13 +125,18 @@ def check_shards(folder: Path, shards: Sequence[Path]) -> None:
             raise ValueError(f"{shard} has the columns {', '.join(names)}, {shards[0].name} {', '.join(first)}.")
 
 
+def refuse(error: OSError) -> None:
+    """Raise an error that would otherwise be passed over."""
+    raise error
+
+
 def read_subfolders(path: Path, folders: Sequence[Path], image: str | None) -> Table:
     """Read the images in sub-folders, each named by the label of those in it, however deep."""
     Image.init()
     images = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files, labels, others = [], [], []
     for folder in folders:
-        for parent, below, names in os.walk(folder):
+        for parent, below, names in os.walk(folder, onerror=refuse):
             below[:] = sorted(name for name in below if not name.startswith("."))
             for name in sorted(name for name in names if not name.startswith(".")):
                 file = Path(parent, name).relative_to(path).as_posix()
