@@ -177,6 +177,9 @@ def test_images_as_cameras_and_scanners_leave_them(tmp_path):
     clear[:, :4, 3] = 255  # the right half is black and transparent
     Image.fromarray(clear).save(tmp_path / "clear.png")
     upright.convert("P").save(tmp_path / "palette.png")
+    hidden = Image.fromarray(grey // 255).convert("P")
+    hidden.putpalette([0, 0, 0, 0, 0, 0])
+    hidden.save(tmp_path / "hidden.png", transparency=1)  # black on nothing
     upright.convert("RGB").convert("CMYK").save(tmp_path / "print.tiff")
     upright.convert("1").save(tmp_path / "bits.png")
     upright.convert("LA").save(tmp_path / "alpha.png")

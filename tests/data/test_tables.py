@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from ctrl_diffusion.data.read import read_images
 from ctrl_diffusion.data.sources import open_table
@@ -348,6 +349,31 @@ def test_a_number_that_is_no_class_of_a_class_label_is_the_rows_fault(tmp_path, 
         read_images(tmp_path / "saved", {"ink": None}, SHAPE)
     with pytest.warns(UserWarning, match="1 of 12 rows cannot be used"):
         assert len(read_images(tmp_path / "saved", {"ink": None}, SHAPE, skip_bad=True)) == N - 1
+
+
+@pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+@pytest.mark.parametrize(
+    "damage", [lambda content: b"", lambda content: content[:-40], lambda content: b"\xff" + content]
+)
+def test_a_damaged_saved_dataset_is_one_line(tmp_path, file, damage):
+    path = saved(tmp_path) / file
+    content = damage(path.read_bytes())
+    path.unlink()  # which is mapped into memory where it was written
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/saved") as error:
+        read_images(tmp_path / "saved", {"ink": None}, SHAPE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_that_is_none_is_a_fault_of_its_table(tmp_path):
+    """In Parquet no text need be UTF-8."""
+    table = pyarrow.table(
+        {"image": [encoded(i) for i in images()], "ink": pyarrow.array([b"\xff"] * N).cast("string", safe=False)}
+    )
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="t.parquet cannot be read: 'utf-8' codec can't decode byte") as error:
+        read_images(tmp_path / "t.parquet", {"ink": None}, SHAPE)
+    assert "\n" not in str(error.value)
 
 
 def test_a_table_keeps_its_images_inside(tmp_path):

@@ -160,7 +160,7 @@ def read_dataset(dataset: Any, name: str, root: Path | None, image: str | None) 
     if not len(dataset):
         raise ValueError(f"{name} has no rows.")
     typed = [column for column in columns if holds_images(dataset.features[column])]
-    images = image_column(name, columns, image, typed, partial(has_files, dataset, root))
+    images = image_column(name, columns, image, typed, partial(has_files, dataset, name, root))
     if isinstance(dataset.features[images], Image):
         dataset = dataset.cast_column(images, Image(decode=False))
 
@@ -168,11 +168,8 @@ def read_dataset(dataset: Any, name: str, root: Path | None, image: str | None) 
 
     def values(column: str) -> Iterable[Any]:
         feature = dataset.features[column]
-        return (
-            (class_name(feature, value) for value in dataset[column])
-            if isinstance(feature, ClassLabel)
-            else (dataset[column])
-        )
+        rows = load(lambda _: list(dataset[column]), name)
+        return (class_name(feature, value) for value in rows) if isinstance(feature, ClassLabel) else rows
 
     def picture(i: int) -> tuple[Path | bytes, str]:
         value = pictures[i][images]
@@ -206,13 +203,13 @@ def holds_images(feature: Any) -> bool:
     return isinstance(feature, Image) or (isinstance(feature, Value) and "binary" in feature.dtype)
 
 
-def has_files(dataset: Any, root: Path | None, column: str) -> bool:
+def has_files(dataset: Any, name: str, root: Path | None, column: str) -> bool:
     """Return whether every value of a column is the path of a file in a folder."""
     from datasets import Value
 
     if root is None or dataset.features[column] not in (Value("string"), Value("large_string")):
         return False
-    return all(value and (root / value).is_file() for value in dataset[column])
+    return all(value and (root / value).is_file() for value in load(lambda _: list(dataset[column]), name))
 
 
 def load(reader: Callable[[Any], Any], source: str | Path) -> Any:

@@ -263,7 +263,7 @@ def shape_of(table: Table) -> tuple[int, int, int]:
         try:
             size = size or read_image(table, i, {}).image.size
             grey = grey and is_grey(table.image(i)[0])
-        except ValueError:  # reported when the row is read
+        except Exception:  # reported when the row is read
             continue
     return (1 if grey else 3, *(size or (1, 1))[::-1])
 
@@ -291,8 +291,9 @@ def read_image(table: Table, row: int, first_rows: dict[str, int]) -> Picture:
         file, path = table.image(row)
         name = repr(path)
         picture = open_image(file)
-    except ValueError as error:
-        raise BadRow("unreadable images", f"cannot read {name} ({error}). Mend it or remove the row") from error
+    except Exception as error:  # also of a table that is damaged at this row
+        reason = " ".join(str(error).split())[:300]
+        raise BadRow("unreadable images", f"cannot read {name} ({reason}). Mend it or remove the row") from error
     if isinstance(file, Path):
         if before := first_rows.get(str(file)):
             text = f"{name} is in row {before} too and might stand in two parts of a split. Keep one"
