@@ -52,13 +52,9 @@ def subset(data: LabelledImages, column: str, n: int, seed: int) -> tuple[Labell
     return data[rows], data[rest]
 
 
-def read_again(
-    run: Run, settings: ControlSettings, source: str, options: JobOptions, levels: Levels | None = None
-) -> LabelledImages:
-    """Read the labelled images of a run's control as its training did, deep ones with the levels of its first data."""
-    values, phase = run.panels[settings.name].values, options.phase
-    data = read_data(source, settings, run.prior, values, phase=phase, levels=levels)
-    options.say(data.about)
+def read_again(run: Run, settings: ControlSettings, source: str, levels: Levels | None = None) -> LabelledImages:
+    """Read the labelled images of a run's control as its training did, those of its judge with the others' levels."""
+    data = read_data(source, settings, run.prior, run.panels[settings.name].values, levels=levels)
     return select_classes(data, settings.condition, run.config.classes) if settings.condition else data
 
 
@@ -96,8 +92,7 @@ class Comparison:
                 f"{', '.join(fixed)}: trained in another run, whose labels are not here. Compare a run whose "
                 "controls were trained together."
             )
-        controls, options = run.config.controls, self.options
-        self.data = {control.name: read_again(run, control, control.data, options) for control in controls}
+        self.data = {control.name: read_again(run, control, control.data) for control in run.config.controls}
         self.judge: SecondOpinion = replace(run.second_opinion, outside=None)
         self.repeats = repeats_of(self.n, run.conditions)
         self.phase = self.options.phase
@@ -119,9 +114,8 @@ class Comparison:
         for settings in run.config.controls:
             if run.config.classes is not None and not settings.condition:
                 continue
-            judged, levels = [], self.data[settings.name].levels
-            if settings.judge_data:
-                judged = [read_again(run, settings, settings.judge_data, self.options, levels)]
+            levels, source = self.data[settings.name].levels, settings.judge_data
+            judged = [read_again(run, settings, source, levels)] if source else []
             for data in [self.data[settings.name], *judged]:
                 group = data.labels[settings.condition] if settings.condition else torch.zeros(len(data)).long()
                 for rows in torch.arange(len(data)).split(run.prior.codec.batch):
