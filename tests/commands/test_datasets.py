@@ -24,11 +24,35 @@ BROKEN = {
         lambda t: t.write_text(t.read_text().replace("ink", "stroke", 1)),
         "has no column ink; it has: file_name, digit, stroke.",
     ),
-    "no table": (lambda t: t.unlink(), "has no metadata.csv or metadata.jsonl. Write one with file_name"),
+    "no table": (lambda t: t.unlink(), "has no metadata.csv, metadata.jsonl or metadata.parquet. Write one with"),
+    "unquoted comma": ("00004.png,3,1, dark", "row 5: it has 4 fields, the header 3. Quote a field that has commas"),
+    "field left out": ("00004.png,3", "row 5: it has 2 fields, the header 3."),
+    "missing label": ("00005.png,3,N/A", "row 5: ink is missing ('N/A'). Label it, remove the row, or, if the word is"),
+    "missing class": ("00004.png,NaN,1", "row 5: digit is missing ('NaN'). Label it"),
+    "broken EXIF": ("exif.jpg,3,1", "row 5: cannot read 'exif.jpg' (error: required argument is not an integer). Mend"),
+    "quote never closed": ('00004.png,3,"1', "row 5 (line 6) cannot be read: unexpected end of data. Is a quote in it"),
+    "doubled header": (
+        lambda t: t.write_text(t.read_text().replace("digit", " ink ", 1)),
+        "ink is the name of columns 2 and 3. Rename or remove one.",
+    ),
+    "nameless column": (
+        lambda t: t.write_text(t.read_text().replace("digit", "", 1)),
+        "metadata.csv: column 2 has no name. Name it, or remove the column.",
+    ),
+    "JSON array": (
+        lambda t: t.rename(t.with_suffix(".jsonl")).write_text('[{"file_name": "00001.png", "digit": 3, "ink": 1}]'),
+        "row 1: line 1 is no JSON object: it belongs to a JSON array. Write one object a line, with neither",
+    ),
 }  # fmt: skip
 
 
-SKIPPED = ("missing file", "truncated PNG", "blank label", "file in two rows", "path traversal", "too large")
+SKIPPED = (
+    "missing file", "truncated PNG", "blank label", "file in two rows", "path traversal", "too large", "unquoted comma",
+    "missing label", "broken EXIF",
+)  # fmt: skip
+# a good orientation, and an artist of a kind that cannot hold the bytes: writing it anew is a struct.error in Pillow
+EXIF = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x1c\x01\x02\0\x03\0\0\0"
+EXIF += b"\xff" * 4 + b"\0" * 4
 
 
 JOBS = {
@@ -46,6 +70,7 @@ def ragged(quick_run, tmp_path_factory):
     Image.new("1", (9000, 9000)).save(folder / "huge.png")
     Image.new("L", (1250, 800)).save(folder / "million.png")
     Image.new("L", (9, 8)).save(folder / "wide.png")
+    Image.new("L", (8, 8)).save(folder / "exif.jpg", exif=EXIF)
     return folder
 
 
@@ -84,9 +109,11 @@ def test_bad_rows_are_skipped_and_odd_sizes_resized(ctrl_here, ragged, tmp_path,
     )
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "metadata.csv" in line]
-    assert "6 of 500 rows cannot be used" in said[0]
-    assert "4 × unreadable images, 1 × blank labels, 1 × repeated images" in said[0]
-    assert "2 of 500 images are not 8×8 (row 11 is 1250×800): they were resized." in said[1]
+    assert "9 of 500 rows cannot be used" in said[0]
+    counts = "5 × unreadable images, 2 × missing labels, 1 × repeated images, 1 × rows of another length"
+    assert counts in said[0]
+    assert "2 of 500 images are not 8×8 (row 14 is 1250×800): they were resized." in said[1]
+    assert len(said) == 2, "quiet"
     assert (tmp_path / "out" / "report.html").is_file()
 
 
@@ -102,3 +129,51 @@ def test_copies_under_other_names_are_told(ctrl_here, quick_run, tmp_path):
         pytest.warns(UserWarning, match="1 of its images are in judge_data too"),
     ):
         prepare.prepare(given | {"judge_data": str(tmp_path / "judge_data")})
+
+
+def imagefolder(source, folder, **columns):
+    """A copy of 500 digits whose table has the columns called otherwise."""
+    shutil.copytree(source, folder)
+    header, rest = (folder / "metadata.csv").read_text().split("\n", 1)
+    for old, new in columns.items():
+        header = header.replace(old, new)
+    (folder / "metadata.csv").write_text(f"{header}\n{rest}")
+    return folder
+
+
+def test_what_was_understood_is_one_line_unless_quiet(ctrl_here, quick_run, tmp_path):
+    """Of the images' column, that of y, and the classes with their counts; before anything is fitted."""
+    data = imagefolder(quick_run / "data", tmp_path / "photos", file_name="scan", ink="tone")
+    settings = tmp_path / "tiny.yaml"
+    settings.write_text(yaml.safe_dump(TINY))
+    job = ["classifier", data, "--control", "ink:tone", "--config", settings, "--out", tmp_path / "out"]
+    done = ctrl_here(*job)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "metadata.csv" in line]
+    assert line.startswith(f"ctrl: {data / 'metadata.csv'}: 500 of 500 rows; images in the column scan; ink: ")
+    assert [part.split(" × ")[1] for part in line.rstrip(".").split("ink: ")[1].split(", ")] == ["1", "2", "3", "4"]
+    assert not [line for line in ctrl_here(*job, "--overwrite", "--quiet").stderr.splitlines() if "rows" in line]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            (),
+            "row 5: ink is missing ('none'). Label it, remove the row, or, if the word is a class, pass --missing ",
+        ),
+        (("--missing", "keep"), "ink = 'none' has 1 example(s). Bring at least 10 of every class"),
+        (("-o", "missing=keep"), "ink = 'none' has 1 example(s)"),
+        (("--missing", "drop"), "missing: Input should be 'bad' or 'keep', got 'drop'"),
+        (("--image", "ink"), "row 1: cannot read '"),
+        (("--image", "scan"), "has no column scan for the images; it has: file_name, digit, ink."),
+        (("-o", "image=scan"), "has no column scan for the images"),
+    ],
+)
+@pytest.mark.parametrize("command", JOBS)
+def test_a_word_may_be_a_class_and_a_column_be_named(ctrl_here, ragged, tmp_path, command, options, message):
+    data = with_rows(ragged, tmp_path / "data", ["00004.png,3,none"])
+    done = ctrl_here(*JOBS[command], data, *options, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -48,8 +48,8 @@ def test_labels_from_a_rule_of_the_users(rules):
     assert data.labels["light"].tolist() == [1, 1, 1, 1, 0, 0]
     with pytest.raises(ValueError, match=r"row 1: the rule failed on it: ZeroDivisionError: division by zero"):
         read_images("photos", {"light": None}, (1, 8, 8), {"light": "my_rules:fails"})
-    with pytest.raises(ValueError, match="must return a text or a number, got None"):
-        label_by(load_rule("my_rules:nothing"), noise(8))
+    with pytest.raises(ValueError, match="light is missing: the rule returned None"):
+        label_by(load_rule("my_rules:nothing"), noise(8), "light")
 
 
 @pytest.mark.parametrize(

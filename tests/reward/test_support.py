@@ -49,6 +49,26 @@ def test_few_images_and_a_feature_that_never_moves_make_a_border():
     assert support.outside(torch.full((1, 5), 50.0)).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, -3e5])
+def test_images_that_are_all_alike_are_a_region_of_one_place(value, recwarn):
+    """As those of black pictures: they lie inside, whatever differs lies outside, and no library warns of it."""
+    features = torch.full((20, 4), value)
+    support = Support.fit(features).calibrate(features[:8])
+    assert support.share(features) == 0.0
+    assert support.outside(features + torch.eye(4)[[0] * 20]).all()
+    assert not recwarn.list
+
+
+def test_features_that_follow_from_others_do_not_break_the_region(recwarn):
+    """Rounding makes a variance of theirs negative, and of its root NaN."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(100_000, 1, generator=generator) @ torch.randn(1, 40, generator=generator)
+    support = Support.fit(features[:90_000]).calibrate(features[90_000:])
+    # a binomial share of 10,000 at 5 %: 0.0022 a standard error
+    assert abs(support.share(features[:90_000]) - 0.05) < 0.01
+    assert not recwarn.list
+
+
 def test_real_images_are_inside_and_noise_is_not(judged):
     panel, others = judged
     # two errors: of the border, from the held-out part, and of the share itself

@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ctrl_diffusion.commands.jobs import demo
-from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
+from ctrl_diffusion.data.labelled import LabelledImages, save_image, to_pixels, write_imagefolder
 from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
@@ -20,6 +22,7 @@ from ctrl_diffusion.run.measure import probe
 from ctrl_diffusion.run.prepare import ControlInputs, check_batches, classes_to_train, dependences, prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system import ranks
+from ctrl_diffusion.system.progress import JobOptions
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +240,46 @@ def test_a_batch_that_processes_cannot_share_is_refused_by_its_learner(monkeypat
     with pytest.raises(ValueError, match="^adjoint: ") as refused:
         check_batches(config)
     assert str(refused.value) == said
+
+
+def test_what_was_understood_is_said_of_every_dataset_once(data, tmp_path):
+    """The classes' sub-folders of p̂'s data, and the table of the judge's, spelled otherwise."""
+    digits = demo.labelled_digits("ink", 0)[0][0]
+    for i, (y, pixels) in enumerate(zip(digits.labels["ink"].tolist(), to_pixels(digits.x), strict=True)):
+        save_image(tmp_path / "photos" / str(y + 1) / f"{i:03}.png", pixels)
+    shutil.copytree(data, tmp_path / "judge")
+    table = tmp_path / "judge" / "metadata.csv"
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header.replace("file_name", "img"), *(f"{row}.0" for row in rows)]))
+    lines, silent = [], []
+    with pytest.warns(UserWarning, match="of its images are in judge_data too"):
+        job = prepare(given(tmp_path / "photos", judge_data=str(tmp_path / "judge")), JobOptions(say=lines.append))
+    counts = digits.labels["ink"].bincount().tolist()
+    classes = f"ink: {', '.join(f'{n} × {i + 1}' for i, n in enumerate(counts))}."
+    names = "labels are the names of the sub-folders; ink was taken from label"
+    assert lines == [
+        f"{tmp_path}/photos: 500 of 500 rows; {names}; {classes}",
+        f"{tmp_path}/judge/metadata.csv: 500 of 500 rows; images in the column img; {classes}",
+    ]
+    (inputs,) = job.inputs
+    assert inputs.judge_data.values == inputs.data.values == {"ink": ("1", "2", "3", "4")}
+    table.write_text(table.read_text().replace(",4.0", ",5.0", 1))
+    with pytest.raises(ValueError, match="ink must be one of 1, 2, 3, 4, got '5.0'"):
+        prepare(given(tmp_path / "photos", judge_data=str(tmp_path / "judge")), JobOptions(say=silent.append))
+    assert not silent, "of what is refused the error alone"
+
+
+def test_a_judges_deep_images_are_scaled_as_those_of_the_classifier(data, tmp_path):
+    """Of 12 bits, of which the judge's images alone would need only 10."""
+    for name, factor in (("photos", 16), ("judge", 4)):
+        shutil.copytree(data, tmp_path / name)
+        for path in (tmp_path / name).glob("*.png"):
+            pixels = np.asarray(Image.open(path)).astype(np.uint16) * factor
+            Image.fromarray(pixels).save(path)
+    message = r"500 of 500 images have more than 8 bits \(0 … 4095 became black … white in all of them\)"
+    with pytest.warns(UserWarning, match=message) as record:
+        (inputs,) = prepare(given(tmp_path / "photos", judge_data=str(tmp_path / "judge"))).inputs
+    assert sum("0 … 4095 became" in str(warning.message) for warning in record) == 2
+    # a byte and its quarter, each rounded down
+    bytes_of = [((part.x + 1) * 127.5).round() for part in (inputs.data, inputs.judge_data)]
+    assert float((bytes_of[0] / 4 - bytes_of[1]).abs().max()) <= 1

@@ -24,6 +24,8 @@ def add(
     seed: opt.ConfigSeed = None,
     track: opt.Track = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
+    image: opt.Image = None,
+    missing: opt.Missing = None,
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: opt.Quick = False,
     overwrite: opt.Overwrite = False,
@@ -38,6 +40,6 @@ def add(
             raise ValueError(f"-o {text}: {key} is that of {run}, whose controls depend on it. Leave it out.")
     options = {"time": time, "updates": updates, "seed": seed}
     options |= {"learners": learner and learner.split(","), "track": track and track.split(",")}
-    options |= opt.control_values(data, control, condition, classifier, skip_bad)
+    options |= opt.control_values(data, control, condition, classifier, skip_bad, image, missing)
     values = opt.read_values(options, config, override, trust)
     opt.run_training(partial(add_job, run), values, out, quiet, trust=trust, overwrite=overwrite, quick=quick)

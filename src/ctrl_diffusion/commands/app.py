@@ -45,6 +45,7 @@ def quiet_dependencies() -> None:
     for name in ("diffusers", "transformers", "accelerate", "peft", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=name)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it logs of a damaged picture is in its error too
     warnings.showwarning = show_warning
 
 

@@ -9,7 +9,7 @@ from . import options as opt
 
 
 def classifier(
-    data: Annotated[str, typer.Argument(help="A folder with a metadata.csv, a table, or a hub id.")],
+    data: Annotated[str, typer.Argument(help="A folder of labelled images, a table, or a hub id.")],
     control: opt.Control,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     condition: opt.Condition = None,
@@ -18,6 +18,8 @@ def classifier(
     override: opt.Override = [],  # noqa: B006
     seed: opt.ConfigSeed = None,
     skip_bad: opt.SkipBad = False,
+    image: opt.Image = None,
+    missing: opt.Missing = None,
     trust: opt.Trust = False,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = opt.OTHER,
@@ -26,7 +28,8 @@ def classifier(
     from ..run.config import Config
     from .jobs.train import classifier_job
 
-    options = {"control": control, "condition": condition, "data": data, "skip_bad": skip_bad or None, "seed": seed}
+    options = {"control": control, "condition": condition, "data": data, "seed": seed}
+    options |= {"skip_bad": skip_bad or None, "image": image, "missing": missing}
     values = opt.read_values(options, config, override, trust) | {"prior": "-", "prompts": None}  # not used
     settings = Config.from_values(values, str(config or "settings"))
     with opt.job_options(quiet, trust, overwrite) as job:

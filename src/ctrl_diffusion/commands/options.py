@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..system.launch import rank_of
-from ..system.progress import JobOptions
+from ..system.progress import JobOptions, ignore
 
 SHOWN = 12  # progress bars
 RANK = rank_of(os.environ)  # among several processes
@@ -24,7 +24,7 @@ ConfigSeed = Annotated[int | None, typer.Option("--seed", min=0, max=MOST, help=
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar, no closing words.")]
 Control = Annotated[str, typer.Option(help="The new control y: NAME, NAME:COLUMN[=TAG] or NAME:MODULE:FUNCTION.")]
 Controls = Annotated[list[str], typer.Option(help="y: NAME or NAME:COLUMN[=TAG]; for each --data.")]
-Datasets = Annotated[list[str], typer.Option(help="Folder with metadata.csv, table, or hub id.")]
+Datasets = Annotated[list[str], typer.Option(help="Folder of labelled images, table, or hub id.")]
 Conditions = Annotated[list[str], typer.Option(help="c, as NAME or NAME:COLUMN; - for none.")]
 Classifiers = Annotated[list[Path], typer.Option(help="A folder of ctrl classifier; left out, fit one.")]
 Settings = Annotated[Path | None, typer.Option(help="Settings (a config.yaml); options above win.")]
@@ -33,6 +33,8 @@ Override = Annotated[
 ]
 Condition = Annotated[str | None, typer.Option(help="The prior's class c: NAME or NAME:COLUMN.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows, and count them.")]
+Image = Annotated[str | None, typer.Option("--image", hidden=True)]  # an error names it when it is needed
+Missing = Annotated[str | None, typer.Option("--missing", hidden=True)]  # likewise
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code that files name: module:function.")]
@@ -62,16 +64,25 @@ def job_options(quiet: bool, trust: bool = False, overwrite: bool = False, quick
         return lambda n=1, note="": bars.update(task, advance=n, note=note)
 
     try:
-        yield JobOptions(phase, trust, overwrite, quick, shlex.join(["ctrl", *sys.argv[1:]]))
+        yield JobOptions(phase, trust, overwrite, quick, shlex.join(["ctrl", *sys.argv[1:]]), ignore if quiet else say)
     finally:
         if bars.tasks:
             bars.stop()
 
 
+def say(line: str) -> None:
+    """Print a line on what was understood."""
+    typer.echo(f"{CTRL}: {line}", err=True)
+
+
 def control_values(
-    data: list[str], control: list[str], condition: list[str], classifier: list[Path], skip_bad: bool
-) -> dict[str, Any]:
-    """Return the settings of the controls: of a single one beside the other keys, of several as a list."""
+    data: list[str], control: list[str], condition: list[str], classifier: list[Path], skip_bad: bool,
+    image: str | None, missing: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the settings of the controls: of a single one beside the other keys, of several as a list.
+
+    Those on how to read the data are for all of them.
+    """
     n = len(control)
     for name, texts in (("data", data), ("classifier", classifier), ("condition", condition)):
         if len(texts) > max(1, n) or (n > 1 and len(texts) not in (0, n)):
@@ -79,8 +90,9 @@ def control_values(
     columns = {"control" if n < 2 else "name": control, "data": data, "condition": condition}
     columns["classifier_from"] = [str(folder) for folder in classifier]
     columns = {key: texts for key, texts in columns.items() if texts}
-    skip = {"skip_bad": True} if skip_bad else {}
-    rows = [skip | {key: t[i] for key, t in columns.items() if t[i] != "-"} for i in range(max(1, n))]
+    shared = {"skip_bad": skip_bad or None, "image": image, "missing": missing}
+    shared = {key: value for key, value in shared.items() if value is not None}
+    rows = [shared | {key: t[i] for key, t in columns.items() if t[i] != "-"} for i in range(max(1, n))]
     return rows[0] if n < 2 else {"controls": rows}
 
 

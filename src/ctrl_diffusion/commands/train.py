@@ -30,6 +30,8 @@ def train(
     updates: opt.Updates = None,
     prompts: Annotated[str | None, typer.Option(hidden=True)] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
+    image: opt.Image = None,
+    missing: opt.Missing = None,
     trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
     quick: Annotated[bool, typer.Option("--quick", hidden=True)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", hidden=True)] = False,
@@ -39,7 +41,7 @@ def train(
     options: dict[str, Any] = {
         "prior": prior, "prompts": prompts, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
         "learners": learner and learner.split(","), "track": track and track.split(","),
-        **opt.control_values(data, control, condition, classifier, skip_bad),
+        **opt.control_values(data, control, condition, classifier, skip_bad, image, missing),
     }  # fmt: skip
     if resume:
         others = (out, config, override, overwrite, quick, dry_run)

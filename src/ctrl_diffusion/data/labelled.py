@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..system.files import atomic
-from .images import Images
+from .images import Images, Levels
 from .labels import LabelSpace
 
 RAREST = 10  # fewest examples of a class: with fewer, some part of a split would have hardly any
@@ -24,11 +24,14 @@ class LabelledImages:
     """Hold n labelled examples: x (n, C, H, W) in [−1, 1] and, by column, labels and what the user calls their values.
 
     Labels (n,) are class numbers, or places on a scale as floats; values are the classes or levels, in order.
+    `about` says in one line what was read, and `levels` what was black and white in images of more than 8 bits.
     """
 
     x: Tensor | Images
     labels: dict[str, Tensor]
     values: dict[str, tuple[str, ...]]
+    about: str = ""
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.x, Tensor) and not self.x.isfinite().all():

@@ -1,11 +1,12 @@
 """Say what a label is: a class, a place on a scale, or null."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+
+from .names import as_text, by_key, find, is_number
 
 NULL = -1
 LEVELS = 9
@@ -45,16 +46,16 @@ class LabelSpace:
         return (numbers - first) / (last - first) * (self.size - 1)
 
     def label_of(self, value: str | float, name: str) -> int | float:
-        """Return the label of a value, as the user writes it; refuse (ValueError) any other value of `name`."""
-        text = str(value)
+        """Return the label of a value, in any spelling of it; refuse (ValueError) any other value of `name`."""
+        text = as_text(value)
         if self.scale:
             place = float(self.places(float(text))) if is_number(text) else NULL
             if not 0 <= place <= self.size - 1:
                 raise ValueError(f"{name} must be a number in {self.values[0]} … {self.values[-1]}, got {text!r}.")
             return place
-        if text not in self.values:
+        if (known := find(text, by_key(self.values))) is None:
             raise ValueError(f"{name} must be one of {', '.join(self.values)}, got {text!r}.")
-        return self.values.index(text)
+        return self.values.index(known)
 
     def text_of(self, label: float) -> str:
         """Return the text of a label: its class, its number on the scale, blank for null."""
@@ -77,11 +78,3 @@ class LabelSpace:
             raise ValueError(f"labels of {name!r} must lie in 0 … {last} (−1 for null), got {got}.")
         if y.is_floating_point() and not self.scale:
             raise ValueError(f"labels of {name!r} are classes: whole numbers, got {y.dtype}.")
-
-
-def is_number(text: str) -> bool:
-    """Return whether a text is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

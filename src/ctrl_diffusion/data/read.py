@@ -3,7 +3,8 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,38 +12,160 @@ from PIL import Image
 from torch import Tensor
 
 from ..system.progress import Phase, delayed, silent
-from .images import MODES, as_x, blank, is_grey, open_image, to_array
+from .images import MODES, Levels, Picture, as_x, blank, is_grey, open_image, to_array
 from .labelled import LabelledImages
-from .labels import LabelSpace, is_number
+from .labels import LabelSpace
+from .names import as_text, by_key, find, in_order, is_missing, is_number, normal
 from .rules import Rule, load_rule
-from .tables import Table, open_table
+from .sources import open_table
+from .tables import Table
 
-MOST_CLASSES = 64
+MOST_CLASSES, SHOWN = 64, 10
 Numbers = Mapping[str, int]  # the class number of every name a label may have, in order
-
-
-def in_order(texts: Iterable[str]) -> tuple[str, ...]:
-    """Sort distinct labels: as numbers if all are, else as text."""
-    distinct = set(texts)
-    try:
-        return tuple(sorted(distinct, key=float))
-    except ValueError:
-        return tuple(sorted(distinct))
 
 
 class BadRow(ValueError):
     """Refuse a row: of what kind it is, in a word or two, and why it cannot be used."""
 
 
+@dataclass
+class Label:
+    """Describe how one label of every row is read."""
+
+    name: str
+    numbers: Numbers | None = None  # the class number of every name it may have; None takes those that occur
+    scale: bool | None = None  # None leaves it to the numbers that occur
+    keep: bool = False  # whether words for a missing label are classes
+    rule: Rule | None = None
+    texts: list[str] = field(default_factory=list)  # of every row
+    names: dict[Hashable, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = by_key(self.numbers or ())
+
+    def check(self, row: int) -> None:
+        """Refuse a label that is missing, no number on a scale, or none of the classes; spell a class as known."""
+        name, text = self.name, self.texts[row]
+        if self.numbers is not None and not self.scale and (known := find(text, self.names)) is not None:
+            self.texts[row] = known  # even if it is a word for a missing label
+        elif not text:
+            raise BadRow("missing labels", f"{name} is blank. Label it or remove the row")
+        elif is_missing(text, self.keep):
+            advice = "Label it, remove the row, or, if the word is a class, pass --missing keep"
+            raise BadRow("missing labels", f"{name} is missing ({text!r}). {advice}")
+        elif self.scale and not is_number(text):
+            raise BadRow("labels that are no numbers", f"{name} must be a number, got {text!r}")
+        elif not self.scale and self.numbers is not None:
+            some = ", ".join(list(self.numbers)[:SHOWN])
+            raise BadRow("unknown labels", f"{name} must be one of {some}, got {text!r}")
+
+    def spaced(self, table: Table, rows: list[int]) -> tuple[LabelSpace, Tensor]:
+        """Return what it is, and the labels of rows; refuse too many classes, and a scale of one number."""
+        texts, scale = [self.texts[row] for row in rows], self.scale
+        names = in_order(texts) if self.numbers is None else ()
+        if scale is None and len(names) > MOST_CLASSES:
+            if not_numbers := [row for row, text in zip(rows, texts, strict=True) if not is_number(text)]:
+                row = not_numbers[0]
+                raise ValueError(
+                    f"{table.name}: {self.name} has {len(names)} different values, more than {MOST_CLASSES} classes, "
+                    f"and is no scale: row {row + 1} has {self.texts[row]!r}. Cut it into a few, or mend the numbers."
+                )
+            scale = True
+        if scale:
+            space = LabelSpace(tuple(self.numbers), True) if self.numbers else LabelSpace.from_numbers(texts)
+            if space.ends[0] == space.ends[1]:
+                number = space.values[0]
+                raise ValueError(f"{table.name}: {self.name} is {number} nearly everywhere, no scale to be controlled.")
+            return space, space.places(torch.tensor([float(text) for text in texts]))
+        if self.numbers is not None:
+            # a class may have several names; the first is what it is called
+            first = {number: text for text, number in reversed(self.numbers.items())}
+            space = LabelSpace(tuple(first[i] for i in range(len(first))))
+            return space, torch.tensor([self.numbers[text] for text in texts])
+        known = by_key(names)
+        numbers = {text: names.index(find(text, known)) for text in set(texts)}
+        return LabelSpace(names), torch.tensor([numbers[text] for text in texts])
+
+
+@dataclass
+class Tally:
+    """Count what was found in the rows of a table: what to leave out, and what was changed, each with its row."""
+
+    table: Table
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (kind, error)
+    resized: list[tuple[int, tuple[int, int]]] = field(default_factory=list)  # (row, size)
+    paged: list[tuple[int, int]] = field(default_factory=list)  # (row, pages)
+    deep: list[int] = field(default_factory=list)  # rows of more than 8 bits
+    clipped: list[int] = field(default_factory=list)  # of these, rows beyond the levels
+
+    @property
+    def left_out(self) -> str:
+        """How many rows are bad, by kind."""
+        return ", ".join(f"{n} × {kind}" for kind, n in Counter(kind for kind, _ in self.bad).items())
+
+    def add(self, row: int, picture: Picture, size: tuple[int, int], levels: Levels | None) -> None:
+        """Count what is changed of the picture of a row that can be used."""
+        if picture.image.size != size:
+            self.resized.append((row + 1, picture.image.size))
+        if picture.pages > 1:
+            self.paged.append((row + 1, picture.pages))
+        if picture.image.mode == "I":
+            self.deep.append(row + 1)
+            low, high = picture.image.getextrema()
+            if low < levels.black or high > levels.white:
+                self.clipped.append(row + 1)
+
+    def warn(self, size: str, levels: Levels | None) -> None:
+        """Warn of what was left out or changed; refuse (ValueError) too many bad rows."""
+        name, rows, texts = self.table.name, self.table.rows, []
+        if self.bad:
+            text = f"{len(self.bad)} of {rows} rows cannot be used ({self.left_out}; the first: {self.bad[0][1]})"
+            if 2 * len(self.bad) > rows:
+                raise ValueError(f"{name}: {text}. That is more than half: check the table.")
+            texts.append(f"{text}. They were left out.")
+        if self.resized:
+            row, (width, height) = self.resized[0]
+            what = f"{len(self.resized)} of {rows} images are not {size} (row {row} is {width}×{height})"
+            texts.append(f"{what}: they were resized. For another crop, cut them yourself.")
+        if self.paged:
+            row, pages = self.paged[0]
+            what = f"{len(self.paged)} of {rows} files hold several images (row {row} has {pages})"
+            texts.append(f"{what}: the first of each was read.")
+        if self.deep and (levels != Levels(0, 2**16 - 1) or self.clipped):
+            texts.append(f"{self.scaling(levels)}. For other limits, convert them to 8 bits yourself.")
+        for text in (*self.table.doubts, *texts):
+            warnings.warn(f"{name}: {text}", stacklevel=3)
+
+    def scaling(self, levels: Levels) -> str:
+        """Say what became black and white in deep images."""
+        beyond = f"; {len(self.clipped)} go beyond, first that of row {self.clipped[0]}" if self.clipped else ""
+        values = f"{levels.black} … {levels.white} became black … white in all of them"
+        return f"{len(self.deep)} of {self.table.rows} images have more than 8 bits ({values}{beyond})"
+
+    def summary(self, used: int, levels: Levels | None, labels: Mapping[str, tuple[LabelSpace, Tensor]]) -> str:
+        """Say in one line what was read: rows, how the table was read, the classes with their counts."""
+        left_out = f" ({self.left_out} left out)" if self.bad else ""
+        parts = [f"{used} of {self.table.rows} rows{left_out}", *self.table.notes]
+        parts += [self.scaling(levels)] if self.deep else []
+        for name, (space, y) in labels.items():
+            counts = [] if space.scale else y.bincount(minlength=space.size).tolist()
+            texts = [f"{n} × {value[:40]}" for value, n in zip(space.values, counts, strict=False) if n]
+            more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+            scale = f"a scale, {space.values[0]} … {space.values[-1]}" if space.scale else ""
+            parts.append(f"{name}: {scale or ', '.join(texts[:SHOWN])}{more}")
+        return f"{self.table.name}: {'; '.join(parts)}."
+
+
 def read_images(
     source: str | Path, columns: Mapping[str, Numbers | None], shape: tuple[int, int, int] | None = None,
     mapping: Mapping[str, str] | None = None, scales: Mapping[str, bool] | None = None,
-    tags: Mapping[str, str] | None = None, skip_bad: bool = False, phase: Phase = silent,
+    tags: Mapping[str, str] | None = None, skip_bad: bool = False, phase: Phase = silent, image: str | None = None,
+    keep_missing: bool = False, levels: Levels | None = None,
 ) -> LabelledImages:  # fmt: skip
     """Read labelled images.
 
     Args:
-        source: a folder, a table or a dataset on the hub (`tables`).
+        source: a folder, a table or a dataset on the hub (`sources`).
         columns: labels to read, each with the class number of every name it may hold, in order; None takes the names
             that occur.
         shape: (C, H, W) the prior makes; images of another size are resized (bicubic) with one warning. None takes the
@@ -52,59 +175,85 @@ def read_images(
         tags: the tag a label is about, "yes" where it stands in the column, "no" where it does not.
         skip_bad: leave out rows that cannot be used, with one warning; otherwise the first is an error.
         phase: reports progress.
+        image: the column of the images; None finds it.
+        keep_missing: take words for a missing label, such as none, for classes.
+        levels: what is black and white in images of more than 8 bits; None chooses it by the whole set.
 
     Raises:
         ValueError: no table, a missing column, a row that cannot be used; with skip_bad, if more than half cannot.
     """
-    table, mapping, scales = open_table(source), mapping or {}, scales or {}
-    rules = {name: load_rule(text) for name, text in mapping.items() if ":" in text}
-    texts = read_texts(table, {name: mapping.get(name, name) for name in columns if name not in rules}, tags or {})
-    texts |= {name: [""] * table.rows for name in rules}
+    table, scales = open_table(source, image), scales or {}
+    labels = [Label(name, numbers, scales.get(name), keep_missing) for name, numbers in columns.items()]
+    find_columns(table, labels, mapping or {}, tags or {})
     channels, height, width = shape or shape_of(table)
     if channels not in MODES:
         kinds = ", ".join(map(str, MODES))
         raise ValueError(f"the prior makes images of {channels} channels; image files have {kinds}.")
-    pixels, kept, resized, bad, first_rows = blank(table.rows, height, width, channels), [], [], [], {}
+    size, tally, first_rows = (width, height), Tally(table), {}
+    pixels, kept = blank(table.rows, height, width, channels), []
     advance = delayed(phase, "reading images", table.rows)
     for i in range(table.rows):
         try:
-            image = read_image(table, i, first_rows)
-            array = to_array(image, channels, (width, height))
-            for name, rule in rules.items():
-                texts[name][i] = label_by(rule, Image.fromarray(array[..., 0] if channels == 1 else array))
-            for name, numbers in columns.items():
-                check_label(name, texts[name][i], numbers, scales.get(name))
+            picture = read_image(table, i, first_rows)
+            if picture.image.mode == "I":
+                levels = levels or find_levels(table, i, phase)
+            array = to_array(
+                levels.to_bytes(picture.image) if levels and picture.image.mode == "I" else picture.image,
+                channels,
+                size,
+            )
+            for label in labels:
+                if label.rule:
+                    view = Image.fromarray(array[..., 0] if channels == 1 else array)
+                    label.texts[i] = label_by(label.rule, view, label.name)
+                label.check(i)
         except BadRow as error:
             kind, reason = error.args
-            bad.append((kind, f"{table.name} row {i + 1}: {reason}"))
+            tally.bad.append((kind, f"{table.name} row {i + 1}: {reason}"))
             if not skip_bad:
-                raise ValueError(f"{bad[0][1]}.") from error
+                raise ValueError(f"{tally.bad[0][1]}.") from error
         else:
-            if image.size != (width, height):
-                resized.append((i + 1, image.size))
+            tally.add(i, picture, size, levels)
             pixels[len(kept)] = torch.from_numpy(array.copy())
             kept.append(i)
         advance()
-    warn_of_rows(table, bad, resized, f"{width}×{height}")
-    labels, values = {}, {}
-    for name, numbers in columns.items():
-        space, labels[name] = to_labels(table, name, [texts[name][i] for i in kept], numbers, scales.get(name))
-        values[name] = space.values
-    return LabelledImages(as_x(pixels[: len(kept)]), labels, values)
+    tally.warn(f"{width}×{height}", levels)
+    spaced = {label.name: label.spaced(table, kept) for label in labels}
+    return LabelledImages(
+        as_x(pixels[: len(kept)]), {name: y for name, (_, y) in spaced.items()},
+        {name: space.values for name, (space, _) in spaced.items()}, tally.summary(len(kept), levels, spaced),
+        levels if tally.deep else None,
+    )  # fmt: skip
 
 
-def read_texts(table: Table, columns: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, list[str]]:
-    """Read every row's text of each label from its column; of a label about a tag, whether the column lists the tag."""
+def find_columns(table: Table, labels: list[Label], mapping: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    """Give every label its rule, or its texts from its column; of a label about a tag, whether the column lists it."""
+    columns = {}
+    for label in labels:
+        source = mapping.get(label.name, label.name)
+        if label.name in mapping and ":" in source:
+            label.rule, label.texts = load_rule(source), [""] * table.rows
+        else:
+            columns[label.name] = normal(source)
+    absent = [name for name, column in columns.items() if column not in table.columns]
+    if table.other and len(absent) == 1 and absent[0] not in mapping and table.other not in columns.values():
+        columns[absent[0]] = table.other
+        table.notes.append(f"{absent[0]} was taken from {table.other}")
     table.check_columns(columns.values())
-    texts = {name: table.texts(column) for name, column in columns.items()}
-    for name, tag in tags.items():
-        rows = [{text.strip() for text in re.split("[;,|]", row)} for row in texts[name]]
-        if not any(tag in row for row in rows):
-            counts = Counter(sorted(text for row in rows for text in row if text)).most_common(10)
-            frequent = f"the most frequent are: {', '.join(text for text, _ in counts)}"
-            raise ValueError(f"{table.name}: no row has the tag {tag!r} in {columns[name]}; {frequent}.")
-        texts[name] = ["yes" if tag in row else "no" for row in rows]
-    return texts
+    for label in (label for label in labels if not label.rule):
+        label.texts = table.texts(columns[label.name])
+        if tag := tags.get(label.name):
+            label.texts = texts_of_tag(table, columns[label.name], label.texts, tag)
+
+
+def texts_of_tag(table: Table, column: str, texts: list[str], tag: str) -> list[str]:
+    """Return yes for every row of a column that lists a tag, else no; refuse a tag that no row has."""
+    rows = [{normal(text) for text in re.split("[;,|]", row)} for row in texts]
+    if not any(normal(tag) in row for row in rows):
+        counts = Counter(sorted(text for row in rows for text in row if text)).most_common(SHOWN)
+        frequent = f"the most frequent are: {', '.join(text for text, _ in counts)}"
+        raise ValueError(f"{table.name}: no row has the tag {tag!r} in {column}; {frequent}.")
+    return ["yes" if normal(tag) in row else "no" for row in rows]
 
 
 def shape_of(table: Table) -> tuple[int, int, int]:
@@ -112,83 +261,57 @@ def shape_of(table: Table) -> tuple[int, int, int]:
     grey, size = True, None
     for i in range(table.rows):
         try:
-            size = size or read_image(table, i, {}).size
+            size = size or read_image(table, i, {}).image.size
             grey = grey and is_grey(table.image(i)[0])
-        except (ValueError, OSError):  # reported when the row is read
+        except Exception:  # reported when the row is read
             continue
     return (1 if grey else 3, *(size or (1, 1))[::-1])
 
 
-def read_image(table: Table, row: int, first_rows: dict[str, int]) -> Image.Image:
+def find_levels(table: Table, row: int, phase: Phase) -> Levels:
+    """Choose the levels of all images of more than 8 bits from a row on, the first that has one."""
+    extremes = []
+    advance = delayed(phase, "measuring images", table.rows - row)
+    for i in range(row, table.rows):
+        advance()
+        try:
+            image = read_image(table, i, {}).image
+        except BadRow:  # reported when the row is read
+            continue
+        extremes += image.getextrema() if image.mode == "I" else ()
+    return Levels.of_extremes(min(extremes), max(extremes))
+
+
+def read_image(table: Table, row: int, first_rows: dict[str, int]) -> Picture:
     """Open the image of a row; `first_rows` has the row of every path so far, and is given this one's."""
+    if row in table.faults:
+        raise BadRow(*table.faults[row])
     name = "its image"
     try:
         file, path = table.image(row)
         name = repr(path)
-        image = open_image(file)
-    except ValueError as error:
-        raise BadRow("unreadable images", f"cannot read {name} ({error}). Mend it or remove the row") from error
+        picture = open_image(file)
+    except Exception as error:  # also of a table that is damaged at this row
+        reason = " ".join(str(error).split())[:300]
+        raise BadRow("unreadable images", f"cannot read {name} ({reason}). Mend it or remove the row") from error
     if isinstance(file, Path):
         if before := first_rows.get(str(file)):
             text = f"{name} is in row {before} too and might stand in two parts of a split. Keep one"
             raise BadRow("repeated images", text)
         first_rows[str(file)] = row + 1
-    return image
+    return picture
 
 
-def label_by(rule: Rule, image: Image.Image) -> str:
+def label_by(rule: Rule, image: Image.Image, name: str) -> str:
     """Return the label a rule gives an image, as text; refuse a rule that fails or gives none."""
     try:
         label = rule(image)
     except Exception as error:  # the user's own code
         raise BadRow("rules that failed", f"the rule failed on it: {type(error).__name__}: {error}") from error
-    if not isinstance(label, (str, int, float)) or not str(label).strip():
-        raise BadRow("rules that failed", f"the rule must return a text or a number, got {label!r}")
-    return str(label).strip()
-
-
-def check_label(name: str, text: str, numbers: Numbers | None, scale: bool | None) -> None:
-    """Refuse a label that is blank, no number on a scale, or none of the classes."""
+    try:
+        text = as_text(label)
+    except ValueError as error:
+        raise BadRow("rules that failed", f"the rule must return a text or a number, got {error}") from error
     if not text:
-        raise BadRow("blank labels", f"{name} is blank. Label it or remove the row")
-    if scale and not is_number(text):
-        raise BadRow("labels that are no numbers", f"{name} must be a number, got {text!r}")
-    if not scale and numbers is not None and text not in numbers:
-        raise BadRow("unknown labels", f"{name} must be one of {', '.join(list(numbers)[:10])}, got {text!r}")
-
-
-def warn_of_rows(table: Table, bad: list[tuple[str, str]], resized: list[tuple[int, tuple]], size: str) -> None:
-    """Warn of bad rows (kind, error), which were left out, and of resized rows (number, size); refuse too many bad."""
-    if bad:
-        counts = ", ".join(f"{n} × {kind}" for kind, n in Counter(kind for kind, _ in bad).items())
-        text = f"{table.name}: {len(bad)} of {table.rows} rows cannot be used ({counts}; the first: {bad[0][1]})"
-        if 2 * len(bad) > table.rows:
-            raise ValueError(f"{text}. That is more than half: check the table.")
-        warnings.warn(f"{text}. They were left out.", stacklevel=3)
-    if resized:
-        row, (width, height) = resized[0]
-        warnings.warn(
-            f"{table.name}: {len(resized)} of {table.rows} images are not {size} (row {row} is {width}×{height}): they "
-            "were resized. For another crop, cut them yourself.",
-            stacklevel=3,
-        )
-
-
-def to_labels(
-    table: Table, name: str, texts: list[str], numbers: Numbers | None, scale: bool | None
-) -> tuple[LabelSpace, Tensor]:
-    """Return what a label is, and the label of every row; refuse too many classes, and a scale of one number."""
-    if scale is None and numbers is None and len(set(texts)) > MOST_CLASSES:
-        scale = all(map(is_number, texts))
-        if not scale:
-            count = f"{len(set(texts))} different values, more than {MOST_CLASSES} classes"
-            raise ValueError(f"{table.name}: {name} has {count}. Cut it into a few.")
-    if scale:
-        space = LabelSpace(tuple(numbers), scale=True) if numbers else LabelSpace.from_numbers(texts)
-        if space.ends[0] == space.ends[1]:
-            raise ValueError(f"{table.name}: {name} is {space.values[0]} nearly everywhere, no scale to be controlled.")
-        return space, space.places(torch.tensor([float(text) for text in texts]))
-    numbers = numbers if numbers is not None else {text: i for i, text in enumerate(in_order(texts))}
-    # a class may have several names; the first is what it is called
-    names = {number: text for text, number in reversed(numbers.items())}
-    return LabelSpace(tuple(names[i] for i in range(len(names)))), torch.tensor([numbers[text] for text in texts])
+        raise BadRow("missing labels", f"{name} is missing: the rule returned {label!r}")
+    return text

@@ -1,7 +1,8 @@
 """Label images by a function of the image itself: `--control NAME:MODULE:FUNCTION`.
 
 The function is given one PIL image as the prior sees it, after conversion and resizing, so that it labels samples as it
-labels data. It returns a text or a number. Its module is installed, or lies where the command runs.
+labels data. It returns a text or a number, or None for no label. Its module is installed, or lies where the command
+runs.
 """
 
 import io

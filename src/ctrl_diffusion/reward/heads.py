@@ -13,7 +13,8 @@ from torch.distributions import Categorical as Distribution
 from torch.distributions import Normal
 from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
-from ..data.labels import LabelSpace, is_number
+from ..data.labels import LabelSpace
+from ..data.names import is_number
 
 # in levels: no place is asked for more exactly. Labels without noise would otherwise make p̂ a needle
 RESOLUTION = 0.25

@@ -30,9 +30,12 @@ class Support:
     def fit(cls, features: Tensor) -> "Support":
         """Estimate it from features (n, F) of the fitting part."""
         mean, std = features.mean(0), features.std(0)
+        if not std.max() > 0:  # all images are alike: whatever differs from them lies outside
+            return cls(mean, torch.eye(len(mean)).to(mean), torch.tensor(math.inf))
         std = std.clamp(min=1e-3 * float(std.max()))  # a feature that never moved would see every difference
         covariance = torch.from_numpy(LedoitWolf().fit(((features - mean) / std).numpy()).covariance_).to(mean)
         variance, axes = torch.linalg.eigh(covariance)
+        variance = variance.clamp(min=torch.finfo(variance.dtype).eps * float(variance.max()))  # rounding may go below
         return cls(mean, axes / variance.sqrt() / std[:, None], torch.tensor(math.inf))
 
     def calibrate(self, features: Tensor, share: float = BEYOND) -> "Support":

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveInt, create_model, field_validator, model_validator
 from typing_extensions import Self
 
-from ..data.tables import HUB
+from ..data.sources import HUB
 from ..learn.table import LEARNERS, check_learners
 from ..prior.prior import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
@@ -68,6 +68,9 @@ class ControlSettings(Strict):
         judge_data: other images to fit the judge on, unless `classifier_from` brings one; null reserves part of `data`.
         condition: the prior's class c, if the data have it: NAME, or NAME:COLUMN.
         condition_column: the column of c, if its name is another.
+        image: the column of the images, if it is not found by its name or contents.
+        missing: "bad" makes a row bad whose label is blank or a word such as NaN, none or ?; "keep" takes such words
+            for classes.
         skip_bad: leave out rows that cannot be used, and count them in a warning.
         ruler: a built-in measure of the true y; null lets a judge measure it, fitted on labels of its own.
         classifier_from: a folder that `ctrl classifier` wrote; null fits a classifier.
@@ -85,6 +88,8 @@ class ControlSettings(Strict):
     judge_data: str | None = None
     condition: str | None = None
     condition_column: str | None = None
+    image: str | None = Field(None, min_length=1)
+    missing: Literal["bad", "keep"] = "bad"
     skip_bad: bool = False
     ruler: Literal["ink", "slant"] | None = None
     classifier_from: str | None = None

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..control.conditions import Conditions
 from ..data.digits import VALUES
+from ..data.images import Levels
 from ..data.labelled import LabelledImages
-from ..data.read import in_order, read_images
-from ..data.tables import open_table
+from ..data.names import in_order, is_missing, key_of
+from ..data.read import read_images
+from ..data.sources import open_table
 from ..prior.prior import Prior, open_prior
 from ..reward.independence import dependence
 from ..reward.panel import Panel
@@ -48,6 +50,12 @@ class ControlInputs:
     @property
     def classes(self) -> int:
         return len(self.panel.values if self.panel else self.data.values[self.name])
+
+    def report(self, say: Callable[[str], None]) -> None:
+        """Say what was read, in one line for each dataset."""
+        for data in (self.data, self.judge_data):
+            if data and data.about:
+                say(data.about)
 
 
 @dataclass
@@ -86,6 +94,8 @@ def prepare(
         raise ValueError(f"classes must be {what}; got {classes}.")
     inputs = [select_inputs(each, classes) for each in inputs]
     config, cut = complete(values, config, prior, inputs, classes, usual or {})
+    for each in inputs:
+        each.report(options.say)
     return PreparedTraining(config, prior, inputs, cut)
 
 
@@ -145,10 +155,10 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
         raise ValueError(
             "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition."
         )
-    table = open_table(control.data)
+    table = open_table(control.data, control.image)
     column = control.condition_column or control.condition
     table.check_columns([column])
-    prompts = in_order(text for text in table.texts(column) if text)
+    prompts = in_order(text for text in table.texts(column) if not is_missing(text, control.missing == "keep"))
     if len(prompts) > MOST_PROMPTS:
         raise ValueError(
             f"{table.name}: {column} has {len(prompts)} different prompts, more than {MOST_PROMPTS}. If y does not "
@@ -176,25 +186,26 @@ def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOpti
             )
     data = read_data(settings.data, settings, prior, panel and panel.values, phase=options.phase)
     space = data.space(settings.name)
-    if settings.ruler and not space.scale and space.values != VALUES[settings.ruler]:
-        ruler = settings.ruler
+    ruler = settings.ruler
+    if ruler and not space.scale and list(map(key_of, space.values)) != list(map(key_of, VALUES[ruler])):
         raise ValueError(f"ruler: {ruler} measures {ruler}, not {settings.name!r}. Leave the ruler out.")
     judge_data = None
     if settings.judge_data and not panel:
         same_kind = settings.model_copy(update={"kind": "scale" if space.scale else "classes"})
         conditional, phase = settings.classifier.conditional, options.phase
-        judge_data = read_data(settings.judge_data, same_kind, prior, space.values, conditional, phase)
+        judge_data = read_data(settings.judge_data, same_kind, prior, space.values, conditional, phase, data.levels)
     warn_of_copies(settings.data, data, judge_data)
     return ControlInputs(settings, data, panel, pages, judge_data)
 
 
 def read_data(
     source: str, settings: ControlSettings, prior: Prior | None, values: tuple[str, ...] | None = None,
-    condition: bool = True, phase: Phase = silent,
+    condition: bool = True, phase: Phase = silent, levels: Levels | None = None,
 ) -> LabelledImages:  # fmt: skip
     """Read a dataset at the prior's size, with c (unless `condition` is False) numbered as the prior numbers it.
 
-    `values` are the classes or levels that p̂ knows, None for those in the data.
+    `values` are the classes or levels that p̂ knows, None for those in the data, and `levels` what is black and white in
+    other images of more than 8 bits.
     """
     name, c = settings.name, settings.condition if condition else None
     if c and prior and prior.classes is None and not prior.text:
@@ -208,7 +219,8 @@ def read_data(
     scales = {} if settings.kind == "auto" else {name: settings.kind == "scale"}
     return read_images(
         source, columns, prior and prior.image_shape, mapping, scales | ({c: False} if c else {}),
-        {name: settings.tag} if settings.tag else None, settings.skip_bad, phase,
+        {name: settings.tag} if settings.tag else None, settings.skip_bad, phase, settings.image,
+        settings.missing == "keep", levels,
     )  # fmt: skip
 
 
@@ -233,8 +245,9 @@ def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages
 def select_classes(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
     """Return the rows whose condition is one of `classes`, with labels that count within these."""
     rows, numbers = (data.labels[condition][:, None] == torch.tensor(classes)).nonzero(as_tuple=True)
-    data, values = data[rows], tuple(data.values[condition][c] for c in classes)
-    return LabelledImages(data.x, {**data.labels, condition: numbers}, {**data.values, condition: values})
+    values, part = tuple(data.values[condition][c] for c in classes), data[rows]
+    labels, values = {**part.labels, condition: numbers}, {**data.values, condition: values}
+    return LabelledImages(part.x, labels, values, data.about, data.levels)
 
 
 def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:

@@ -9,6 +9,10 @@ Advance = Callable[..., None]  # (n=1, note="")
 Phase = Callable[[str, int], Advance]  # (what, total)
 
 
+def ignore(line: str) -> None:
+    """Print nothing."""
+
+
 def silent(what: str, total: int) -> Advance:
     """Open a phase that shows nothing."""
     return lambda n=1, note="": None
@@ -23,6 +27,7 @@ class JobOptions:
     overwrite: bool = False  # replace what an earlier job of the kind wrote
     quick: bool = False  # train a fraction, as a smoke test
     command: str | None = None  # what the user typed, for the report; None for one of the same effect
+    say: Callable[[str], None] = ignore  # prints a line on what was understood, which is no warning
 
 
 DEFAULT = JobOptions()

@@ -69,6 +69,8 @@ def compare_job(
     for cell in cells:
         if cell != (comparison.labelled, run.config.seed):  # the run itself, whose controls may have unlike numbers
             comparison.split(*cell)  # raises before anything is done
+    for data in comparison.data.values():
+        options.say(data.about)
     if not resume:
         clear(out, COMPARE_FILES)
     (out / "cells").mkdir(parents=True, exist_ok=True)

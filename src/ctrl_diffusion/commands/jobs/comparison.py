@@ -17,6 +17,7 @@ from ...chain.codec import Codec
 from ...chain.denoise import Denoiser
 from ...chain.noise import stream
 from ...chain.paths import paths
+from ...data.images import Levels
 from ...data.labelled import LabelledImages
 from ...evaluate.certificate import certify
 from ...evaluate.fidelity import Yardstick
@@ -51,9 +52,9 @@ def subset(data: LabelledImages, column: str, n: int, seed: int) -> tuple[Labell
     return data[rows], data[rest]
 
 
-def read_again(run: Run, settings: ControlSettings, source: str) -> LabelledImages:
-    """Read the labelled images of a run's control as its training did."""
-    data = read_data(source, settings, run.prior, run.panels[settings.name].values)
+def read_again(run: Run, settings: ControlSettings, source: str, levels: Levels | None = None) -> LabelledImages:
+    """Read the labelled images of a run's control as its training did, those of its judge with the others' levels."""
+    data = read_data(source, settings, run.prior, run.panels[settings.name].values, levels=levels)
     return select_classes(data, settings.condition, run.config.classes) if settings.condition else data
 
 
@@ -113,7 +114,8 @@ class Comparison:
         for settings in run.config.controls:
             if run.config.classes is not None and not settings.condition:
                 continue
-            judged = [read_again(run, settings, settings.judge_data)] if settings.judge_data else []
+            levels, source = self.data[settings.name].levels, settings.judge_data
+            judged = [read_again(run, settings, source, levels)] if source else []
             for data in [self.data[settings.name], *judged]:
                 group = data.labels[settings.condition] if settings.condition else torch.zeros(len(data)).long()
                 for rows in torch.arange(len(data)).split(run.prior.codec.batch):

@@ -21,7 +21,7 @@ from ...data.labelled import LabelledImages, write_imagefolder
 from ...run.config import Config, is_list_of_groups, list_controls
 from ...run.folder import DATA_FOLDERS, RunFolder
 from ...run.prepare import prepare
-from ...system.progress import DEFAULT, JobOptions
+from ...system.progress import DEFAULT, JobOptions, ignore
 from ...system.strict import merged
 from .train import reserved, start_training
 
@@ -115,7 +115,7 @@ def demo_job(
                 path = Path(scratch, kind, control["name"]) if len(datasets) > 1 else Path(scratch, kind)
                 write_imagefolder(path, data)
                 control[kind] = str(path)
-        job = prepare(values, options, SETTINGS[controls])
+        job = prepare(values, replace(options, say=ignore), SETTINGS[controls])  # these data we wrote ourselves
         moved = job.config.model_dump(include={"controls"})
         for control in moved["controls"]:
             for kind in DATA_FOLDERS:

@@ -59,6 +59,7 @@ def classifier_job(
     model = open_prior(prior, size).placed() if prior else None
     inputs = read_inputs(settings, model, options)
     inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None)
+    inputs.report(options.say)
     panel, held_out = fit_panel(
         inputs.data, name, condition, settings=settings.classifier, seed=seed, phase=options.phase,
         judge_data=inputs.judge_data, encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
