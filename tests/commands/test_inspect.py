@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs.inspect import calls, evaluations, kept_bytes
 from ctrl_diffusion.chain.schedule import Cosine
+from ctrl_diffusion.commands.jobs.inspect import calls, evaluations, kept_bytes
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy

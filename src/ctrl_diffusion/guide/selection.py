@@ -78,7 +78,9 @@ class BestOf(Method):
 
 @dataclass
 class Rejection(Method):
-    """Draw from the prior until a sample is accepted, with probability exp(w (r − bound)): exact, at e^(w bound)/Z tries.
+    """Draw from the prior until a sample is accepted, with probability exp(w (r − bound)): exact.
+
+    It takes exp(w bound)/Z tries.
 
     Raises:
         ValueError: a reward above the bound, or a sample that was not accepted in so many tries.

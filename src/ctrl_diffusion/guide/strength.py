@@ -56,3 +56,6 @@ class Knob:
             if value == min(tried) and half >= self.least:
                 return half
         return None
+
+
+STRENGTH = Knob()
