@@ -316,6 +316,20 @@ def test_the_grid_of_a_method_that_cannot_sample_ends_there_and_says_why(run, tm
     assert (len(again["rows"]), again["left_out"]) == (len(found["rows"]), found["left_out"])
 
 
+def test_what_is_not_finite_ends_the_grid_and_is_no_row(run, tmp_path, monkeypatch):
+    """Guidance may be turned up until its numbers overflow; neither rows nor JSON hold a NaN."""
+
+    class Overflows(Importance):
+        def sample(self, target, times, generator):
+            return super().sample(target, times, generator) * (1.0 if target.strength < 2 else float("nan"))
+
+    monkeypatch.setitem(METHODS, "loud", MethodSpec("loud", lambda _: Overflows(particles=2), front=False))
+    with pytest.warns(UserWarning, match="loud at strength 2 is left out: its samples are not finite"):
+        found = asked(run, tmp_path / "out", methods=["loud"])
+    assert [(row["strength"], row["reason"]) for row in found["left_out"]] == [(2.0, "its samples are not finite.")]
+    assert "NaN" not in (tmp_path / "out" / "compare.json").read_text()
+
+
 def test_the_table_and_the_report_have_a_row_of_real_data_and_the_gap_of_every_strength(compared):
     out, found = compared
     said, page = in_words(found), (out / "report.html").read_text(encoding="utf-8")

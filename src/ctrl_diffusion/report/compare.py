@@ -48,14 +48,15 @@ def pareto_figure(
         figure = Figure(figsize=(9, 4), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, name in zip(panels, ("diversity_ratio", "frechet"), strict=True):
-            for method, group in by_method(rows).items():
+            for method, group in by_method([row for row in rows if name in row]).items():
                 x, y = [row[name] for row in group], [row["accuracy"] for row in group]
                 plot_with_error(axes, x, y, method, label=group[0]["title"], zorder=3 if method == "ctrl" else 2)
                 best = [(row[name][0], row["accuracy"][0]) for row in group if row["chosen"]]
                 ring = {"edgecolors": STYLES.get(method, OTHER)[0], "linewidths": 1.2, "zorder": 4}
                 axes.scatter([a for a, _ in best], [b for _, b in best], s=70, facecolors="none", **ring)
             cross = {"color": "#333", "marker": "+", "s": 60}
-            axes.scatter(prior[name], prior["accuracy"], **cross, label="the prior, not asked")
+            if prior[name] is not None:
+                axes.scatter(prior[name], prior["accuracy"], **cross, label="the prior, not asked")
             if real and real[name] is not None:
                 axes.axvline(real[name], color="#999", linewidth=0.8, linestyle=":", zorder=0, label="real data")
             axes.axhline(target, color=CTRL, linewidth=0.8, linestyle="--", zorder=0, label="exact sampler, same p̂")

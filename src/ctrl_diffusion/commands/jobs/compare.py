@@ -77,10 +77,10 @@ def compare_job(
     for cell in cells:
         if cell != (comparison.labelled, run.config.seed):  # the run itself, whose controls may have unlike numbers
             comparison.split(*cell)  # raises before anything is done
+    models, prior, real = comparison.run_models(), comparison.prior(), comparison.real()  # raise before it is cleared
     if not resume:
         clear(out, COMPARE_FILES)
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    models, prior, real = comparison.run_models(), comparison.prior(), comparison.real()
 
     def write() -> dict[str, Any]:
         chosen, rows = choose_settings(comparison.rows, comparison.left_out), comparison.rows
@@ -126,10 +126,11 @@ def averaged(rows: Rows, chosen: dict[str, dict[str, Any]]) -> Rows:
     for text, members in groups.items():
         key, best = json.loads(text), chosen[members[0]["method"]]
         figures = {}
-        for name, value in members[0].items():
-            if name not in (*key, "seed", "trial", "accuracy_stderr") and value is not None:
+        for name in members[0]:
+            values = [row[name] for row in members if row[name] is not None]
+            if name not in (*key, "seed", "trial", "accuracy_stderr") and values:
                 error = members[0].get({"accuracy": "accuracy_stderr", "gap_nats": "gap_stderr"}.get(name, ""))
-                figures[name] = interval([row[name] for row in members], error)
+                figures[name] = interval(values, error)
         is_chosen = all(key[name] == best[name] for name in ("strength", "settings"))
         title = METHODS[key["method"]].title if key["method"] in METHODS else key["method"]
         is_nearest = not key["settings"] and best.get("nearest", {}).get("strength") == key["strength"]
@@ -143,15 +144,21 @@ def in_words(result: dict[str, Any]) -> str:
     head = ("w", "labels", "accuracy", "diversity", "Fréchet", "coverage", "gap, nats", "network")
     lines = [f"{'':<26}" + "".join(f"{name:>11}" for name in head)]
     if real := result["real"]:
-        figures = "".join(f"{real[name]:>11.2f}" for name in ("diversity_ratio", "frechet", "coverage"))
-        lines.append(f"{'real data':<26}{'':>33}{figures}   {real['n']} x for {real['n_samples']} samples")
+        counts = f"   {real['n']} x for {real['n_samples']} samples"
+        lines.append(f"{'real data':<26}{'':>33}{figures_in(real)}{counts}")
     for row in averaged(result["rows"], result["chosen"]):
         if row["chosen"] or row["nearest"]:
             gap = f"{row['gap_nats'][0]:.2f}{'*' if row['nearest'] else ''}" if "gap_nats" in row else "–"
             cost = row["network_evaluations"][0] / result["about"]["prior_evaluations"]
-            figures = "".join(f"{row[name][0]:>11.2f}" for name in ("diversity_ratio", "frechet", "coverage"))
+            means = {name: value[0] for name, value in row.items() if isinstance(value, tuple)}
             lines.append(
-                f"{row['title']:<26}{row['strength']:>11g}{row['labels']:>11}{row['accuracy'][0]:>11.3f}{figures}"
-                f"{gap:>11}{cost:>10.1f}×"
+                f"{row['title']:<26}{row['strength']:>11g}{row['labels']:>11}{means['accuracy']:>11.3f}"
+                f"{figures_in(means)}{gap:>11}{cost:>10.1f}×"
             )
     return "\n".join([*lines, "* the strength with the least gap among the trials"])
+
+
+def figures_in(row: dict[str, Any]) -> str:
+    """Format the columns of fidelity, a dash for what was not measured."""
+    values = (row.get(name) for name in ("diversity_ratio", "frechet", "coverage"))
+    return "".join(f"{'–' if value is None else f'{value:.2f}':>11}" for value in values)

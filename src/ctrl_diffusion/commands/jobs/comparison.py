@@ -19,7 +19,7 @@ from ...chain.noise import stream
 from ...chain.paths import paths
 from ...data.labelled import LabelledImages
 from ...evaluate.certificate import certify
-from ...evaluate.fidelity import NEIGHBOURS, Yardstick
+from ...evaluate.fidelity import NEIGHBOURS, Fidelity, Yardstick
 from ...evaluate.judge import Observation, SecondOpinion
 from ...evaluate.scores import score_samples, score_target
 from ...guide.method import Method
@@ -83,6 +83,11 @@ def judge_digests(run: Run, settings: ControlSettings, data: LabelledImages) -> 
         raise ValueError(f"{said}: methods might be fitted on them. Fit it again with ctrl classifier, and train anew.")
     warnings.warn(f"{said}: methods may be fitted on them. Go by the ruler, not by the judge.", stacklevel=2)
     return set()
+
+
+def figures_of(fidelity: Fidelity) -> dict[str, float | None]:
+    """Return the figures of a fidelity by name, None for one that no (c, y) has."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(fidelity).items()}
 
 
 @dataclass
@@ -196,8 +201,7 @@ class Comparison:
             warnings.warn("too few real x of any (c, y) to hold some out: there is no row of real data.", stacklevel=2)
             return None
         counts = {"n": sum(map(len, held_out)), "n_compared": sum(map(len, self.yardstick.real))}
-        figures = {name: None if math.isnan(value) else value for name, value in asdict(fidelity).items()}
-        return {**counts, "n_samples": self.repeats * self.run.conditions.pairs, **figures}
+        return {**counts, "n_samples": self.repeats * self.run.conditions.pairs, **figures_of(fidelity)}
 
     @property
     def labelled(self) -> int:
@@ -252,20 +256,25 @@ class Comparison:
     def row(
         self, models: FittedModels, method: Method, denoiser: Denoiser, strength: float, trial: bool
     ) -> dict[str, Any]:
-        """Sample by a method and score the samples; add its gap to the exact conditional if it is a Gaussian chain."""
+        """Sample by a method and score the samples; add its gap to the exact conditional if it is a Gaussian chain.
+
+        Raises ValueError if the method cannot sample, or what it draws is not finite, as guidance turned up too far.
+        """
         conditions = self.run.conditions
         labels, cond = conditions.of(conditions.all(self.repeats))
         generator, begin = stream(models.seed, "trial" if trial else "compare"), time.perf_counter()
         samples = method(denoiser, models.run.reward, labels, cond, self.run.times, generator, strength)
         seconds = time.perf_counter() - begin
+        if not samples.x_0.isfinite().all():
+            raise ValueError("its samples are not finite.")
         observation = self.judge.measure(samples.x_0, conditions)
         score, fidelity = score_samples(observation, conditions), self.yardstick.fidelity(observation.features)
         guided = isinstance(method, Guidance)
         gap, stderr = self.gap(models, method, denoiser, strength, trial) if guided else (None, None)
         names = ("accuracy", "accuracy_stderr", "judge_accuracy", "macro_f1", "class_accuracy")
         return {
-            **{name: getattr(score, name) for name in names}, **asdict(fidelity), "gap_nats": gap, "gap_stderr": stderr,
-            **asdict(samples.cost), "seconds": round(seconds, 2),
+            **{name: getattr(score, name) for name in names}, **figures_of(fidelity), "gap_nats": gap,
+            "gap_stderr": stderr, **asdict(samples.cost), "seconds": round(seconds, 2),
         }  # fmt: skip
 
     def gap(
@@ -283,6 +292,8 @@ class Comparison:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a poor log Z from the method's own paths: the gap says as much
             certificate = certify(conditions, models.table, run.reward(x_0, labels, cond), kl, log_ratio)
+        if not math.isfinite(certificate.gap):
+            raise ValueError("its gap is not finite.")
         return certificate.gap, certificate.stderr
 
     def describe(self, models: FittedModels) -> dict[str, Any]:
@@ -307,7 +318,7 @@ class Comparison:
         rows = torch.arange(len(self.x_prior)).view(-1, members)[:, : share * conditions.classes].flatten()
         observation = self.prior_observation[rows]
         score, fidelity = score_samples(observation, conditions), self.yardstick.fidelity(observation.features)
-        return {"accuracy": score.accuracy, "class_accuracy": score.class_accuracy, **asdict(fidelity)}
+        return {"accuracy": score.accuracy, "class_accuracy": score.class_accuracy, **figures_of(fidelity)}
 
     def missing_row(
         self, fit: Callable[[], FittedModels], name: str, labels: int, seed: int, settings: dict[str, Any],
