@@ -155,7 +155,9 @@ def in_words(result: dict[str, Any]) -> str:
                 f"{row['title']:<26}{row['strength']:>11g}{row['labels']:>11}{means['accuracy']:>11.3f}"
                 f"{figures_in(means)}{gap:>11}{cost:>10.1f}×"
             )
-    return "\n".join([*lines, "* the strength with the least gap among the trials"])
+    if any("*" in line for line in lines):
+        lines.append("* the strength with the least gap among the trials")
+    return "\n".join(lines)
 
 
 def figures_in(row: dict[str, Any]) -> str:
