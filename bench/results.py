@@ -221,6 +221,9 @@ def overview_table(results: list[dict[str, Any]]) -> str:
         lines.append([name, *accuracies, diversity, span(gaps, 1) if gaps else "–", *costs])
     exact = [" ".join(number(value, 2) for value in exact_accuracy(result)) for result in results]
     lines.append(["exact sampler", *exact, *["–"] * (2 + len(COSTS))])
+    if all(result.get("real") for result in results):
+        diversity = span([result["real"]["diversity_ratio"] for result in results], 2)
+        lines.append(["real data", *["–"] * len(exact), diversity, *["–"] * (1 + len(COSTS))])
     titles = [f"{about['short']}: accuracy with {LABELS.replace(',', ', ')} labels" for about in TASKS.values()]
     return markdown(["method", *titles, "diversity", "gap, nats", *COSTS.values()], lines)
 
