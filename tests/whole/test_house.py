@@ -30,7 +30,7 @@ LAW = {
 # lines of each wing: what it has now and a tenth
 LINES = {
     "system": 611, "chain": 715, "data": 795, "prior": 845, "control": 760, "reward": 1455, "learn": 1265,
-    "guide": 730, "evaluate": 1040, "exact": 1135, "run": 2420, "report": 860, "commands": 2555,
+    "guide": 730, "evaluate": 1040, "exact": 1135, "run": 2420, "report": 860, "commands": 2570,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)
