@@ -89,7 +89,7 @@ def keep(task: str) -> None:
     """Write bench/results/results-TASK.json and copy the pictures of a comparison to docs/."""
     folder = RUNS / task / "compared"
     comparison = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-    kept = {key: comparison[key] for key in ("about", "prior", "chosen", "cells")}
+    kept = {key: comparison[key] for key in ("about", "prior", "real", "chosen", "cells", "left_out")}
     kept["against"] = differences(comparison["rows"], comparison["chosen"])
     evidence.write(slug(task), {**kept, "rows": averaged(comparison["rows"], comparison["chosen"])})
     for picture in ("pareto", "labels"):
@@ -147,6 +147,9 @@ def labels_table(result: dict[str, Any], labels: int, exact: float) -> str:
         ["the prior, no control", "0", *of_prior, "1.0×", "0.0×"],
         ["exact sampler, same p̂", "1", number(exact, 3), *["–"] * (len(COLUMNS) + 1)],
     ]
+    if real := result.get("real"):  # not of a comparison made before real x were held out
+        figures = [number(real[key], digits) if key in real else "–" for key, (_, digits) in COLUMNS.items()]
+        lines.append([f"real data, {real['n']} for {real['n_samples']} samples", "–", *figures, "–", "–"])
     for row in (row for row in result["rows"] if row["labels"] == labels):
         settings = " ".join(f"{key} {value}" for key, value in row["settings"].items())
         name = f"**{row['title']}**" if row["chosen"] else row["title"]
@@ -189,8 +192,12 @@ def means(rows: list[dict[str, Any]], name: str) -> list[float]:
 def exact_accuracy(result: dict[str, Any]) -> list[float]:
     """Return the accuracy of an exact sampler with the same p̂ for each number of labels."""
     cells = result["cells"]
-    counts = sorted({cell["labels"] for cell in cells})
-    return [mean(cell["target_accuracy"] for cell in cells if cell["labels"] == n) for n in counts]
+    return [mean(cell["target_accuracy"] for cell in cells if cell["labels"] == n) for n in labels_of(result)]
+
+
+def labels_of(result: dict[str, Any]) -> list[int]:
+    """Return the numbers of labels that are compared."""
+    return sorted({cell["labels"] for cell in result["cells"]})
 
 
 def overview_table(results: list[dict[str, Any]]) -> str:
@@ -214,6 +221,9 @@ def overview_table(results: list[dict[str, Any]]) -> str:
         lines.append([name, *accuracies, diversity, span(gaps, 1) if gaps else "–", *costs])
     exact = [" ".join(number(value, 2) for value in exact_accuracy(result)) for result in results]
     lines.append(["exact sampler", *exact, *["–"] * (2 + len(COSTS))])
+    if all(result.get("real") for result in results):
+        diversity = span([result["real"]["diversity_ratio"] for result in results], 2)
+        lines.append(["real data", *["–"] * len(exact), diversity, *["–"] * (1 + len(COSTS))])
     titles = [f"{about['short']}: accuracy with {LABELS.replace(',', ', ')} labels" for about in TASKS.values()]
     return markdown(["method", *titles, "diversity", "gap, nats", *COSTS.values()], lines)
 
@@ -223,18 +233,19 @@ def summary(results: list[dict[str, Any]]) -> str:
     w = results[0]["chosen"]["ctrl"]["strength"]
     figures: dict[str, Any] = {"w": f"{w:g}", "gap ctrl": span(pooled(results, "ctrl", "gap_nats", 1.0), 1)}
     figures["diversity free-guidance"] = span(pooled(results, "free-guidance", "diversity_ratio"), 2)
+    figures["old grid"] = not all("nearest" in result["chosen"]["ctrl"] for result in results)
     lines = []
     for rival, title in RIVALS.items():
         nearest = []
         for result in results:
-            strengths = {1.0, result["chosen"][rival]["strength"]}
-            gaps = [means(rows_of(result, rival, strength), "gap_nats") for strength in strengths]
-            nearest += map(min, zip(*gaps, strict=True))
+            measured = [row for row in result["rows"] if row["method"] == rival and "gap_nats" in row]
+            gaps = [[row["gap_nats"][0] for row in measured if row["labels"] == n] for n in labels_of(result)]
+            nearest += map(min, gaps)
         cells = []
         for strength, name in ((1.0, "accuracy"), (w, "accuracy"), (w, "diversity_ratio")):
             rows = [r for result in results for r in result["against"] if (r["w"], r["rival"]) == (strength, rival)]
             cells.append(span([row[name][0] for row in rows], 2))
-        lines.append([title, *cells, span(nearest, 0)])
+        lines.append([title, *cells, span(nearest, 1)])
     head = ["CTRL less", "accuracy, w = 1", f"accuracy, w = {w:g}", f"diversity, w = {w:g}", "the rival's gap, nats"]
     figures["differences"] = markdown(head, lines)
     below = []

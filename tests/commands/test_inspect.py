@@ -1,10 +1,14 @@
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs.inspect import evaluations, kept_bytes
+from ctrl_diffusion.chain.schedule import Cosine
+from ctrl_diffusion.commands.jobs.inspect import calls, evaluations, kept_bytes
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
+from ctrl_diffusion.prior.network import as_denoiser
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.text import TextFamily
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config
@@ -73,3 +77,26 @@ def test_the_evaluations_said_are_those_made(digits, monkeypatch, learner, lean)
     # of four samples and eight updates; a rollout reads x_0 out, and the reward's gradient does so again
     made, readouts = rows / (4 * 8), 0.0 if learner == "weighted" else 2.0
     assert sum(evaluations(config)[learner]) <= made <= sum(evaluations(config)[learner]) + readouts
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("default", [1.0, 7.5])
+@pytest.mark.parametrize("guidance", [None, 1.0, 4.0])
+def test_the_calls_said_are_those_of_the_guidance_there_is(default, guidance, distilled):
+    """Counted in the rows the network is called with; without prompts the pipeline's default speaks."""
+    rows = 0
+
+    def call(x_t, timestep, **inputs):
+        nonlocal rows
+        rows += len(x_t)
+        return x_t
+
+    def encode(prompts, negative):
+        return {"prompt": torch.zeros(len(prompts), 2)}, {"prompt": torch.zeros(1, 2)}
+
+    denoiser = as_denoiser(call, Cosine(), (1, 4, 4))
+    prior = Prior(denoiser, None, {}, text=TextFamily(encode, call, default, distilled))
+    assert calls(prior) == (2 if default != 1 and not distilled else 1)
+    prompted = prior.with_prompts(["a seven", "two"], guidance)
+    prompted.denoiser(torch.zeros(3, 1, 4, 4), 0.5, c=torch.tensor([0, 1, 1]))
+    assert calls(prompted) == rows / 3

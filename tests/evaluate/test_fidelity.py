@@ -107,3 +107,44 @@ def test_a_label_that_no_real_x_has_is_left_out_of_the_distances():
     found = yardstick.fidelity(torch.cat([-x, x]).flatten(1))
     assert found.frechet == pytest.approx(0.0, abs=1e-4)  # of y = 1 alone, whose samples are the real x themselves
     assert found.precision == found.recall == found.coverage == 1.0
+
+
+def test_real_x_that_were_held_out_score_as_an_exact_sampler_does():
+    """Over repeats of the same sizes: both are draws of what is real, and their floors are one; neither is 0 or 1."""
+    conditions, generator = Conditions({"c": torch.arange(2)}, {"y": 2}), torch.Generator().manual_seed(0)
+    n, repeats = 24, 40
+
+    def drawn(count):  # of every (c, y) in turn
+        sign = torch.tensor([-1.0, 1.0])[conditions.all(count) % 2].view(-1, 1, 1, 1)
+        return sign + 0.3 * torch.randn(4 * count, 1, 1, 4, generator=generator)
+
+    group = torch.arange(4 * 3 * n) // (2 * 3 * n)
+    differences = []
+    for seed in range(repeats):
+        real = observed(drawn(3 * n), group)
+        yardstick = Yardstick.from_observations(conditions, real, group, real, held_out=n, seed=seed)
+        assert [len(x) for x in yardstick.held_out] == [n] * 4
+        assert [len(x) for x in yardstick.real] == [2 * n] * 4
+        floor, exact = yardstick.fidelity_of_real(), yardstick.fidelity(drawn(n).flatten(1))
+        assert floor.frechet > 1e-3, "single precision alone leaves 1e-4"
+        differences.append(torch.tensor([*vars(floor).values()]) - torch.tensor([*vars(exact).values()]))
+    differences = torch.stack(differences)
+    error = differences.std(0) / repeats**0.5
+    assert (differences.mean(0).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize(("count", "held_out", "kept"), [(3, 5, 3), (4, 5, 2), (9, 5, 5), (30, 5, 25)])
+def test_at_most_half_of_a_pair_is_held_out_and_nothing_of_a_rare_one(count, held_out, kept):
+    conditions, none = Conditions({}, {"y": 2}), torch.zeros(2 * count).long()
+    x = torch.cat([torch.ones(count), -torch.ones(count)]).view(-1, 1, 1, 1) * torch.rand(2 * count, 1, 1, 3)
+    real = observed(x, none)
+    yardstick = Yardstick.from_observations(conditions, real, none, real, held_out, seed=3)
+    for part, rest in zip(yardstick.real, yardstick.held_out, strict=True):
+        assert (len(part), len(rest)) == (kept, count - kept)
+        both = torch.cat([part, rest])
+        assert len(both.unique(dim=0)) == count, "each once"
+    assert (yardstick.fidelity_of_real() is None) == (count == 3)
+    whole = Yardstick.from_observations(conditions, real, none, real)
+    assert whole.fidelity_of_real() is None
+    for y, part in enumerate(whole.real):
+        assert torch.equal(part, real.features[real.labels["y"] == y] / whole.scale)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -55,6 +57,53 @@ def test_what_is_accepted_is_the_exact_tilt_and_costs_one_over_the_share_accepte
     error = (1 - accepted) ** 0.5 / accepted / n**0.5
     assert found.cost.classifier_evaluations == pytest.approx(1 / accepted, abs=4 * error)
     assert found.cost.network_evaluations == pytest.approx(len(times) * found.cost.classifier_evaluations)
+
+
+class OfAScale:
+    """p̂ of a place y on a scale, N(y; x, std²), as a fitted `Gaussian` head has it."""
+
+    def __init__(self, std):
+        self.std = std
+
+    def log_prob_at(self, x, y):
+        return torch.distributions.Normal(x[:, 0], self.std).log_prob(y.to(x))
+
+
+class Bounded(OfAScale):
+    @property
+    def bound(self):
+        return float(torch.distributions.Normal(0.0, self.std).log_prob(torch.zeros(())))
+
+
+@pytest.mark.parametrize("std", [0.15, 0.6])  # densities of up to 2.7 and of at most 0.66
+@pytest.mark.parametrize(("gamma", "strength"), [(1.0, 1.0), (0.5, 2.0), (1.0, 0.5)])
+def test_a_place_on_a_scale_is_accepted_by_the_density_there_is_at_most(std, gamma, strength):
+    """The prior N(0, 1) on one step is exact: N(x; y, std²)^u of it has precision 1 + u/std², u = γ w.
+
+    Accepted is Z e^(−w γ bound) = E[exp(−u (x − y)²/(2 std²))] = √(std²/(std² + u)) exp(−u y²/(2 (std² + u))).
+    """
+    prior = GaussianMixture(torch.zeros(1, 1, dtype=DOUBLE), 1.0, Cosine())
+    reward, n, u, y = Reward({"y": Bounded(std)}, gamma), 2000, gamma * strength, 0.7
+    labels, times = {"y": torch.full((n,), y)}, Cosine().times(200, 0.02)
+    found = Rejection(batch=4096)(prior, reward, labels, None, times, torch.Generator().manual_seed(0), strength)
+    precision = 1 + u / std**2
+    mean, deviation = u * y / std**2 / precision, precision**-0.5
+    # a chain of 200 steps has the mean and, to a hundredth, the deviation of the prior
+    assert float(found.x_0.mean()) == pytest.approx(mean, abs=4 * deviation / n**0.5 + 0.01)
+    assert float(found.x_0.std()) == pytest.approx(deviation, rel=4 / (2 * n) ** 0.5 + 0.01)
+    accepted = (std**2 / (std**2 + u)) ** 0.5 * math.exp(-u * y**2 / (2 * (std**2 + u)))
+    error = (1 - accepted) ** 0.5 / accepted / n**0.5
+    assert found.cost.classifier_evaluations == pytest.approx(1 / accepted, rel=0.02, abs=4 * error)
+    if std < 0.4:
+        with pytest.raises(ValueError, match="above the bound 0"):
+            Rejection(bound=0.0)(prior, reward, labels, None, times, torch.Generator(), strength)
+
+
+def test_a_density_that_does_not_say_its_bound_is_refused():
+    prior, _, times = setting()
+    labels = {"y": torch.full((5,), 0.3)}
+    with pytest.raises(ValueError, match="p̂ of 'y' is a density, which may exceed 1, and OfAScale does not say"):
+        Rejection()(prior, Reward({"y": OfAScale(0.2)}), labels, None, times, torch.Generator())
 
 
 def test_a_bound_that_is_none_and_tries_that_do_not_do_are_told():

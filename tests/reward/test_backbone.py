@@ -19,7 +19,7 @@ from transformers import (
 
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.reward.backbone import Backbone, Elsewhere, Frozen, Own
-from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
+from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel, settings_of
 from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run.config import Config, read_settings
@@ -52,6 +52,39 @@ def sided(n, channels=1, seed=0):
     x = 0.2 * torch.randn(n, channels, 8, 8, generator=generator)
     x[..., :4] += torch.where(y == 0, 0.6, -0.6)[:, None, None, None]
     return LabelledImages(x, {"y": y}, {"y": ("left", "right")})
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kind", ["backbone", "factory", "grid"])
+def test_the_settings_of_a_saved_classifier_are_those_it_was_fitted_with(tmp_path, monkeypatch, kind, known):
+    """Of an older folder what the network shows, with a line on the rest: never another kind of network."""
+    (tmp_path / "ownnet.py").write_text(
+        "from torch import nn\ndef make(k, shape):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, k))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    choice = {
+        "backbone": lambda: {"backbone": saved(tmp_path / "eyes", "vit"), "head": "categorical"},
+        "factory": lambda: {"factory": "ownnet:make"},
+        "grid": lambda: {"grid": 2, "depth": 3, "head": "categorical", "augment": "none"},
+    }[kind]()
+    settings = ClassifierSettings(**choice, updates=40, balanced=True)
+    panel, _ = fit_panel(sided(120), "y", settings=settings, check=False)
+    panel.save(tmp_path / "saved")
+    about = json.loads((tmp_path / "saved" / "classifier.json").read_text())
+    if not known:
+        del about["settings"]
+        (tmp_path / "saved" / "classifier.json").write_text(json.dumps(about))
+    again = Panel.load(tmp_path / "saved", trust=True)
+    if known:
+        assert settings_of(again, ClassifierSettings()) == settings
+        return
+    with pytest.warns(UserWarning, match="classifier of 'y' does not say how it was fitted: .* updates 7 and augment"):
+        found = settings_of(again, ClassifierSettings(updates=7))
+    assert found.updates == 7
+    assert found.balanced
+    assert {name: getattr(found, name) for name in choice if name != "augment"} == {
+        name: value for name, value in choice.items() if name != "augment"
+    }
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -49,3 +49,16 @@ def test_nll_is_that_of_log_prob_where_both_are(name):
     torch.testing.assert_close(head.nll(score, 0.7, y, **head.weights()), expected)
     torch.testing.assert_close(head.nll(score, 0.7, y, "mean", **head.weights()), expected.mean())
     assert (head.density(score, 0.7) is not None) == head.scale
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_no_log_probability_exceeds_the_bound_of_its_head(name):
+    """Of scores as far out as a network may give; the bound of a density is reached where it is narrowest."""
+    head, generator = HEADS[name](4), torch.Generator().manual_seed(0)
+    score = 30 * torch.randn(500, head.outputs or 4, generator=generator)
+    score[0] = torch.tensor([2.0, -50.0])[: score.shape[1]] if head.scale else score[0]  # as sure of level 2 as may be
+    temperature = torch.tensor(0.05)
+    log_p = head.log_prob(score, temperature, **head.weights())
+    assert float(log_p.max()) <= head.bound + 1e-6
+    assert head.bound == 0.0 or float(log_p.max()) == pytest.approx(head.bound, abs=1e-3)
+    assert (head.bound > 0) == head.scale

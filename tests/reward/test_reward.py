@@ -4,6 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ctrl_diffusion.control.conditions import Conditions
+from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact.mixtures import Logistic
 from ctrl_diffusion.reward.reward import Reward, prior_table
 from ctrl_diffusion.reward.scorer import Estimator
@@ -96,3 +97,17 @@ def test_a_place_on_a_scale_earns_its_density():
     expected = 0.5 * torch.distributions.Normal(x[:2, 0], 1.0).log_prob(torch.tensor([0.5, 2.0]))
     torch.testing.assert_close(found, torch.tensor([*expected, 0.0]))
     torch.testing.assert_close(reward(x, {"y": torch.full((3,), 2.0)}), reward(x, {"y": torch.full((3,), 2)}))
+
+
+@pytest.mark.parametrize(("bound", "y", "sum_of_bounds"), [(0.5, 1.0, 0.5), (-0.3, 1.0, -0.3), (-0.3, NULL, 0.0)])
+def test_the_bound_of_a_reward_is_that_of_its_densities(bound, y, sum_of_bounds):
+    """γ times the sum over controls: 0 of classes, and a null label earns 0 itself."""
+
+    class Density:
+        def __init__(self):
+            self.bound = bound
+
+    reward = Reward({"class": Logistic(torch.ones(1)), "scale": Density()}, gamma=2.0)
+    labels = {"class": torch.tensor([0, 1]), "scale": torch.tensor([0.0, y])}
+    assert reward.bound(labels) == pytest.approx(2.0 * sum_of_bounds)
+    assert reward.bound({"class": torch.tensor([0])}) == 0.0

@@ -1,3 +1,6 @@
+import math
+import warnings
+
 import pytest
 import torch
 from classifiers import climbed
@@ -9,6 +12,7 @@ from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.evaluate.scores import Score, score_samples, score_target
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.reward.support import Support
+from ctrl_diffusion.system.files import write_tensors
 
 
 @pytest.fixture(scope="module", params=["ink", "digit"])
@@ -31,6 +35,41 @@ def test_five_percent_of_what_is_like_the_data_lie_outside():
     assert abs(float(shares.mean()) - 5 / 101) < 3 * float(shares.std()) / 200**0.5
 
 
+@pytest.mark.filterwarnings("ignore:the region p̂ knows rests on")
+@pytest.mark.parametrize("n", [1, 4, 10, 18, 19, 20, 38, 39, 60])
+def test_a_new_image_is_outside_as_often_as_is_said(n):
+    """Exactly 1 − k/(n + 1) for the border of rank k: that many of independent repeats, by the binomial's error."""
+    generator, repeats = torch.Generator().manual_seed(n), 4000
+    support, outside = Support.fit(torch.randn(50, 3, generator=generator)), 0
+    for _ in range(repeats):
+        unseen = torch.randn(n + 1, 3, generator=generator).pow(3)  # unlike what the distance was fitted on
+        outside += int(support.calibrate(unseen[:n]).outside(unseen[n:]))
+    said = float(support.beyond)
+    assert said == pytest.approx(1 / (n + 1) if n < 19 else 1 - math.ceil(0.95 * (n + 1)) / (n + 1))
+    assert (said <= 0.05 + 1e-6) == (n >= 19)
+    assert outside / repeats == pytest.approx(said, abs=4 * (said * (1 - said) / repeats) ** 0.5)
+
+
+def test_too_few_images_for_five_percent_are_told_and_the_share_is_kept(tmp_path):
+    features = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    support = Support.fit(features)
+    with pytest.warns(UserWarning, match="rests on 9 held-out images: 10.0% .* not 5%, for which it takes 19") as told:
+        support.calibrate(features[:9])
+    assert (len(told), len(str(told[0].message).splitlines())) == (1, 1)
+    support.save(tmp_path / "support.safetensors")
+    assert float(Support.load(tmp_path / "support.safetensors").beyond) == pytest.approx(0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        support.calibrate(features[:19])
+
+
+def test_the_region_of_an_older_folder_is_read(tmp_path):
+    """The share was not written once: it was always said to be 5 %."""
+    old = {"mean": torch.zeros(2), "whitening": torch.eye(2), "border": torch.tensor(3.0)}
+    write_tensors(tmp_path / "support.safetensors", old)
+    assert float(Support.load(tmp_path / "support.safetensors").beyond) == pytest.approx(0.05)
+
+
 def test_the_distance_is_mahalanobis():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(20_000, 3, generator=generator) @ torch.tensor([[2.0, 0, 0], [1, 0.1, 0], [0, 0, 5]])
@@ -44,7 +83,8 @@ def test_few_images_and_a_feature_that_never_moves_make_a_border():
     features[:, 2] = 1.0
     support = Support.fit(features)
     assert not support.outside(1e6 * torch.ones(1, 5)).any(), "nothing is outside before there is a border"
-    support.calibrate(features[:4])
+    with pytest.warns(UserWarning, match="rests on 4 held-out images"):
+        support.calibrate(features[:4])
     assert support.share(features[:4]) == 0.0, "four images say only how far the farthest of them is"
     assert support.outside(torch.full((1, 5), 50.0)).all()
 

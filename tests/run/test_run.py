@@ -1,8 +1,11 @@
 """A run with an untrained control: what it refuses, and that it samples the prior."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from ctrl_diffusion.reward.support import Support
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.measure import PolicyPaths, policy_paths, probe
 from ctrl_diffusion.run.run import Run
@@ -54,3 +57,15 @@ def test_what_is_no_run_is_not_opened(tmp_path):
     Config.from_values({"prior": "digits", "control": "ink", "data": "-"}).write(tmp_path / "config.yaml")
     with pytest.raises(ValueError, match="it lacks classifier, control"):
         Run.load(tmp_path)
+
+
+def test_the_regions_of_several_controls_leave_out_what_each_leaves_out():
+    """An image is outside if it is for one p̂: at most the sum of what the borders promise, and at most all."""
+
+    def run_of(*shares):
+        supports = [None if share is None else Support(*[torch.zeros(1)] * 3, torch.tensor(share)) for share in shares]
+        return SimpleNamespace(panels={str(i): SimpleNamespace(support=support) for i, support in enumerate(supports)})
+
+    assert Run.real_outside.fget(run_of(0.05)) == pytest.approx(0.05)
+    assert Run.real_outside.fget(run_of(0.05, None, 0.1)) == pytest.approx(0.15)
+    assert Run.real_outside.fget(run_of(0.5, 0.5, 0.5)) == 1.0

@@ -197,7 +197,7 @@ class Blank(Method):
 
 @pytest.mark.filterwarnings("ignore:log Z")
 def test_a_baseline(photos, tmp_path, row):
-    row(METHODS, "blank", MethodSpec("blank sheets", lambda models: Blank(), trials=({},)))
+    row(METHODS, "blank", MethodSpec("blank sheets", lambda models: Blank(), front=False))
     train_job({**TINY, "data": photos}, tmp_path / "run")
     comparison = compare_job(tmp_path / "run", tmp_path / "compared", methods=["ctrl", "blank"], n=8, strengths=(1.0,))
     diversity = {row["method"]: row["diversity_ratio"] for row in comparison["rows"] if not row["trial"]}

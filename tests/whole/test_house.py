@@ -29,8 +29,8 @@ LAW = {
 }
 # lines of each wing: what it has now and a tenth
 LINES = {
-    "system": 880, "chain": 730, "data": 1405, "prior": 1415, "control": 760, "reward": 1400, "learn": 1280,
-    "guide": 720, "evaluate": 1240, "exact": 1135, "run": 2640, "report": 900, "commands": 2500,
+    "system": 880, "chain": 730, "data": 1405, "prior": 1415, "control": 760, "reward": 1480, "learn": 1280,
+    "guide": 730, "evaluate": 1240, "exact": 1135, "run": 2640, "report": 900, "commands": 2680,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)

@@ -80,6 +80,10 @@ class LabelledImages:
         parts = (to_pixels(self.x[rows]) for rows in torch.arange(len(self)).split(1024))
         return [hashlib.blake2b(pixels.tobytes(), digest_size=16).digest() for part in parts for pixels in part]
 
+    def digest_rows(self) -> Tensor:
+        """Return the digests as bytes (n, 16), for a file."""
+        return torch.tensor([list(digest) for digest in self.digests()], dtype=torch.uint8)
+
     def strata(self, column: str) -> Tensor:
         """Return what a split is stratified by (n,): the classes, or the quarters of a scale."""
         y = self.labels[column]

@@ -1,5 +1,8 @@
 """Measure how near samples are to real x with the same labels, and how different from each other they are.
 
+None of these is 0, or 1, of real x either: the Fréchet distance of a few x is too large by what their moments are off,
+and their coverage is low. So real x are held out and measured as samples are: the row to compare others with.
+
 All distances are taken within y: a sampler that ignores y draws from the right x over all, and from the wrong ones for
 each y. The space is that of the features diversity is measured in, the reader's or pixels, each divided by its standard
 deviation over real x.
@@ -81,6 +84,12 @@ def manifolds(real: Tensor, samples: Tensor, k: int = NEIGHBOURS) -> Manifolds:
     return Manifolds(*(float(share.float().mean()) for share in (precision, recall, coverage)))
 
 
+def even(parts: list[Tensor]) -> Tensor:
+    """Join parts (n_c, F) of a mixture, each repeated to the length of the longest: torchmetrics has no weights."""
+    most = max(len(x) for x in parts)
+    return torch.cat([x[torch.arange(most) % len(x)] for x in parts])
+
+
 @dataclass
 class Fidelity:
     """Hold means over labels y; see `Yardstick`."""
@@ -99,14 +108,19 @@ class Yardstick:
 
     conditions: Conditions
     real: list[Tensor]  # features (n, F) of real x of each pair; few or none of a rare one, which is left out
+    held_out: list[Tensor]  # features (m, F) of other real x of each pair, to measure what is real
     scale: Tensor  # (F,), divides the features
     diversity: Tensor  # (P,), mean distance of two prior samples that have y; NaN where fewer than two have it
 
     @classmethod
     def from_observations(
-        cls, conditions: Conditions, real: Observation, group: Tensor, prior: Observation
-    ) -> "Yardstick":
-        """Make it from real x of conditions (n,) and M prior samples for each condition, observed as samples are."""
+        cls, conditions: Conditions, real: Observation, group: Tensor, prior: Observation, held_out: int = 0,
+        seed: int = 0,
+    ) -> "Yardstick":  # fmt: skip
+        """Make it from real x of conditions (n,) and M prior samples for each condition, observed as samples are.
+
+        Of each pair `held_out` real x, at most half of them, are drawn by the seed and compared with the others.
+        """
         pair = group * conditions.classes + conditions.label_of(real.labels)
         members = len(prior.features) // conditions.groups
         label = conditions.label_of(prior.labels).view(conditions.groups, members, 1)
@@ -117,25 +131,40 @@ class Yardstick:
         features = (prior.features / scale).view(conditions.groups, members, -1).double()
         diversity = torch.where(enough, weighted_diversity(features, w.nan_to_num()), torch.nan)
         by_pair = [real.features[pair == p] / scale for p in range(conditions.pairs)]
-        return cls(conditions, by_pair, scale, diversity.flatten())
+        halves, generator = [], torch.Generator().manual_seed(seed)
+        for x in by_pair:
+            count = min(held_out, len(x) // 2) if len(x) > 3 else 0  # two and two at least
+            out = torch.zeros(len(x), dtype=torch.bool)
+            out[torch.randperm(len(x), generator=generator)[:count]] = True
+            halves.append((x[~out], x[out]))
+        kept, others = map(list, zip(*halves, strict=True))
+        return cls(conditions, kept, others, scale, diversity.flatten())
 
     def fidelity(self, features: Tensor) -> Fidelity:
-        """Compute the fidelity of samples from their features (P · n, F), n for each pair in turn.
+        """Compute the fidelity of samples from their features (P · n, F), n for each pair in turn."""
+        return self.compare(list((features / self.scale).view(self.conditions.pairs, -1, features.shape[1])))
+
+    def fidelity_of_real(self) -> Fidelity | None:
+        """Compute the fidelity of the real x that were held out; None if there are too few of every pair."""
+        return self.compare(self.held_out) if any(len(x) > 1 for x in self.held_out) else None
+
+    def compare(self, by_pair: list[Tensor]) -> Fidelity:
+        """Compute the fidelity of samples from their scaled features (n, F) of each pair.
 
         Distances are taken within each y that real x have, since a pair has few; every c with that y weighs the same.
         """
-        by_pair = (features / self.scale).view(self.conditions.pairs, -1, features.shape[1])
         by_label = []
         for label in range(self.conditions.classes):
-            pairs = [p for p in range(label, self.conditions.pairs, self.conditions.classes) if len(self.real[p]) > 1]
+            of_label = range(label, self.conditions.pairs, self.conditions.classes)
+            pairs = [p for p in of_label if min(len(self.real[p]), len(by_pair[p])) > 1]
             if not pairs:
                 continue
             real, samples = [self.real[p] for p in pairs], [by_pair[p] for p in pairs]
-            most = max(len(x) for x in real)
-            even = torch.cat([x[torch.arange(most) % len(x)] for x in real])  # torchmetrics has no weights
-            mixture = torch.cat(samples)
-            distances = frechet_distance(even, mixture), kernel_distance(real, samples)
-            by_label.append((*distances, *manifolds(torch.cat(real), mixture)))
-        even = torch.full((*by_pair.shape[:2], 1), 1 / by_pair.shape[1])
-        ratio = weighted_diversity(by_pair, even).squeeze(1) / self.diversity
+            distances = frechet_distance(even(real), even(samples)), kernel_distance(real, samples)
+            by_label.append((*distances, *manifolds(torch.cat(real), torch.cat(samples))))
+        diversity = torch.full((len(by_pair),), torch.nan)
+        for p, x in enumerate(by_pair):
+            if len(x) > 1:
+                diversity[p] = weighted_diversity(x[None], torch.full((1, len(x), 1), 1 / len(x)))
+        ratio = diversity / self.diversity
         return Fidelity(*torch.tensor(by_label, dtype=torch.float64).mean(0).tolist(), float(ratio.nanmean()))

@@ -157,9 +157,8 @@ def guided_samplers(task: Task, size: Size, seed: int) -> list[Sampler]:
 
 def selecting_samplers(task: Task, particles: tuple[int, ...]) -> list[Sampler]:
     """Return the methods that select among samples, independently for each sample."""
-    (likelihood,) = task.likelihoods().values()
-    prior, bound = task.prior(), getattr(likelihood, "bound", 0.0) + 1e-5  # single precision may round up
-    samplers = [Sampler("rejection", Rejection(bound=bound, batch=BATCH), prior)]
+    prior = task.prior()
+    samplers = [Sampler("rejection", Rejection(batch=BATCH), prior)]
     for k in particles:
         options = {"particles": k, "shared": False, "batch": BATCH}
         methods = {

@@ -4,6 +4,7 @@ A method is a dataclass of its hyper-parameters, called with a prior, a reward, 
 samples and their cost. The strength w multiplies the reward in every method; at w = 0 all are the prior, bit for bit.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ class Target:
     labels: Labels  # y, n rows of each control
     cond: Cond  # c, n rows
     strength: float  # w
+    bound: Callable[[], float] = lambda: math.inf  # returns what no reward r of these labels exceeds
 
     def __len__(self) -> int:
         return len(next(iter(self.labels.values())))
@@ -116,7 +118,7 @@ class Method(ABC):
             strength: w, which multiplies the reward; 0 is the prior.
         """
         with torch.no_grad(), counted(denoiser, self.guiding_reward(reward)) as (rows, counted_reward):
-            target = Target(denoiser, counted_reward, labels, cond or {}, strength)
+            target = Target(denoiser, counted_reward, labels, cond or {}, strength, lambda: reward.bound(labels))
             x_0 = (self.sample if strength else self.sample_prior)(target, times, generator)
         return Samples(x_0, Cost(**{field.name: rows[field.name] / len(target) for field in fields(Cost)}))
 

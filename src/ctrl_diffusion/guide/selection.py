@@ -11,6 +11,8 @@ from ..chain.rollout import Times
 from ..chain.rows import equal_rows
 from .method import Method, Target
 
+ROUNDING = 1e-4  # nats by which single precision may lift a reward above its bound
+
 
 def systematic(log_w: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Draw n rows (*, n) by weights (*, M) with systematic resampling (Kitagawa 1996): one random number for all.
@@ -76,23 +78,26 @@ class BestOf(Method):
 
 @dataclass
 class Rejection(Method):
-    """Draw from the prior until a sample is accepted, with probability exp(w (r − bound)): exact, at 1/Z tries.
+    """Draw from the prior until a sample is accepted, with probability exp(w (r − bound)): exact.
+
+    It takes exp(w bound)/Z tries.
 
     Raises:
         ValueError: a reward above the bound, or a sample that was not accepted in so many tries.
     """
 
-    bound: float = 0.0  # the largest reward there is; 0 for probabilities of classes. A density of y may exceed 1
+    bound: float | None = None  # the largest reward there is; None for what the reward says, `Reward.bound`
     tries: int = 1000  # for one sample, at most
 
     def sample(self, target: Target, times: Times, generator: torch.Generator) -> Tensor:
         pending, rows, accepted = torch.arange(len(target)), [], []
+        bound = target.bound() if self.bound is None else self.bound
         for _ in range(self.tries):
             candidates = target.rows(pending)
             x_0 = self.sample_prior(candidates, times, generator)
-            log_p = candidates.log_tilt_in_batches(x_0).cpu() - target.strength * self.bound
-            if (log_p > 0).any():
-                raise ValueError(f"rejection: a reward lies above the bound {self.bound}. Raise the bound.")
+            log_p = candidates.log_tilt_in_batches(x_0).cpu() - target.strength * bound
+            if (log_p > target.strength * ROUNDING).any():
+                raise ValueError(f"rejection: a reward lies above the bound {bound:g}. Raise the bound.")
             accept = torch.rand(len(pending), generator=generator).log() < log_p
             rows.append(pending[accept])
             accepted.append(x_0[accept])

@@ -36,23 +36,29 @@ def by_method(rows: Rows) -> dict[str, list[dict[str, Any]]]:
     return {method: group for method, group in groups.items() if group}
 
 
-def pareto_figure(rows: Rows, prior: dict[str, Any], target: float, labels: int) -> Figure:
+def pareto_figure(
+    rows: Rows, prior: dict[str, Any], target: float, labels: int, real: dict[str, Any] | None = None
+) -> Figure:
     """Plot accuracy against diversity and against the distance to real x, over each method's settings.
 
-    The rows are those of one number of labels; `target` is the accuracy of an exact sampler with the same p̂.
+    The rows are those of one number of labels; `target` is the accuracy of an exact sampler with the same p̂, and `real`
+    has the figures of real x.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, name in zip(panels, ("diversity_ratio", "frechet"), strict=True):
-            for method, group in by_method(rows).items():
+            for method, group in by_method([row for row in rows if name in row]).items():
                 x, y = [row[name] for row in group], [row["accuracy"] for row in group]
                 plot_with_error(axes, x, y, method, label=group[0]["title"], zorder=3 if method == "ctrl" else 2)
                 best = [(row[name][0], row["accuracy"][0]) for row in group if row["chosen"]]
                 ring = {"edgecolors": STYLES.get(method, OTHER)[0], "linewidths": 1.2, "zorder": 4}
                 axes.scatter([a for a, _ in best], [b for _, b in best], s=70, facecolors="none", **ring)
             cross = {"color": "#333", "marker": "+", "s": 60}
-            axes.scatter(prior[name], prior["accuracy"], **cross, label="the prior, not asked")
+            if prior[name] is not None:
+                axes.scatter(prior[name], prior["accuracy"], **cross, label="the prior, not asked")
+            if real and real[name] is not None:
+                axes.axvline(real[name], color="#999", linewidth=0.8, linestyle=":", zorder=0, label="real data")
             axes.axhline(target, color=CTRL, linewidth=0.8, linestyle="--", zorder=0, label="exact sampler, same p̂")
         panels[1].set_xscale("log")
         plain_ticks(panels[1].xaxis)
@@ -91,7 +97,8 @@ def write_compare_report(folder: Path, rows: Rows, result: dict[str, Any], comma
     counts, cells = sorted({row["labels"] for row in rows}), result["cells"]
     targets = {n: float(np.mean([cell["target_accuracy"] for cell in cells if cell["labels"] == n])) for n in counts}
     at_most = [row for row in rows if row["labels"] == counts[-1]]
-    figures = {"pareto": pareto_figure(at_most, result["prior"], targets[counts[-1]], counts[-1])}
+    arguments = at_most, result["prior"], targets[counts[-1]], counts[-1], result["real"]
+    figures = {"pareto": pareto_figure(*arguments)}
     if len(counts) > 1:
         figures["labels"] = labels_figure(rows, result["prior"], targets)
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}

@@ -230,7 +230,7 @@ def write_report(
     render(
         folder.report, "report.html", images=images, metrics=metrics, config=run.config, control=control,
         conditional=any(panel.classifier.conditional for panel in run.panels.values()),
-        settings=flattened(run.config.model_dump()), names=run.names, values=values,
+        settings=flattened(run.config.model_dump()), names=run.names, values=values, real_outside=run.real_outside,
         condition=next((settings.condition for settings in run.config.controls if settings.condition), None),
         rows=by_class(evaluation, len(values)), command=command,
         verdict=Verdict.from_metrics(figures_by_name).lines(figures_by_name),

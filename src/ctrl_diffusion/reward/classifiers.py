@@ -1,5 +1,6 @@
 """Choose, fit and check the classifiers of a control before any training: p̂, its judge and the reader of c."""
 
+import warnings
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -61,6 +62,28 @@ class ClassifierSettings(Strict):
         if self.factory and (self.backbone or self.conditional or self.head == "ordinal"):
             raise ValueError("factory excludes backbone, conditional and an ordinal head")
         return self
+
+
+def settings_of(panel: Panel, configured: ClassifierSettings) -> ClassifierSettings:
+    """Return the settings that p̂ of a folder was fitted with; warn where the folder does not say them.
+
+    What its network shows is then taken from there, the rest from what is `configured`.
+    """
+    if panel.settings is not None:
+        return ClassifierSettings(**panel.settings)
+    p_hat, known = panel.classifier, {"balanced", "conditional"}
+    values = {name: getattr(p_hat, name) for name in known} | {"latents": panel.latent}
+    names = {"backbone", "factory"} & set(p_hat.shape) or {"grid", "depth"} & set(p_hat.shape)
+    values |= {name: p_hat.shape[name] for name in names}
+    if not p_hat.head.scale and "factory" not in names:
+        values["head"] = p_hat.head.name
+    rest = {name: value for name, value in configured.model_dump().items() if name not in values}
+    warnings.warn(
+        f"the classifier of {panel.control!r} does not say how it was fitted: beside what its network shows, others "
+        f"are fitted with updates {rest['updates']} and augment {rest['augment']}, as the config says.",
+        stacklevel=2,
+    )
+    return ClassifierSettings(**rest, **values)
 
 
 class Choice(NamedTuple):
@@ -164,11 +187,17 @@ class Fitter:
         with torch.no_grad():
             fitted, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
         support = Support.fit(fitted).calibrate(torch.cat(unseen))
-        return Panel(self.control, space, shape, classifier, quality, support=support), held_out
+        settings = self.settings.model_dump()
+        return Panel(self.control, space, shape, classifier, quality, support=support, settings=settings), held_out
 
     def judge(self, part: LabelledImages, advance: Advance) -> Scorer:
         """Fit a judge as p̂ was chosen to be, uncalibrated."""
         return self.finish(self.fit(part, self.inputs(part), self.choice, self.seed + 1, advance))
+
+
+def shares_of(ruler: bool, judge_data: bool) -> tuple[float, ...]:
+    """Return the shares of the labels that p̂ and, where nothing else measures y, its judge take."""
+    return WITH_RULER if ruler or judge_data else WITH_JUDGE
 
 
 @torch.no_grad()
@@ -215,7 +244,7 @@ def fit_panel(
     """
     settings = settings or ClassifierSettings()
     check_settings(settings, data, control, condition, encode is not None)
-    images = data.split(control, WITH_JUDGE if judge_data is None and not ruler else WITH_RULER, seed)
+    images = data.split(control, shares_of(ruler, judge_data is not None), seed)
     judge_parts = images[3:] if judge_data is None else [judge_data]
     fitter = Fitter(control, condition if settings.conditional else None, settings, seed, device)
     epochs = fitter.epochs(images[0]) + sum(epochs_of(settings.updates, part) for part in judge_parts)
@@ -229,7 +258,7 @@ def fit_panel(
             "bring more of them."
         )
     for part in judge_parts:
-        panel.judge = fitter.judge(part, advance)
+        panel.judge, panel.judge_images = fitter.judge(part, advance), part.digest_rows()
         panel.judge_accuracy = accuracy(panel.judge, images[2], control, fitter.condition)
     if condition:
         panel.condition, panel.condition_values = condition, data.values[condition]

@@ -3,6 +3,7 @@
 A new kind of label is a subclass of `Head` and a row of HEADS, which a package elsewhere may add.
 """
 
+import math
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class Head:
     name: ClassVar[str]
     outputs: ClassVar[int | None] = None  # scores of each x; None for K
     scale: ClassVar[bool] = False  # whether y is a place between levels 0 … K − 1
+    bound: ClassVar[float] = 0.0  # no log p̂ is larger, in nats: a probability is at most 1, a density may exceed it
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -103,6 +105,7 @@ class Gaussian(Head):
     """Read mean and log standard deviation of y on a scale, in levels (Nix & Weigend 1994); T scales the deviation."""
 
     name, outputs, scale = "gaussian", 2, True
+    bound = -math.log(RESOLUTION * math.sqrt(2 * math.pi))  # at the mean, of the least deviation there is: 0.47 nats
 
     def density(self, score: Tensor, temperature: Tensor | float) -> Normal:
         # beyond e^±5 levels no deviation is believable, and its square would overflow

@@ -2,7 +2,8 @@
 
 classifier.*    p̂(y | x), the reward, fitted on one part of the labels, calibrated on a second
 support.*       the region p̂ was fitted on
-judge/          a second classifier, fitted on a part of its own; only where no ruler measures y
+judge/          a second classifier, fitted on a part of its own, and which images it was fitted on; only where no ruler
+                measures y
 reader/         reads the prior's condition c; only where the data have a column for it
 report.html     how good they are on held-out data, with reliability.png and confusion.png
 """
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from ..data.labelled import LabelledImages
 from ..data.labels import LabelSpace
-from ..system.files import undamaged
+from ..system.files import read_tensors, undamaged, write_tensors
 from .backbone import Elsewhere, load_classifier
 from .fit import ClassifierReport
 from .heads import coverage
 from .scorer import Classifier, Scorer
 from .support import Support
 
-SUPPORT = "support.safetensors"
+SUPPORT, JUDGE_IMAGES = "support.safetensors", "judge/images.safetensors"
 OTHERS, ACCURACIES = ("judge", "reader"), ("judge_accuracy", "reader_accuracy")
 
 
@@ -44,6 +45,8 @@ class Panel:
     condition: str | None = None  # the column of c
     condition_values: tuple[str, ...] = ()
     support: Support | None = None  # the region p̂ was fitted on
+    settings: dict[str, Any] | None = None  # `ClassifierSettings` that p̂ was fitted with; None where that is not known
+    judge_images: Tensor | None = None  # (n, 16) digests of the images the judge was fitted on; None as the settings
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -94,12 +97,14 @@ class Panel:
         """Write the folder's weights and `classifier.json`."""
         about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
         about |= {"condition": self.condition, "condition_values": self.condition_values, "latent": self.latent}
-        self.classifier.save(folder, about)
+        self.classifier.save(folder, about | ({} if self.settings is None else {"settings": self.settings}))
         if self.support:
             self.support.save(folder / SUPPORT)
         for name in OTHERS:
             if classifier := getattr(self, name):
                 classifier.save(folder / name)
+        if self.judge_images is not None:
+            write_tensors(folder / JUDGE_IMAGES, {"digests": self.judge_images})
 
     @classmethod
     def load(cls, folder: Path, trust: bool = False) -> "Panel":
@@ -113,12 +118,14 @@ class Panel:
             accuracies = {name: about["report"].pop(name) for name in ACCURACIES}
             others = {name: load_classifier(folder / name, trust) for name in OTHERS if (folder / name).is_dir()}
             support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
+            images = read_tensors(folder / JUDGE_IMAGES)["digests"] if (folder / JUDGE_IMAGES).is_file() else None
             classifier = load_classifier(folder, trust)
             classifier.latent = about.get("latent", False)
             return cls(
                 about["control"], LabelSpace(tuple(about["values"]), classifier.head.scale), tuple(about["input"]),
                 classifier, ClassifierReport(**about["report"]), **others, **accuracies, condition=about["condition"],
                 condition_values=tuple(about["condition_values"]), support=support,
+                settings=about.get("settings"), judge_images=images,
             )  # fmt: skip
 
 

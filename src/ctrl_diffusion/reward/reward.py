@@ -20,7 +20,8 @@ class Likelihood(Protocol):
     """Describe p(y | x) of one control: a `Classifier`, a scikit-learn one (`Estimator`), or a closed form.
 
     A true attribute `conditional` says that it is p(y | x, c), whose `log_prob` takes the prior's conditions as
-    keywords; a true attribute `latent` that x are the latents of a latent model.
+    keywords; a true attribute `latent` that x are the latents of a latent model. One that is a density, not the
+    probability of a class, has its largest log as the attribute `bound`.
     """
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -73,6 +74,25 @@ class Reward:
             total = total + torch.where(y == NULL, 0.0, rewards).to(total)
         return total
 
+    def bound(self, labels: Labels) -> float:
+        """Return what no reward of these labels exceeds, in nats: γ Σ of each control's largest log p̂, 0 of classes.
+
+        A null label earns 0, which may be more than a density's largest log.
+
+        Raises ValueError for a place on a scale under a p̂ that does not say how large its density can be.
+        """
+        total = 0.0
+        for name, y in labels.items():
+            bound = getattr(self.classifiers[name], "bound", None if y.is_floating_point() else 0.0)
+            if bound is None:
+                kind = type(self.classifiers[name]).__name__
+                raise ValueError(
+                    f"p̂ of {name!r} is a density, which may exceed 1, and {kind} does not say its largest log. Give it "
+                    "an attribute `bound`."
+                )
+            total += self.gamma * (max(bound, 0.0) if (y == NULL).any() else bound)
+        return total
+
     def views(self, x_0: Tensor, names: Collection[str]) -> dict[str, Tensor]:
         """Return what each control's p̂ takes of x_0 (B, *): x_0 itself, or the images of a latent model."""
         x = x_0.to(self.device)
@@ -98,6 +118,8 @@ class Among:
     def __init__(self, likelihood: Likelihood, classes: Sequence[int]) -> None:
         self.likelihood, self.classes = likelihood, torch.tensor(classes)
         self.latent = getattr(likelihood, "latent", False)
+        if hasattr(likelihood, "bound"):
+            self.bound = likelihood.bound
 
     def log_prob(self, x: Tensor, c: Tensor) -> Tensor:
         """Return log p̂(y | x, c) in nats (B, K); raise ValueError for a c the labels do not have."""

@@ -90,6 +90,11 @@ class Scorer(nn.Module):
         return -self.nll(self.scores(x, c), self.temperature, y)
 
     @property
+    def bound(self) -> float:
+        """The largest log p̂ there can be, in nats."""
+        return self.head.bound
+
+    @property
     def head_weights(self) -> dict[str, Tensor]:
         """What the head has fitted beside the scores, by name."""
         return {name: getattr(self, name) for name in self.head.weights()}

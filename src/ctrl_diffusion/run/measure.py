@@ -387,7 +387,7 @@ def outside_share(run: Run, x_0: Tensor, images: Tensor) -> float | None:
     """
     if not run.second_opinion.outside:
         return None
-    share, usual = float(run.is_outside(x_0, images).float().mean()), run.prior_outside
+    share, usual = float(run.is_outside(x_0, images).float().mean()), run.prior_outside or run.real_outside
     if leaves_region(share, usual, (usual * (1 - usual) / len(x_0)) ** 0.5):
         text = f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's"
         advice = "there p̂ has seen no labels. Compare the judge in report.html."

@@ -23,7 +23,6 @@ from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
 from ..reward.panel import Panel
 from ..reward.reward import Among, Reward
-from ..reward.support import BEYOND
 from ..system import ranks
 from ..system.progress import Phase, silent
 from .config import Config, ControlSettings
@@ -65,8 +64,7 @@ class Run:
     prior: Prior
     policy: Policy
     panels: dict[str, Panel]
-    # the share of the prior's samples outside the region p̂ was fitted on, if it was measured; else that of real images
-    prior_outside: float = BEYOND
+    prior_outside: float | None = None  # the share of the prior's samples outside p̂'s region, if it was measured
 
     def __post_init__(self) -> None:
         self.policy.gamma = self.config.gamma
@@ -133,6 +131,11 @@ class Run:
         """Return whether each sample (n, *), with its image, lies outside the region some p̂ was fitted on: (n,)."""
         outside = [panel.outside(x_0 if panel.latent else images) for panel in self.panels.values()]
         return torch.stack(outside).any(0)
+
+    @property
+    def real_outside(self) -> float:
+        """The share of images like the labelled ones that is outside, at most: what the borders of all p̂ leave."""
+        return min(1.0, sum(float(panel.support.beyond) for panel in self.panels.values() if panel.support))
 
     @property
     def accuracy_by(self) -> str:
@@ -209,7 +212,7 @@ class Run:
         controls = [load_control(folder.control(name), prior.denoiser) for name in config.names]
         run = cls(config, prior, Policy(prior.denoiser, *controls), panels)
         if folder.metrics.is_file():
-            run.prior_outside = folder.read_metrics()["prior"].get("outside_support") or BEYOND
+            run.prior_outside = folder.read_metrics()["prior"].get("outside_support")
         return run
 
     def save_controls(self, folder: RunFolder) -> None:

@@ -53,8 +53,13 @@ def describe(prior: Prior) -> dict[str, Any]:
 
 
 def calls(prior: Prior) -> int:
-    """Count the network's calls for one evaluation of a sample: two under guidance."""
-    return 2 if prior.text and not prior.text.distilled and prior.text.guidance != 1 else 1
+    """Count the network's calls for one evaluation of a sample: two under guidance.
+
+    Of a prior with prompts the guidance is its own, 1 for none; without, that is the pipeline's default.
+    """
+    if not prior.text or prior.text.distilled:
+        return 1
+    return 1 if getattr(prior.denoiser.call, "guidance", prior.text.guidance) == 1 else 2
 
 
 def evaluations(config: Config) -> dict[str, Evaluations]:

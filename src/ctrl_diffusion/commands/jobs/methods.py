@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import hmean
 from torch import Tensor
 
 from ...chain.denoise import Denoiser
@@ -22,10 +23,11 @@ from ...guide.noisy import NoisyClassifier, fit_noisy
 from ...guide.particles import TDS, FeynmanKac
 from ...guide.reconstruction import DPS, MPGD
 from ...guide.selection import BestOf, Importance, Rejection
+from ...guide.strength import STRENGTH, Knob, Scores
 from ...learn.fit import fit
 from ...learn.labelled import Labelled
 from ...prior.prior import open_prior
-from ...reward.classifiers import BATCH, DEEP, epochs_of
+from ...reward.classifiers import BATCH, DEEP, ClassifierSettings, epochs_of
 from ...reward.fit import AUGMENTATIONS, Recipe
 from ...reward.reward import prior_table
 from ...reward.scorer import Architecture
@@ -35,6 +37,9 @@ from ...system.folders import clear
 from ...system.progress import Phase, silent, timed
 
 PARTICLES = 8  # for each sample
+SPREADS = ({"spread": 0.0}, {"spread": 0.25}, {"spread": 1.0})  # beside the usual 0.5: from never to always
+Rows = list[dict[str, Any]]
+Trial = tuple[dict[str, Any], float, Scores | None]  # settings, strength, and scores, None if it could not be sampled
 MOST_UPDATES = 3000  # of a noise-aware p̂; its best epoch is kept
 
 
@@ -45,6 +50,7 @@ class FittedModels:
     run: Run  # with p̂ and the controls
     data: dict[str, LabelledImages]  # of each control
     parts: dict[str, tuple[LabelledImages, LabelledImages]]  # of the data: those that p̂ was fitted and calibrated on
+    classifiers: dict[str, ClassifierSettings]  # of each control, that p̂ was fitted with
     x_prior: Tensor  # (G · M, *), samples of the prior, M for each condition in turn
     labels: int  # n, of each control
     seconds: dict[str, float] = field(default_factory=dict)  # duration of each fit
@@ -90,7 +96,7 @@ class FittedModels:
         run, p_hat = self.run, self.run.panels[name].classifier
         if p_hat.conditional:
             raise ValueError(f"the classifier of {name!r} is p̂(y | x, c), of which there is no noise-aware kind here.")
-        settings = run.config.settings_of(name).classifier
+        settings = self.classifiers[name]
         fitting, held_out = ((self.x_0(part), part.labels[name]) for part in self.parts[name])
         architecture = Architecture(p_hat.head.name, p_hat.shape.get("grid", 4), DEEP, p_hat.balanced)
         epochs = epochs_of(min(settings.updates, MOST_UPDATES), fitting[0])
@@ -141,16 +147,49 @@ class MethodSpec:
     title: str  # in pictures and tables
     method: Callable[..., Method]  # from fitted models and settings
     denoiser: Callable[[FittedModels], Denoiser] = lambda models: models.run.prior.denoiser  # that it is called with
-    trials: tuple[dict[str, Any], ...] | None = None  # settings to choose from, at strength 1; None for strengths
-    front: bool = True  # whether every trial gets a row, not only the chosen one
+    knob: Knob = STRENGTH  # what turns it up
+    trials: tuple[dict[str, Any], ...] = ()  # other settings, each tried where the knob is best
+    front: bool = True  # whether every value of the knob gets a row, not only the chosen one and strength 1
 
     def make(self, models: FittedModels, **settings: Any) -> tuple[Method, Denoiser]:
         """Return the method with these settings, and the denoiser to call it with."""
         return self.method(models, **settings), self.denoiser(models)
 
-    def settings(self, strengths: Sequence[float]) -> list[tuple[dict[str, Any], float]]:
-        """Return the settings and the strength of each trial."""
-        return [({}, w) for w in strengths] if self.trials is None else [(settings, 1.0) for settings in self.trials]
+    def point(self, value: float) -> tuple[dict[str, Any], float]:
+        """Return settings and strength at a value of the knob."""
+        return ({self.knob.setting: value}, 1.0) if self.knob.setting else ({}, float(value))
+
+    def value(self, settings: dict[str, Any], strength: float) -> float:
+        """Return the knob's value of a trial."""
+        return settings[self.knob.setting] if self.knob.setting else strength
+
+    def on_knob(self, tried: Sequence[Trial]) -> dict[float, Scores | None]:
+        """Return the scores of the trials that differ by the knob alone, by its value."""
+        values = ((self.value(settings, strength), settings, strength, scores) for settings, strength, scores in tried)
+        return {value: scores for value, *trial, scores in values if self.point(value) == tuple(trial)}
+
+    def grid(self, strengths: Sequence[float]) -> list[float]:
+        """Return the values of the knob that trials begin with."""
+        return list(self.knob.grid or map(float, strengths))
+
+    def next_trial(self, tried: Sequence[Trial], strengths: Sequence[float]) -> tuple[dict[str, Any], float] | None:
+        """Return the settings and the strength to try next; None if enough were tried.
+
+        First the grid, then what widens it until the best lies inside, then the other settings at the best. What could
+        not be sampled at a value is not tried at more.
+        """
+        on_knob = self.on_knob(tried)
+        failed = min((value for value, scores in on_knob.items() if scores is None), default=float("inf"))
+        missing = [value for value in self.grid(strengths) if value < failed and value not in on_knob]
+        value = missing[0] if missing else self.knob.wider(on_knob)
+        if value is not None:
+            return self.point(value)
+        if (best := self.knob.best(on_knob)) is None:
+            return None
+        settings, strength = self.point(best)
+        done = [trial[:2] for trial in tried]
+        others = (({**settings, **other}, strength) for other in self.trials)
+        return next((other for other in others if other not in done), None)
 
 
 # a baseline is one file in guide/ and one row here; from outside the package: METHODS["mine"] = MethodSpec(…)
@@ -161,18 +200,52 @@ METHODS = {
     "dps": MethodSpec("DPS", lambda models: DPS()),
     "mpgd": MethodSpec("MPGD", lambda models: MPGD(variance=models.variance)),
     "tds": MethodSpec(
-        "TDS", lambda models, **settings: TDS(particles=PARTICLES, **settings),
-        trials=tuple({"spread": spread} for spread in (0.1, 0.3, 0.5, 1.0)), front=False,
+        "TDS", lambda models, **settings: TDS(particles=PARTICLES, **settings), trials=SPREADS, front=False
     ),
     "feynman-kac": MethodSpec(
         "Feynman–Kac steering", lambda models, **settings: FeynmanKac(particles=PARTICLES, **settings),
-        trials=tuple({"potential": p, "spread": spread} for p in ("difference", "max") for spread in (0.5, 1.0)),
+        trials=(*SPREADS, {"potential": "max"}, *({"potential": "max", **spread} for spread in SPREADS[1:])),
         front=False,
     ),
-    "importance": MethodSpec("importance", lambda _: Importance(particles=PARTICLES), trials=({},), front=False),
+    "importance": MethodSpec("importance", lambda _: Importance(particles=PARTICLES), front=False),
     "best-of": MethodSpec(
-        "best of n", lambda models, **settings: BestOf(**settings), trials=tuple({"n": n} for n in (2, 4, 8, 16)),
-        front=False,
+        "best of n", lambda models, **settings: BestOf(**settings),
+        knob=Knob("n", (2, 4, 8, 16), least=1, most=64, off=1), front=False,
     ),
-    "rejection": MethodSpec("rejection", lambda models: Rejection(), trials=({},), front=False),
+    "rejection": MethodSpec("rejection", lambda models: Rejection(), front=False),
 }  # fmt: skip
+
+
+def criteria(row: dict[str, Any]) -> tuple[float, float | None]:
+    """Return what a trial is chosen by, more is better: by the first its settings, by the second its nearest strength.
+
+    The first is the harmonic mean of accuracy and coverage: wrong labels lower the accuracy; samples that look like no
+    real x with that y, or like few of them, the coverage. The second is the gap, with its sign turned, of a method that
+    has one.
+    """
+    gap = row["gap_nats"]
+    return float(hmean([row["accuracy"], row["coverage"]])), None if gap is None else -gap
+
+
+def trials_of(rows: Rows, name: str) -> list[Trial]:
+    """Return settings, strength and criteria of a method's trials; rows without figures could not be sampled."""
+    trials = [row for row in rows if row["trial"] and row["method"] == name]
+    return [(row["settings"], row["strength"], criteria(row) if "accuracy" in row else None) for row in trials]
+
+
+def choose_settings(rows: Rows, left_out: Rows = ()) -> dict[str, dict[str, Any]]:
+    """Choose each method's best trial by the first of the `criteria`, and name the strength with the least gap."""
+    chosen = {}
+    for name in dict.fromkeys(row["method"] for row in rows if row["trial"]):
+        trials = [row for row in rows if row["trial"] and row["method"] == name]
+        spec = METHODS.get(name, MethodSpec(name, FreeGuidance))  # a row that was kept may outlive its method
+        row_at = spec.on_knob([(row["settings"], row["strength"], row) for row in trials])
+        tried = spec.on_knob(trials_of([*rows, *left_out], name))
+        best, at = max(trials, key=lambda row: criteria(row)[0]), spec.knob.best(tried)
+        if at is not None and criteria(row_at[at])[0] == criteria(best)[0]:
+            best = row_at[at]  # of equals the nearest to 1
+        chosen[name] = {key: best[key] for key in ("settings", "strength", "accuracy", "coverage")}
+        chosen[name] |= {"trials": len(trials), "on_edge": spec.knob.on_edge(tried)}
+        if (near := spec.knob.best(tried, 1)) is not None:
+            chosen[name]["nearest"] = {key: row_at[near][key] for key in ("strength", "gap_nats", "gap_stderr")}
+    return chosen
