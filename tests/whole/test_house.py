@@ -27,10 +27,10 @@ LAW = {
     "report": {"run", "exact", "guide", *BELOW_RUN},
     "commands": {"report", "run", "exact", "guide", *BELOW_RUN},
 }
-# lines of each wing: what it has now and a tenth
+# lines of each wing: what it has now and a little
 LINES = {
-    "system": 880, "chain": 730, "data": 1405, "prior": 1415, "control": 760, "reward": 1480, "learn": 1280,
-    "guide": 730, "evaluate": 1240, "exact": 1135, "run": 2640, "report": 900, "commands": 2680,
+    "system": 910, "chain": 735, "data": 1450, "prior": 1440, "control": 760, "reward": 1540, "learn": 1300,
+    "guide": 750, "evaluate": 1300, "exact": 1135, "run": 2640, "report": 860, "commands": 2740,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)

@@ -95,7 +95,11 @@ def labels_figure(rows: Rows, prior: dict[str, Any], targets: dict[int, float]) 
 def write_compare_report(folder: Path, rows: Rows, result: dict[str, Any], command: str, version: str) -> None:
     """Write pareto.png, labels.png (of several numbers of labels) and a report.html from rows and compare.json."""
     counts, cells = sorted({row["labels"] for row in rows}), result["cells"]
-    targets = {n: float(np.mean([cell["target_accuracy"] for cell in cells if cell["labels"] == n])) for n in counts}
+    known = {
+        n: [c["target_accuracy"] for c in cells if c["labels"] == n and c["target_accuracy"] is not None]
+        for n in counts
+    }
+    targets = {n: float(np.mean(each)) if each else float("nan") for n, each in known.items()}  # of a rare y not known
     at_most = [row for row in rows if row["labels"] == counts[-1]]
     arguments = at_most, result["prior"], targets[counts[-1]], counts[-1], result["real"]
     figures = {"pareto": pareto_figure(*arguments)}

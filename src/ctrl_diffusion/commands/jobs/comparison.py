@@ -27,6 +27,7 @@ from ...guide.method import Method
 from ...guide.steered import Guidance
 from ...prior.prior import open_prior
 from ...reward.classifiers import WITH_JUDGE, WITH_RULER, ClassifierSettings, Fitter, settings_of, shares_of
+from ...reward.reward import ENOUGH, hits
 from ...run.config import ControlSettings
 from ...run.measure import prior_samples, repeats_of
 from ...run.prepare import encoder_of, read_data, select_classes
@@ -301,7 +302,9 @@ class Comparison:
 
     def describe(self, models: FittedModels) -> dict[str, Any]:
         """Return what an exact sampler would score with these models' p̂, how good that is, and how long fits took."""
-        target, panels = score_target(self.prior_observation, models.table, self.run.conditions), models.run.panels
+        conditions, panels = self.run.conditions, models.run.panels
+        known = hits(models.table, models.run.config.gamma) >= ENOUGH
+        target = score_target(self.prior_observation, models.table, conditions, known)
         return {
             "labels": models.labels,
             "seed": models.seed,
