@@ -130,7 +130,7 @@ def test_values_of_many_types_are_labels(value, text):
 @pytest.mark.parametrize(
     "value",
     [{"a": 1}, b"a", [[1]], np.zeros(2), torch.zeros(3), object(), "\ud800", 1j, {1}, [{"a": 1}], (), ValueError("x")],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_values_of_other_types_are_refused_in_one_line(value):
     with pytest.raises(ValueError, match=r".") as error:

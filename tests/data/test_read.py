@@ -311,7 +311,9 @@ def test_rules_may_return_scalars_of_numpy_and_torch(tmp_path, monkeypatch, numb
     assert str(number.item() if hasattr(number, "item") else number) in data.values["y"]
 
 
-@pytest.mark.parametrize("label", [np.zeros(2), {"a": 1}, b"a", object(), [[1]]], ids=str)
+@pytest.mark.parametrize(
+    "label", [np.zeros(2), {"a": 1}, b"a", object(), [[1]]], ids=lambda label: type(label).__name__
+)
 def test_rules_must_not_return_anything_else(tmp_path, monkeypatch, label):
     path, mapping = labelled_by(tmp_path, monkeypatch, "rule", ["a", label, *["b"] * 18])
     with pytest.raises(ValueError, match="row 2: the rule must return a text or a number, got ") as refused:
