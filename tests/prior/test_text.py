@@ -72,7 +72,7 @@ def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, s
     tiny = {
         "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical", "latents": source == "column"},
         "micro_batch": 3 if source == "column" else None, "lora_alpha": 4.0, "lora_targets": ["to_q", "to_k"],
-        "weighted": {"updates": 2, "batch": 4, "cache": 8, "renoising": 2}, "adjoint": {"updates": 2, "batch": 4},
+        "contrast": {"updates": 2, "batch": 4, "cache": 8}, "adjoint": {"updates": 2, "batch": 4},
         "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8}, "steps": 3, "rank": 2,
     }  # fmt: skip
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))

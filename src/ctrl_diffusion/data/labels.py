@@ -51,10 +51,12 @@ class LabelSpace:
         if self.scale:
             place = float(self.places(float(text))) if is_number(text) else NULL
             if not 0 <= place <= self.size - 1:
-                raise ValueError(f"{name} must be a number in {self.values[0]} … {self.values[-1]}, got {text!r}.")
+                raise ValueError(
+                    f"{name} must be a number in {self.values[0]} … {self.values[-1]}, got {str(value)!r}."
+                )
             return place
         if (known := find(text, by_key(self.values))) is None:
-            raise ValueError(f"{name} must be one of {', '.join(self.values)}, got {text!r}.")
+            raise ValueError(f"{name} must be one of {', '.join(self.values)}, got {str(value)!r}.")
         return self.values.index(known)
 
     def text_of(self, label: float) -> str:

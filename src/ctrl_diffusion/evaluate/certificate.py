@@ -41,7 +41,7 @@ from torch import Tensor
 from ..chain.schedule import bisect
 from ..control.conditions import Conditions
 from ..reward.reward import ENOUGH, SHOWN, hits, rarest
-from ..system.files import nan_as_none
+from ..system.files import finite_or_none
 
 Value = TypeVar("Value", float, Tensor)
 MEASURED = 30.0  # effective samples of a pair, from which on the KL of its target is measured
@@ -104,7 +104,7 @@ class Certificate(Estimates[float]):
             "uncertified": self.uncertified,
             "on_paths": apart if count else None,
             "pairs": {
-                **{key: nan_as_none(getattr(self.pairs, name).tolist()) for name, key in KEYS.items()},
+                **{key: finite_or_none(getattr(self.pairs, name).tolist()) for name, key in KEYS.items()},
                 "hits": self.hits.tolist(),
                 "rests_on": rests_on,
             },

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..system.files import nan_as_none
+from ..system.files import finite_or_none
 from .certificate import Certificate, Slope
 from .scores import Nulled, Score
 from .verdict import Gain
@@ -68,7 +68,7 @@ class Evaluation:
             "ctrl": ctrl,
             "certificate": self.certificate.metrics(),
         }
-        return nan_as_none(figures)
+        return finite_or_none(figures)
 
     def metrics_at(self, gamma: float) -> dict[str, Any]:
         """Return the figures of the certificate's curve along γ, of one γ."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..control.conditions import Conditions
 from ..data.labels import Labels
-from ..system.files import nan_as_none
+from ..system.files import finite_or_none
 from .certificate import even_shares, shared_error
 from .judge import Observation
 
@@ -51,7 +51,7 @@ class Score(Figures):
 
     def metrics(self) -> dict[str, float | None]:
         """Return the figures alone, None for those that are not known."""
-        return nan_as_none({figure.name: getattr(self, figure.name) for figure in fields(Figures)})
+        return finite_or_none({figure.name: getattr(self, figure.name) for figure in fields(Figures)})
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Nulled:
         """Return the figures by the names metrics.json uses."""
         lists = {name: {kind: t.tolist() for kind, t in value.items()} for name, value in vars(self).items()}
         distances = {f"stderrs_from_{kind}": self.stderrs_from(kind) for kind in ("prior", "target")}
-        return nan_as_none({**lists, **distances})
+        return finite_or_none({**lists, **distances})
 
 
 def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:

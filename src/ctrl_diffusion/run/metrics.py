@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.verdict import Climb, Verdict, likely_causes
-from ..system.files import nan_as_none
+from ..system.files import finite_or_none
 from .folder import StartRecord
 from .measure import Measurements
 from .run import Run
@@ -105,7 +105,7 @@ class RunMetrics:
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON values of metrics.json."""
         values = asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None or k not in OPTIONAL})
-        return nan_as_none(values)
+        return finite_or_none(values)
 
 
 def intervals_of(run: Run) -> dict[str, dict[str, float]]:

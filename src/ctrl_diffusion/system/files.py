@@ -68,13 +68,13 @@ def rounded(value: Any) -> Any:
     return [rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def nan_as_none(value: Any) -> Any:
-    """Replace every NaN in a JSON value by None: what is not known."""
+def finite_or_none(value: Any) -> Any:
+    """Replace every number in a JSON value that is not finite by None: what is not known."""
     if isinstance(value, dict):
-        return {key: nan_as_none(inner) for key, inner in value.items()}
+        return {key: finite_or_none(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [nan_as_none(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [finite_or_none(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:

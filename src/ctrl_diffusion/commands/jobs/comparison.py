@@ -33,6 +33,7 @@ from ...run.measure import prior_samples, repeats_of
 from ...run.prepare import encoder_of, read_data, select_classes
 from ...run.run import Run, configured
 from ...run.stages import train
+from ...system.files import finite_or_none
 from ...system.progress import DEFAULT, JobOptions, timed
 from .methods import METHODS, FittedModels, Rows, choose_settings, trials_of
 
@@ -283,8 +284,10 @@ class Comparison:
 
     def gap(
         self, models: FittedModels, method: Guidance, denoiser: Denoiser, strength: float, trial: bool
-    ) -> tuple[float, float]:
+    ) -> tuple[float | None, float | None]:
         """Return log Z − J of a guided sampler under these models' p̂, and its standard error, in nats.
+
+        None where too few samples of the prior have any y.
 
         On half as many paths, simulated for this: comparing with the prior is not part of what a sample costs.
         """
@@ -295,8 +298,9 @@ class Comparison:
         x_0, kl, log_ratio = paths(guided, n, run.times, generator, cond, labels, strength, compare=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a poor log Z from the method's own paths: the gap says as much
-            certificate = certify(conditions, models.table, run.reward(x_0, labels, cond), kl, log_ratio)
-        if not math.isfinite(certificate.gap):
+            reward, gamma = run.reward(x_0, labels, cond), run.config.gamma
+            certificate = certify(conditions, models.table, reward, kl, log_ratio, gamma)
+        if certificate.gap is not None and not math.isfinite(certificate.gap):
             raise ValueError("its gap is not finite.")
         return certificate.gap, certificate.stderr
 
@@ -308,8 +312,8 @@ class Comparison:
         return {
             "labels": models.labels,
             "seed": models.seed,
-            "target_accuracy": target.accuracy,
-            "target_class_accuracy": target.class_accuracy,
+            "target_accuracy": finite_or_none(target.accuracy),
+            "target_class_accuracy": finite_or_none(target.class_accuracy),
             "classifier_accuracy": {name: panel.quality.accuracy for name, panel in panels.items()},
             "classifier_nll": {name: panel.quality.nll for name, panel in panels.items()},
             "uninformed": [name for name, panel in panels.items() if not panel.informed],

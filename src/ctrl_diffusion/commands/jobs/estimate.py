@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -127,7 +128,8 @@ def shortened(config: Config) -> Config:
 def time_stages(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, Any]]:
     """Train a shortened run; return what an update of each stage takes, and all of those of `config`."""
     seconds: dict[str, list[float]] = {}
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(contrast|weighted) learns from a handful")  # the cache is shortened here
         begin = time.perf_counter()
         for record in train(run, phase, TrainingState(BestControl(run.policy), Checkpoints(Path(scratch)))):
             if "loss" in record:
