@@ -161,3 +161,15 @@ def test_an_update_too_large_for_half_precision_is_left_out():
 def test_a_stream_that_ends_ends_the_training():
     trained = policy()
     assert len(list(fit(trained, islice(losses(trained), 3), 10, LR))) == 3
+
+
+def test_a_share_of_the_rate_makes_a_step_as_much_shorter():
+    """AdamW's first step does not depend on the gradient's size."""
+    moved = {}
+    for share in (1.0, 0.25):
+        trained = policy()
+        before = weights(trained)
+        next(fit(trained, losses(trained), 10, LR, share=lambda share=share: share))
+        moved[share] = weights(trained) - before
+    assert moved[1.0].abs().max() > 0
+    torch.testing.assert_close(moved[0.25], 0.25 * moved[1.0], rtol=1e-4, atol=1e-7)

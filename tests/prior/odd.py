@@ -113,11 +113,15 @@ def index(**values):
     return lambda folder: edit(folder / "model_index.json", **values)
 
 
+def scheduler_file(folder):
+    return folder / "scheduler" / "scheduler_config.json"
+
+
 def scheduler(kind=None, **values):
     def change(folder):
         if kind:
             edit(folder / "model_index.json", scheduler=["diffusers", kind])
-        edit(folder / "scheduler" / "scheduler_config.json", **values)
+        edit(scheduler_file(folder), **values)
 
     return change
 
@@ -442,6 +446,12 @@ SCHEDULERS = {
     "LCM": ("SD 1", scheduler("LCMScheduler"), "LCMScheduler belongs to a model distilled for few steps"),
     "TCD": ("DDPM", scheduler("TCDScheduler"), "TCDScheduler belongs to a model distilled"),
     "thresholding": ("DDPM", scheduler(thresholding=True), "thresholding"),
+    "one beta": ("DDPM", scheduler(trained_betas=0.02), "no discrete noise schedule to read"),
+    "a number": (
+        "DDPM",
+        lambda folder: scheduler_file(folder).write_text("2147483648"),
+        "its scheduler cannot be read",
+    ),
     "reversed time": ("SD 3", scheduler(invert_sigmas=True), "invert_sigmas"),
     "another clock": ("Flux", scheduler(num_train_timesteps=500), "counts 500 timesteps"),
     "log σ": ("SDXL", scheduler(timestep_type="continuous", prediction_type="v_prediction"), "is given log σ"),

@@ -1,5 +1,6 @@
 """What ends a learner before its last update, and what lowers γ."""
 
+import json
 import math
 
 import pytest
@@ -72,3 +73,20 @@ def test_patience_ends_a_learner_that_brings_nothing(tmp_path):
     assert stopped["averaged"]
     assert math.isfinite(stopped["J"])
     assert metrics["verdict"]["climbing"] is None
+
+
+@pytest.mark.filterwarnings("ignore:log Z", "ignore:weighted learns")
+@pytest.mark.parametrize("patience", [4, None])
+def test_a_first_learner_that_falls_goes_on_from_the_best_at_half_the_rate(tmp_path, patience):
+    """Here the rate is far too high; without patience a learner does as its settings say."""
+    wild = {**TINY["weighted"], "updates": 16, "renoising": 0, "lr_embedding": 10.0, "lr_adapter": 0.3}
+    settings = {**TINY, "weighted": wild, "patience": patience, "evaluation": {**TINY["evaluation"], "probes": 4}}
+    demo_job(settings, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
+    first, *probes = [record for record in records if "J" in record and "averaged" not in record]
+    fallen = [probe for probe in probes if probe["J"] < first["J"]]
+    assert fallen
+    slower = [record["update"] for record in records if "slower" in record]
+    assert slower == ([probe["update"] for probe in fallen if "kept" not in probe] if patience else [])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ("at half the rate" in page) == bool(patience)

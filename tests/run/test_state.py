@@ -141,3 +141,12 @@ def test_a_learner_that_loses_what_another_has_learned_stops(shifts, lost):
         own = torch.randn(100, generator=generator)
         history.add(i, shared + own - own.mean() + shift, shared)
     assert (history.loss() is not None) is lost
+
+
+def test_a_probe_has_fallen_where_it_is_clearly_below_the_first():
+    """Paths share their noise: what they share is no error."""
+    shared, own = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    own, history = 0.1 * (own - own.mean()) / own.std(), ProbeHistory()  # of standard error 0.01
+    for i, j in enumerate((0.0, 0.5, -0.019, -0.021, -3.0)):
+        history.add(i, j + 5 * shared + own * (i > 0), torch.zeros(100))
+    assert history.falls() == [False, False, True, True]

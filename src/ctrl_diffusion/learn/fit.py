@@ -39,7 +39,7 @@ class Update:
 def fit(
     policy: Policy, steps: Iterator[Step], updates: int, lr: dict[str, float], ema_decay: float = 0.995,
     warmup: int = 20, max_norm: float = 100.0, max_skipped: int = 5, begin: dict[str, Tensor] | None = None,
-    enough: Callable[[], bool] = lambda: False,
+    enough: Callable[[], bool] = lambda: False, share: Callable[[], float] = lambda: 1.0,
 ) -> Iterator[Update]:  # fmt: skip
     """Train the policy's controls on a learner's stream of losses; the caller logs and stops.
 
@@ -53,6 +53,7 @@ def fit(
         max_skipped: batches (of paths, where these serve several updates) in a row that may be left out.
         begin: the state of an earlier update to continue from; `steps` are those that come after it.
         enough: asked before every update whether to end here, with the averaged weights.
+        share: asked before every step for what the learning rates are multiplied by.
 
     An update whose loss or gradient is not finite is left out and counted. In float16 the loss is scaled up; where only
     the gradient is too large, the scale is lowered instead. Ranks begin with rank 0's weights and step on the sum of
@@ -76,7 +77,7 @@ def fit(
         norm = float(accelerator.clip_grad_norm_(weights.parameters, max_norm))
         if math.isfinite(loss) and math.isfinite(norm):
             i = weights.ema.optimization_step  # updates that were taken
-            factor = min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
+            factor = share() * min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
             for group in weights.optimizer.param_groups:
                 group["lr"] = lr[group["name"]] * factor
             weights.optimizer.step()

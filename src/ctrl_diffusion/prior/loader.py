@@ -130,4 +130,4 @@ def load_pipeline(folder: Path, index: dict[str, Any]) -> Any:
     others = [name for name, p in parameters.items() if index.get(name) is None and p.default is p.empty]
     others += [name for name in parameters if name in NOT_NEEDED or index.get(name) == [None, None]]
     with refusing("its parts do not make a pipeline"), quiet():
-        return pipeline.from_pretrained(folder, **{**dict.fromkeys(others), **parts})
+        return pipeline.from_pretrained(folder, local_files_only=True, **{**dict.fromkeys(others), **parts})

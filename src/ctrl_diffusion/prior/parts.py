@@ -185,7 +185,7 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
         if files and not any((folder / file).is_file() for file in files):  # else transformers makes an empty one
             raise ValueError(f"its {name} has no vocabulary: there is no {' or '.join(files)} in its folder")
         with refusing(f"its {name} cannot be read"):
-            return kind.from_pretrained(folder), None
+            return kind.from_pretrained(folder, local_files_only=True), None
     config = check_config(folder, name)
     weights = find_weights(folder, name, base_name(kind))
     # explicit, since transformers would keep the half precision of a file
@@ -195,6 +195,7 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
         if weights.wrapped:
             options["key_mapping"] = {r"_orig_mod\.": "", r"^(module\.)+": ""}
     options |= {"variant": weights.variant, "use_safetensors": True, "output_loading_info": True}
+    options["local_files_only"] = True  # an odd file must not make a library look for it on the hub
     with refusing(f"its {name}"):
         model, info = kind.from_pretrained(folder, **options)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])

@@ -66,7 +66,8 @@ def read_schedule(scheduler: Any, tokens: int) -> ReadSchedule:
             f"its {kind} belongs to a model distilled for few steps, which does not predict the mean of x_0. Use the "
             "model it was distilled from"
         )
-    if not len(getattr(scheduler, "alphas_cumprod", ())) > 1 or "prediction_type" not in settings:
+    alphas_cumprod = torch.as_tensor(getattr(scheduler, "alphas_cumprod", ())).clone()
+    if alphas_cumprod.ndim != 1 or len(alphas_cumprod) < 2 or "prediction_type" not in settings:
         raise ValueError(f"its {kind} has no discrete noise schedule to read")
     prediction, kinds = settings["prediction_type"], [name for name in get_args(Prediction) if name != "flow"]
     if prediction not in kinds:
@@ -82,7 +83,6 @@ def read_schedule(scheduler: Any, tokens: int) -> ReadSchedule:
     clip = (
         number_of({"clip_sample_range": 1.0, **settings}, "clip_sample_range") if settings.get("clip_sample") else None
     )
-    alphas_cumprod = torch.as_tensor(scheduler.alphas_cumprod).clone()
     if settings.get("rescale_betas_zero_snr") and alphas_cumprod[-1] >= alphas_cumprod[-2]:
         alphas_cumprod[-1] = 0.0  # some schedulers write 2⁻²⁴ in its place, since they divide by it
     return ReadSchedule(VariancePreserving(alphas_cumprod), prediction, clip)

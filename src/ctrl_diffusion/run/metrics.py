@@ -84,7 +84,7 @@ class RunMetrics:
             intervals=intervals_of(run) or None,
             training={
                 "kept": {"stage": last["stage"], "update": last["update"], "averaged": "averaged" in last},
-                "stages": [record for record in records[:-1] if "averaged" in record or "stopped" in record],
+                "stages": [record for record in records[:-1] if {"averaged", "stopped", "slower"} & set(record)],
             },
             sweep={
                 kind: [

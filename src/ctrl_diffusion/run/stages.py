@@ -25,7 +25,7 @@ from .config import Config, seconds_in
 from .folder import RunFolder
 from .measure import Probe, prior_samples, probe, refine_intervals
 from .run import Run
-from .state import BestControl, TrainingState
+from .state import BestControl, ProbeHistory, TrainingState
 
 PROBE_PATHS = 160  # of all (c, y) together, at least
 PROBES_SHARE = 0.25  # of a time, at most
@@ -171,6 +171,24 @@ def reason_to_stop(training: TrainingState, stage: Stage, config: Config) -> str
     return training.history.standstill(config.patience) or (training.history.loss() if follows else None)
 
 
+def slow_down(run: Run, stage: Stage, history: ProbeHistory, best: BestControl) -> str:
+    """Let the first learner go on from the best control where J has fallen below that of the untrained one.
+
+    Its rate is then halved, by `rate_share`: what is learned drowns in the noise of the weights where the rate is too
+    high for a network. Return a line that says so; blank where J has not fallen.
+    """
+    if not (run.config.patience and stage.learner == run.config.learners[0] and history.falls()[-1:] == [True]):
+        return ""
+    run.policy.restore(best.snapshot)
+    return f"J fell below that of the untrained control: {stage.name} goes on from the best, at half the rate"
+
+
+def rate_share(run: Run, stage: Stage, history: ProbeHistory) -> float:
+    """Return what a stage's learning rates are multiplied by: a half for every probe in which J had fallen."""
+    slowed = run.config.patience and stage.learner == run.config.learners[0]
+    return 0.5 ** sum(history.falls()) if slowed else 1.0
+
+
 def train_stage(
     run: Run, stage: Stage, learner: Learner, phase: Phase, training: TrainingState, best: BestControl | None = None
 ) -> Generator[dict[str, Any], None, int]:
@@ -201,7 +219,7 @@ def train_stage(
         yield probed(run, record, repeats, training, best)
     try:
         options = {"ema_decay": config.ema_decay, "max_skipped": config.max_skipped, "begin": resumed}
-        options["enough"] = lambda: reason is not None
+        options |= {"enough": lambda: reason is not None, "share": lambda: rate_share(run, stage, training.history)}
         for update in fit(run.policy, steps, settings.updates, lr, **options):
             skipped = {"skipped": update.skipped} if update.skipped else {}
             record = {"stage": stage.name, "update": update.number, "loss": update.loss}
@@ -213,6 +231,8 @@ def train_stage(
                     yield {**record, "stopped": lost}
                     return update.number
                 reason = reason_to_stop(training, stage, config)
+                if best and (slower := slow_down(run, stage, training.history, best)):
+                    record["slower"] = slower
             advance(1, note)
             yield record
             training.after(update, "J" in record, config.checkpoint, generator, carried)

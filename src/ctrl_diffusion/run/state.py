@@ -109,6 +109,11 @@ class ProbeHistory:
                 return None
         return f"J of its last {TRIAL} probes is lower than what it began with"
 
+    def falls(self) -> list[bool]:
+        """Return, for each probe after the first, whether J is lower than the first's by two standard errors."""
+        gains = [Gain.from_paths(log_w, self.log_w[0]) for log_w in self.log_w[1:]]
+        return [gain < -2 * error for gain, error in gains]
+
     def climb(self) -> Climb | None:
         """Return what the last probe has gained over that of LAST intervals before it; None of a single probe."""
         if len(self.updates) < 2:
