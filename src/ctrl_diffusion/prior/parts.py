@@ -157,10 +157,18 @@ def read_names(path: Path, name: str) -> tuple[tuple[Path, ...], frozenset[str]]
     return tuple(path.parent / file for file in named), frozenset(names)
 
 
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """Read a part's config; refuse what is no object, which diffusers would take for a name on the hub."""
+    with refusing(f"its {name} has no {path.name} that can be read"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"its {name}: {path.name} must hold an object, {{…}}, got {str(values)[:40]!r}")
+    return values
+
+
 def check_config(folder: Path, name: str) -> dict[str, Any]:
     """Read the config of a part; refuse one that is quantised."""
-    with refusing(f"its {name} has no config.json that can be read"):
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = read_object(folder / "config.json", name)
     quantised = config.get("quantization_config")
     maps = [file.name for file in folder.glob("*quant*map*.json")]
     if quantised or maps:
@@ -184,6 +192,8 @@ def load_part(folder: Path, name: str, part: Any) -> tuple[Any, str | None]:
         files = [file for file in getattr(kind, "vocab_files_names", {}).values() if isinstance(file, str)]
         if files and not any((folder / file).is_file() for file in files):  # else transformers makes an empty one
             raise ValueError(f"its {name} has no vocabulary: there is no {' or '.join(files)} in its folder")
+        if hasattr(kind, "config_name"):  # of a scheduler
+            read_object(folder / kind.config_name, name)
         with refusing(f"its {name} cannot be read"):
             return kind.from_pretrained(folder, local_files_only=True), None
     config = check_config(folder, name)
