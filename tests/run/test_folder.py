@@ -91,3 +91,26 @@ def test_what_has_moved_is_named_by_its_key(folder, tmp_path, key, line):
     assert folder.read_config("size")
     old.mkdir()
     assert folder.read_config(key)
+
+
+@pytest.mark.parametrize(
+    ("file", "read", "content"),
+    [
+        ("start", "read_start", "{"),
+        ("start", "read_start", "[]"),
+        ("start", "read_start", '{"command": "ctrl"}'),
+        ("start", "read_start", '{"command": 1, "seconds": {}, "labels": {}, "dependence": {}, "fixed": {}}'),
+        ("start", "read_start", '{"command": "", "seconds": 3, "labels": {}, "dependence": {}, "fixed": {}}'),
+        ("start", "read_start", '{"command": "", "seconds": {}, "labels": {}, "depndence": {}, "fixed": {}}'),
+        ("metrics", "read_metrics", "nul"),
+        ("metrics", "read_metrics", "3"),
+        ("metrics", "read_metrics", "\x00"),
+    ],
+)
+def test_a_damaged_record_is_one_line(folder, file, read, content):
+    path = getattr(folder, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged: .*\. (Begin|Remove)") as error:
+        getattr(folder, read)()
+    assert "\n" not in str(error.value)

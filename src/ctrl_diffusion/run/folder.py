@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..system.checkpoint import Checkpoints
-from ..system.files import write_text
+from ..system.files import undamaged, write_text
 from ..system.folders import check_output, clear
 from ..system.tracking import TRACKED
 from .config import Config
@@ -126,12 +128,14 @@ class RunFolder:
         return config
 
     def read_metrics(self) -> dict[str, Any]:
-        """Read metrics.json."""
-        return json.loads(self.metrics.read_text(encoding="utf-8"))
+        """Read metrics.json; refuse (ValueError) a damaged one."""
+        with undamaged(self.metrics, "Remove it, and go on with the run to measure it again."):
+            return TypeAdapter(dict[str, Any]).validate_json(self.metrics.read_bytes())
 
     def read_start(self) -> StartRecord:
-        """Read what was known before the first update."""
-        return StartRecord(**json.loads(self.start.read_text(encoding="utf-8")))
+        """Read what was known before the first update; refuse (ValueError) a damaged record."""
+        with undamaged(self.start, "Begin the run again, with --overwrite."):
+            return TypeAdapter(StartRecord).validate_json(self.start.read_bytes())
 
     def write_start(self, record: StartRecord) -> None:
         """Write what is known before the first update, with every digit of its figures."""
