@@ -240,7 +240,7 @@ def outcome(command: tuple[str, ...]) -> tuple[str, str]:
             code = str(stop.code or 0)
         except Hang:
             return "hang", stderr.getvalue() + traceback.format_exc()
-        except BaseException as error:  # what no user should see
+        except Exception as error:  # what no user should see
             return type(error).__name__, stderr.getvalue() + traceback.format_exc()
     return code, stderr.getvalue()
 
