@@ -42,3 +42,11 @@ def test_the_speed_is_measured_and_leaves_no_trace(micro, monkeypatch):
     assert all(map(torch.equal, before, policy.snapshot()))
     assert all(p.grad is None for p in policy.trainable())
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("learner", LEARNERS.values(), ids=LEARNERS)
+@pytest.mark.parametrize("batch", [0, 2**20 + 1, 2**31])
+def test_a_batch_without_reason_is_refused(learner, batch):
+    with pytest.raises(ValueError, match="batch"):
+        learner.Settings(batch=batch)
+    assert learner.Settings(batch=2**20).batch == 2**20

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Generator, Tensor
 from typing_extensions import Self
 
@@ -30,6 +30,7 @@ from ..system.strict import Strict
 
 WITH_BACKWARD = 3
 TIMED = 3  # evaluations, of which the fastest counts
+MOST = 2**20  # samples an update: more is a slip of the pen
 
 
 class Evaluations(NamedTuple):
@@ -47,6 +48,13 @@ class LearnerSettings(Strict):
     batch: int = Field(ge=1)  # samples an update, or paths a rollout
     lr_embedding: float = Field(1e-2, gt=0)  # peak learning rates of the two groups of parameters
     lr_adapter: float = Field(1e-3, gt=0)
+
+    @field_validator("batch")
+    @classmethod
+    def _is_within_reason(cls, batch: int) -> int:
+        if batch > MOST:
+            raise ValueError(f"at most {MOST:,} samples can be asked of an update")
+        return batch
 
     def stages(self, name: str) -> dict[str, Self]:
         """Return the settings of each stage in turn, by its name: the learner's, and any that prepare it."""
