@@ -55,7 +55,8 @@ def test_a_signal_saves_and_exits_130(run, trained, undisturbed, sent):
     process.send_signal(sent)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == f"ctrl: interrupted. Everything is saved; go on with: ctrl train --resume {run}"
+    told = [line for line in err.splitlines(keepends=True) if "weighted learns from a handful of 8" not in line]
+    assert "".join(told) == f"ctrl: interrupted. Everything is saved; go on with: ctrl train --resume {run}\n"
     assert list((run / "checkpoint").glob("*.safetensors"))
     assert not (run / LOCK).exists()
     trained(run)

@@ -149,4 +149,5 @@ def test_a_probe_has_fallen_where_it_is_clearly_below_the_first():
     own, history = 0.1 * (own - own.mean()) / own.std(), ProbeHistory()  # of standard error 0.01
     for i, j in enumerate((0.0, 0.5, -0.019, -0.021, -3.0)):
         history.add(i, j + 5 * shared + own * (i > 0), torch.zeros(100))
-    assert history.falls() == [False, False, True, True]
+    assert history.falls == [False, False, True, True]
+    assert history.rate_share == 0.25

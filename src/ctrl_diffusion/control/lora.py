@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..prior.network import NetworkDenoiser
-from ..system.files import read_tensors, write_tensors
+from ..system.files import one_line, read_tensors, write_tensors
 from .control import Control, read_about
 
 
@@ -82,7 +82,7 @@ class LoRAControl(Control):
             try:
                 inject_adapter_in_model(config, network, adapter_name=self.adapter)
             except ValueError as error:
-                raise ValueError(f"lora_targets: {' '.join(str(error).split())[:200]}") from error
+                raise ValueError(f"lora_targets: {one_line(error, 200)}") from error
         for p, requires_grad in others:  # peft freezes every adapter but the newest
             p.requires_grad_(requires_grad)
 

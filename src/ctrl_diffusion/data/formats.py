@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..system.files import one_line
 from .names import normal
 from .tables import Fault, Table, checked_header, image_column, path_inside
 
@@ -223,6 +224,6 @@ def load(reader: Callable[[Any], Any], source: str | Path) -> Any:
         return reader(datasets)
     except Exception as error:  # its readers raise nearly anything
         cause = error.__cause__ or error
-        raise ValueError(f"{source} cannot be read: {' '.join(str(cause).split())[:200]}") from error
+        raise ValueError(f"{source} cannot be read: {one_line(cause, 200)}") from error
     finally:
         datasets.logging.set_verbosity(before)

@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
+from ..system.files import one_line
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MOST_PIXELS = 2**26  # of one file: 8192 × 8192
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners fill of a number
@@ -73,7 +75,7 @@ def open_image(file: Path | bytes) -> Picture:
                     image.load()
                 return Picture(plain(ImageOps.exif_transpose(image), raw), pages)
     except Exception as error:  # decoders raise anything
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error, 200)
         told = isinstance(error, (OSError, ValueError, SyntaxError)) and text
         raise ValueError(text if told else f"{type(error).__name__}: {text}") from error
 

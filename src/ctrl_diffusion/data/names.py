@@ -10,6 +10,8 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+from ..system.files import one_line
+
 # how tables write in any case that there is no label: the words of pandas, of SAS (.) and of ARFF (?)
 MISSING = {"", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "nat", "none", "null", "?", "-", "–", "—", "."}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -43,7 +45,7 @@ def as_text(value: Any) -> str:
         try:
             value = value.item()
         except (ValueError, RuntimeError) as error:  # an array of several
-            raise ValueError(f"{' '.join(str(value).split())[:60]} is more than one value") from error
+            raise ValueError(f"{one_line(value, 60)} is more than one value") from error
     if value is None:
         return ""
     if not isinstance(value, (str, Real, Decimal, date, time, timedelta)):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..system.files import one_line
 from ..system.progress import Phase, delayed, silent
 from .images import MODES, Levels, Picture, as_x, blank, is_grey, open_image, to_array
 from .labelled import LabelledImages
@@ -292,7 +293,7 @@ def read_image(table: Table, row: int, first_rows: dict[str, int]) -> Picture:
         name = repr(path)
         picture = open_image(file)
     except Exception as error:  # also of a table that is damaged at this row
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise BadRow("unreadable images", f"cannot read {name} ({reason}). Mend it or remove the row") from error
     if isinstance(file, Path):
         if before := first_rows.get(str(file)):

@@ -53,7 +53,7 @@ def fit(
         max_skipped: batches (of paths, where these serve several updates) in a row that may be left out.
         begin: the state of an earlier update to continue from; `steps` are those that come after it.
         enough: asked before every update whether to end here, with the averaged weights.
-        share: asked before every step for what the learning rates are multiplied by.
+        share: returns what the learning rates of the next step are multiplied by.
 
     An update whose loss or gradient is not finite is left out and counted. In float16 the loss is scaled up; where only
     the gradient is too large, the scale is lowered instead. Ranks begin with rank 0's weights and step on the sum of

@@ -13,7 +13,7 @@ from .families import FAMILIES
 from .family import make_denoiser
 from .loader import find_pipeline, load_pipeline, read_index
 from .network import NetworkDenoiser, check_call
-from .parts import refusing
+from .parts import one_line, refusing
 from .precision import PRECISIONS
 from .scheduler import not_followed
 from .text import Prompted, TextFamily
@@ -69,7 +69,7 @@ class Prior:
         try:
             self.denoiser.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         except (RuntimeError, AssertionError) as error:  # torch built without it raises the latter
-            reason = " ".join(str(error).split())[:100]
+            reason = one_line(error, 100)
             raise ValueError(f"device: {device!r} is not available here ({reason}). Use auto.") from error
         self.denoiser.set_precision(PRECISIONS[precision])
         if tiling:

@@ -36,7 +36,7 @@ class Dependence:
 
 
 def dependence(log_p: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Dependence:
-    """Measure it for two labels y (n,) of the same examples beside log p̂₁ (n, K₁) and log p̂₂ (n, K₂) in nats."""
+    """Measure what two labels y (n,) of the same examples share beyond log p̂₁ (n, K₁) and log p̂₂ (n, K₂) in nats."""
     base = (log_p[0][:, :, None] + log_p[1][:, None, :]).double()  # (n, K₁, K₂)
     n, first, second = base.shape
     cell = y[0] * second + y[1]

@@ -14,7 +14,7 @@ from ..data.sources import HUB
 from ..learn.table import LEARNERS, check_learners
 from ..prior.prior import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
-from ..system.files import write_text
+from ..system.files import one_line, write_text
 from ..system.strict import Strict, merged
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
@@ -314,7 +314,7 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str], options: di
         try:
             values = with_key(values, key.split("."), yaml.safe_load(value))
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"-o {text}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"-o {text}: {one_line(error)}") from error
     for i, row in enumerate(options.get("controls", [])):
         for key, value in row.items():
             values = with_key(values, ["controls", str(i), key], value)
@@ -372,7 +372,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold KEY: VALUE lines. A fresh run's config.yaml shows every key.")
     return map_paths(values, lambda name: os.path.abspath(path.parent / name))

@@ -25,11 +25,12 @@ from .config import Config, seconds_in
 from .folder import RunFolder
 from .measure import Probe, prior_samples, probe, refine_intervals
 from .run import Run
-from .state import BestControl, ProbeHistory, TrainingState
+from .state import BestControl, TrainingState
 
 PROBE_PATHS = 160  # of all (c, y) together, at least
 PROBES_SHARE = 0.25  # of a time, at most
 ADDED = " +"  # in the name of a stage that was added to a finished run
+FELL = "J fell below that of the untrained control: {} goes on from the best, at half the rate"
 
 
 class Stage(NamedTuple):
@@ -171,24 +172,6 @@ def reason_to_stop(training: TrainingState, stage: Stage, config: Config) -> str
     return training.history.standstill(config.patience) or (training.history.loss() if follows else None)
 
 
-def slow_down(run: Run, stage: Stage, history: ProbeHistory, best: BestControl) -> str:
-    """Let the first learner go on from the best control where J has fallen below that of the untrained one.
-
-    Its rate is then halved, by `rate_share`: what is learned drowns in the noise of the weights where the rate is too
-    high for a network. Return a line that says so; blank where J has not fallen.
-    """
-    if not (run.config.patience and stage.learner == run.config.learners[0] and history.falls()[-1:] == [True]):
-        return ""
-    run.policy.restore(best.snapshot)
-    return f"J fell below that of the untrained control: {stage.name} goes on from the best, at half the rate"
-
-
-def rate_share(run: Run, stage: Stage, history: ProbeHistory) -> float:
-    """Return what a stage's learning rates are multiplied by: a half for every probe in which J had fallen."""
-    slowed = run.config.patience and stage.learner == run.config.learners[0]
-    return 0.5 ** sum(history.falls()) if slowed else 1.0
-
-
 def train_stage(
     run: Run, stage: Stage, learner: Learner, phase: Phase, training: TrainingState, best: BestControl | None = None
 ) -> Generator[dict[str, Any], None, int]:
@@ -198,7 +181,9 @@ def train_stage(
 
     A stage stops early when its probes stand still for the patience (`ProbeHistory`), when too many updates in turn are
     not finite, and when J falls far below that of the first probe; its last record then says why it `stopped`, that of
-    averaged weights otherwise what the last probes gained. Without `best` no probe is compared, only the last is made,
+    averaged weights otherwise what the last probes gained. The first learner, with a patience, goes on from the best
+    control at half the rate where J has fallen below that of the untrained one: what is learned drowns in the noise of
+    the weights where a rate is too high for a network. Without `best` no probe is compared, only the last is made,
     and updates that are not finite are an error.
     """
     config, settings, resumed = run.config, stage.settings, subset("fit", training.within)
@@ -212,14 +197,16 @@ def train_stage(
     begin = int(resumed["counts"][0]) if resumed else 0
     training.taken, training.saved, training.due = begin, begin, False
     advance, note, skipped = phase(f"learner: {stage.name}", settings.updates), "", {}
-    reason = reason_to_stop(training, stage, config)  # as before an interruption
+    slows = bool(best and config.patience and stage.learner == config.learners[0])
+    # as before an interruption
+    reason, share = reason_to_stop(training, stage, config), training.history.rate_share if slows else 1.0
     advance(begin)
     record = {"stage": stage.name, "update": begin}
     if best and not resumed:
         yield probed(run, record, repeats, training, best)
     try:
         options = {"ema_decay": config.ema_decay, "max_skipped": config.max_skipped, "begin": resumed}
-        options |= {"enough": lambda: reason is not None, "share": lambda: rate_share(run, stage, training.history)}
+        options |= {"enough": lambda: reason is not None, "share": lambda: share}
         for update in fit(run.policy, steps, settings.updates, lr, **options):
             skipped = {"skipped": update.skipped} if update.skipped else {}
             record = {"stage": stage.name, "update": update.number, "loss": update.loss}
@@ -231,8 +218,9 @@ def train_stage(
                     yield {**record, "stopped": lost}
                     return update.number
                 reason = reason_to_stop(training, stage, config)
-                if best and (slower := slow_down(run, stage, training.history, best)):
-                    record["slower"] = slower
+                if slows and training.history.falls[-1]:
+                    run.policy.restore(best.snapshot)
+                    record["slower"], share = FELL.format(stage.name), training.history.rate_share
             advance(1, note)
             yield record
             training.after(update, "J" in record, config.checkpoint, generator, carried)

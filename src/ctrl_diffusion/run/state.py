@@ -109,10 +109,16 @@ class ProbeHistory:
                 return None
         return f"J of its last {TRIAL} probes is lower than what it began with"
 
+    @property
     def falls(self) -> list[bool]:
-        """Return, for each probe after the first, whether J is lower than the first's by two standard errors."""
+        """Whether J of each probe after the first is lower than the first's by two standard errors."""
         gains = [Gain.from_paths(log_w, self.log_w[0]) for log_w in self.log_w[1:]]
         return [gain < -2 * error for gain, error in gains]
+
+    @property
+    def rate_share(self) -> float:
+        """What a learning rate is multiplied by: a half for every probe in which J had fallen."""
+        return 0.5 ** sum(self.falls)
 
     def climb(self) -> Climb | None:
         """Return what the last probe has gained over that of LAST intervals before it; None of a single probe."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .files import write_json, write_tensors
+from .files import one_line, write_json, write_tensors
 
 KEPT = 2
 
@@ -48,7 +48,7 @@ class Checkpoints:
                     about = json.loads(file.metadata()["about"])
                 return load_file(path), about
             except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 warnings.warn(f"{path} is damaged ({reason}): training goes on from before it.", stacklevel=2)
                 remove(path)
         return None

@@ -13,6 +13,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 
+def one_line(message: object, most: int | None = None) -> str:
+    """Return the text of an error, or of anything else, without line breaks, cut to so many characters."""
+    return " ".join(str(message).split())[:most]
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it on success, remove it on failure."""
@@ -56,7 +61,7 @@ def undamaged(folder: Path, advice: str, but: tuple[type[Exception], ...] = ()) 
     except (PermissionError, *but):
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}. {advice}") from error
+        raise ValueError(f"{folder} is damaged: {one_line(error)}. {advice}") from error
 
 
 def rounded(value: Any) -> Any:

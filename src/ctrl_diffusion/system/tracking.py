@@ -10,6 +10,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
 from . import ranks
+from .files import one_line
 
 TRACKED, PROJECT = "tracking", "ctrl"  # a folder of the run; the project's name at services
 
@@ -64,7 +65,7 @@ class Tracking:
                 action(name)
             except Exception as error:
                 self.trackers.pop(name, None)
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = one_line(error) or type(error).__name__
                 warnings.warn(f"{name} is dropped: {reason}", RuntimeWarning, stacklevel=2)
 
     def log(self, record: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ...prior.prior import DIGITS, EMBEDDED
 from ...run import pipeline as controlled
 from ...run.folder import RunFolder
 from ...run.run import Run
-from ...system.files import write_json, write_tensors, write_text
+from ...system.files import one_line, write_json, write_tensors, write_text
 from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 
@@ -87,7 +87,7 @@ def push_to_hub(out: Path, name: str) -> None:
         hub.create_repo(name, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=out, commit_message="ctrl export")
     except Exception as error:  # a different exception for no network, no token or a name that is taken
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"{out} is written, but the hub does not take it as {name}: {reason}") from error
 
 
