@@ -165,7 +165,7 @@ def test_the_evaluations_of_samples_are_those_made(digits, gammas):
 
     handle = digits.denoiser.network.register_forward_pre_hook(count, with_kwargs=True)
     said = evaluations_of_samples(run, config)
-    assert made(lambda: prior_samples(run, config.weighted.cache, "cache")) == said["cache"]
+    assert made(lambda: prior_samples(run, run.conditions, config.weighted.cache, "cache")) == said["cache"]
     assert probes_of(config) * made(lambda: probe(run, -(-160 // run.training_conditions.pairs))) == said["probes"]
     certified = made(lambda: evaluate(run, config.evaluation.paths, against_untrained=True))
     assert certified == said["log Z"] + said["certificate"]

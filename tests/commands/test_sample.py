@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.sample import outside_share
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.read import read_images
-from ctrl_diffusion.run.measure import outside_share
 from ctrl_diffusion.run.run import Run
 
 

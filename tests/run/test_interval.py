@@ -62,11 +62,11 @@ def test_the_focus_is_where_the_control_speaks(run, interval, share, monkeypatch
 
 def test_states_to_learn_from_are_those_where_the_control_speaks(run):
     run = run({"interval": (0.3, 0.7)})
-    kept = prior_samples(run, 6, "test", states=3)
+    kept = prior_samples(run, run.conditions, 6, "test", states=3)
     active = set(run.policy.active_steps(run.times).tolist())
     assert kept.steps.shape == (12, min(3, len(active)))
     assert set(kept.steps.flatten().tolist()) <= active
-    assert torch.equal(kept.x_0, prior_samples(run, 6, "test"))
+    assert torch.equal(kept.x_0, prior_samples(run, run.conditions, 6, "test"))
 
 
 @pytest.mark.parametrize("best", [(0.1, 0.99), (0.45, 0.99), (0.1, 0.75), (0.45, 0.75)])

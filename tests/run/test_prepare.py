@@ -1,6 +1,7 @@
 """What a training decides and refuses before it starts."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -19,7 +20,7 @@ from ctrl_diffusion.run.config import Config, ControlSettings
 from ctrl_diffusion.run.defaults import suggested
 from ctrl_diffusion.run.folder import PAGES
 from ctrl_diffusion.run.measure import probe
-from ctrl_diffusion.run.prepare import ControlInputs, check_batches, classes_to_train, dependences, prepare
+from ctrl_diffusion.run.prepare import ControlInputs, check_batches, dependences, known_classes, prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system import ranks
 from ctrl_diffusion.system.progress import JobOptions
@@ -70,12 +71,45 @@ def test_some_of_the_priors_classes(data):
     torch.testing.assert_close(job.inputs[0].data.x[job.inputs[0].data.labels["digit"] == 0], sevens)
 
 
-def test_a_prior_of_many_classes_is_certified_on_some(data):
+@pytest.mark.parametrize(("classes", "pooled", "held_out"), [(64, False, 0), (65, True, 6), (1000, True, 64)])
+def test_many_classes_are_a_population_with_some_held_out(data, classes, pooled, held_out):
     prior = Prior.from_pretrained(DIGITS)
-    prior.classes = 1000
-    with pytest.warns(UserWarning, match="20 of them, evenly spaced"):
-        chosen = classes_to_train(prior, prepare(given(data)).inputs)
-    assert (len(set(chosen)), chosen[0], chosen[-1]) == (20, 0, 999)
+    prior.classes = classes
+    known, split = known_classes(prepare(given(data)).config.with_(classes=None), prior, [])
+    assert known == list(range(classes)), "none is left out"
+    assert (split.pooled, len(split.held_out)) == (pooled, held_out)
+    assert sorted(split.trained + split.held_out) == known
+    assert len(split.measured) == min(64, len(split.trained))
+
+
+def test_few_classes_with_some_held_out_are_a_population(data):
+    lines = []
+    job = prepare(given(data, condition="digit", hold_out=3), JobOptions(say=lines.append))
+    held_out = job.config.hold_out
+    assert (len(held_out), job.config.classes) == (3, list(range(10)))
+    assert lines[-1] == (
+        "7 classes are trained on as a population: drawn for each sample, certified on all; 3 are held out, and "
+        "certified apart"
+    )
+    assert len(job.inputs[0].data) == 500, "p̂ and the reader of c see all labels"
+    named = prepare(given(data, condition="digit", hold_out=[9, 7, 8], classes="all")).config
+    assert (named.hold_out, named.classes) == ([7, 8, 9], list(range(10)))
+    plain = prepare(given(data, condition="digit", hold_out=0)).config
+    assert (plain.hold_out, plain.classes) == (None, list(range(10))), "enumerated"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hold_out": 10}, "hold_out: 10 of 10 classes leave none to train on. Hold out fewer."),
+        ({"hold_out": [3, 12]}, "hold_out: 12 is none of the 10 classes. Name some of them by number."),
+        ({"hold_out": 2, "unconditional": True}, "hold_out: 2: this prior is unconditional. Leave it out."),
+        ({"classes": "all", "unconditional": True}, "classes must be null: this prior is unconditional; got all."),
+    ],
+)
+def test_what_cannot_be_held_out_is_refused(data, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(given(data, **settings))
 
 
 def test_a_prior_of_few_timesteps_gets_fewer_steps(data, tmp_path):
@@ -167,7 +201,7 @@ def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_p
     [
         ({"classes": [3, 3]}, "classes must be different numbers in 0 … 9; got"),
         ({"classes": [10]}, "classes must be different numbers in 0 … 9"),
-        ({"classes": []}, "classes: List should have at least 1 item"),
+        ({"classes": []}, "classes: Value should have at least 1 item"),
         ({"classifier_from": "{bare}"}, "has no judge"),
         (
             {"classifier_from": "{whole}", "condition": "digit", "classes": [1, 2]},

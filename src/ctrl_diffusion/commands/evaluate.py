@@ -16,14 +16,17 @@ def evaluate(
         int | None, typer.Option(min=0, max=MOST, help="Of all noise; left out, not the run's own.")
     ] = None,
     prior_samples: Annotated[int | None, typer.Option(min=8, help="Of each c; left out, the run's.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Other prompts to measure it on, one a line; left out, its own.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures here; left out, print them.")] = None,
     trust: Trust = False,
     quiet: Quiet = OTHER,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
     from ..run.measure import evaluate as evaluate_run
-    from ..run.measure import remeasured
-    from ..run.run import Run
+    from ..run.measure import on_prompts, remeasured
+    from ..run.run import Run, read_prompts
     from ..system.files import rounded, write_json
     from ..system.folders import check_file
 
@@ -31,6 +34,9 @@ def evaluate(
         check_file(out)
     with job_options(quiet, trust) as options:
         opened = remeasured(Run.load(run, trust=trust), seed, prior_samples)
+        if prompts:
+            others = read_prompts(prompts)
+            options.say(on_prompts(opened, others))
         used = {"seed": opened.config.seed, "prior_samples": opened.config.evaluation.prior_samples}
         metrics = {"accuracy_by": opened.accuracy_by, **used, **evaluate_run(opened, n, options.phase).metrics()}
     if OTHER:

@@ -29,6 +29,7 @@ def train(
     steps: Annotated[int | None, typer.Option(hidden=True)] = None,
     updates: opt.Updates = None,
     prompts: Annotated[str | None, typer.Option(hidden=True)] = None,
+    hold_out: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
     image: opt.Image = None,
     missing: opt.Missing = None,
@@ -39,7 +40,8 @@ def train(
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
     options: dict[str, Any] = {
-        "prior": prior, "prompts": prompts, "gamma": gamma, "kl_budget": kl, "steps": steps, "seed": seed,
+        "prior": prior, "prompts": prompts, "hold_out": hold_out, "gamma": gamma, "kl_budget": kl,
+        "steps": steps, "seed": seed,
         "learners": learner and learner.split(","), "track": track and track.split(","),
         **opt.control_values(data, control, condition, classifier, skip_bad, image, missing),
     }  # fmt: skip

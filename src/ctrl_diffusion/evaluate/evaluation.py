@@ -30,6 +30,7 @@ class Evaluation:
     clipped: float | None = None  # the share of the prior's samples that its clipping of x̂ holds, if it clips
     slope: Slope | None = None  # along γ, of a control for several γ
     gammas: dict[float, "Evaluation"] = field(default_factory=dict)  # for each of several γ, this one among them
+    held_out: "Evaluation | None" = None  # on conditions that no training saw
 
     @property
     def null_shifts(self) -> tuple[Tensor, Tensor]:

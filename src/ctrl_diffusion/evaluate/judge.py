@@ -1,6 +1,6 @@
 """Measure samples: their y by a ruler or by a classifier p̂ never met, their condition c, and their features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,12 +49,13 @@ class SecondOpinion:
 
     Args:
         rulers: control → x (n, C, H, W) → the class of y (n,), as the labels were made. Without one the judge decides.
-        reader: a classifier of the prior's conditions c; its features measure diversity. Without one, adherence is not
-            measured, and diversity is in pixels.
+        reader: a classifier of the prior's conditions c; its features measure diversity. Without one diversity is in
+            pixels and adherence is not measured, nor is it of conditions that the reader does not know.
         judges: control → a classifier of y, fitted on labels p̂ never saw; its accuracy is reported beside the ruler's.
         outside: samples (n, *) and their images (n, C, H, W) → whether each lies outside the region of some p̂ (n,).
         codec: turns samples (n, *) into images.
         device: where the classifiers are.
+        classes: the prior's classes c that reader and judges number 0 … n − 1; None where conditions are numbered so.
     """
 
     rulers: dict[str, Ruler]
@@ -63,21 +64,36 @@ class SecondOpinion:
     outside: Callable[[Tensor, Tensor], Tensor] | None = None
     codec: Codec = field(default_factory=Codec)
     device: torch.device | None = None
+    classes: Sequence[int] | None = None
 
     def measure(self, x_0: Tensor, conditions: Conditions) -> Observation:
         """Measure samples x_0 (n, *), equally many for each condition in turn, in batches: images may be large."""
-        group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
+        number = self.numbers(conditions)[conditions.spread(len(x_0))]
         batches = parts(len(x_0), self.codec.batch)
-        return Observation.cat([self.measure_batch(x_0[rows].to(self.device), group[rows]) for rows in batches])
+        return Observation.cat([self.measure_batch(x_0[rows].to(self.device), number[rows]) for rows in batches])
 
-    def measure_batch(self, x_0: Tensor, group: Tensor) -> Observation:
-        """Measure samples (n, *) of conditions (n,) in one batch."""
+    def numbers(self, conditions: Conditions) -> Tensor:
+        """Return the number that reader and judges have for each condition (G,); all −1 if some are unknown to them."""
+        if self.classes is None or "c" not in conditions.cond:
+            return torch.arange(conditions.groups)
+        number_of = {c: i for i, c in enumerate(self.classes)}
+        numbers = torch.tensor([number_of.get(c, -1) for c in conditions.cond["c"].tolist()])
+        return numbers if (numbers >= 0).all() else torch.full_like(numbers, -1)
+
+    def groups_of(self, number: Tensor, conditions: Conditions) -> Tensor:
+        """Return which of the G conditions reader and judges number so (n,); −1 where it is none of them."""
+        same = number[:, None] == self.numbers(conditions)
+        return torch.where(same.any(1), same.int().argmax(1), -1)
+
+    def measure_batch(self, x_0: Tensor, number: Tensor) -> Observation:
+        """Measure samples (n, *) of conditions by their numbers (n,) in one batch."""
         images = self.codec.decode(x_0)
-        judge_labels, c = {}, group.to(images.device)
+        judge_labels, c = {}, number.to(images.device)
         for name, judge in self.judges.items():
             judge_labels[name] = judge.log_prob(images, *([c] if judge.conditional else [])).argmax(1).cpu()
         labels = {**judge_labels, **{name: ruler(images.cpu()) for name, ruler in self.rulers.items()}}
-        adheres = self.reader and (self.reader.log_prob(images).argmax(1).cpu() == group).float()
+        reads = self.reader and bool((number >= 0).all())
+        adheres = (self.reader.log_prob(images).argmax(1).cpu() == number).float() if reads else None
         outside = self.outside and self.outside(x_0, images).float().cpu()
         return Observation(labels, judge_labels, self.features(images).cpu(), adheres, outside)
 

@@ -54,7 +54,8 @@ class Contrast(Learner):
     """Learn from states of the prior's own paths.
 
     Args:
-        paths: of the prior with states and x̂, M for each of the G conditions in turn.
+        paths: of the prior with states and x̂, M for each of the G conditions in turn; of a population M in all, under
+            the conditions of `Conditions.spread`.
         times, batch, options: see `Learner`; a batch has so many states.
     """
 
@@ -96,7 +97,8 @@ class Contrast(Learner):
             cell = conditions.cell(pair, **gamma)
             row = table.path(cell, quantile)
             column = even_steps(columns, self.batch, generator)[share]
-            others, weight = table.other(cell, row, column, other)
+            label, weight = table.other(cell, row, column, other)
+            pair, others = (conditions.pair_of(y, row, len(self.paths.x_0)) for y in (cell, label))
             t = times[self.paths.steps[row, column]]
             for rows in parts(len(pair), self.micro and max(1, self.micro // 2)):
                 at = row[rows], column[rows]
@@ -166,7 +168,7 @@ class LabelTable(NamedTuple):
     def path(self, cell: Tensor, quantile: Tensor) -> Tensor:
         """Return paths (n,) of cells (n,), each as often as its weight, at quantiles (n, 1)."""
         member = torch.searchsorted(self.cumulated[cell], quantile).squeeze(1).clamp(max=self.members - 1)
-        return cell % self.conditions.pairs // self.conditions.classes * self.members + member
+        return self.conditions.row_of(cell, member, self.members)
 
     @property
     def members(self) -> int:
@@ -174,14 +176,14 @@ class LabelTable(NamedTuple):
         return self.weights.shape[1]
 
     def other(self, cell: Tensor, path: Tensor, column: Tensor, quantile: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw y' at states (path, column) of cells (n,); return the pairs (c, y') and the weights of their terms."""
-        pairs, classes, choice = self.conditions.pairs, self.conditions.classes, self.conditions.choice
+        """Draw y' (n,) at states (path, column) of cells (n,); return them and the weights of their terms."""
+        strata, classes, choice = self.conditions.strata, self.conditions.classes, self.conditions.choice
         first = cell - cell % classes  # the cell of label 0, at the same c and γ
         cells = first[:, None] + torch.arange(classes)
         among = choice[cell % classes][:, None] == choice  # (n, K), the labels of the same controls
-        likely = self.outlooks[cell // pairs, path, column].double() @ self.agrees
+        likely = self.outlooks[cell // strata, path, column].double() @ self.agrees
         relative = among * likely / self.frequencies[cells]  # p(y | x_t) over p(y)
         drawn = relative.cumsum(1) / relative.sum(1, keepdim=True)
         y = torch.searchsorted(drawn, quantile).squeeze(1).clamp(max=classes - 1)
         at_end = (among * self.weights[cells, (path % self.members)[:, None]]).sum(1)
-        return first % pairs + y, (relative.sum(1) / at_end).clamp(max=MOST_WEIGHT)
+        return y, (relative.sum(1) / at_end).clamp(max=MOST_WEIGHT)

@@ -115,7 +115,7 @@ class Step:
 
 
 class PriorSampler(Protocol):
-    """Draw samples of the prior, `members` for each condition in turn."""
+    """Draw samples of the prior, `members` for each condition in turn; of a population so many in all."""
 
     def __call__(self, members: int, states: int = 0) -> Tensor | PriorPaths:
         """Return x_0 (G · members, *), or paths with so many states of each."""

@@ -45,7 +45,8 @@ class Weighted(Learner):
     """Learn by reward-weighted regression.
 
     Args:
-        x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn.
+        x_0: (G · M, *), samples of the prior, M for each of the G conditions in turn; of a population (M, *), under
+            the conditions of `Conditions.spread`.
         times, batch, options: see `Learner`.
         even: learn at w ≡ 1, where the effect of re-noising alone is left, the same for every label.
         learned_renoising: a snapshot of the controls after training at w ≡ 1, whose effect is subtracted; or None.
@@ -102,12 +103,12 @@ class Weighted(Learner):
         share = ranks.rank_rows(self.batch)
         while True:
             pair = conditions.draw(self.batch, generator)[share]
-            labels, cond = conditions.of(pair)
             gamma = rows_of(conditions.draw_gamma(self.batch, generator), share)
             quantile = torch.rand(self.batch, 1, generator=generator, dtype=torch.float64)[share]
             cell = conditions.cell(pair, **gamma)
             member = torch.searchsorted(cumulated[cell], quantile).squeeze(1).clamp(max=members - 1)
-            row = pair // conditions.classes * members + member
+            row = conditions.row_of(cell, member, members)
+            labels, cond = conditions.of(conditions.pair_of(cell, row, len(self.x_0)))
             x_0 = self.x_0[row].to(policy.device)
             states = noised(policy, x_0, self.times, self.batch, generator)
             sizes = self.batch, self.micro

@@ -26,7 +26,7 @@ class PictureSamples(NamedTuple):
 
 def columns_of(run: Run) -> int:
     """Return the columns of the grid of samples: the prior's classes, ten at most, or ten draws without classes."""
-    return 10 if run.config.classes is None else min(10, len(run.config.classes))
+    return 10 if run.classes is None else min(10, len(run.classes))
 
 
 def same_noise(run: Run, strength: float, columns: int) -> Tensor:
@@ -34,7 +34,7 @@ def same_noise(run: Run, strength: float, columns: int) -> Tensor:
 
     Columns are the prior's classes in turn, or draws of an unconditional prior.
     """
-    classes = run.config.classes
+    classes = run.classes
     cond = {} if classes is None else {"c": torch.tensor(classes)[torch.arange(columns) % len(classes)]}
     conditions, rows = run.conditions, []
     for labels in conditions.combinations:
@@ -50,7 +50,7 @@ def plane(run: Run, across: int = 4) -> Tensor:
     (1 + classes of the first, 1 + of the second, across, C, H, W).
     """
     (first, rows), (second, columns) = [(n, len(run.policy.controls[n].values)) for n in run.names[:2]]
-    classes, samples = run.config.classes, []
+    classes, samples = run.classes, []
     cond = {} if classes is None else {"c": torch.full((across,), classes[len(classes) // 2])}
     for i in range(NULL, rows):
         for j in range(NULL, columns):

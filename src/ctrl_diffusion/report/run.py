@@ -201,7 +201,7 @@ def write_report(
 
     The records are those of its log, and the command is what the user typed.
     """
-    control, values, classes, evaluation = run.name, run.values, run.config.classes, measurements.evaluation
+    control, values, classes, evaluation = run.name, run.values, run.classes, measurements.evaluation
     column_names = [""] * columns_of(run)
     if classes is not None:
         endings = distinct_endings([run.prior.class_names[c] for c in classes[:10]])

@@ -66,13 +66,13 @@ def outlook(
         gammas: labels of the ends are drawn from p̂^γ, made to sum to one.
     """
     p_end = [(gamma * log_p_end).softmax(1) for gamma in gammas]
-    group = torch.arange(len(log_p_end)) * conditions.groups // len(log_p_end)
+    group = conditions.spread(len(log_p_end))
+    number_of = torch.zeros_like(group) if conditions.pooled else group  # of many c no weight of its own is fitted
     out = torch.empty(len(gammas), *paths.steps.shape, log_p_end.shape[1], dtype=torch.float32)
     for number in paths.steps.unique().tolist():
         path, column = (paths.steps == number).nonzero(as_tuple=True)
-        features = features_of(
-            log_probabilities(reward, conditions, paths.x_hat[path, column], group[path]), group[path]
-        )
+        log_p = log_probabilities(reward, conditions, paths.x_hat[path, column], group[path])
+        features = features_of(log_p, number_of[path])
         for i, p in enumerate(p_end):
             log_q = predicted(features, p[path], torch.Generator().manual_seed(0))
             out[i, path, column] = log_q.softmax(1).float()

@@ -140,9 +140,11 @@ class Among:
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
     """Return the reward of every y (G, M, K) on prior samples x_0 (G · M, *), M for each condition in turn.
 
+    Of a population all samples are one table, (1, M, K), and x_0 (M, *) have the conditions of `Conditions.spread`.
+
     Raises ValueError if a reward is not finite.
     """
-    group = torch.arange(len(x_0)) * conditions.groups // len(x_0)
+    group = conditions.spread(len(x_0))
     tables: dict[str, list[Tensor]] = {name: [] for name in conditions.controls}
     for rows in parts(len(x_0), reward.codec.batch):
         for name, x in reward.views(x_0[rows], tables).items():
@@ -158,7 +160,7 @@ def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:
                 f"class {y} on {int(wrong[:, y].sum())} of {len(table)}. p̂ must give every class a probability above 0."
             )
         total = total + torch.where(classes == NULL, 0.0, table[:, classes.clamp(min=0)])
-    return total.view(conditions.groups, -1, conditions.classes)
+    return total.view(conditions.strata // conditions.classes, -1, conditions.classes)
 
 
 def hits(table: Tensor, gamma: float = 1.0) -> Tensor:

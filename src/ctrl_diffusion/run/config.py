@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, PositiveInt, create_model, field_validator, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, create_model, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.sources import HUB
@@ -118,11 +118,15 @@ class Config(Strict):
         prior: a pipeline folder, a pipeline on the hub, or "digits", the embedded model.
         unconditional: use a class-conditional prior by its null class only.
         prompts: the conditions c of a prior that is given text, or a file of them, one a line; null: those in the data.
+            Of more than 64 a run keeps a file.
         guidance: scale of such a prior's classifier-free guidance; null for the pipeline's default, 1 for none.
         negative_prompt: the prompt that guidance leads away from.
         size: (height, width) of the images, for a prior of any size; null for the size it was trained on.
         controls: the controls, trained together.
-        classes: the prior's classes that are trained and certified; null for an unconditional prior.
+        classes: the prior's classes or, by number, prompts that are trained or held out; "all" for all; null for an
+            unconditional prior.
+        hold_out: of these, what is kept out of training and certified apart: how many, or which. With any, or more than
+            64 classes, those trained on are a population, of which figures are of 64. null is a tenth of more than 64.
         seed: of every random number; the same seed gives the same bytes.
         gamma: γ, the weight of log p̂ in the reward; 1 aims at the posterior itself.
         gammas: other γ that the control is trained for as well, such as [0.5, 1, 2, 4]: sampling takes any between the
@@ -162,12 +166,13 @@ class Config(Strict):
 
     prior: str
     unconditional: bool = False
-    prompts: list[str] | None = Field(None, min_length=1)
+    prompts: list[str] | str | None = Field(None, min_length=1)
     guidance: float | None = Field(None, ge=1)
     negative_prompt: str = ""
     size: tuple[PositiveInt, PositiveInt] | None = None
     controls: list[ControlSettings] = Field(min_length=1)
-    classes: list[int] | None = Field(None, min_length=1)
+    classes: list[int] | Literal["all"] | None = Field(None, min_length=1)
+    hold_out: NonNegativeInt | list[int] | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     gamma: float = Field(1.0, ge=0)
     gammas: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)

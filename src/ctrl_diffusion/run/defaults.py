@@ -7,25 +7,31 @@ from ..learn.adjoint import Adjoint
 from ..learn.table import LEARNERS
 from .config import Config
 
+MEMBERS = 25  # prior samples for each label, of a condition of a population
 MOST_NUMBERS = 2**28  # that the states of the prior's paths are kept as, of four bytes each
 
 
-def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int) -> dict[str, Any]:
+def suggested(
+    shape: tuple[int, ...], parameters: int, rank: int, groups: int, classes: int, pooled: bool = False
+) -> dict[str, Any]:
     """Return the settings that depend on prior (x of `shape`) and data; all others keep the defaults of `Config`.
 
     Every (c, y), of `groups` conditions and `classes` labels, needs some hundred samples of the prior of its own. What
     there is to learn grows with the pairs (c, y); the time of an update with batch × dimensions, its memory with
     micro-batch × dimensions; the noise of an update with the size of the network and, for adjoints, with 1 / √batch,
     which the learning rate follows. Where x has many dimensions y is decided within a short stretch of the chain, which
-    needs more steps.
+    needs more steps. Conditions that are `pooled` share the samples learners learn from.
     """
     dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
     cache = max(100, min(10_000 // groups, max(1000, 300 * classes)))
+    # of a population the samples of all conditions are one pool; each that is certified has fewer, but some of every y
+    members, cache = (max(cache, MEMBERS * classes), cache * groups) if pooled else (cache, cache)
     warm = max(min(700, 400 + 20 * pairs), min(2000, 150 * classes))
     told_apart = classes * (classes - 1) // 2  # pairs of labels; ten classes were still learning after 1,500 updates
     contrasts = min(4000, max(min(700, 400 + 20 * pairs), 66 * told_apart))
-    states = max(1, min(40, MOST_NUMBERS // (2 * cache * groups * dimensions)))
+    drawn = cache if pooled else cache * groups
+    states = max(1, min(40, MOST_NUMBERS // (2 * drawn * dimensions)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = Adjoint.Settings()
     share = (batch / full.batch) ** 0.5
@@ -52,7 +58,7 @@ def suggested(shape: tuple[int, ...], parameters: int, rank: int, groups: int, c
         "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "ppo": {"updates": min(800, 160 + 16 * pairs), "batch": batch, **({"lr_adapter": 1.5e-4} if lr else {})},
-        "evaluation": {"prior_samples": cache, "paths": min(2000, max(600, 50 * pairs)), "sweep_paths": 200},
+        "evaluation": {"prior_samples": members, "paths": min(2000, max(600, 50 * pairs)), "sweep_paths": 200},
     }
 
 

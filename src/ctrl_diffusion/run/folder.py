@@ -5,12 +5,14 @@ classifier/     p̂(y | x) with its held-out report; the judge of y and the read
 control/        the control: adapter and embedding
                 (of several controls both hold one folder for each, by name)
 checkpoint/     until the run is finished: run.json, and the states from which training goes on
+prompts.txt     the prompts of a text model, one a line, if they are more than 64
 progress.jsonl  one line per probe and update
 metrics.json, samples/, the pictures and report.html
 """
 
 import json
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,18 @@ from .config import Config
 PAGES = ("reliability.png", "confusion.png", "report.html")  # about a classifier
 # the last file of each list marks a folder of that kind
 CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
+PROMPTS = "prompts.txt"
 CHECKPOINT, DATA_FOLDERS = "checkpoint", ("data", "judge_data")  # the latter of a demo
 RESULTS = (
     "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png", "confusion.png",
     "reliability*.png", "sweep.png", "gammas.png", "plane.png",
 )  # fmt: skip
 # the settings are removed first: a folder that has them can be resumed
-RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, "progress.jsonl")
+RUN_FILES = ("config.yaml", CHECKPOINT, PROMPTS, "classifier", *RESULTS, TRACKED, "progress.jsonl")
 # the settings of the chain and of its target
 TARGET = {
-    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "gamma", "gammas", "steps",
-    "sigma_end", "time_power", "focus",
+    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "hold_out", "gamma", "gammas",
+    "steps", "sigma_end", "time_power", "focus",
 }  # fmt: skip
 KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # a run with one more control has these of the old run
 FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # training depends on them
@@ -58,7 +61,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = path = Path(path)
-        self.config, self.log = path / "config.yaml", path / RUN_FILES[-1]
+        self.config, self.log, self.prompts = path / "config.yaml", path / RUN_FILES[-1], path / PROMPTS
         self.metrics, self.report, self.samples = path / "metrics.json", path / "report.html", path / "samples"
         self.start, self.checkpoints = path / CHECKPOINT / "run.json", Checkpoints(path / CHECKPOINT)
 
@@ -151,8 +154,14 @@ class RunFolder:
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that may not change once training has begun, as JSON; paths may, as a run may be moved."""
-    return {"controls": config.names, **config.model_dump(mode="json", include=FIXED)}
+    """Return the settings that may not change once training has begun, as JSON; paths may, as a run may be moved.
+
+    Of a file of prompts its SHA-256 is taken.
+    """
+    settings = {"controls": config.names, **config.model_dump(mode="json", include=FIXED)}
+    if isinstance(config.prompts, str):
+        settings["prompts"] = sha256(Path(config.prompts).read_bytes()).hexdigest()
+    return settings
 
 
 def read_pages(folder: Path) -> dict[str, bytes]:

@@ -3,7 +3,6 @@
 All noise comes from streams of the run's seed and a purpose, so that a measurement is the same whenever it is made.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +13,10 @@ from ..chain.noise import stream
 from ..chain.paths import PriorPaths, default_batch, paths, paths_with_states
 from ..chain.rows import parts
 from ..chain.schedule import Focus
-from ..control.conditions import Conditions
+from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
 from ..data.labels import NULL
 from ..evaluate.certificate import Slope, certify, gamma_within
-from ..evaluate.evaluation import Evaluation, leaves_region, warn_if_outside
+from ..evaluate.evaluation import Evaluation, warn_if_outside
 from ..evaluate.information import Profile, denoised_paths, information
 from ..evaluate.judge import Observation
 from ..evaluate.scores import Nulled, Score, score_samples, score_target
@@ -95,13 +94,15 @@ def partial_choices(run: Run) -> list[tuple[str, ...]]:
     return list(dict.fromkeys([*((n,) for n in names), *(tuple(n for n in names if n != name) for name in names)]))
 
 
-def prior_samples(run: Run, members: int, purpose: str, phase: Phase = silent, states: int = 0) -> Tensor | PriorPaths:
-    """Draw independent samples of the prior, `members` for each condition in turn.
+def prior_samples(
+    run: Run, conditions: Conditions, members: int, purpose: str, phase: Phase = silent, states: int = 0
+) -> Tensor | PriorPaths:
+    """Draw independent samples of the prior, `members` for each condition in turn; of a population so many in all.
 
     With a number of states return paths with as many of each, at steps at which a control that is trained speaks.
     """
-    cond = run.conditions.cond_of(torch.arange(run.conditions.groups).repeat_interleave(members))
-    n, generator = members * run.conditions.groups, stream(run.config.seed, purpose)
+    n, generator = conditions.rows(members), stream(run.config.seed, purpose)
+    cond = conditions.cond_of(conditions.spread(n))
     advance = phase(purpose, n)
     with run.policy.base.full_precision():
         if not states:
@@ -134,7 +135,7 @@ def find_intervals(run: Run, phase: Phase = silent) -> None:
 @torch.no_grad()
 def lower_gamma(run: Run, budget: float, phase: Phase = silent) -> None:
     """Lower the run's γ until the target lies within a KL of `budget` nats of the prior."""
-    x_prior = prior_samples(run, run.config.evaluation.prior_samples, "prior samples for γ", phase)
+    x_prior = prior_samples(run, run.conditions, run.config.evaluation.prior_samples, "prior samples for γ", phase)
     table = prior_table(run.reward_at(1.0), run.conditions, x_prior)
     gamma = ranks.broadcast(lambda: gamma_within(run.conditions, table, budget, run.config.gamma))
     run.config = run.config.with_(gamma=float(f"{gamma:.4g}"))
@@ -177,7 +178,8 @@ def profiles_of(run: Run, phase: Phase = silent) -> dict[str, Profile]:
     profiles, times = {}, run.times[:-1:every]
     for name, batches in tables.items():
         *log_p, end = torch.cat(batches, dim=1).unbind(0)
-        nats = [information(each, end.exp(), group, run.config.seed) for each in (*log_p, end)]
+        number = torch.zeros_like(group) if run.conditions.drawn else group  # too many c to count the labels of each
+        nats = [information(each, end.exp(), number, run.config.seed) for each in (*log_p, end)]
         profiles[name] = ranks.broadcast(lambda nats=nats: Profile(times, nats[: len(times)], nats[-1]))
     return profiles
 
@@ -222,7 +224,7 @@ def policy_paths(
 @torch.no_grad()
 def probe(run: Run, repeats: int) -> Probe:
     """Measure J, reward, KL in nats and the share outside p̂'s region, on few paths of the same noise at every probe."""
-    rewards, x_0, kl, log_ratio = policy_paths(run, run.training_conditions, repeats, "probe")
+    rewards, x_0, kl, log_ratio = policy_paths(run, run.probe_conditions, repeats, "probe")
     log_w = rewards - log_ratio
     figures = {"J": log_w, "probe_reward": rewards, "probe_kl": kl}
     if run.second_opinion.outside:
@@ -280,15 +282,29 @@ def remeasured(run: Run, seed: int | None = None, prior_samples: int | None = No
     return run
 
 
+def on_prompts(run: Run, prompts: Sequence[str]) -> str:
+    """Measure a run on other prompts from now on, or on a sample of many, and say which; refuse a run without text."""
+    if run.prior.text is None:
+        raise ValueError("--prompts: the prior of this run is given no text. Leave --prompts out.")
+    order = torch.randperm(len(prompts), generator=stream(run.config.seed, "other prompts")).tolist()
+    some = [prompts[i] for i in sorted(order[:MOST_ENUMERATED])]
+    seen = {run.prior.class_names[c] for c in run.split.trained} & set(some)
+    numbers = [run.prior.number_of(prompt) for prompt in some]
+    run.split = ConditionSplit(numbers, [], True, numbers, [])
+    sample = f" of {len(prompts)}, drawn by the seed" if len(some) < len(prompts) else ""
+    return f"measured on {len(some)} prompts{sample}; {len(seen)} of these were trained on"
+
+
 @torch.no_grad()
 def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = False) -> Evaluation:
     """Evaluate the policy on at least n paths, equally many for every (c, y), against fresh samples of the prior.
 
     The certificate is of the training chain. With several controls each of the `partial_choices` is evaluated as well,
-    and of a control for several γ each other γ, on half the paths. J is also compared with that of the untrained
-    control on the same noise, if that is asked for.
+    of a control for several γ each other γ, both on half the paths, and conditions that were held out on as many. J is
+    also compared with that of the untrained control on the same noise, if that is asked for.
     """
-    x_prior = prior_samples(run, run.config.evaluation.prior_samples, "prior samples for log Z", phase)
+    members = run.config.evaluation.prior_samples
+    x_prior = prior_samples(run, run.conditions, members, "prior samples for log Z", phase)
     of_prior = run.second_opinion.measure(x_prior, run.conditions)
     evaluation = evaluate_on(
         run, run.conditions, x_prior, of_prior, n, "paths to certify", phase, None, against_untrained
@@ -303,6 +319,10 @@ def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = 
         purpose = f"paths at γ = {gamma:g}"
         at[gamma] = evaluate_on(run, run.conditions, x_prior, of_prior, n // 2, purpose, phase, gamma)
     evaluation.gammas = dict(sorted({run.config.gamma: evaluation, **at}.items())) if at else {}
+    if held_out := run.held_out_conditions:
+        x_other = prior_samples(run, held_out, members, "prior samples of held-out conditions", phase)
+        of_other = run.second_opinion.measure(x_other, held_out)
+        evaluation.held_out = evaluate_on(run, held_out, x_other, of_other, n, "paths of held-out conditions", phase)
     return evaluation
 
 
@@ -377,19 +397,3 @@ def sweep(
         x_0 = paths(run.policy, len(pair), times, generator, cond, labels, strength, progress=advance).x_0
         scores[kind][value] = score_samples(run.second_opinion.measure(x_0, run.conditions), run.conditions)
     return scores
-
-
-@torch.no_grad()
-def outside_share(run: Run, x_0: Tensor, images: Tensor) -> float | None:
-    """Return the share of samples (n, *), with their images, outside the region some p̂ was fitted on; None if unknown.
-
-    Warn if it is more than twice the prior's share, and more by three standard errors.
-    """
-    if not run.second_opinion.outside:
-        return None
-    share, usual = float(run.is_outside(x_0, images).float().mean()), run.prior_outside or run.real_outside
-    if leaves_region(share, usual, (usual * (1 - usual) / len(x_0)) ** 0.5):
-        text = f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's"
-        advice = "there p̂ has seen no labels. Compare the judge in report.html."
-        warnings.warn(f"{text} {usual:.0%}: {advice}", RuntimeWarning, stacklevel=2)
-    return share

@@ -27,6 +27,8 @@ OPTIONAL = (
     "intervals",
     "strength",
     "steps",
+    "conditions",
+    "held_out",
 )  # left out where they are None
 
 
@@ -55,6 +57,8 @@ class RunMetrics:
     target: dict[str, Any]
     ctrl: dict[str, Any]
     certificate: dict[str, Any]
+    conditions: dict[str, int] | None  # how many c were trained on and held out; None of an unconditional prior
+    held_out: dict[str, Any] | None  # target, ctrl and certificate on conditions that no training saw
     scale: dict[str, dict[str, float]] | None
     dependence: dict[str, Any] | None  # of the labels of two controls, if images have both
     intervals: dict[str, dict[str, float]] | None  # where each control speaks, of controls that do not everywhere
@@ -78,7 +82,8 @@ class RunMetrics:
             learned=verdict.learned,
             verdict=verdict.metrics(),
             accuracy_by=run.accuracy_by,
-            **{"controls": None, "gammas": None, **evaluation.metrics()},
+            **{"controls": None, "gammas": None, "held_out": None, **evaluation.metrics()},
+            conditions=run.split and {"trained": len(run.split.trained), "held_out": len(run.split.held_out)},
             scale={name: scale_metrics(*pair) for name, pair in measurements.scales.items()} or None,
             dependence=start.dependence or None,
             intervals=intervals_of(run) or None,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..control.conditions import Conditions
+from ..chain.noise import stream
+from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
 from ..data.digits import VALUES
 from ..data.images import Levels
 from ..data.labelled import LabelledImages
@@ -27,10 +28,10 @@ from ..system.strict import merged
 from ..system.tracking import check_trackers
 from .config import Config, ControlSettings, check_present, list_controls, map_paths
 from .defaults import suggested
-from .folder import RunFolder, read_pages
-from .run import configured, fits, times_of
+from .folder import PROMPTS, RunFolder, read_pages
+from .run import configured, fits, read_prompts, times_of
 
-MOST_CONDITIONS, MOST_PROMPTS = 20, 64
+HELD_OUT = 10  # of a population one in so many conditions is held out, unless its config says how many
 
 
 @dataclass
@@ -65,43 +66,90 @@ class PreparedTraining:
     config: Config  # with every key chosen
     prior: Prior  # with the prompts, device and precision of the config
     inputs: list[ControlInputs]
+    prompts: list[str] | None = None  # of a prior that is given text
     cut: bool = False  # whether a learner has fewer updates than by default
 
 
 def prepare(
-    values: dict[str, Any], options: JobOptions = DEFAULT, usual: dict[str, Any] | None = None
-) -> PreparedTraining:
+    values: dict[str, Any], options: JobOptions = DEFAULT, usual: dict[str, Any] | None = None,
+    beside: Path | None = None,
+) -> PreparedTraining:  # fmt: skip
     """Read prior, data and classifiers, and choose the settings that depend on them; refuse what is wrong with any.
 
     A training with fewer updates than by default counts as cut short; `usual` settings, if given, say other defaults.
+    Many prompts are encoded into a folder in `beside` (see `configured`).
     """
     values = list_controls(values)
     check_present(values, "prior")
     values = map_paths(values, lambda name: str(Path(name).resolve()))
-    if isinstance(values.get("prompts"), str):
-        values["prompts"] = read_prompts(Path(values["prompts"]))
     config = Config.from_values(values)  # wrong settings are reported before wrong files
     check_trackers(config.track)
+    prompts = read_prompts(Path(config.prompts)) if isinstance(config.prompts, str) else config.prompts
     prior = open_prior(config.prior, config.size)
-    if prior.text and config.prompts is None:
-        config = config.with_(prompts=prompts_of(config.controls))
-    prior = configured(prior, config)
+    if prior.text and prompts is None:
+        prompts = prompts_of(config.controls)
+    config = config.with_(prompts=prompts if len(prompts or ()) <= MOST_ENUMERATED else config.prompts or PROMPTS)
+    prior = configured(prior, config, prompts, beside)
     inputs = [read_inputs(settings, prior, options) for settings in config.controls]
-    classes = config.classes or classes_to_train(prior, inputs)
-    numbers = range(prior.classes or 0)
-    if classes and (len(set(classes)) < len(classes) or not set(classes) <= set(numbers)):
-        what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
-        raise ValueError(f"classes must be {what}; got {classes}.")
-    inputs = [select_inputs(each, classes) for each in inputs]
-    config, cut = complete(values, config, prior, inputs, classes, usual or {})
+    known, split = known_classes(config, prior, inputs)
+    inputs = [select_inputs(each, known) for each in inputs]
+    config, cut = complete(values, config, prior, inputs, known, split, usual or {})
     for each in inputs:
         each.report(options.say)
-    return PreparedTraining(config, prior, inputs, cut)
+    if split and split.pooled:
+        options.say(in_words(split, "prompts" if prior.text else "classes"))
+    return PreparedTraining(config, prior, inputs, prompts, cut)
+
+
+def known_classes(
+    config: Config, prior: Prior, inputs: list[ControlInputs]
+) -> tuple[list[int] | None, ConditionSplit | None]:
+    """Return the prior's classes to train on or hold out, and how they are split; None of an unconditional prior."""
+    numbers = range(prior.classes or 0)
+    known = list(numbers) if config.classes == "all" and numbers else config.classes
+    known = known or classes_to_train(prior, inputs)
+    if known and (len(set(known)) < len(known) or not set(known) <= set(numbers)):
+        what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
+        raise ValueError(f"classes must be {what}; got {config.classes}.")
+    if not known:
+        if config.hold_out:
+            raise ValueError(f"hold_out: {config.hold_out}: this prior is unconditional. Leave it out.")
+        return None, None
+    return known, ConditionSplit.of(known, held_out_of(config, known), config.seed)
+
+
+def held_out_of(config: Config, known: list[int]) -> list[int]:
+    """Return the classes to keep out of training: those that are named, or so many drawn by the seed."""
+    count, names = config.hold_out, "prompts" if config.prompts else "classes"
+    if isinstance(count, list):
+        if unknown := [c for c in count if c not in known]:
+            raise ValueError(
+                f"hold_out: {unknown[0]} is none of the {len(known)} {names}. Name some of them by number."
+            )
+        count, apart = len(set(count)), sorted(set(count))
+    else:
+        if count is None:
+            count = min(MOST_ENUMERATED, len(known) // HELD_OUT) if len(known) > MOST_ENUMERATED else 0
+        order = torch.randperm(len(known), generator=stream(config.seed, "conditions to hold out"))
+        apart = sorted(known[i] for i in order[:count].tolist())
+    if count >= len(known):
+        raise ValueError(f"hold_out: {count} of {len(known)} {names} leave none to train on. Hold out fewer.")
+    return apart
+
+
+def in_words(split: ConditionSplit, names: str) -> str:
+    """Say that conditions are a population, and which of them figures are of."""
+    text = f"{len(split.trained)} {names} are trained on as a population: drawn for each sample, certified on "
+    text += "all" if len(split.measured) == len(split.trained) else f"{len(split.measured)} of them"
+    if split.held_out:
+        text += f"; {len(split.held_out)} are held out, and certified apart"
+        text += "" if len(split.measured_held_out) == len(split.held_out) else f" on {len(split.measured_held_out)}"
+    return text
 
 
 def complete(
-    values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], classes: list[int] | None,
-    usual: dict[str, Any],
+    values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], known: list[int] | None,
+    split: ConditionSplit | None, usual: dict[str, Any],
 ) -> tuple[Config, bool]:  # fmt: skip
     """Return the config with defaults for this prior and these data where `values` has none; refuse what cannot be.
 
@@ -110,11 +158,14 @@ def complete(
     sizes = {each.name: each.classes for each in inputs}
     fixed = [each.name for each in inputs if each.settings.settled_from]
     labels = Conditions.for_training({}, sizes, fixed).classes
-    denoiser, groups = prior.denoiser, len(classes or [0])
+    denoiser, groups = prior.denoiser, len(split.measured) if split else 1
     parameters = sum(p.numel() for p in denoiser.network.parameters())
-    defaults = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=groups, classes=labels)
+    pooled = bool(split and split.pooled)
+    defaults = suggested(denoiser.shape, parameters, denoiser.site.rank, groups, labels, pooled)
     guidance = prior.text.guidance if prior.text and config.guidance is None else config.guidance
-    chosen = {"classes": classes, "prompts": config.prompts, "guidance": guidance}
+    chosen = {"prompts": config.prompts, "guidance": guidance}
+    chosen["classes"] = "all" if known and len(known) > MOST_ENUMERATED and len(known) == prior.classes else known
+    chosen["hold_out"] = sorted(split.held_out) if pooled else None
     values = {
         **values,
         "controls": [
@@ -134,22 +185,8 @@ def complete(
     return config, any(count < most for count, most in updates)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file, one a line, without blank lines; refuse none, or too many to train one by one."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise ValueError(f"{path} has no prompts. Write one a line.")
-    if len(prompts) > MOST_PROMPTS:
-        raise ValueError(f"{path} has {len(prompts)} prompts; {MOST_PROMPTS} at most are trained one by one.")
-    return prompts
-
-
 def prompts_of(controls: list[ControlSettings]) -> list[str]:
-    """Read the prompts in the data's column of c; refuse data without one, or too many prompts."""
+    """Read the prompts in the data's column of c; refuse data without one."""
     control = next((control for control in controls if control.condition), None)
     if control is None:
         raise ValueError(
@@ -158,13 +195,7 @@ def prompts_of(controls: list[ControlSettings]) -> list[str]:
     table = open_table(control.data, control.image)
     column = control.condition_column or control.condition
     table.check_columns([column])
-    prompts = in_order(text for text in table.texts(column) if not is_missing(text, control.missing == "keep"))
-    if len(prompts) > MOST_PROMPTS:
-        raise ValueError(
-            f"{table.name}: {column} has {len(prompts)} different prompts, more than {MOST_PROMPTS}. If y does not "
-            "depend on the prompt, leave --condition out and name some with --prompts FILE."
-        )
-    return list(prompts)
+    return list(in_order(text for text in table.texts(column) if not is_missing(text, control.missing == "keep")))
 
 
 def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOptions = DEFAULT) -> ControlInputs:
@@ -298,20 +329,12 @@ def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages)
 
 
 def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> list[int] | None:
-    """Choose the prior's classes to train and certify: those in the data, else all, else some evenly spaced."""
+    """Choose the prior's classes to train and certify: those in the data, else all."""
     if prior.classes is None:
         return None
     if labelled := next((each for each in inputs if each.data and each.settings.condition), None):
         return labelled.data.labels[labelled.settings.condition].unique().tolist()
-    if prior.text:
-        return list(range(prior.classes))
-    if prior.classes > MOST_CONDITIONS:
-        warnings.warn(
-            f"the prior has {prior.classes} classes and the data no --condition: {MOST_CONDITIONS} of them, evenly "
-            "spaced, are trained and certified. Name others as classes: in a --config.",
-            stacklevel=2,
-        )
-    return torch.linspace(0, prior.classes - 1, min(prior.classes, MOST_CONDITIONS)).round().long().tolist()
+    return list(range(prior.classes))
 
 
 @torch.no_grad()

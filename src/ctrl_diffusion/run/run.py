@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..chain.noise import stream
 from ..chain.paths import paths
 from ..chain.rollout import Times
-from ..control.conditions import Conditions
+from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
 from ..control.kinds import load_control
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
@@ -28,11 +29,34 @@ from ..system.progress import Phase, silent
 from .config import Config, ControlSettings
 from .folder import RunFolder
 
+PROBE_PATHS = 160  # of all (c, y) together, at least
 
-def configured(prior: Prior, config: Config) -> Prior:
-    """Return the prior with the prompts, the device and the precision of a config; unconditional if that says so."""
+
+def read_prompts(path: Path) -> list[str]:
+    """Read the prompts of a file, one a line, without blank lines; refuse none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise ValueError(f"{path} has no prompts. Write one a line.")
+    return prompts
+
+
+def configured(prior: Prior, config: Config, prompts: list[str] | None = None, beside: Path | None = None) -> Prior:
+    """Return the prior with the prompts, the device and the precision of a config; unconditional if that says so.
+
+    Prompts are read from the config's file if it names one and none are given. More than 64 are encoded when they are
+    drawn, into a folder in `beside`, by default beside the run whose file it is.
+    """
     if config.prompts is not None:
-        prior = prior.with_prompts(config.prompts, config.guidance, config.negative_prompt)
+        if isinstance(config.prompts, str):
+            beside, prompts = beside or Path(config.prompts).parents[1], prompts or read_prompts(Path(config.prompts))
+        else:
+            prompts = config.prompts
+        cache = None if len(prompts) <= MOST_ENUMERATED else beside
+        prior = prior.with_prompts(prompts, config.guidance, config.negative_prompt, cache)
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     prior = prior.unconditional() if config.unconditional else prior
@@ -68,6 +92,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.policy.gamma = self.config.gamma
+        self.known_classes  # noqa: B018 — sampling may add prompts to the prior, which are none of "all"
         for panel in self.panels.values():
             panel.to(self.prior.denoiser.device)
 
@@ -94,7 +119,7 @@ class Run:
     def reward_at(self, gamma: float) -> Reward:
         """Return the reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
         networks = {name: panel.classifier for name, panel in self.panels.items()}
-        classifiers = {n: Among(p, self.config.classes) if p.conditional else p for n, p in networks.items()}
+        classifiers = {n: Among(p, self.known_classes) if p.conditional else p for n, p in networks.items()}
         return Reward(classifiers, gamma, self.prior.codec, self.prior.denoiser.device)
 
     def images(self, x: Tensor) -> Tensor:
@@ -112,6 +137,7 @@ class Run:
             self.is_outside if all(panel.support for panel in self.panels.values()) else None,
             self.prior.codec,
             self.prior.denoiser.device,
+            self.known_classes,
         )
 
     def ruler_of(self, settings: ControlSettings) -> Ruler:
@@ -142,26 +168,64 @@ class Run:
         """The name of what measures y: "ruler" if every control has one, else "judge"."""
         return "ruler" if all(control.ruler for control in self.config.controls) else "judge"
 
+    @cached_property
+    def known_classes(self) -> Sequence[int] | None:
+        """The prior's classes that are trained on or held out, as p̂(y | x, c) and the reader of c number them."""
+        return range(self.prior.classes) if self.config.classes == "all" else self.config.classes
+
+    @cached_property
+    def split(self) -> ConditionSplit | None:
+        """Which of the prior's conditions c are trained on and which are not; None of an unconditional prior."""
+        config = self.config
+        if config.classes is None:
+            return None
+        return ConditionSplit.of(self.known_classes, config.hold_out or [], config.seed)
+
+    @property
+    def classes(self) -> list[int] | None:
+        """The conditions c that figures and pictures are of: those trained on, or of a population a sample of these."""
+        return self.split and self.split.measured
+
     @property
     def conditions(self) -> Conditions:
-        """All pairs (c, y) with a label for every control."""
+        """All pairs (c, y) with a label for every control, of the conditions that figures are of."""
         return self.conditions_on(self.names)
+
+    @property
+    def held_out_conditions(self) -> Conditions | None:
+        """All pairs (c, y) of conditions that were kept out of training, or of a sample of these; None if none was."""
+        if not (self.split and self.split.held_out):
+            return None
+        return self.conditions_on(self.names, self.split.measured_held_out)
 
     @property
     def training_conditions(self) -> Conditions:
         """All pairs (c, y) to train on: labels may be null, but where a control is being added not those of the new."""
         fixed = [name for name in self.names if self.policy.controls[name].fixed]
-        conditions = self.conditions
+        trained, pooled = (self.split.trained, self.split.pooled) if self.split else (None, False)
+        conditions = self.conditions_on(self.names, trained)
         arguments = conditions.cond, conditions.controls, fixed, self.config.trained_gammas, conditions.names
-        return Conditions.for_training(*arguments)
+        return Conditions.for_training(*arguments, pooled)
 
-    def conditions_on(self, names: Sequence[str]) -> Conditions:
-        """Return all pairs (c, y) with labels for some of the controls."""
-        cond = {} if self.config.classes is None else {"c": torch.tensor(self.config.classes)}
+    @property
+    def probe_conditions(self) -> Conditions:
+        """All pairs (c, y) that probes are of: those trained on, or of a population few conditions with every y."""
+        conditions = self.training_conditions
+        if not conditions.pooled:
+            return conditions
+        few = -(-PROBE_PATHS // conditions.classes)
+        return conditions.sample(few, stream(self.config.seed, "conditions to probe"))
+
+    def conditions_on(self, names: Sequence[str], classes: list[int] | None = None) -> Conditions:
+        """Return all pairs (c, y) with labels for some of the controls, of the prior's `classes`, or `self.classes`."""
+        classes, class_names = self.classes if classes is None else classes, self.prior.class_names
+        cond = {} if classes is None else {"c": torch.tensor(classes)}
         controls = {name: self.policy.controls[name] for name in names}
-        classes = {"c": [self.prior.class_names[c] for c in self.config.classes]} if cond else {}
-        classes |= {name: control.values for name, control in controls.items()}
-        return Conditions(cond, {name: control.size for name, control in controls.items()}, names=classes)
+        value_names = {"c": [class_names[c] for c in classes]} if cond else {}
+        value_names |= {name: control.values for name, control in controls.items()}
+        sizes = {name: control.size for name, control in controls.items()}
+        drawn = bool(self.split and self.split.pooled)
+        return Conditions(cond, sizes, names=value_names, drawn=drawn)
 
     @property
     def times(self) -> Times:

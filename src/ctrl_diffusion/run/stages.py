@@ -24,10 +24,9 @@ from ..system.tracking import Tracking
 from .config import Config, seconds_in
 from .folder import RunFolder
 from .measure import Probe, prior_samples, probe, refine_intervals
-from .run import Run
+from .run import PROBE_PATHS, Run
 from .state import BestControl, TrainingState
 
-PROBE_PATHS = 160  # of all (c, y) together, at least
 PROBES_SHARE = 0.25  # of a time, at most
 ADDED = " +"  # in the name of a stage that was added to a finished run
 FELL = "J fell below that of the untrained control: {} goes on from the best, at half the rate"
@@ -74,7 +73,7 @@ def budgeted(run: Run, config: Config) -> Config:
         one = probe_paths(run) * (2 * config.steps + 1) * speed.forward * len(stages)
         seconds = seconds_in(config.time)
         probes = max(1, min(config.evaluation.probes, int(PROBES_SHARE * seconds / one) - 1))
-        cached = sum(getattr(config, name).drawn for name in config.learners) * run.conditions.groups
+        cached = run.training_conditions.rows(sum(getattr(config, name).drawn for name in config.learners))
         drawn = cached * (config.steps + 1) * speed.forward  # samples of the prior to learn from
         seconds = max(seconds - (probes + 1) * one - drawn, seconds / 2)
         usual = sum(stage.settings.updates * speed.of_update(stage.settings, config.steps) for stage in stages)
@@ -98,12 +97,12 @@ def speed_of(run: Run, batch: int) -> Speed:
 
 def probe_repeats(run: Run) -> int:
     """Return how often a probe has each (c, y)."""
-    return -(-PROBE_PATHS // run.training_conditions.pairs)
+    return -(-PROBE_PATHS // run.probe_conditions.pairs)
 
 
 def probe_paths(run: Run) -> int:
     """Return how many paths a probe has."""
-    return probe_repeats(run) * run.training_conditions.pairs
+    return probe_repeats(run) * run.probe_conditions.pairs
 
 
 def between_probes(config: Config, updates: int) -> int:
@@ -113,7 +112,8 @@ def between_probes(config: Config, updates: int) -> int:
 
 def learner_of(run: Run, name: str, phase: Phase) -> Learner:
     """Return the learner of that name with the run's settings."""
-    config, draw = run.config, partial(prior_samples, run, purpose="prior samples to learn from", phase=phase)
+    config, conditions = run.config, run.training_conditions
+    draw = partial(prior_samples, run, conditions, purpose="prior samples to learn from", phase=phase)
     settings, options = getattr(config, name), {"micro": config.micro_batch, "offload": config.offload}
     return LEARNERS[name].from_settings(settings, run.times, draw, **options)
 
@@ -123,8 +123,9 @@ def train(run: Run, phase: Phase = silent, training: TrainingState | None = None
 
     The best control of all probes is kept; the last record is that of its probe, marked as kept.
     """
-    few = -(-64 // run.training_conditions.groups)
-    prior_table(run.reward, run.training_conditions, prior_samples(run, few, "rewards"))  # refuse what is not finite
+    conditions = run.training_conditions
+    few = 64 if conditions.pooled else -(-64 // conditions.groups)
+    prior_table(run.reward, conditions, prior_samples(run, conditions, few, "rewards"))  # refuse what is not finite
     training = training or TrainingState(BestControl(run.policy))
     best, untrained, learner = training.best, run.policy.snapshot(), None
     run.policy.restore(best.snapshot or untrained)

@@ -48,16 +48,15 @@ def subset(data: LabelledImages, column: str, n: int, seed: int) -> tuple[Labell
         raise ValueError(f"--labels {n}: {column} has {len(data)} labelled images. Ask for no more.")
     if n == len(data):
         return data, None
-    rows, rest = train_test_split(
-        torch.arange(len(data)).numpy(), train_size=n, stratify=data.strata(column).numpy(), random_state=seed
-    )
+    strata = data.strata(column).numpy()
+    rows, rest = train_test_split(torch.arange(len(data)).numpy(), train_size=n, stratify=strata, random_state=seed)
     return data[rows], data[rest]
 
 
 def read_again(run: Run, settings: ControlSettings, source: str, levels: Levels | None = None) -> LabelledImages:
     """Read the labelled images of a run's control as its training did, those of its judge with the others' levels."""
     data = read_data(source, settings, run.prior, run.panels[settings.name].values, levels=levels)
-    return select_classes(data, settings.condition, run.config.classes) if settings.condition else data
+    return select_classes(data, settings.condition, run.known_classes) if settings.condition else data
 
 
 def without(data: LabelledImages, digests: Collection[bytes]) -> LabelledImages:
@@ -121,8 +120,7 @@ class Comparison:
         for control in run.config.controls:
             self.set_apart(control)
         self.judge: SecondOpinion = replace(run.second_opinion, outside=None)
-        self.repeats = repeats_of(self.n, run.conditions)
-        self.phase = self.options.phase
+        self.repeats, self.phase = repeats_of(self.n, run.conditions), self.options.phase
 
     def classifier_settings(self, control: ControlSettings) -> ClassifierSettings:
         """Return what the run's p̂ of a control was fitted with."""
@@ -145,7 +143,8 @@ class Comparison:
     @cached_property
     def x_prior(self) -> Tensor:
         """Samples of the prior, equally many for each condition in turn: the same for every row."""
-        return prior_samples(self.run, self.run.config.evaluation.prior_samples, "prior samples for log Z", self.phase)
+        members, conditions = self.run.config.evaluation.prior_samples, self.run.conditions
+        return prior_samples(self.run, conditions, members, "prior samples for log Z", self.phase)
 
     @cached_property
     def prior_observation(self) -> Observation:
@@ -161,7 +160,7 @@ class Comparison:
         apart, fitted = [], []
         seen = {digest for data in self.data.values() for digest in data.digests()}
         for settings in self.run.config.controls:
-            if self.run.config.classes is not None and not settings.condition:
+            if self.run.classes is not None and not settings.condition:
                 continue
             fitted += self.observe(self.data[settings.name], settings.condition)
             sources = [self.judged[settings.name]] if settings.name in self.judged else []
@@ -186,11 +185,12 @@ class Comparison:
         return Yardstick.from_observations(*arguments, held_out=self.repeats, seed=self.run.config.seed)
 
     def observe(self, data: LabelledImages, condition: str | None) -> list[tuple[Observation, Tensor]]:
-        """Measure real images as samples are, batch by batch, with their conditions (n,)."""
+        """Measure real images as samples are, batch by batch, with their conditions (n,), which others have not."""
         judge, batches = replace(self.judge, codec=Codec()), []
-        group = data.labels[condition] if condition else torch.zeros(len(data)).long()
-        for rows in torch.arange(len(data)).split(self.run.prior.codec.batch) if len(data) else ():
-            batches.append((judge.measure_batch(data.x[rows].to(judge.device), group[rows]), group[rows]))
+        number = data.labels[condition] if condition else torch.zeros(len(data)).long()
+        group = judge.groups_of(number, self.run.conditions)
+        for rows in (group >= 0).nonzero().flatten().split(self.run.prior.codec.batch) if (group >= 0).any() else ():
+            batches.append((judge.measure_batch(data.x[rows].to(judge.device), number[rows]), group[rows]))
         return batches
 
     def count_labels(self, observations: list[tuple[Observation, Tensor]]) -> Tensor:

@@ -46,8 +46,9 @@ def estimate_job(values: dict[str, Any], options: JobOptions = DEFAULT) -> dict[
     """Estimate what `train_job` would take with the same settings and options; write nothing."""
     if ranks.world_size() > 1:
         raise ValueError("--dry-run: one process measures what one takes. Start it without a launcher.")
-    job = prepare(values, options)
-    return estimate(replace(job, config=quick(job.config)) if options.quick else job, options.phase)
+    with TemporaryDirectory() as scratch:  # for prompts that are encoded on the way
+        job = prepare(values, options, beside=Path(scratch))
+        return estimate(replace(job, config=quick(job.config)) if options.quick else job, options.phase)
 
 
 def estimate(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
@@ -161,16 +162,19 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     certified = repeats_of(e.paths, conditions) * conditions.pairs
     halves = [*map(run.conditions_on, partial_choices(run)), *[conditions] * len(config.trained_gammas[1:])]
     certified += sum(repeats_of(e.paths // 2, c) * c.pairs for c in halves)
+    held_out = run.held_out_conditions
+    unseen = held_out.groups if held_out else 0
+    certified += repeats_of(e.paths, held_out) * held_out.pairs if held_out else 0
     swept = sum(1 + (1 if w in (0.0, 1.0) else 2) * steps for w in STRENGTHS) + sum(k + 1 for k in step_counts(run))
     fixed = any(control.fixed for control in run.policy.controls.values())
     untrained = repeats_of(e.paths, conditions) * conditions.pairs * (compared if fixed else chain)
     scales = sum(control.scale for control in run.policy.controls.values())
     drawn = [getattr(config, name).drawn for name in config.learners]
     counts = {
-        "cache": sum(drawn) * conditions.groups * chain,
+        "cache": run.training_conditions.rows(sum(drawn)) * chain,
         "where y is decided": profile_paths(run) * chain if measures_intervals(config) else 0,
         "probes": probes_of(config) * probe_paths(run) * compared,
-        "log Z": e.prior_samples * conditions.groups * chain * (2 if config.kl_budget else 1),
+        "log Z": e.prior_samples * (conditions.groups * (2 if config.kl_budget else 1) + unseen) * chain,
         "certificate": certified * compared + untrained + scales * (e.paths // 2) * chain,
         "strengths and step counts": repeats_of(e.sweep_paths, conditions) * conditions.pairs * swept,
     }
@@ -198,8 +202,9 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
     weights = sum(p.nbytes for network in networks for p in network.parameters()) - learned
     kept = measure_kept(policy, prior)
     learners = [getattr(config, name) for name in config.learners]
+    groups, rows = run.conditions.groups, run.training_conditions.rows
     held, drawn = (
-        run.conditions.groups * one_x * (c.evaluation.prior_samples + cached_numbers(c)) for c in (config, run.config)
+        one_x * (groups * c.evaluation.prior_samples + rows(cached_numbers(c))) for c in (config, run.config)
     )
     sizes = {
         "weights": weights + kept.weights,

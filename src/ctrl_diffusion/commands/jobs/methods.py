@@ -119,7 +119,7 @@ class FittedModels:
             for name in self.data
         }
         x_0 = torch.cat([self.x_0(data) for data in self.data.values()])
-        cond = {} if config.classes is None else {"c": torch.cat([self.conditions_of(name) for name in self.data])}
+        cond = {} if self.run.classes is None else {"c": torch.cat([self.conditions_of(name) for name in self.data])}
         updates = sum(getattr(config, learner).updates for learner in config.learners)
         learner = Labelled(x_0, labels, cond, run.times, config.weighted.batch, micro=config.micro_batch)
         losses = learner(run.policy, run.reward, run.training_conditions, stream(self.seed, "labelled"))
@@ -134,7 +134,7 @@ class FittedModels:
         """Return the prior's c of a control's labelled images, its null class if the data do not say c."""
         config, prior = self.run.config, self.run.prior
         if condition := config.settings_of(name).condition:
-            return torch.tensor(config.classes)[self.data[name].labels[condition]]
+            return torch.tensor(self.run.known_classes)[self.data[name].labels[condition]]
         if prior.null is None:
             raise ValueError(f"the data of {name!r} do not say c, and the prior has no class for none to train on.")
         return torch.full((len(self.data[name]),), prior.null)

@@ -1,5 +1,6 @@
 """Write samples of a run with labels and strength."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -7,8 +8,8 @@ from torch import Tensor
 
 from ...data.labelled import LabelledImages, write_imagefolder
 from ...data.labels import NULL
+from ...evaluate.evaluation import leaves_region
 from ...report.style import save_figure, sheet_figure
-from ...run.measure import outside_share
 from ...run.run import Run
 from ...system import ranks
 from ...system.files import write_json
@@ -64,7 +65,7 @@ def sample_job(
         except ValueError as error:
             raise ValueError(f"--class {error}") from error
     elif run.prior.classes is not None:
-        classes = torch.tensor(run.config.classes)
+        classes = torch.tensor(run.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)]
     ranks.broadcast(lambda: check_output(out, SAMPLE_FILES[-1], options.overwrite))
     generator = torch.Generator().manual_seed(seed)
@@ -84,3 +85,19 @@ def sample_job(
         write_json(out / "sample.json", request)
 
     ranks.broadcast(write)
+
+
+@torch.no_grad()
+def outside_share(run: Run, x_0: Tensor, images: Tensor) -> float | None:
+    """Return the share of samples (n, *), with their images, outside the region some p̂ was fitted on; None if unknown.
+
+    Warn if it is more than twice the prior's share, and more by three standard errors.
+    """
+    if not run.second_opinion.outside:
+        return None
+    share, usual = float(run.is_outside(x_0, images).float().mean()), run.prior_outside or run.real_outside
+    if leaves_region(share, usual, (usual * (1 - usual) / len(x_0)) ** 0.5):
+        text = f"{share:.0%} of the samples lie outside the region the classifier was fitted on, of the prior's"
+        advice = "there p̂ has seen no labels. Compare the judge in report.html."
+        warnings.warn(f"{text} {usual:.0%}: {advice}", RuntimeWarning, stacklevel=2)
+    return share

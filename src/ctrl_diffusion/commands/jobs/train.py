@@ -35,7 +35,7 @@ from ...run.run import Run, configured
 from ...run.stages import budgeted, probe_repeats, speed_of, stages_of, train_in
 from ...run.state import BestControl, TrainingState
 from ...system import ranks
-from ...system.files import atomic, write_json
+from ...system.files import atomic, write_json, write_text
 from ...system.folders import check_output, check_writable, clear, clear_unfinished, locked
 from ...system.progress import DEFAULT, Interrupted, JobOptions, Phase, silent, timed
 from ...system.tracking import Tracking, check_trackers
@@ -111,7 +111,7 @@ def train_job(
 def train_with(given: dict[str, Any], out: Path, options: JobOptions) -> dict[str, Any]:
     """Train as `train_job` does, with its options in one object."""
     with reserved(folder := RunFolder(out), options.overwrite):
-        return start_training(prepare(given, options), folder, options)
+        return start_training(prepare(given, options, beside=folder.path.parent), folder, options)
 
 
 def add_job(run: str | Path, given: dict[str, Any], out: Path, options: JobOptions = DEFAULT) -> dict[str, Any]:
@@ -148,7 +148,9 @@ def start_training(
     run.config = budgeted(run, run.config)
     command = options.command or shlex.join(["ctrl", "train", "--config", "config.yaml", "--out", str(folder)])
     labels = {inputs.name: len(inputs.data) for inputs in job.inputs if inputs.data}
-    start = StartRecord(command, seconds, labels, dependence, fixed_settings(run.config), cut)
+    if isinstance(run.config.prompts, str):
+        run.config = run.config.with_(prompts=str(folder.prompts.resolve()))
+    start = StartRecord(command, seconds, labels, dependence, {}, cut)
     ranks.broadcast(lambda: write_start(folder, job, run, held_out, start, demo_data))
     return finish_training(run, folder, options.phase)
 
@@ -183,7 +185,10 @@ def write_start(
     folder.clear(data=demo_data is not None)
     for name in DATA_FOLDERS if demo_data else ():
         shutil.copytree(demo_data / name, folder.path / name)
+    if isinstance(run.config.prompts, str):
+        write_text(folder.prompts, "".join(f"{prompt}\n" for prompt in job.prompts))
     run.config.write(folder.config)
+    start.fixed = fixed_settings(run.config)
     for inputs in job.inputs:
         path, panel = folder.classifier(inputs.name), run.panels[inputs.name]
         panel.save(path)
@@ -271,7 +276,8 @@ def resume_job(
         if not has_begun:
             check_code(config.model_dump(), {}, trust, folder.config)
             try:
-                return start_training(prepare(config.model_dump(), options), folder, options)
+                job = prepare(config.model_dump(), options, beside=folder.path.parent)
+                return start_training(job, folder, options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted before training began: the same command goes on.") from None
         check_batches(config)
