@@ -6,6 +6,7 @@ demo, digit, ink,slant   `ctrl demo` with peak memory (ten minutes a seed on two
 add     a control that `ctrl add` adds later, against two trained together (three quarters of an hour a seed)
 scale   ink as a number: values asked for against those measured (ten minutes a seed)
 gamma   ink for several γ: the gap at each over the gap at 1, and beside a run of γ = 1 alone (two demos a seed)
+unseen  ink on seven of the prior's ten classes, certified on the three others (twenty minutes)
 own     an unknown pipeline, of examples/textures.py, all settings the defaults (half an hour)
 text    a text-to-image pipeline, of examples/text_digits.py, and ink (three quarters of an hour)
 exact   the testbed: every learner where the conditional is known (an hour)
@@ -111,6 +112,19 @@ def write_measured_ink(folder: Path, seed: int) -> None:
     settings |= {"ruler": "ink", "interval": "none", "classifier": classifier, "seed": seed}
     settings |= select(demo.SETTINGS["ink"], "learners weighted focus patience")
     (folder / "scale.yaml").write_text(yaml.safe_dump(settings))
+
+
+def write_ink(folder: Path, seed: int) -> None:
+    """Write the ink demo's labelled digits, and a config that holds three classes out, with defaults for the rest."""
+    for kind, data in zip(("data", "judge_data"), demo.labelled_digits("ink", seed)[0], strict=True):
+        write_imagefolder(folder / kind, data)
+    settings = {"prior": "digits", "control": "ink", "data": "data", "judge_data": "judge_data", "condition": "digit"}
+    (folder / "unseen.yaml").write_text(yaml.safe_dump({**settings, "ruler": "ink", "hold_out": 3, "seed": seed}))
+
+
+def unseen_row(folder: Path, seed: int) -> Metrics:
+    keys = "conditions prior target ctrl certificate held_out training seconds"
+    return {"seed": seed, **select(metrics_of(folder, seed), keys)}
 
 
 def scale_row(folder: Path, seed: int) -> Metrics:
@@ -264,6 +278,10 @@ TABLE = {
         ),
         ("gamma", gamma_row), {"run/gammas.png": "gammas.png"}, (0,), write_gammas,
         "seed gap_over_gap_at_1 gap_over_single gammas",
+    ),
+    "unseen": Figures(
+        ("ctrl train --config {out}/unseen.yaml --out {out}/run --quiet",),
+        ("unseen", unseen_row), {}, (0,), write_ink, "seed conditions target ctrl held_out",
     ),
     "own": Figures(
         (
