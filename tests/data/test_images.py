@@ -265,6 +265,25 @@ def test_sixteen_bits_are_what_they_always_were(read):
     )
 
 
+def colours(values, kind):
+    """A PNG of 16 bits a channel, grey and alpha (2), RGB (3) or RGBA (4), which Pillow does not write."""
+    rows = np.repeat(values[..., None], kind, axis=-1).astype(">u2")
+    header = struct.pack(">IIBBBBB", *values.shape[::-1], 16, {2: 4, 3: 2, 4: 6}[kind], 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return encoded(noise(8, 8))[:8] + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", [2, 3, 4])
+def test_colours_of_16_bits_are_told_and_refused_where_they_would_be_dark(read, kind):
+    """Their decoder keeps the upper 8 bits, which 12 of 16 hardly reach."""
+    grey = encoded(noise(8, 8))
+    bright, dark = (colours(np.full((8, 8), value), kind) for value in (65535, 4095))
+    with pytest.warns(UserWarning, match="2 of 6 images have colours of 16 bits, the first that of row 3: the upper 8"):
+        assert bytes_of(read([grey, grey, bright, bright, grey, grey]))[2].unique().tolist() == [255]
+    with pytest.raises(ValueError, match="upper 8 of them are read, at most 15 of 255. Scale them to 8 bits yourself"):
+        read([grey, grey, dark, grey, grey, grey], folder="dark")
+
+
 def test_images_of_8_bits_beside_deeper_ones_stay_as_they_are(read):
     files = [encoded(noise(8, 8))] * 5 + [tiff(np.full((8, 8), 4000, np.uint16))]
     with pytest.warns(UserWarning, match=r"1 of 6 images have more than 8 bits \(0 … 4095 became"):

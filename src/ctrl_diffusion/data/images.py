@@ -30,6 +30,7 @@ class Picture(NamedTuple):
 
     image: Image.Image
     pages: int
+    narrowed: bool = False  # whether its decoder keeps the upper 8 of the 16 bits of a colour
 
 
 @contextmanager
@@ -73,7 +74,8 @@ def open_image(file: Path | bytes) -> Picture:
                 pages, raw = getattr(image, "n_frames", 1), str(image.tile[:1])
                 with muted() if image.format == "TIFF" and sys.stderr else nullcontext():
                     image.load()
-                return Picture(plain(ImageOps.exif_transpose(image), raw), pages)
+                narrowed = ";16" in raw and not image.mode.startswith("I")
+                return Picture(plain(ImageOps.exif_transpose(image), raw), pages, narrowed)
     except Exception as error:  # decoders raise anything
         text = one_line(error, 200)
         told = isinstance(error, (OSError, ValueError, SyntaxError)) and text

@@ -96,6 +96,7 @@ class Tally:
     bad: list[tuple[str, str]] = field(default_factory=list)  # (kind, error)
     resized: list[tuple[int, tuple[int, int]]] = field(default_factory=list)  # (row, size)
     paged: list[tuple[int, int]] = field(default_factory=list)  # (row, pages)
+    narrowed: list[tuple[int, int]] = field(default_factory=list)  # (row, largest value), colours of 16 bits
     deep: list[int] = field(default_factory=list)  # rows of more than 8 bits
     clipped: list[int] = field(default_factory=list)  # of these, rows beyond the levels
 
@@ -110,6 +111,9 @@ class Tally:
             self.resized.append((row + 1, picture.image.size))
         if picture.pages > 1:
             self.paged.append((row + 1, picture.pages))
+        if picture.narrowed:
+            colours = picture.image.convert("RGB").getextrema()
+            self.narrowed.append((row + 1, max(high for _, high in colours)))
         if picture.image.mode == "I":
             self.deep.append(row + 1)
             low, high = picture.image.getextrema()
@@ -132,6 +136,13 @@ class Tally:
             row, pages = self.paged[0]
             what = f"{len(self.paged)} of {rows} files hold several images (row {row} has {pages})"
             texts.append(f"{what}: the first of each was read.")
+        if self.narrowed:
+            most = max(high for _, high in self.narrowed)
+            what = f"{len(self.narrowed)} of {rows} images have colours of 16 bits, the first that of row"
+            what += f" {self.narrowed[0][0]}: the upper 8 of them are read"
+            if most < 128:  # of 10, 12, 14 or 15 bits in 16
+                raise ValueError(f"{name}: {what}, at most {most} of 255. Scale them to 8 bits yourself.")
+            texts.append(f"{what}.")
         if self.deep and (levels != Levels(0, 2**16 - 1) or self.clipped):
             texts.append(f"{self.scaling(levels)}. For other limits, convert them to 8 bits yourself.")
         for text in (*self.table.doubts, *texts):
