@@ -133,7 +133,7 @@ def model_card(folder: Path, run: Run, base: str) -> str:
     example = {name: control.values[-1] for name, control in run.policy.controls.items()}
     first = "" if run.prior.classes is None else f"class_labels={run.prior.class_names[0]!r}, "
     if run.prior.text:
-        first = f"{run.config.prompts[0]!r}, "
+        first = f"{run.prior.class_names[0]!r}, "
     templates = Environment(loader=PackageLoader("ctrl_diffusion.report"), trim_blocks=True)
     return templates.get_template("card.md").render(
         run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...chain.transition import half_square, transition
+from ...control.conditions import MOST_ENUMERATED
 from ...control.lora import LoRAControl
 from ...control.policy import Policy
 from ...learn.step import Evaluations
@@ -27,8 +28,8 @@ def describe(prior: Prior) -> dict[str, Any]:
     """
     denoiser = prior.denoiser
     parameters = sum(p.numel() for p in denoiser.network.parameters())
-    groups = prior.classes or 1
-    values = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=min(groups, 20), classes=2)
+    groups, pooled = min(prior.classes or 1, MOST_ENUMERATED), (prior.classes or 1) > MOST_ENUMERATED
+    values = suggested(denoiser.shape, parameters, denoiser.site.rank, groups=groups, classes=2, pooled=pooled)
     config = Config.from_values({"prior": "-", "control": "-", "data": "-", **values})
     control = LoRAControl("probe", ("no", "yes"), denoiser, config.rank)
     trainable = sum(p.numel() for group in control.parameter_groups().values() for p in group)
