@@ -24,6 +24,7 @@ class Conditions:
         nullable: controls that may also be null, as long as some control is not.
         gammas: the γ that are learned, first the one that half of the draws have; none where there is a single γ.
         names: what messages call the classes of a control, and the G conditions under their keyword; numbers if absent.
+        drawn: whether the G conditions are a sample of a population, so that errors count how they differ.
     """
 
     cond: dict[str, Tensor]
@@ -31,6 +32,7 @@ class Conditions:
     nullable: Collection[str] = ()
     gammas: tuple[float, ...] = ()
     names: dict[str, Sequence[str]] = field(default_factory=dict)
+    drawn: bool = False
 
     @classmethod
     def for_training(
@@ -125,8 +127,19 @@ class Conditions:
 
     def name_of(self, pair: int) -> str:
         """Return what messages call a pair, such as "c = 3, ink = heavy", without the controls that are null."""
-        group, classes = pair // self.classes, self.combinations[pair % self.classes].tolist()
-        numbers = {**dict.fromkeys(self.cond, group), **dict(zip(self.controls, classes, strict=True))}
+        parts = self.name_of_group(pair // self.classes), self.name_of_label(pair % self.classes)
+        return ", ".join(part for part in parts if part)
+
+    def name_of_group(self, group: int) -> str:
+        """Return what messages call a condition of the prior, such as "c = 3"; nothing if it has none."""
+        return self._named(dict.fromkeys(self.cond, group))
+
+    def name_of_label(self, label: int) -> str:
+        """Return what messages call a label, such as "ink = heavy", without the controls that are null."""
+        return self._named(dict(zip(self.controls, self.combinations[label].tolist(), strict=True)))
+
+    def _named(self, numbers: dict[str, int]) -> str:
+        """List keys with the names of their numbers."""
         values = {key: self.names[key][n] if key in self.names else n for key, n in numbers.items() if n != NULL}
         return ", ".join(f"{key} = {value}" for key, value in values.items())
 

@@ -22,6 +22,7 @@ PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "sciki
 OPTIONAL = (
     "controls",
     "gammas",
+    "held_out",
     "scale",
     "dependence",
     "intervals",
@@ -55,6 +56,7 @@ class RunMetrics:
     target: dict[str, Any]
     ctrl: dict[str, Any]
     certificate: dict[str, Any]
+    held_out: dict[str, Any] | None  # prior, target, ctrl and certificate on conditions that no training saw
     scale: dict[str, dict[str, float]] | None
     dependence: dict[str, Any] | None  # of the labels of two controls, if images have both
     intervals: dict[str, dict[str, float]] | None  # where each control speaks, of controls that do not everywhere
@@ -78,7 +80,7 @@ class RunMetrics:
             learned=verdict.learned,
             verdict=verdict.metrics(),
             accuracy_by=run.accuracy_by,
-            **{"controls": None, "gammas": None, **evaluation.metrics()},
+            **{"controls": None, "gammas": None, "held_out": None, **evaluation.metrics()},
             scale={name: scale_metrics(*pair) for name, pair in measurements.scales.items()} or None,
             dependence=start.dependence or None,
             intervals=intervals_of(run) or None,
