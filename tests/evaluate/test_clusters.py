@@ -1,111 +1,19 @@
 """Hold errors on drawn conditions against what 200 repeats, with fresh conditions each, give.
 
-The toy has every answer in closed form: c ~ N(0, I_2), x_0 ~ N(m(c), 1), p̂(y | x) a Gaussian or a softmax, and
-paths of the policy whose log w is normal, of variance twice the gap. The spread of 200 repeats is known to 5 %.
+The spread of 200 repeats is known to 1/√400: 5 %.
 """
 
 import math
-import warnings
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from drawn import KINDS, LABELS, Drawn
 
-from ctrl_diffusion.control.conditions import Conditions
-from ctrl_diffusion.evaluate.certificate import Slope, certify, worst_conditions
-from ctrl_diffusion.evaluate.clusters import cluster_error, clusters_of
-from ctrl_diffusion.evaluate.judge import Observation
-from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target
-from ctrl_diffusion.evaluate.verdict import Gain
+from ctrl_diffusion.evaluate.certificate import worst_conditions
+from ctrl_diffusion.evaluate.clusters import cluster_error
 
-REPEATS, LABELS, EACH = 200, 4, 6
-PLACES = torch.tensor([-1.0, -0.3, 0.4, 1.2], dtype=torch.float64)  # of y on the line
-NODES, WEIGHTS = (torch.from_numpy(values) for values in np.polynomial.hermite_e.hermegauss(60))
-KINDS = ["gaussian", "logistic"]
-
-
-def log_p(kind, x):
-    """log p̂(y | x) (…, K); the Gaussian is a likelihood of its value at y, at most 1."""
-    if kind == "gaussian":
-        return -(x[..., None] - PLACES).square() / 2
-    return (0.9 * PLACES * x[..., None]).log_softmax(-1)
-
-
-def true_log_z(kind, mean):
-    """Log E[p̂(y | x)] (G, K) for x ~ N(mean, 1): in closed form, or by 60 nodes of Gauss and Hermite."""
-    if kind == "gaussian":  # a product of normals, of variances 1 and 1
-        return -(mean[:, None] - PLACES).square() / 4 - math.log(2) / 2
-    weights = (WEIGHTS / WEIGHTS.sum()).log()[:, None]
-    return (log_p(kind, mean[:, None] + NODES) + weights).logsumexp(1)
-
-
-class Drawn:
-    """Conditions that are drawn anew, samples of the prior for each, and what a policy gives on them."""
-
-    def __init__(self, kind, seed, groups=30, members=100):
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        def coin(share):
-            return torch.rand(share.shape, generator=generator, dtype=torch.float64) < share
-
-        self.conditions = Conditions({"c": torch.arange(groups)}, {"y": LABELS}, drawn=True)
-        c = normal(groups, 2)
-        self.mean = 0.6 * c[:, 0]
-        x = self.mean[:, None] + normal(groups, members)
-        self.table = log_p(kind, x).float()
-        self.log_z = true_log_z(kind, self.mean)
-        self.true_gap = 0.2 * (0.6 * c[:, 1]).exp()[:, None].expand(groups, LABELS)
-        spread = (2 * self.true_gap[..., None]).sqrt()
-        w = self.log_z[..., None] - self.true_gap[..., None] + spread * normal(groups, LABELS, EACH)
-        self.log_w = w.flatten().float()
-        self.reward = self.log_w.clamp(max=0)
-        # what a step of training brought: more for some c than for others
-        self.before = (
-            self.log_w - (0.5 + 0.5 * c[:, 1]).repeat_interleave(LABELS * EACH) + 0.3 * normal(len(self.log_w))
-        )
-        # the ruler agrees with p̂, and the policy is right, on some c more than on others
-        likes = c[:, 1].sigmoid()
-        drawn_y = torch.multinomial(self.table.exp().flatten(0, 1), 1, generator=generator).view(groups, members)
-        noise = torch.randint(LABELS, drawn_y.shape, generator=generator)
-        self.prior_y = torch.where(coin(likes[:, None].expand(groups, members)), drawn_y, noise)
-        asked = self.conditions.all(EACH) % LABELS
-        of_c = likes.repeat_interleave(LABELS * EACH)
-        self.policy_y = torch.where(coin(of_c), asked, (asked + 1) % LABELS)
-        self.outside = coin(of_c / 2).double()
-        self.other = {kind: coin(likes[:, None].expand(groups, n)).long().flatten()
-                      for kind, n in (("prior", members), ("target", members), ("ctrl", LABELS * EACH))}  # fmt: skip
-
-    def certify(self, drawn=True):
-        arguments = self.table, self.reward, torch.zeros_like(self.reward), self.reward - self.log_w
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return certify(replace(self.conditions, drawn=drawn), *arguments)
-
-    def figures(self, drawn=True):
-        """Every reported figure with its standard error."""
-        conditions, found = replace(self.conditions, drawn=drawn), self.certify(drawn)
-        clusters, known = clusters_of(conditions), found.certified.view(-1, LABELS)
-        features = torch.zeros(max(self.prior_y.numel(), len(self.policy_y)), 1)
-        prior = Observation({"y": self.prior_y.flatten()}, {}, features[: self.prior_y.numel()], None, None)
-        policy = Observation({"y": self.policy_y}, {}, features[: len(self.policy_y)], None, self.outside)
-        target, ctrl = score_target(prior, self.table, conditions, known), score_samples(policy, conditions)
-        nulled = Nulled.from_labels(self.other, 2, self.table, known, clusters)
-        slope = Slope.at(1.0, self.table, self.reward, known, clusters)
-        gained = Gain.from_paths(self.log_w, self.before, conditions.pairs, clusters)
-        return {
-            "J": (found.objective, found.objective_stderr), "log Z": (found.log_z, found.log_z_stderr),
-            "log Z, policy": (found.log_z_policy, found.log_z_policy_stderr), "gap": (found.gap, found.stderr),
-            "target": (target.accuracy, target.accuracy_stderr), "accuracy": (ctrl.accuracy, ctrl.accuracy_stderr),
-            "one control": (ctrl.accuracy_of["y"], ctrl.stderr_of["y"]), "slope": (slope.log_z, slope.log_z_stderr),
-            "log p̂": (slope.log_p, slope.log_p_stderr), "outside": (ctrl.outside_support, ctrl.outside_stderr),
-            "gained": tuple(gained),
-        } | {
-            f"nulled, {kind}": (float(nulled.shares[kind][1]), float(nulled.stderr[kind][1])) for kind in self.other
-        }  # fmt: skip
+REPEATS = 200
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,8 +28,8 @@ def test_every_error_on_drawn_conditions_is_the_spread_of_repeats(kind):
 
 
 def biases(kind, members, groups=100):
-    """The errors of log Z and gap against the truth for the certified pairs (repeats, 2), log Z (repeats, 2) with its
-    standard error, and the share of pairs that are certified."""
+    """The errors (repeats, 2) of log Z and gap against the truth for the certified pairs, log Z with its standard error
+    (repeats, 2), and the share of pairs that are certified."""
     errors, stated, shares = [], [], []
     for seed in range(REPEATS):
         toy = Drawn(kind, seed, groups, members)

@@ -104,6 +104,7 @@ class Certificate(Estimates[float]):
         ]
         on_paths, count = self.pairs, int(self.on_paths.sum())
         error = float(on_paths.stderr[self.on_paths].square().sum().sqrt()) / count if count else None
+        error = error and cluster_error(on_paths.gap, self.breakdown.clusters, error, self.on_paths)
         apart = {"pairs": count, "gap_nats": float(on_paths.gap[self.on_paths].mean()), "gap_stderr": error}
         return {
             **{key: getattr(self, name) for name, key in KEYS.items()},
@@ -339,7 +340,7 @@ def broken_down(
         conditions=[conditions.name_of_group(g) for g in range(conditions.groups)],
         labels=[conditions.name_of_label(k) for k in range(conditions.classes)],
         gap=gap, hits=counts.view(shape), ess=pairs.ess.view(shape), certified=certified,
-        condition_stderr=by_condition, label_stderr=torch.tensor(by_label), drawn=conditions.drawn,
+        condition_stderr=by_condition, label_stderr=torch.tensor(by_label, dtype=torch.float64), drawn=conditions.drawn,
     )  # fmt: skip
 
 

@@ -64,6 +64,11 @@ class Breakdown:
     drawn: bool  # whether the conditions are a sample of a population
 
     @property
+    def clusters(self) -> int:
+        """How many independent clusters the pairs fall into, see `clusters_of`."""
+        return len(self.conditions) if self.drawn else 1
+
+    @property
     def condition_gap(self) -> Tensor:
         """The mean gap (G,) of each condition's certified pairs, NaN where there is none."""
         return self.gap.where(self.certified, torch.nan).nanmean(1)

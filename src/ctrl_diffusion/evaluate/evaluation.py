@@ -139,9 +139,10 @@ def generalises(evaluation: Evaluation) -> str | None:
         return None
     unseen, seen = evaluation.held_out.certificate, evaluation.certificate
     values = [
-        f"{one.gap:.2f} ± {one.stderr:.2f} nats" if one.gap is not None else "not certified" for one in (unseen, seen)
+        f" {each.gap:.2f} ± {each.stderr:.2f} nats" if each.gap is not None else ": not certified"
+        for each in (unseen, seen)
     ]
-    line = f"gap on c it never saw {values[0]}, on those it was trained on {values[1]}"
+    line = f"gap on c it never saw{values[0]}, on those it was trained on{values[1]}"
     if unseen.gap is None or seen.gap is None:
         return line
     difference, error = unseen.gap - seen.gap, math.hypot(unseen.stderr, seen.stderr)

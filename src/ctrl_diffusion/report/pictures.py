@@ -1,5 +1,7 @@
 """Draw the samples that the pictures of a run show."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ class PictureSamples(NamedTuple):
     prior: Tensor
     ctrl: Tensor
     plane: Tensor | None  # None with one control
+    # of conditions that no training saw, by the name of c: a PNG, or samples (n, C, H, W), y in turn
+    worst: Mapping[str, Path | Tensor] | None = None
 
     @classmethod
     def from_run(cls, run: Run) -> "PictureSamples":
