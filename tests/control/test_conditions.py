@@ -27,6 +27,18 @@ def test_labels_of_several_controls_run_the_last_fastest():
     assert torch.equal(conditions.label_of(labels), pair % 6)
 
 
+def test_a_pair_is_called_by_its_condition_and_its_label():
+    names = {"c": ["a dog", "a cat"], "ink": ["light", "heavy"]}
+    conditions = Conditions({"c": torch.tensor([7, 8])}, {"ink": 2, "slant": 2}, ("slant",), names=names)
+    for pair in range(conditions.pairs):
+        group, label = divmod(pair, conditions.classes)
+        parts = conditions.name_of_group(group), conditions.name_of_label(label)
+        assert conditions.name_of(pair) == ", ".join(parts)
+    assert conditions.name_of_group(1) == "c = a cat"
+    assert conditions.name_of_label(0) == "ink = light"
+    assert Conditions({}, {"ink": 2}, names=names).name_of(1) == "ink = heavy"
+
+
 def test_a_control_may_be_left_out_but_not_all():
     both = Conditions({}, {"ink": 3, "slant": 2}, ("ink", "slant"))
     rows = set(map(tuple, both.combinations.tolist()))

@@ -139,10 +139,15 @@ def summary(metrics: dict[str, Any], control: str, out: Path) -> str:
         if isinstance(part, dict)
     )
     reader = "" if ctrl["class_accuracy"] is None else f"; class still read: {ctrl['class_accuracy']:.1%}"
+    unseen = ""
+    if apart := metrics.get("held_out"):
+        counts, (held, most) = metrics["conditions"], (percent(apart[name]["accuracy"]) for name in ("ctrl", "target"))
+        unseen = f"on {counts['held_out']} conditions it never saw: {held} (a perfect learner {most}), gap "
+        unseen += f"{gap_line(apart['certificate'])}\n"
     got, prior, target = (percent(metrics[name]["accuracy"]) for name in ("ctrl", "prior", "target"))
     return (
         f"{control} as asked, by the {metrics['accuracy_by']}: {got} "
         f"(prior {prior}, a perfect learner {target}){reader}\n{single}"
-        f"gap to the exact conditional: {gap_line(metrics['certificate'])}\n"
+        f"gap to the exact conditional: {gap_line(metrics['certificate'])}\n{unseen}"
         f"report: {out / 'report.html'}"
     )

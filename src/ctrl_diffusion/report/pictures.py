@@ -1,5 +1,7 @@
 """Draw the samples that the pictures of a run show."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -7,6 +9,8 @@ from torch import Tensor
 
 from ..chain.noise import stream
 from ..data.labels import NULL
+from ..evaluate.certificate import worst_conditions
+from ..evaluate.evaluation import Evaluation
 from ..run.run import Run
 
 
@@ -16,12 +20,15 @@ class PictureSamples(NamedTuple):
     prior: Tensor
     ctrl: Tensor
     plane: Tensor | None  # None with one control
+    # of conditions that no training saw, by the name of c: a PNG, or samples (n, C, H, W), y in turn
+    worst: Mapping[str, Path | Tensor] | None = None
 
     @classmethod
-    def from_run(cls, run: Run) -> "PictureSamples":
-        """Draw them."""
+    def from_run(cls, run: Run, evaluation: Evaluation | None = None) -> "PictureSamples":
+        """Draw them; those of the worst conditions by an evaluation, if it has any that no training saw."""
         prior, ctrl = (same_noise(run, strength, columns_of(run)) for strength in (0.0, 1.0))
-        return cls(prior, ctrl, plane(run) if len(run.names) > 1 else None)
+        worst = worst_samples(run, evaluation.held_out) if evaluation and evaluation.held_out else None
+        return cls(prior, ctrl, plane(run) if len(run.names) > 1 else None, worst)
 
 
 def columns_of(run: Run) -> int:
@@ -41,6 +48,17 @@ def same_noise(run: Run, strength: float, columns: int) -> Tensor:
         y = {name: label.expand(columns) for name, label in zip(conditions.controls, labels, strict=True)}
         rows.append(run.sample(y, strength=strength, generator=stream(run.config.seed, "grid"), **cond))
     return torch.cat(rows)
+
+
+def worst_samples(run: Run, evaluation: Evaluation, across: int = 8) -> dict[str, Tensor]:
+    """Draw `across` samples for each y, in turn, of the held-out conditions with the largest gap, by their names."""
+    conditions, samples = run.held_out_conditions, {}
+    label = torch.arange(conditions.classes).repeat_interleave(across)
+    for group in worst_conditions(evaluation.certificate):
+        labels, cond = conditions.of(group * conditions.classes + label)
+        generator = stream(run.config.seed, "worst conditions")
+        samples[conditions.name_of_group(group)] = run.sample(labels, **cond, generator=generator)
+    return samples
 
 
 def plane(run: Run, across: int = 4) -> Tensor:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluate.certificate import Certificate, mean_error
+from ..evaluate.clusters import cluster_error
 from ..evaluate.evaluation import Evaluation
 from ..evaluate.verdict import Verdict
 from ..learn.weighted import RENOISING
@@ -19,6 +20,7 @@ from ..run.measure import Measurements, ScaleSamples
 from ..run.metrics import RunMetrics, SweepPoint
 from ..run.run import Run
 from .classifier import confusion_figure
+from .held_out import HeldOut, gaps_figure
 from .pictures import PictureSamples, columns_of
 from .style import CTRL, QUIET, STYLE, distinct_endings, embedded, headline, render, shortened, show_grid
 
@@ -219,6 +221,9 @@ def write_report(
         figures["gammas"] = gammas_figure(metrics.gammas, run.config.gamma)
     for name, scale in measurements.scales.items():
         figures[f"scale-{name}"] = scale_figure(scale, run.policy.controls[name].values, name)
+    held_out = HeldOut.from_evaluation(evaluation, folder, samples.worst)
+    if held_out and held_out.worst:
+        figures["gaps"] = gaps_figure(evaluation)
     if samples.plane is not None:
         figures["plane"] = plane_figure(run, samples.plane)
     images = {name: embedded(folder.picture(name), figure) for name, figure in figures.items()}
@@ -232,7 +237,7 @@ def write_report(
         conditional=any(panel.classifier.conditional for panel in run.panels.values()),
         settings=flattened(run.config.model_dump()), names=run.names, values=values, real_outside=run.real_outside,
         condition=next((settings.condition for settings in run.config.controls if settings.condition), None),
-        rows=by_class(evaluation, len(values)), command=command,
+        rows=by_class(evaluation, len(values)), command=command, held_out=held_out,
         verdict=Verdict.from_metrics(figures_by_name).lines(figures_by_name),
     )  # fmt: skip
 
@@ -240,6 +245,7 @@ def write_report(
 def by_class(evaluation: Evaluation, classes: int) -> list[ClassRow]:
     """Return the row of each class: means over the prior's conditions c of which its pair is certified."""
     certificate, rows = evaluation.certificate, []
+    breakdown = certificate.breakdown
     pairs, certified = certificate.pairs, certificate.certified.view(-1, classes)
     names = ("objective", "log_z", "gap", "stderr")
     tables = [getattr(pairs, name).view(-1, classes) for name in names]
@@ -251,7 +257,10 @@ def by_class(evaluation: Evaluation, classes: int) -> list[ClassRow]:
             continue
         objective, log_z, gap, stderr = (table[rests_on, k] for table in tables)
         means = (float(value.mean()) for value in (objective, log_z, gap))
-        rows.append(ClassRow(*means, mean_error(stderr), int(certified[:, k].sum()), int(on_paths[:, k].sum())))
+        error = float(breakdown.label_stderr[k])
+        if not certified[:, k].any():
+            error = cluster_error(tables[2][:, k], breakdown.clusters, mean_error(stderr), rests_on)
+        rows.append(ClassRow(*means, error, int(certified[:, k].sum()), int(on_paths[:, k].sum())))
     return rows
 
 

@@ -31,7 +31,7 @@ PROMPTS = "prompts.txt"
 CHECKPOINT, DATA_FOLDERS = "checkpoint", ("data", "judge_data")  # the latter of a demo
 RESULTS = (
     "control", "samples", "metrics.json", "report.html", "grid.png", "curves.png", "accuracy.png", "confusion.png",
-    "reliability*.png", "sweep.png", "gammas.png", "plane.png",
+    "reliability*.png", "sweep.png", "gammas.png", "plane.png", "gaps.png", "worst-*.png",
 )  # fmt: skip
 # the settings are removed first: a folder that has them can be resumed
 RUN_FILES = ("config.yaml", CHECKPOINT, PROMPTS, "classifier", *RESULTS, TRACKED, "progress.jsonl")

@@ -225,7 +225,7 @@ def train_and_report(run: Run, folder: RunFolder, phase: Phase, tracking: Tracki
         labels, cond = run.conditions.of(run.conditions.all(1))
         samples = labelled(run, run.sample(labels, **cond), labels, cond)
         ranks.broadcast(lambda: write_imagefolder(folder.samples, samples))
-        pictures = PictureSamples.from_run(run)
+        pictures = PictureSamples.from_run(run, measurements.evaluation)
 
     def report() -> dict[str, Any]:
         metrics = RunMetrics.from_run(run, measurements, records, start)
