@@ -42,7 +42,7 @@ class Climb(NamedTuple):
     nats: float
     stderr: float
     updates: int
-    full_rate: bool = False  # whether before the learning rate decayed
+    full_rate: bool = False  # whether before the learning rate decayed to zero
 
     @property
     def gain(self) -> Gain:

@@ -150,9 +150,10 @@ class Config(Strict):
         budget: the network's evaluations that `time` bought; what a learner leaves of its share goes to the next.
         more: updates of further stages of the last learner, as `ctrl train --resume RUN --time 1h` adds them.
         ema_decay: decay of the exponential moving average of the weights.
-        decay: of a learner's rate. "probes" keeps it constant while J or reward of averaged weights gain over the last
-            `patience` probes, and lets it decay to zero once they do not, or once the updates are nearly used up, which
-            are a limit then; "cosine" lets it decay over all updates, and so does a patience of null.
+        decay: of the first learner's rate. "probes" lowers it slowly, whatever its updates, while J or reward of
+            averaged weights gain over the last `patience` probes, and lets it decay to zero once they do not, or once
+            the updates are nearly used up, which are a limit then. "cosine" lets it decay over all updates, as the other
+            learners' rates do, and so does a patience of null.
         patience: in probes, see `decay`; at a cosine, stop a learner when J and reward of its last `patience` probes
             are on average no higher than of as many before (`state.ProbeHistory` derives the default). One that comes
             after another also stops when its first probes are all worse than what it began with. null never stops any
@@ -223,7 +224,7 @@ class Config(Strict):
 
     @property
     def follows_probes(self) -> bool:
-        """Whether a learner goes on while its probes gain, its updates being a limit."""
+        """Whether the first learner goes on while its probes gain, its updates being a limit."""
         return self.decay == "probes" and self.patience is not None
 
     @property

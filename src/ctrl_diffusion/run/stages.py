@@ -29,7 +29,7 @@ from .state import BestControl, Pace, TrainingState
 
 PROBE_PATHS = 160  # of all (c, y) together, at least
 PROBES_SHARE = 0.25  # of a time, at most
-EVERY, PROBES_COST = 50, 0.15  # updates between probes that a stage follows, at least; what these cost of its updates
+EVERY, PROBES_COST = 50, 0.15  # updates between probes that a stage follows, at least; what these cost, of theirs
 SOLVED = 10  # steps in which the updates and probes of a time are weighed: each errs by a fifth of the one before
 ADDED = " +"  # in the name of a stage that was added to a finished run
 FELL = "J fell below that of the untrained control: {} goes on from the best, at half the rate"
@@ -83,7 +83,7 @@ def budgeted(run: Run, config: Config) -> Config:
         usual = sum(stage.settings.updates * speed.of_update(stage.settings, config.steps) for stage in stages)
         costs = sum(stage.settings.updates * cost_of_update(stage.settings, config.steps) for stage in stages)
         ratio = seconds / usual
-        for _ in range(SOLVED if config.follows_probes else 0):
+        for _ in range(SOLVED):
             ratio = (seconds - one * further_probes(run, config, stages, ratio, probes)) / usual
         budget = max(1, round(ratio * costs))
         ratio, added = budget / costs, {"budget": budget, "evaluation": {"probes": probes}}
@@ -97,8 +97,8 @@ def budgeted(run: Run, config: Config) -> Config:
 
 def further_probes(run: Run, config: Config, stages: Sequence[Stage], ratio: float, probes: int) -> float:
     """Count the probes beyond so many a stage, where stages follow them for `ratio` times their updates."""
-    limits = ((ratio * settings.updates, longest_interval(run, config, settings)) for name, _, settings in stages
-              if name != RENOISING)  # fmt: skip
+    limits = [(ratio * stage.settings.updates, longest_interval(run, config, stage)) for stage in stages
+              if follows_probes(config, stage)]  # fmt: skip
     return sum(max(0.0, limit / longest - probes) for limit, longest in limits)
 
 
@@ -119,21 +119,31 @@ def probe_paths(run: Run) -> int:
     return probe_repeats(run) * run.training_conditions.pairs
 
 
-def between_probes(run: Run, config: Config, settings: LearnerSettings) -> int:
+def follows_probes(config: Config, stage: Stage) -> bool:
+    """Return whether a stage goes on while its probes gain: the first learner's do, of which no count is known."""
+    return config.follows_probes and stage.learner == config.learners[0] and stage.name != RENOISING
+
+
+def updates_before(config: Config, stage: Stage) -> int:
+    """Return how many updates of its learner came before a stage that was added, at most."""
+    if ADDED not in stage.name:
+        return 0
+    return getattr(config, stage.learner).updates + sum(config.more[: int(stage.name.rpartition(ADDED)[2]) - 1])
+
+
+def between_probes(run: Run, config: Config, stage: Stage) -> int:
     """Return how many of a stage's updates lie between two probes.
 
     A stage that follows them has `evaluation.probes` of them at least, and waits no longer the larger its limit is.
     """
-    every = max(1, settings.updates // config.evaluation.probes)
-    if not config.follows_probes:
-        return every
-    return min(every, longest_interval(run, config, settings))
+    every = max(1, stage.settings.updates // config.evaluation.probes)
+    return min(every, longest_interval(run, config, stage)) if follows_probes(config, stage) else every
 
 
-def longest_interval(run: Run, config: Config, settings: LearnerSettings) -> int:
+def longest_interval(run: Run, config: Config, stage: Stage) -> int:
     """Return the updates between probes of a stage that follows them, where its limit is large."""
     evaluations = probe_paths(run) * (2 * config.steps + 1)
-    return max(EVERY, math.ceil(evaluations / (PROBES_COST * cost_of_update(settings, config.steps))))
+    return max(EVERY, math.ceil(evaluations / (PROBES_COST * cost_of_update(stage.settings, config.steps))))
 
 
 def learner_of(run: Run, name: str, phase: Phase) -> Learner:
@@ -196,10 +206,10 @@ def train_stage(
 
     Return how many updates it took.
 
-    The probes set its `Pace`: those of a stage that follows them are of its averaged weights, without the noise that a
-    constant rate leaves in the last ones. A stage also stops when too many updates in turn are not finite, and when J
-    falls far below that of the first probe; its last record then says why it `stopped`, that of averaged weights
-    otherwise when and why its rate decayed, and what the probes gained. The first learner, with a patience, goes on
+    The probes set its `Pace`: those of a stage that follows them are of its averaged weights, which lack the noise that
+    the rate leaves in the last ones. A stage also stops when too many updates in turn are not finite, and when J falls
+    far below that of the first probe; its last record then says why it `stopped`, that of averaged weights otherwise
+    when and why its rate decayed to zero, and what the probes gained. The first learner, with a patience, goes on
     from the best control at half the rate where J has fallen below that of the untrained one: what is learned drowns in
     the noise of the weights where a rate is too high for a network. Without `best` no probe is compared, only the last
     is made, and updates that are not finite are an error.
@@ -211,9 +221,10 @@ def train_stage(
     carried = [value.to(run.policy.device) for value in unpack("carried", training.within)]
     steps = learner(run.policy, run.reward, run.training_conditions, generator, carried)
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
-    every = between_probes(run, config, settings) if best else settings.updates
+    every = between_probes(run, config, stage) if best else settings.updates
     patience, first = config.patience if best else None, stage.learner == config.learners[0]
-    pace = Pace(training, settings.updates, patience, config.follows_probes, first)
+    before = updates_before(config, stage)
+    pace = Pace(training, settings.updates, patience, follows_probes(config, stage), first, before)
     begin = int(resumed["counts"][0]) if resumed else 0
     training.taken, training.saved, training.due = begin, begin, False
     advance, note, skipped = phase(f"learner: {stage.name}", settings.updates), "", {}

@@ -18,6 +18,7 @@ COLLAPSE = 10.0  # nats
 STILL = 1e-3  # nats: a smaller gain is none
 TRIAL = 3  # probes in which a learner that follows another may show that it does not lose
 LAST = 3  # intervals between probes over which J is said to climb
+HALVED = 100  # updates after which the rate of a stage that follows its probes is a half, after twice as many a third
 DECAYS = 4  # times as many updates come before a rate's decay as in it
 NEAR = "the limit of its updates was near"
 
@@ -162,20 +163,20 @@ class ProbeHistory:
 
 
 class Decay(NamedTuple):
-    """Say after which update a stage's rate begins to decay, after which it is zero and the stage ends, and why."""
+    """Say after which update a stage's rate begins to decay to zero, after which the stage ends, and why."""
 
     begin: int
     end: int
     reason: str
 
     def share(self, taken: int) -> float:
-        """Return the share of the rate after so many updates: 1 − √progress, as Hägele et al. (2024, 2405.18392)."""
+        """Return what multiplies the rate after so many updates: 1 − √progress (Hägele et al. 2024, 2405.18392)."""
         progress = (taken - self.begin) / (self.end - self.begin)
         return 1 - min(1.0, max(0.0, progress)) ** 0.5
 
 
 def decay_after(update: int, limit: int, flat: str | None) -> Decay | None:
-    """Return the decay that begins after an update; None while the stage is to learn at its full rate.
+    """Return the decay to zero that begins after an update; None while the stage is to learn.
 
     Args:
         update: how many the stage has taken.
@@ -246,7 +247,7 @@ class TrainingState:
     def climb(self) -> Climb | None:
         """What the probes of the stage gained in the end; where its rate decays, before that, if the limit cut it off.
 
-        Under a rate that decays the noise of the weights vanishes and J rises, whether more is learned or not.
+        As a rate decays to zero the noise of the weights vanishes and J rises, whether more could be learned or not.
         """
         if self.decay is None:
             return self.history.climb()
@@ -300,10 +301,12 @@ class TrainingState:
 class Pace:
     """Set the rate of a stage by its probes, and say when it ends.
 
-    A stage that `follows` its probes has a constant rate while they gain (`ProbeHistory.flat`). Once they do not, or
-    the limit of its updates is near, the rate decays to zero and the stage ends. Another has a rate that decays as a
-    cosine over all of its updates, and ends early where its probes stand still. The first learner goes on from the best
-    control at half the rate where J has fallen, one that comes after it ends. Without a patience no probe counts.
+    The rate of a stage that `follows` its probes falls as 1 / (1 + taken / HALVED), by no count of updates, while they
+    gain (`ProbeHistory.flat`). Once they do not, or the limit of its updates is near, it decays to zero and the stage
+    ends. At a constant rate the noise of the weights holds back what is learned, also of averaged ones, and a plateau
+    says only that the rate is too high (docs/lab-notes.md). Another stage has a rate that decays as a cosine over all
+    of its updates, and ends early where its probes stand still. The first learner goes on from the best control at half
+    the rate where J has fallen, one that comes after it ends. Without a patience no probe counts.
     """
 
     training: TrainingState
@@ -311,6 +314,7 @@ class Pace:
     patience: int | None
     follows: bool
     first: bool  # whether it is of the first learner, which may pay J for the reward
+    before: int = 0  # updates of the learner in earlier stages, at most
     stopped: str | None = None  # why it ends, if not by its updates
     slowed: float = 1.0  # what the rate is multiplied by where J has fallen
 
@@ -351,4 +355,5 @@ class Pace:
         """Return the share of the peak rate after so many updates, beside the warm-up."""
         if not self.follows:
             return self.slowed * cosine(taken, self.limit)
-        return self.slowed * (self.training.decay.share(taken) if self.training.decay else 1.0)
+        falling = HALVED / (HALVED + self.before + taken)
+        return self.slowed * falling * (self.training.decay.share(taken) if self.training.decay else 1.0)

@@ -149,8 +149,8 @@ def time_stages(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, A
 def probes_of(run: Run, config: Config) -> int:
     """Count the probes of all stages: first, between updates, of the averaged weights; re-noising has only the last."""
     return sum(
-        1 if stage == RENOISING else 2 + (settings.updates - 1) // between_probes(run, config, settings)
-        for stage, _, settings in stages_of(config)
+        1 if stage.name == RENOISING else 2 + (stage.settings.updates - 1) // between_probes(run, config, stage)
+        for stage in stages_of(config)
     )
 
 
