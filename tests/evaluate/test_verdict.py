@@ -47,8 +47,9 @@ def test_only_causes_that_were_measured_are_named_in_their_order(about, named):
 @pytest.mark.parametrize(
     ("learned", "cut", "code"), [(True, False, 0), (True, True, 0), (False, True, 0), (False, False, 3)]
 )
-def test_the_exit_code_and_the_line(learned, cut, code):
-    verdict = Verdict(learned, Gain(-0.3, 0.2), Climb(0.5, 0.1, 30), ["p̂ is poor"], cut)
+@pytest.mark.parametrize("full_rate", [False, True])
+def test_the_exit_code_and_the_line(learned, cut, code, full_rate):
+    verdict = Verdict(learned, Gain(-0.3, 0.2), Climb(0.5, 0.1, 30, full_rate), ["p̂ is poor"], cut)
     scores = {name: {"accuracy": 0.25} for name in ("ctrl", "prior", "target")}
     metrics = {
         "learned": learned,
@@ -60,7 +61,8 @@ def test_the_exit_code_and_the_line(learned, cut, code):
     assert again == verdict
     assert again.exit_code == code
     lines = again.lines(metrics, "runs/one")
-    assert "J rose by 0.50 ± 0.10 nats over the last 30 updates" in lines[-1]
+    rose = "J rose by 0.50 ± 0.10 nats over the last 30 updates"
+    assert f"{rose}{' before its rate decayed' if full_rate else ''}; go on with" in lines[-1]
     assert lines[-1].endswith("ctrl train --resume runs/one --time 1h")
     assert len(lines) == (1 if learned else 2)
     assert learned or lines[0].startswith("not learned: J gained −0.30 ± 0.20 nats over the untrained control")

@@ -1,3 +1,4 @@
+import math
 from itertools import islice
 
 import pytest
@@ -7,7 +8,7 @@ from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.learn.fit import fit
+from ctrl_diffusion.learn.fit import cosine, fit
 from ctrl_diffusion.learn.step import Step
 
 LR = {"embedding": 1e-2, "adapter": 1e-2}
@@ -169,7 +170,39 @@ def test_a_share_of_the_rate_makes_a_step_as_much_shorter():
     for share in (1.0, 0.25):
         trained = policy()
         before = weights(trained)
-        next(fit(trained, losses(trained), 10, LR, share=lambda share=share: share))
+        next(fit(trained, losses(trained), 10, LR, rate=lambda _, share=share: share))
         moved[share] = weights(trained) - before
     assert moved[1.0].abs().max() > 0
     torch.testing.assert_close(moved[0.25], 0.25 * moved[1.0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("updates", [1, 7, 20, 700])
+def test_the_cosine_is_the_rate_where_none_is_given_to_the_bit(updates):
+    """Halves are exact in floating point, so that the order in which they are multiplied does not matter."""
+    for share in (1.0, 0.25):
+        for i in range(updates):
+            before = share * min(1.0, (i + 1) / 20) * 0.5 * (1 + math.cos(math.pi * i / updates))
+            assert share * cosine(i, updates) * min(1.0, (i + 1) / 20) == before
+    one, other = policy(), policy()
+    list(fit(one, losses(one), updates, LR))
+    list(fit(other, losses(other), updates, LR, rate=lambda taken: cosine(taken, updates)))
+    assert torch.equal(weights(one), weights(other))
+
+
+def test_averaged_weights_can_be_seen_and_replaced_before_the_next_update():
+    """The average that is seen after an update is what a training that ends there leaves behind."""
+    whole, ended = policy(), policy()
+    updates = fit(whole, losses(whole), 30, LR, ema_decay=0.9, rate=lambda _: 1.0)
+    update = [next(updates) for _ in range(12)][-1]
+    list(fit(ended, islice(losses(ended), 12), 30, LR, ema_decay=0.9, rate=lambda _: 1.0))
+    raw = whole.snapshot()
+    assert all(map(torch.equal, update.weights.average(), ended.snapshot()))
+    assert not all(map(torch.equal, raw, ended.snapshot()))
+    assert all(map(torch.equal, whole.snapshot(), raw)), "seen, not taken"
+    other = [torch.full_like(value, 0.5) for value in raw]
+    update.weights.restart(other)
+    assert all(map(torch.equal, whole.snapshot() + update.weights.average(), 2 * other))
+    next(updates)
+    assert all((value == 0.5).all() for value in other), "the snapshot is a copy of its own"
+    moved = [abs(float((value - 0.5).abs().max())) for value in update.weights.average()]
+    assert 0 < max(moved) < 2 * max(LR.values()), "an average of what was given and of one step from it"

@@ -41,14 +41,20 @@ def only_train(run, folder, *rest):
 
 
 @pytest.fixture(scope="session")
-def begun(once):
-    """A run folder whose training has not begun yet."""
+def begin():
+    """Make a run folder whose training has not begun yet."""
 
-    def begin(folder):
+    def make(folder, settings=SETTINGS):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(job, "finish_training", lambda *_: {})
-            demo_job(SETTINGS, folder)
+            demo_job(settings, folder)
 
+    return make
+
+
+@pytest.fixture(scope="session")
+def begun(begin, once):
+    """A run folder whose training has not begun yet."""
     return once("begun", begin)
 
 

@@ -4,16 +4,18 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from faults import disturbed, interrupted_at
 from tiny import TINY
 
 from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.commands.jobs.train import extend_job, resume_job, train_job
+from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.learn.step import Speed, cost_of_update
 from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.run.stages import extended, stages_of
+from ctrl_diffusion.run.stages import between_probes, extended, follows_probes, longest_interval, stages_of
 from ctrl_diffusion.system.progress import Interrupted, silent
 
 BOTH = {**TINY, "learners": ["weighted", "adjoint"]}
@@ -27,11 +29,7 @@ def config_of(**values):
 class Untouched:
     """A run of which only the sizes are asked."""
 
-    class training_conditions:
-        pairs = 40
-
-    class conditions:
-        groups = 10
+    conditions = training_conditions = probe_conditions = Conditions({"c": torch.arange(10)}, {"ink": 4})
 
 
 @pytest.fixture
@@ -47,15 +45,18 @@ def seconds_an_evaluation(monkeypatch):
 def planned(config):
     """The seconds that all updates and probes will take, a second for each evaluation."""
     each = [(stage.settings.updates, cost_of_update(stage.settings, config.steps)) for stage in stages_of(config)]
-    probes = len(each) * (config.evaluation.probes + 1) * 160 * (2 * config.steps + 1)
-    return sum(updates * cost for updates, cost in each), probes
+    made = [stage.settings.updates // between_probes(Untouched, config, stage) + 1 for stage in stages_of(config)
+            if follows_probes(config, stage)]  # fmt: skip
+    count = sum(made) + (len(each) - len(made)) * (config.evaluation.probes + 1)
+    return sum(updates * cost for updates, cost in each), count * 160 * (2 * config.steps + 1)
 
 
+@pytest.mark.parametrize("decay", ["cosine", "probes"])
 @pytest.mark.parametrize("minutes", [1, 10, 60])
-def test_a_time_is_used_and_shared_in_proportion(seconds_an_evaluation, minutes):
+def test_a_time_is_used_and_shared_in_proportion(seconds_an_evaluation, minutes, decay):
     seconds_an_evaluation(1e-3)
     usual = {"weighted": {"updates": 700, "renoising": 175, "cache": 8}, "adjoint": {"updates": 300, "batch": 32}}
-    before = config_of(time=f"{minutes}m", evaluation={"probes": 10}, **usual)
+    before = config_of(time=f"{minutes}m", evaluation={"probes": 10}, decay=decay, **usual)
     after = stages.budgeted(Untouched, before)
     training, probes = planned(after)
     assert training + probes == pytest.approx(60e3 * minutes, rel=0.05)
@@ -67,6 +68,21 @@ def test_a_time_is_used_and_shared_in_proportion(seconds_an_evaluation, minutes)
     assert (after.time, after.backprop) == (None, before.backprop)
     seconds_an_evaluation(1.0)
     assert stages.budgeted(Untouched, after) == after, "the clock decides once"
+
+
+@pytest.mark.parametrize("name", ["contrast", "weighted", "adjoint"])
+@pytest.mark.parametrize("steps", [2, 20, 80])
+def test_a_stage_that_follows_its_probes_does_not_wait_longer_the_larger_its_limit(name, steps):
+    """Nor do its probes, 160 paths of the policy beside the prior, cost more than 0.15 of its updates."""
+    one, waits = 160 * (2 * steps + 1), []
+    for updates in (1, 10, 100, 1000, 10**6, 10**7):
+        config = config_of(learners=[name], steps=steps, decay="probes", evaluation={"probes": 10})
+        config = config.with_(**{name: {"updates": updates, **({"renoising": 0} if name == "weighted" else {})}})
+        (stage,) = stages_of(config)
+        waits.append(between_probes(Untouched, config, stage))
+        assert updates // waits[-1] >= min(updates, 10)
+    assert waits[-1] == waits[-2] == longest_interval(Untouched, config, stage) >= 50
+    assert one <= 0.15 * waits[-1] * cost_of_update(stage.settings, steps)
 
 
 def test_updates_are_of_all_learners_together():

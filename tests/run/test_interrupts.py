@@ -1,5 +1,6 @@
 """An interrupt or a signal, at any moment: one line says how to go on, and nothing is lost."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from faults import SETTINGS, disturbed, interrupted_at, log
 
 from ctrl_diffusion.commands.jobs import train as job
 from ctrl_diffusion.run.folder import RunFolder
+from ctrl_diffusion.system.checkpoint import Checkpoints
 from ctrl_diffusion.system.folders import LOCK
 from ctrl_diffusion.system.progress import Interrupted
 
@@ -40,6 +42,40 @@ def test_what_comes_after_a_signal_is_what_would_have_come(run, trained, monkeyp
                 trained(run)
     trained(run)
     assert log(run) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("patience", "ends", "points"),
+    [
+        (4, 10, (4, 9)),  # before the decay, in it
+        (1, 5, (4, 5)),
+        pytest.param(4, 10, range(1, 11), marks=pytest.mark.slow),
+        pytest.param(1, 5, range(1, 6), marks=pytest.mark.slow),
+    ],
+)
+def test_a_learner_that_follows_its_probes_goes_on_from_any_update(
+    begin, trained, monkeypatch, tmp_path, patience, ends, points
+):
+    """Whether its limit or a plateau lets its rate decay; the state says so. Four intervals take all ten updates."""
+    rate = 1e-3 if ends == 10 else 1e-12
+    adjoint = {"updates": 10, "batch": 8, "reuse": 1, "lr_embedding": rate, "lr_adapter": rate}
+    settings = {"learners": ["adjoint"], "decay": "probes", "patience": patience, "checkpoint": 1, "adjoint": adjoint}
+    settings |= {"evaluation": {**SETTINGS["evaluation"], "probes": 5}}
+    begin(whole := tmp_path / "whole", {**SETTINGS, **settings})
+    runs = {at: shutil.copytree(whole, tmp_path / f"{at}") for at in points}
+    (averaged,) = [record for record in trained(whole) if "averaged" in record and "kept" not in record]
+    assert (averaged["update"], averaged["decay_from"]) == (ends, 8 if ends == 10 else 4)
+    begins = set()
+    for at, run in runs.items():
+        with monkeypatch.context() as patch:
+            disturbed(patch, interrupted_at(at))
+            with pytest.raises(Interrupted):
+                trained(run)
+        _, about = Checkpoints(run / "checkpoint").newest() or ({}, {"decay": None})
+        begins.add(about["decay"] and about["decay"][0])
+        trained(run)
+        assert log(run) == log(whole)
+    assert begins == {None, averaged["decay_from"]}
 
 
 def cli(*arguments):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.schedule import RectifiedFlow
-from ctrl_diffusion.evaluate.verdict import Gain
+from ctrl_diffusion.evaluate.verdict import Climb, Gain
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.run.metrics import intervals_of, last_climb, verdict_of
@@ -54,5 +54,6 @@ def test_a_refined_interval_hides_no_climb():
     """The last record is that of the kept control; one of refined intervals may come before it."""
     averaged = {"stage": "weighted", "averaged": True, "rose": 0.5, "rose_stderr": 0.1, "rose_over": 30}
     refined, kept = {"stage": "weighted", "J": -2.0, "intervals": {}}, {"kept": True}
-    assert last_climb([averaged, refined, kept]) == last_climb([averaged, kept]) == (0.5, 0.1, 30)
+    assert last_climb([averaged, refined, kept]) == last_climb([averaged, kept]) == Climb(0.5, 0.1, 30)
     assert last_climb([averaged, {"stage": "adjoint", "stopped": "lost"}, kept]) is None
+    assert last_climb([{**averaged, "decay_from": 80}, kept]).full_rate

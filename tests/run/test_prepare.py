@@ -17,7 +17,7 @@ from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config, ControlSettings
-from ctrl_diffusion.run.defaults import suggested
+from ctrl_diffusion.run.defaults import quick, suggested
 from ctrl_diffusion.run.folder import PAGES
 from ctrl_diffusion.run.measure import probe
 from ctrl_diffusion.run.prepare import ControlInputs, check_batches, dependences, known_classes, prepare
@@ -139,6 +139,25 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
     assert [s["weighted"]["cache"] for s in (small, middle, many)] == [1000, 1000, 3000]
     # three classes are three pairs to tell apart, ten are forty-five
     assert [s["contrast"]["updates"] for s in (middle, many)] == [460, 2970]
+
+
+@pytest.mark.parametrize("learners", [["contrast", "adjoint"], ["adjoint"]])
+def test_the_first_learner_that_follows_its_probes_has_a_limit(data, learners):
+    """With a patience of null, or at a cosine, its updates are what they were; what was given binds."""
+    first, *others = learners
+    plain = [
+        prepare(given(data, learners=learners, **more)).config for more in ({"patience": None}, {"decay": "cosine"})
+    ]
+    config = prepare(given(data, learners=learners)).config
+    usual = suggested((1, 8, 8), 800_000, 64, 10, 4)
+    assert config.follows_probes
+    assert [getattr(each, first).updates for each in (config, *plain)] == [
+        n * usual[first]["updates"] for n in (4, 1, 1)
+    ]
+    assert all(getattr(config, name).updates == usual[name]["updates"] for name in others)
+    assert getattr(prepare(given(data, learners=learners, **{first: {"updates": 7}})).config, first).updates == 7
+    small = [getattr(quick(each), name).updates for name in learners for each in (config, *plain)]
+    assert small == [usual[name]["updates"] // 20 for name in learners for _ in range(3)], "as quick as before"
 
 
 def test_fewer_updates_than_usual_are_a_training_cut_short(data):

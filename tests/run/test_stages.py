@@ -76,11 +76,12 @@ def test_patience_ends_a_learner_that_brings_nothing(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:log Z", "ignore:weighted learns")
-@pytest.mark.parametrize("patience", [4, None])
-def test_a_first_learner_that_falls_goes_on_from_the_best_at_half_the_rate(tmp_path, patience):
+@pytest.mark.parametrize(("decay", "patience"), [("cosine", 4), ("probes", 4), ("probes", None)])
+def test_a_first_learner_that_falls_goes_on_from_the_best_at_half_the_rate(tmp_path, decay, patience):
     """Here the rate is far too high; without patience a learner does as its settings say."""
     wild = {**TINY["weighted"], "updates": 16, "renoising": 0, "lr_embedding": 10.0, "lr_adapter": 0.3}
     settings = {**TINY, "weighted": wild, "patience": patience, "evaluation": {**TINY["evaluation"], "probes": 4}}
+    settings["decay"] = decay
     demo_job(settings, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
     first, *probes = [record for record in records if "J" in record and "averaged" not in record]

@@ -7,8 +7,9 @@ from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
+from ctrl_diffusion.learn.fit import cosine
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.run.state import BestControl, ProbeHistory
+from ctrl_diffusion.run.state import NEAR, BestControl, Decay, Pace, ProbeHistory, TrainingState, decay_after
 
 
 def test_a_control_whose_j_is_no_number_is_not_kept():
@@ -151,3 +152,141 @@ def test_a_probe_has_fallen_where_it_is_clearly_below_the_first():
         history.add(i, j + 5 * shared + own * (i > 0), torch.zeros(100))
     assert history.falls == [False, False, True, True]
     assert history.rate_share == 0.25
+
+
+def curve(shifts, rewards=None, error=0.01):
+    """Probes whose J is each of the shifts, the standard error of a difference between any two of them `error`."""
+    generator, history = torch.Generator().manual_seed(0), ProbeHistory()
+    shared, own = torch.randn(2, 100, generator=generator, dtype=torch.float64)
+    own = (own - own.mean()) / own.std() * error * 10  # over √100 paths
+    for i, (shift, reward) in enumerate(zip(shifts, rewards or [0.0] * len(shifts), strict=True)):
+        # two paths' own spreads are always alike but for the sign, a difference of which has that error
+        history.add(10 * i, 5 * shared + own * (i % 2) + shift, 5 * shared + own * (i % 2) + reward)
+    return history
+
+
+def first_flat(shifts, patience, rewards=None, restarts=False):
+    """The number of the first probe at which nothing is gained any more, or None."""
+    rewards = rewards or [0.0] * len(shifts)
+    prefixes = ((i, curve(shifts[: i + 1], rewards[: i + 1])) for i in range(len(shifts)))
+    return next((i for i, history in prefixes if history.flat(patience, restarts)), None)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "rewards", "restarts", "patience", "at"),
+    [
+        ([-9, -5, -4, -3, -2.0, -1, 0], None, False, 1, None),  # it gains
+        ([-9, -5, -4, -3, -3.0, -3, -3], None, False, 1, 4),  # two probes alike
+        ([-9, -5, -4, -3, -3.0, -3, -3], None, False, 2, 5),  # three
+        ([-9, -5, -4, -3, -3.0, -3, -3], None, False, 4, None),  # not yet: the last is above the one four before
+        ([-9, -5, -4, -3, -3.0, -3, -3, -3], None, False, 4, 7),
+        ([0, -5, -5, -5, -5, -5], None, False, 4, 5),  # the first probe is not counted
+        ([-9, -5, -5, -5, -5], None, False, 4, None),  # five of its own are needed
+        ([0, -1, -2, -3, -4], [-9, -8, -7, -6, -5], False, 1, None),  # a warm start pays J for reward
+        ([0, -1, -2, -3, -4], [-9, -8, -7, -7, -7], False, 1, 3),
+        ([-9, -5, -4.995, -4.99, -4.985], None, False, 1, 2),  # within the standard error
+        ([0, -2, -2, 1, 2, 2.0, 2, 2], None, True, 1, 5),  # two falls, each of which begins anew
+        ([0, -2, -2, -2, -2, -2, -2], None, True, 1, None),  # falls alone halve the rate, again and again
+        ([0, -2, -2, -2, -2, -2, -2], None, False, 1, 2),  # a learner that comes after another does not restart
+    ],
+)
+def test_a_stage_is_flat_where_neither_j_nor_reward_gain(shifts, rewards, restarts, patience, at):
+    assert first_flat([float(s) for s in shifts], patience, rewards, restarts) == at
+
+
+def test_noise_rarely_makes_flat_what_climbs():
+    """Of g a probe and noise s of the weights the gain over k probes is kg with a deviation of √2 s: at g = s, k = 4 it
+    is below zero with Φ(−2.8) = 0.2 % a probe, of which six can be; at g = 0 with a half."""
+
+    def ended(slope):
+        count = 0
+        for seed in range(200):
+            whole = probes(slope=slope, weights=0.1, seed=seed)
+            parts = [ProbeHistory(whole.updates[:i], whole.log_w[:i], whole.rewards[:i]) for i in range(1, 12)]
+            count += any(part.flat(4) for part in parts)
+        return count / 200
+
+    assert ended(0.1) < 0.05
+    assert ended(0.0) > 0.6
+
+
+@pytest.mark.parametrize("limit", [*range(1, 40), 1000])
+def test_a_rate_decays_to_zero_once_probes_are_flat_or_the_limit_is_near(limit):
+    for flat_at in (None, *range(limit)):
+        decay, updates, shares = None, 0, []
+        while updates < (decay.end if decay else limit):
+            decay = decay or decay_after(updates, limit, "flat" if updates == flat_at else None)
+            shares.append(decay.share(updates) if decay else 1.0)
+            updates += 1
+        assert updates == decay.end <= limit
+        assert shares[: decay.begin + 1] == [1.0] * (decay.begin + 1)
+        falling = shares[decay.begin :]
+        assert all(after < before for before, after in zip(falling, falling[1:], strict=False))
+        assert decay.share(decay.end) == 0.0
+        assert decay.reason == ("flat" if decay.begin == flat_at else NEAR)
+        if decay.reason == NEAR:
+            assert decay.end - decay.begin == max(1, limit // 5)
+            assert updates == limit
+        else:
+            assert decay.end - decay.begin == min(max(1, flat_at // 4), limit - flat_at)
+
+
+def paced(shifts, limit, every, **about):
+    """Steps through a stage whose probes are of a curve; returns its state, its pace and the rate of each update."""
+    training = TrainingState(BestControl(None))
+    pace = Pace(training, limit, **{"patience": 2, "follows": True, "first": False, **about})
+    training.history, whole, rates, update = curve(shifts[:1]), curve(shifts), [], 0
+    pace.consider(0, probed=True)
+    while not pace.has_ended(update):
+        rates.append(pace.rate(update))
+        update += 1
+        is_probed = update % every == 0 and update < pace.end
+        if is_probed:
+            i = update // every
+            training.history.add(update, whole.log_w[i], whole.rewards[i])
+        pace.consider(update, is_probed)
+    return training, pace, rates
+
+
+CLIMBS, STANDS = [float(i) for i in range(40)], [0.0, *[3.0] * 39]
+
+
+def test_a_stage_that_climbs_takes_its_limit_and_one_that_stands_ends_before():
+    training, _, rates = paced(CLIMBS, limit=100, every=5)
+    assert (len(rates), training.decay) == (100, Decay(80, 100, NEAR))
+    training, _, rates = paced(STANDS, limit=100, every=5)
+    assert training.decay == Decay(15, 18, "J and reward gained nothing over the last 2 probes")
+    assert (len(rates), rates[:16]) == (18, [100 / (100 + i) for i in range(16)])
+    assert paced(STANDS, limit=100, every=5, before=300)[2][:16] == [100 / (400 + i) for i in range(16)]
+    assert training.climb is None, "it had stopped climbing"
+
+
+def test_what_a_stage_climbs_is_read_before_its_rate_decays():
+    """In the decay the noise of the weights vanishes, and J rises whatever is learned."""
+    shifts = [0.0, *[1.0 + 0.1 * i for i in range(16)], *[50.0] * 10]
+    training, _, _ = paced(shifts, limit=100, every=5)
+    assert training.decay.begin == 80
+    assert training.history.updates[-1] > 80
+    climb = training.climb
+    assert (climb.nats, climb.updates, climb.full_rate) == (pytest.approx(0.3, abs=0.02), 15, True)
+    assert "before its rate decayed" in str(climb)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_without_a_patience_the_rate_is_the_cosine_to_the_bit(follows):
+    training, pace, rates = paced([0.0, -9.0, *[-3.0] * 20], limit=100, every=5, patience=None, follows=follows)
+    assert rates == [cosine(i, 100) for i in range(100)]
+    assert (training.decay, pace.stopped) == (None, None)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_first_learner_that_falls_is_slowed_and_one_after_another_stops(follows):
+    shifts = [0.0, -1.0, -1.0, -1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    _, pace, rates = paced(shifts, limit=50, every=5, follows=follows, first=True)
+    whole = [100 / (100 + i) if follows else cosine(i, 50) for i in range(50)]
+    slowed = [1.0] * 5 + [0.5] * 5 + [0.25] * 5 + [0.125] * 25
+    assert rates[:40] == [share * slow for share, slow in zip(whole, slowed, strict=False)]
+    assert not pace.slows, "the last probe has not fallen"
+    _, pace, rates = paced(shifts, limit=50, every=5, follows=follows)
+    assert (len(rates), set(rates) <= set(whole)) == (15, True)
+    assert "lower than what it began with" in pace.stopped

@@ -44,13 +44,15 @@ class Climb(NamedTuple):
     nats: float
     stderr: float
     updates: int
+    full_rate: bool = False  # whether before the learning rate decayed to zero
 
     @property
     def gain(self) -> Gain:
         return Gain(self.nats, self.stderr)
 
     def __str__(self) -> str:
-        return f"J rose by {self.gain} over the last {self.updates} updates"
+        when = "updates before its rate decayed" if self.full_rate else "updates"
+        return f"J rose by {self.gain} over the last {self.updates} {when}"
 
 
 def percent(share: float | None) -> str:
@@ -92,7 +94,7 @@ class Verdict:
 
     def metrics(self) -> dict[str, Any]:
         """Return the figures by the names metrics.json uses."""
-        climbing = self.climbing and dict(zip(("nats", "stderr", "updates"), self.climbing, strict=True))
+        climbing = self.climbing and {name: v for name, v in self.climbing._asdict().items() if v is not False}
         gained = {"gained_nats": self.gained.nats, "gained_stderr": self.gained.stderr}
         return {**gained, "climbing": climbing, "causes": self.causes, "cut": self.cut}
 

@@ -1,7 +1,7 @@
 """Train on a learner's losses: the only training loop.
 
 It averages weights and yields what each update did. Embedding and adapter have separate learning rates under one
-warm-up and cosine decay: parameter noise is visible as KL. At the end the averaged weights replace the last ones.
+warm-up and one decay: parameter noise is visible as KL. At the end the averaged weights replace the last ones.
 """
 
 import math
@@ -23,6 +23,11 @@ from .step import Step
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
+def cosine(taken: int, updates: int) -> float:
+    """Return the share of the peak learning rate after `taken` of so many updates, which falls as a cosine to zero."""
+    return 0.5 * (1 + math.cos(math.pi * taken / updates))
+
+
 @dataclass
 class Update:
     """Say what one update did."""
@@ -34,26 +39,28 @@ class Update:
     skipped: int = 0  # updates so far that were left out because they were not finite
     # called before the next update, returns what `fit` continues from; None while the learner has paths left to use
     state: Callable[[], dict[str, Tensor]] | None = None
+    weights: "Weights | None" = None  # to look at the averaged ones, or to go on from others, before the next update
 
 
 def fit(
     policy: Policy, steps: Iterator[Step], updates: int, lr: dict[str, float], ema_decay: float = 0.995,
     warmup: int = 20, max_norm: float = 100.0, max_skipped: int = 5, begin: dict[str, Tensor] | None = None,
-    enough: Callable[[], bool] = lambda: False, share: Callable[[], float] = lambda: 1.0,
+    enough: Callable[[], bool] = lambda: False, rate: Callable[[int], float] | None = None,
 ) -> Iterator[Update]:  # fmt: skip
     """Train the policy's controls on a learner's stream of losses; the caller logs and stops.
 
     Args:
         policy: its control parameters are trained in place.
-        steps, updates: the learner's stream, and how many updates to take from it.
+        steps, updates: the learner's stream, and how many updates to take from it, at most.
         lr: peak learning rate per parameter group ("embedding", "adapter").
         ema_decay: of the averaged weights that are kept at the end.
-        warmup: updates of linear warm-up; the rest decays as a cosine.
+        warmup: updates of linear warm-up.
         max_norm: of the whole gradient, a last resort; learners clip per sample.
         max_skipped: batches (of paths, where these serve several updates) in a row that may be left out.
         begin: the state of an earlier update to continue from; `steps` are those that come after it.
         enough: asked before every update whether to end here, with the averaged weights.
-        share: returns what the learning rates of the next step are multiplied by.
+        rate: returns what the learning rates are multiplied by after so many updates were taken, beside the warm-up;
+            None lets them decay as a `cosine` over all updates.
 
     An update whose loss or gradient is not finite is left out and counted. In float16 the loss is scaled up; where only
     the gradient is too large, the scale is lowered instead. Ranks begin with rank 0's weights and step on the sum of
@@ -77,7 +84,7 @@ def fit(
         norm = float(accelerator.clip_grad_norm_(weights.parameters, max_norm))
         if math.isfinite(loss) and math.isfinite(norm):
             i = weights.ema.optimization_step  # updates that were taken
-            factor = share() * min(1.0, (i + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * i / updates))
+            factor = (rate(i) if rate else cosine(i, updates)) * min(1.0, (i + 1) / warmup)
             for group in weights.optimizer.param_groups:
                 group["lr"] = lr[group["name"]] * factor
             weights.optimizer.step()
@@ -93,7 +100,8 @@ def fit(
                 raise FloatingPointError(f"the {name} of update {number} is {value}{before}. Lower the learning rate.")
         weights.optimizer.zero_grad()
         counts = [number, weights.ema.optimization_step, skipped, in_a_row]
-        yield Update(number, loss, norm, metrics, skipped, partial(weights.state, counts) if whole else None)
+        state = partial(weights.state, counts) if whole else None
+        yield Update(number, loss, norm, metrics, skipped, state, weights)
     weights.ema.copy_to(weights.parameters)
 
 
@@ -114,6 +122,15 @@ class Weights:
             tensors |= {f"weight.{i}": p.detach().clone(), f"average.{i}": average.clone()}
             tensors |= {f"{name}.{i}": moments[name].clone() for name in MOMENTS if moments}
         return tensors
+
+    def average(self) -> list[Tensor]:
+        """Copy the averaged weights."""
+        return [value.clone() for value in self.ema.shadow_params]
+
+    def restart(self, snapshot: list[Tensor]) -> None:
+        """Go on from a snapshot, which is the average, too; AdamW keeps its moments."""
+        self.policy.restore(snapshot)
+        self.ema.shadow_params = self.policy.snapshot()
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore everything from a state."""

@@ -154,9 +154,14 @@ class Config(Strict):
         budget: the network's evaluations that `time` bought; what a learner leaves of its share goes to the next.
         more: updates of further stages of the last learner, as `ctrl train --resume RUN --time 1h` adds them.
         ema_decay: decay of the exponential moving average of the weights.
-        patience: stop a learner when J and reward of its last `patience` probes are on average no higher than of as
-            many before (`state.ProbeHistory` derives the default), and one that follows another when its first probes
-            are all worse than what it began with; null never stops any early.
+        decay: of the first learner's rate. "probes" lowers it slowly, whatever its updates, while J or reward of
+            averaged weights gain over the last `patience` probes, and lets it decay to zero once they do not, or once
+            the updates are nearly used up, which are a limit then. "cosine" lets it decay over all updates, as other
+            learners' rates do, and so does a patience of null.
+        patience: in probes, see `decay`; at a cosine, stop a learner when J and reward of its last `patience` probes
+            are on average no higher than of as many before (`state.ProbeHistory` derives the default). One that comes
+            after another also stops when its first probes are all worse than what it began with. null never stops any
+            early.
         max_skipped: non-finite batches in turn that may be skipped; one more stops the learner at its best control.
         checkpoint: updates between saved states; a state that a signal saves is at most a tenth as many updates old.
         track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.
@@ -195,6 +200,7 @@ class Config(Strict):
     budget: int | None = Field(None, ge=1)
     more: list[PositiveInt] = Field(default_factory=list)
     ema_decay: float = Field(0.995, ge=0, lt=1)
+    decay: Literal["cosine", "probes"] = "cosine"
     patience: int | None = Field(4, ge=1)
     max_skipped: int = Field(5, ge=0)
     checkpoint: int = Field(50, ge=1)
@@ -220,6 +226,11 @@ class Config(Strict):
         if not self.gamma or len(self.trained_gammas) < 2:
             raise ValueError(f"gammas must name another γ beside gamma: {self.gamma:g}, which must not be 0")
         return self
+
+    @property
+    def follows_probes(self) -> bool:
+        """Whether the first learner goes on while its probes gain, its updates being a limit."""
+        return self.decay == "probes" and self.patience is not None
 
     @property
     def grid_focus(self) -> tuple[float, float, float] | None:

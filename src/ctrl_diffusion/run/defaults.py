@@ -8,6 +8,8 @@ from ..learn.table import LEARNERS
 from .config import Config
 
 MEMBERS = 25  # prior samples for each label, of a condition of a population
+LIMIT = 4  # times the updates of a first learner that follows its probes
+SHORT = 20  # times as many updates as in a smoke test
 MOST_NUMBERS = 2**28  # that the states of the prior's paths are kept as, of four bytes each
 
 
@@ -39,6 +41,7 @@ def suggested(
     return {
         "steps": 20 if dimensions <= 256 else 40,
         "focus": "auto",
+        "decay": "probes",
         "rank": rank,
         "micro_batch": None if dimensions <= 4096 and parameters < 1e8 else max(1, 2**15 // dimensions),
         "contrast": {
@@ -62,6 +65,17 @@ def suggested(
     }
 
 
+def limited(defaults: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Return default settings with the updates of the config's first learner as a limit, where it follows its probes.
+
+    How many it needs is not known beforehand: six times the usual ones on some networks, fewer on an easy task.
+    """
+    first = config.learners[0]
+    if not config.follows_probes or first not in defaults:
+        return defaults
+    return {**defaults, first: {**defaults[first], "updates": LIMIT * defaults[first]["updates"]}}
+
+
 def quick(config: Config) -> Config:
     """Return the settings of a smoke test: a twentieth of the training, a quarter of p̂'s, fewer samples."""
     controls = [
@@ -69,10 +83,12 @@ def quick(config: Config) -> Config:
         else c.with_(classifier={"updates": max(1, c.classifier.updates // 4)})
         for c in config.controls
     ]  # fmt: skip
-    learners = {name: {"updates": max(1, getattr(config, name).updates // 20)} for name in LEARNERS}
+    first = config.learners[0] if config.follows_probes else None
+    shares = {name: SHORT * (LIMIT if name == first else 1) for name in LEARNERS}
+    learners = {name: {"updates": max(1, getattr(config, name).updates // share)} for name, share in shares.items()}
     learners["contrast"] |= {"cache": max(1, config.contrast.cache // 10)}
     learners["weighted"] |= {
-        "renoising": config.weighted.renoising // 20, "cache": max(1, config.weighted.cache // 10),
+        "renoising": config.weighted.renoising // SHORT, "cache": max(1, config.weighted.cache // 10),
     }  # fmt: skip
     evaluation = {"prior_samples": 200, "paths": 160, "probes": 2, "sweep_paths": 40}
     return config.with_(controls=[control.model_dump() for control in controls], **learners, evaluation=evaluation)

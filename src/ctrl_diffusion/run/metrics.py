@@ -145,11 +145,11 @@ def verdict_of(
 
 
 def last_climb(records: Sequence[dict[str, Any]]) -> Climb | None:
-    """Return what the last probes of a log gained, if that is clear and the last stage took all of its updates."""
+    """Return what the last probes of a log gained, if that is clear and the last stage was ended by its limit."""
     *_, end = [{}, *(record for record in records[:-1] if "intervals" not in record)]
     if "rose" not in end:
         return None
-    climb = Climb(end["rose"], end["rose_stderr"], end["rose_over"])
+    climb = Climb(end["rose"], end["rose_stderr"], end["rose_over"], "decay_from" in end)
     return climb if climb.gain.is_clear else None
 
 

@@ -27,7 +27,7 @@ from ..system.progress import DEFAULT, JobOptions, Phase, silent
 from ..system.strict import merged
 from ..system.tracking import check_trackers
 from .config import Config, ControlSettings, check_present, list_controls, map_paths
-from .defaults import suggested
+from .defaults import limited, suggested
 from .folder import PROMPTS, RunFolder, read_pages
 from .run import configured, fits, read_prompts, times_of
 
@@ -173,6 +173,7 @@ def complete(
             for control in values["controls"]
         ],
     }
+    defaults = limited(defaults, Config.from_values({**merged(defaults, values), **chosen}))
     config = Config.from_values({**merged(defaults, values), **chosen})
     check_batches(config)
     if "steps" not in values:  # the prior may have fewer timesteps

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,9 +25,11 @@ from .config import Config, seconds_in
 from .folder import RunFolder
 from .measure import Probe, prior_samples, probe, refine_intervals
 from .run import PROBE_PATHS, Run
-from .state import BestControl, TrainingState
+from .state import BestControl, Pace, TrainingState
 
 PROBES_SHARE = 0.25  # of a time, at most
+EVERY, PROBES_COST = 50, 0.15  # updates between probes that a stage follows, at least; what these cost, of theirs
+SOLVED = 10  # steps in which the updates and probes of a time are weighed: each errs by a fifth of the one before
 ADDED = " +"  # in the name of a stage that was added to a finished run
 FELL = "J fell below that of the untrained control: {} goes on from the best, at half the rate"
 
@@ -64,21 +66,25 @@ def extended(config: Config, stage: Stage, spare: int) -> tuple[Stage, int]:
 def budgeted(run: Run, config: Config) -> Config:
     """Return a config with `time` or `updates` turned into updates of each learner, in proportion to those it has.
 
-    A time is measured here in evaluations of the network, `budget`, and never again: probes take a quarter of it at
-    most, and the updates what the prior's samples to learn from leave, half of it at least.
+    A time is measured here in evaluations of the network, `budget`, and never again: `evaluation.probes` take a quarter
+    of it at most, and the updates, with the further probes of a stage that follows them, what the prior's samples to
+    learn from leave, half of it at least.
     """
     stages, learners = list(stages_of(config)), dict.fromkeys(config.learners)
     if config.time:
         speed = speed_of(run, max(stage.settings.batch for stage in stages))
-        one = probe_paths(run) * (2 * config.steps + 1) * speed.forward * len(stages)
+        one = probe_paths(run) * (2 * config.steps + 1) * speed.forward
         seconds = seconds_in(config.time)
-        probes = max(1, min(config.evaluation.probes, int(PROBES_SHARE * seconds / one) - 1))
+        probes = max(1, min(config.evaluation.probes, int(PROBES_SHARE * seconds / (one * len(stages))) - 1))
         cached = run.training_conditions.rows(sum(getattr(config, name).drawn for name in config.learners))
         drawn = cached * (config.steps + 1) * speed.forward  # samples of the prior to learn from
-        seconds = max(seconds - (probes + 1) * one - drawn, seconds / 2)
+        seconds = max(seconds - (probes + 1) * one * len(stages) - drawn, seconds / 2)
         usual = sum(stage.settings.updates * speed.of_update(stage.settings, config.steps) for stage in stages)
         costs = sum(stage.settings.updates * cost_of_update(stage.settings, config.steps) for stage in stages)
-        budget = max(1, round(seconds / usual * costs))
+        ratio = seconds / usual
+        for _ in range(SOLVED):
+            ratio = (seconds - one * further_probes(run, config, stages, ratio, probes)) / usual
+        budget = max(1, round(ratio * costs))
         ratio, added = budget / costs, {"budget": budget, "evaluation": {"probes": probes}}
     elif config.updates:
         ratio, added = config.updates / sum(stage.settings.updates for stage in stages), {}
@@ -86,6 +92,13 @@ def budgeted(run: Run, config: Config) -> Config:
         return config
     groups = {name: getattr(config, name).scaled(ratio).model_dump() for name in learners}
     return config.with_(time=None, updates=None, **groups, **added)
+
+
+def further_probes(run: Run, config: Config, stages: Sequence[Stage], ratio: float, probes: int) -> float:
+    """Count the probes beyond so many a stage, where stages follow them for `ratio` times their updates."""
+    limits = [(ratio * stage.settings.updates, longest_interval(run, config, stage)) for stage in stages
+              if follows_probes(config, stage)]  # fmt: skip
+    return sum(max(0.0, limit / longest - probes) for limit, longest in limits)
 
 
 def speed_of(run: Run, batch: int) -> Speed:
@@ -105,9 +118,31 @@ def probe_paths(run: Run) -> int:
     return probe_repeats(run) * run.probe_conditions.pairs
 
 
-def between_probes(config: Config, updates: int) -> int:
-    """Return how many of a stage's updates lie between two probes."""
-    return max(1, updates // config.evaluation.probes)
+def follows_probes(config: Config, stage: Stage) -> bool:
+    """Return whether a stage goes on while its probes gain: the first learner's do, of which no count is known."""
+    return config.follows_probes and stage.learner == config.learners[0] and stage.name != RENOISING
+
+
+def updates_before(config: Config, stage: Stage) -> int:
+    """Return how many updates of its learner came before a stage that was added, at most."""
+    if ADDED not in stage.name:
+        return 0
+    return getattr(config, stage.learner).updates + sum(config.more[: int(stage.name.rpartition(ADDED)[2]) - 1])
+
+
+def between_probes(run: Run, config: Config, stage: Stage) -> int:
+    """Return how many of a stage's updates lie between two probes.
+
+    A stage that follows them has `evaluation.probes` of them at least, and waits no longer the larger its limit is.
+    """
+    every = max(1, stage.settings.updates // config.evaluation.probes)
+    return min(every, longest_interval(run, config, stage)) if follows_probes(config, stage) else every
+
+
+def longest_interval(run: Run, config: Config, stage: Stage) -> int:
+    """Return the updates between probes of a stage that follows them, where its limit is large."""
+    evaluations = probe_paths(run) * (2 * config.steps + 1)
+    return max(EVERY, math.ceil(evaluations / (PROBES_COST * cost_of_update(stage.settings, config.steps))))
 
 
 def learner_of(run: Run, name: str, phase: Phase) -> Learner:
@@ -165,14 +200,6 @@ def refine(run: Run, best: BestControl) -> Iterator[dict[str, Any]]:
         }
 
 
-def reason_to_stop(training: TrainingState, stage: Stage, config: Config) -> str | None:
-    """Return why a stage should stop after its last probe; None to go on, as with no patience."""
-    if not config.patience:
-        return None
-    follows = stage.learner != config.learners[0]  # the first may pay J for the reward
-    return training.history.standstill(config.patience) or (training.history.loss() if follows else None)
-
-
 def train_stage(
     run: Run, stage: Stage, learner: Learner, phase: Phase, training: TrainingState, best: BestControl | None = None
 ) -> Generator[dict[str, Any], None, int]:
@@ -180,12 +207,13 @@ def train_stage(
 
     Return how many updates it took.
 
-    A stage stops early when its probes stand still for the patience (`ProbeHistory`), when too many updates in turn are
-    not finite, and when J falls far below that of the first probe; its last record then says why it `stopped`, that of
-    averaged weights otherwise what the last probes gained. The first learner, with a patience, goes on from the best
-    control at half the rate where J has fallen below that of the untrained one: what is learned drowns in the noise of
-    the weights where a rate is too high for a network. Without `best` no probe is compared, only the last is made,
-    and updates that are not finite are an error.
+    The probes set its `Pace`: those of a stage that follows them are of its averaged weights, which lack the noise that
+    the rate leaves in the last ones. A stage also stops when too many updates in turn are not finite, and when J falls
+    far below that of the first probe; its last record then says why it `stopped`, that of averaged weights otherwise
+    when and why its rate decayed to zero, and what the probes gained. The first learner, with a patience, goes on
+    from the best control at half the rate where J has fallen below that of the untrained one: what is learned drowns in
+    the noise of the weights where a rate is too high for a network. Without `best` no probe is compared, only the last
+    is made, and updates that are not finite are an error.
     """
     config, settings, resumed = run.config, stage.settings, subset("fit", training.within)
     generator, repeats = stream(config.seed, stage.name), probe_repeats(run)
@@ -194,44 +222,48 @@ def train_stage(
     carried = [value.to(run.policy.device) for value in unpack("carried", training.within)]
     steps = learner(run.policy, run.reward, run.training_conditions, generator, carried)
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
-    every = between_probes(config, settings.updates) if best else settings.updates
+    every = between_probes(run, config, stage) if best else settings.updates
+    patience, first = config.patience if best else None, stage.learner == config.learners[0]
+    before = updates_before(config, stage)
+    pace = Pace(training, settings.updates, patience, follows_probes(config, stage), first, before)
     begin = int(resumed["counts"][0]) if resumed else 0
     training.taken, training.saved, training.due = begin, begin, False
     advance, note, skipped = phase(f"learner: {stage.name}", settings.updates), "", {}
-    slows = bool(best and config.patience and stage.learner == config.learners[0])
-    # as before an interruption
-    reason, share = reason_to_stop(training, stage, config), training.history.rate_share if slows else 1.0
     advance(begin)
     record = {"stage": stage.name, "update": begin}
     if best and not resumed:
         yield probed(run, record, repeats, training, best)
+    pace.consider(begin, probed=True)  # as before an interruption
     try:
         options = {"ema_decay": config.ema_decay, "max_skipped": config.max_skipped, "begin": resumed}
-        options |= {"enough": lambda: reason is not None, "share": lambda: share}
+        options |= {"enough": lambda: pace.has_ended(record["update"]), "rate": pace.rate}
         for update in fit(run.policy, steps, settings.updates, lr, **options):
             skipped = {"skipped": update.skipped} if update.skipped else {}
             record = {"stage": stage.name, "update": update.number, "loss": update.loss}
             record |= {"grad_norm": update.gradient_norm, **update.metrics, **skipped}
-            if update.number % every == 0 and update.number < settings.updates:
-                record = probed(run, record, repeats, training, best)
+            is_probed = update.number % every == 0 and update.number < pace.end
+            if is_probed:
+                with run.policy.holding(update.weights.average()) if pace.follows else nullcontext():
+                    record = probed(run, record, repeats, training, best)
                 note = f"J {record['J']:.1f} KL {record['probe_kl']:.1f}"
                 if best and (lost := best.divergence(record)):
                     yield {**record, "stopped": lost}
                     return update.number
-                reason = reason_to_stop(training, stage, config)
-                if slows and training.history.falls[-1]:
-                    run.policy.restore(best.snapshot)
-                    record["slower"], share = FELL.format(stage.name), training.history.rate_share
+            pace.consider(update.number, is_probed)
+            if is_probed and pace.slows:
+                record["slower"] = FELL.format(stage.name)
+                (update.weights.restart if pace.follows else run.policy.restore)(best.snapshot)
             advance(1, note)
             yield record
-            training.after(update, "J" in record, config.checkpoint, generator, carried)
+            training.after(update, is_probed, config.checkpoint, generator, carried)
     except FloatingPointError as error:
         if not (best and best.record["J"] > best.first):
             raise
         yield {"stage": stage.name, "update": record["update"], "stopped": f"diverged: {error}", **skipped}
         return record["update"]
     record = {"stage": stage.name, "update": record["update"], "averaged": True, **skipped}
-    record |= {"stopped": reason} if reason else {}
+    record |= {"stopped": pace.stopped} if pace.stopped else {}
+    record |= dict(zip(("decay_from", "decay_to", "decay_reason"), training.decay or (), strict=False))
     yield probed(run, record, repeats, training, best)
     return record["update"]
 
@@ -244,8 +276,8 @@ def probed(
     record = {**record, **figures}
     if best:
         training.history.add(record["update"], log_w, rewards)
-        if "averaged" in record and "stopped" not in record and (climb := training.history.climb()):
-            record |= dict(zip(("rose", "rose_stderr", "rose_over"), climb, strict=True))
+        if "averaged" in record and "stopped" not in record and (climb := training.climb):
+            record |= {"rose": climb.nats, "rose_stderr": climb.stderr, "rose_over": climb.updates}
         best.consider(record, log_w, rewards)
     return record
 

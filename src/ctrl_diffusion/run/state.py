@@ -1,15 +1,15 @@
-"""Hold where a training stands: its best control, and the states from which it can go on."""
+"""Hold where a training stands: its best control, the pace of its stage, and the states from which it can go on."""
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..control.policy import Policy
 from ..evaluate.verdict import Climb, Gain
-from ..learn.fit import Update
+from ..learn.fit import Update, cosine
 from ..system import ranks
 from ..system.checkpoint import Checkpoints, pack, subset, unpack
 from .run import Run
@@ -18,6 +18,9 @@ COLLAPSE = 10.0  # nats
 STILL = 1e-3  # nats: a smaller gain is none
 TRIAL = 3  # probes in which a learner that follows another may show that it does not lose
 LAST = 3  # intervals between probes over which J is said to climb
+HALVED = 100  # updates after which the rate of a stage that follows its probes is a half, after twice as many a third
+DECAYS = 4  # times as many updates come before a rate's decay as in it
+NEAR = "the limit of its updates was near"
 
 
 @dataclass
@@ -95,6 +98,20 @@ class ProbeHistory:
                 return None
         return f"J and reward of the last {k} probes are no higher than of the {k} before"
 
+    def flat(self, patience: int, restarts: bool = False) -> str | None:
+        """Say that averaged weights gained nothing over the last `patience` probes, if so; None while they gain.
+
+        A gain in J or in reward (the warm start pays J for reward) is one above its standard error (`Gain.is_clear`).
+        The first probe is of what was there before, and is not counted; nor are those up to the last that had fallen,
+        where a stage restarts after it.
+        """
+        fallen = [i for i, fell in enumerate(self.falls, start=1) if restarts and fell]
+        if len(self.updates) - max(fallen, default=0) - 1 <= patience:
+            return None
+        if any(Gain.from_paths(v[-1], v[-1 - patience]).is_clear for v in (self.log_w, self.rewards)):
+            return None
+        return f"J and reward gained nothing over the last {patience} probes"
+
     def loss(self) -> str | None:
         """Say that a stage loses what it began with, if its last TRIAL probes are all clearly lower.
 
@@ -120,13 +137,17 @@ class ProbeHistory:
         """What a learning rate is multiplied by: a half for every probe in which J had fallen."""
         return 0.5 ** sum(self.falls)
 
-    def climb(self) -> Climb | None:
-        """Return what the last probe has gained over that of LAST intervals before it; None of a single probe."""
-        if len(self.updates) < 2:
+    def climb(self, until: int | None = None) -> Climb | None:
+        """Return what a probe has gained over that of LAST intervals before it; None of a single probe.
+
+        It is the last probe, or the last that was made `until` an update, when its rate had not decayed yet.
+        """
+        count = sum(until is None or update <= until for update in self.updates)
+        if count < 2:
             return None
-        i = max(0, len(self.updates) - 1 - LAST)
-        gain = Gain.from_paths(self.log_w[-1], self.log_w[i])
-        return Climb(*gain, self.updates[-1] - self.updates[i])
+        last, i = count - 1, max(0, count - 1 - LAST)
+        gain = Gain.from_paths(self.log_w[last], self.log_w[i])
+        return Climb(*gain, self.updates[last] - self.updates[i], until is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a saved state holds of it, by name."""
@@ -139,6 +160,32 @@ class ProbeHistory:
         """Restore it from a saved state; an earlier version's has none."""
         updates = tensors["updates"].tolist() if tensors else []
         return cls(updates, unpack("log_w", tensors), unpack("rewards", tensors))
+
+
+class Decay(NamedTuple):
+    """Say after which update a stage's rate begins to decay to zero, after which the stage ends, and why."""
+
+    begin: int
+    end: int
+    reason: str
+
+    def share(self, taken: int) -> float:
+        """Return what multiplies the rate after so many updates: 1 − √progress (Hägele et al. 2024, 2405.18392)."""
+        progress = (taken - self.begin) / (self.end - self.begin)
+        return 1 - min(1.0, max(0.0, progress)) ** 0.5
+
+
+def decay_after(update: int, limit: int, flat: str | None) -> Decay | None:
+    """Return the decay to zero that begins after an update; None while the stage is to learn.
+
+    Args:
+        update: how many the stage has taken.
+        limit: of its updates; the decay ends there at the latest, which takes the last fifth of them.
+        flat: why it is to begin, from the probes (`ProbeHistory.flat`); it takes a quarter of the updates so far.
+    """
+    if flat:
+        return Decay(update, min(limit, update + max(1, update // DECAYS)), flat)
+    return Decay(update, limit, NEAR) if update >= limit - max(1, limit // (DECAYS + 1)) else None
 
 
 @dataclass
@@ -158,6 +205,7 @@ class TrainingState:
     records: list[dict[str, Any]] = field(default_factory=list)  # of the log
     spare: int = 0  # evaluations of the budget that the last learner left
     history: ProbeHistory = field(default_factory=ProbeHistory)  # of the current stage
+    decay: Decay | None = None  # of its rate, once that has begun
     seconds: float = 0.0  # of training before this process
     renoising: list[Tensor] = field(default_factory=list)  # the weights that learned what re-noising alone does
     within: dict[str, Tensor] = field(default_factory=dict)  # the last state of the current stage; empty at its start
@@ -182,6 +230,7 @@ class TrainingState:
             training.history = ProbeHistory.from_tensors(subset("history", tensors))
             training.done, training.records = about["done"], about["records"]
             training.spare = about.get("spare", 0)
+            training.decay = Decay(*about["decay"]) if about.get("decay") else None
             training.seconds = about["seconds"]
             for name, interval in about.get("intervals", {}).items():  # refined since training began
                 run.policy.controls[name].interval = interval
@@ -194,6 +243,16 @@ class TrainingState:
         """Seconds of training so far."""
         return self.seconds + time.perf_counter() - self.started
 
+    @property
+    def climb(self) -> Climb | None:
+        """What the probes of the stage gained in the end; where its rate decays, before that, if the limit cut it off.
+
+        As a rate decays to zero the noise of the weights vanishes and J rises, whether more could be learned or not.
+        """
+        if self.decay is None:
+            return self.history.climb()
+        return self.history.climb(self.decay.begin) if self.decay.reason == NEAR else None
+
     def update(self, within: dict[str, Tensor], save: bool = True) -> None:
         """Take the state of the current stage, and save it now or with the next."""
         self.within, best, base = within, self.best, self.best.policy.base
@@ -202,7 +261,7 @@ class TrainingState:
         tensors |= {f"history.{name}": value for name, value in self.history.tensors().items()}
         tensors |= {"log_w": best.log_w, "earned": best.rewards} if best.snapshot else {}
         about = {"done": self.done, "spare": self.spare, "records": self.records.copy(), "seconds": self.elapsed}
-        about |= {"first": best.first, "record": best.record}
+        about |= {"first": best.first, "record": best.record, "decay": self.decay}
         about["intervals"] = {name: control.interval for name, control in best.policy.controls.items()}
         self.unsaved = tensors, about | {"precision": str(base.precision), "gradient_scale": base.loss_scale}
         if save:
@@ -210,7 +269,7 @@ class TrainingState:
 
     def finish_stage(self) -> None:
         """Count a stage as finished."""
-        self.done, self.history, self.within = self.done + 1, ProbeHistory(), {}
+        self.done, self.history, self.decay, self.within = self.done + 1, ProbeHistory(), None, {}
         if self.checkpoints:
             self.update({})
 
@@ -236,3 +295,65 @@ class TrainingState:
             self.update(within, self.due)
             self.taken, self.saved = update.number, update.number if self.due else self.saved
             self.due = False
+
+
+@dataclass
+class Pace:
+    """Set the rate of a stage by its probes, and say when it ends.
+
+    The rate of a stage that `follows` its probes falls as 1 / (1 + taken / HALVED), by no count of updates, while they
+    gain (`ProbeHistory.flat`). Once they do not, or the limit of its updates is near, it decays to zero and the stage
+    ends. At a constant rate the noise of the weights holds back what is learned, also of averaged ones, and a plateau
+    says only that the rate is too high (docs/lab-notes.md). Another stage has a rate that decays as a cosine over all
+    of its updates, and ends early where its probes stand still. The first learner goes on from the best control at half
+    the rate where J has fallen, one that comes after it ends. Without a patience no probe counts.
+    """
+
+    training: TrainingState
+    limit: int  # of its updates
+    patience: int | None
+    follows: bool
+    first: bool  # whether it is of the first learner, which may pay J for the reward
+    before: int = 0  # updates of the learner in earlier stages, at most
+    stopped: str | None = None  # why it ends, if not by its updates
+    slowed: float = 1.0  # what the rate is multiplied by where J has fallen
+
+    def __post_init__(self) -> None:
+        self.follows = bool(self.follows and self.patience)
+
+    def consider(self, update: int, probed: bool) -> None:
+        """Decide after an update how to go on, the same on all ranks; `probed` whether it has a new probe."""
+        flat = None
+        if probed and self.patience:
+            self.stopped, self.slowed, flat = ranks.broadcast(self.read_probes)
+        if self.follows and not self.training.decay:
+            self.training.decay = decay_after(update, self.limit, flat)
+
+    def read_probes(self) -> tuple[str | None, float, str | None]:
+        """Return why the stage ends at once, what slows its rate, and why that begins to decay, or None."""
+        history = self.training.history
+        still = None if self.follows else history.standstill(self.patience)
+        flat = history.flat(self.patience, self.first) if self.follows else None
+        if self.first:
+            return still, history.rate_share, flat
+        return still or history.loss(), 1.0, flat
+
+    @property
+    def slows(self) -> bool:
+        """Whether J has fallen in the last probe of a stage that then goes on from the best control."""
+        return bool(self.patience and self.first and self.training.history.falls[-1:] == [True])
+
+    @property
+    def end(self) -> int:
+        """The number of the stage's updates, as far as that is known."""
+        return self.training.decay.end if self.training.decay else self.limit
+
+    def has_ended(self, update: int) -> bool:
+        return bool(self.stopped) or update >= self.end
+
+    def rate(self, taken: int) -> float:
+        """Return the share of the peak rate after so many updates, beside the warm-up."""
+        if not self.follows:
+            return self.slowed * cosine(taken, self.limit)
+        falling = HALVED / (HALVED + self.before + taken)
+        return self.slowed * falling * (self.training.decay.share(taken) if self.training.decay else 1.0)

@@ -71,7 +71,7 @@ def estimate(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
         "samples": sum(samples.values()) * seconds_of_evaluation(run, phase),
     }  # fmt: skip
     return {
-        "device": str(prior.denoiser.device), "stages": stages, "samples": samples,
+        "device": str(prior.denoiser.device), "at_most": config.follows_probes, "stages": stages, "samples": samples,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "memory_mb": {name: size / MEGABYTE for name, size in memory(run, config, job).items()},
     }  # fmt: skip
@@ -147,11 +147,11 @@ def time_stages(run: Run, config: Config, phase: Phase) -> dict[str, dict[str, A
     return estimates
 
 
-def probes_of(config: Config) -> int:
+def probes_of(run: Run, config: Config) -> int:
     """Count the probes of all stages: first, between updates, of the averaged weights; re-noising has only the last."""
     return sum(
-        1 if stage == RENOISING else 2 + (settings.updates - 1) // between_probes(config, settings.updates)
-        for stage, _, settings in stages_of(config)
+        1 if stage.name == RENOISING else 2 + (stage.settings.updates - 1) // between_probes(run, config, stage)
+        for stage in stages_of(config)
     )
 
 
@@ -173,7 +173,7 @@ def evaluations_of_samples(run: Run, config: Config) -> dict[str, int]:
     counts = {
         "cache": run.training_conditions.rows(sum(drawn)) * chain,
         "where y is decided": profile_paths(run) * chain if measures_intervals(config) else 0,
-        "probes": probes_of(config) * probe_paths(run) * compared,
+        "probes": probes_of(run, config) * probe_paths(run) * compared,
         "log Z": e.prior_samples * (conditions.groups * (2 if config.kl_budget else 1) + unseen) * chain,
         "certificate": certified * compared + untrained + scales * (e.paths // 2) * chain,
         "strengths and step counts": repeats_of(e.sweep_paths, conditions) * conditions.pairs * swept,
@@ -241,7 +241,8 @@ def most_needed() -> int:
 
 def in_words(estimates: dict[str, Any]) -> str:
     """Format the result of `estimate` for a terminal."""
-    lines = [f"{'':<14}{'updates':>9}{'batch':>7}{'evaluations a sample':>22}{'an update':>12}{'in all':>12}"]
+    whole = "at most" if estimates["at_most"] else "in all"  # a learner that follows its probes may need less
+    lines = [f"{'':<14}{'updates':>9}{'batch':>7}{'evaluations a sample':>22}{'an update':>12}{whole:>12}"]
     for name, stage in estimates["stages"].items():
         forward, both = stage["evaluations"]
         lines.append(
@@ -250,7 +251,9 @@ def in_words(estimates: dict[str, Any]) -> str:
         )
     lines += ["", "evaluations: forward + forward and backward, of the network", ""]
     lines += [f"{name:<28}{n:>14,} evaluations" for name, n in estimates["samples"].items()]
-    lines += ["", *(f"{name:<28}{duration(seconds):>14}" for name, seconds in estimates["seconds"].items()), ""]
+    seconds = {f"{name}, at most" if estimates["at_most"] and name in ("learners", "total") else name: duration(value)
+               for name, value in estimates["seconds"].items()}  # fmt: skip
+    lines += ["", *(f"{name:<28}{value:>14}" for name, value in seconds.items()), ""]
     lines += [f"{name:<28}{size:>11,.0f} MB" for name, size in estimates["memory_mb"].items()]
     return "\n".join([*lines, "", f"on {estimates['device']}; nothing was written"])
 
