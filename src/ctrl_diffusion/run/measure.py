@@ -16,6 +16,7 @@ from ..chain.schedule import Focus
 from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
 from ..data.labels import NULL
 from ..evaluate.certificate import Slope, certify, gamma_within
+from ..evaluate.clusters import clusters_of
 from ..evaluate.evaluation import Evaluation, warn_if_outside
 from ..evaluate.information import Profile, denoised_paths, information
 from ..evaluate.judge import Observation
@@ -341,7 +342,7 @@ def evaluate_on(
     if against_untrained:
         untrained = policy_paths(*arguments, untrained=True)
         log_w = (rewards - log_ratio, untrained.rewards - untrained.log_ratio)
-        gained = Gain.from_paths(*log_w, conditions.pairs)
+        gained = Gain.from_paths(*log_w, conditions.pairs, clusters_of(conditions))
     table = prior_table(run.reward_at(gamma), conditions, x_prior)
     certificate = certify(conditions, table, rewards, kl, log_ratio, gamma)
     known = (certificate.hits >= ENOUGH).view(conditions.groups, -1)
@@ -353,15 +354,13 @@ def evaluate_on(
         "target": score_target(of_prior, table, conditions, known),
         "ctrl": score_samples(run.second_opinion.measure(x_0, conditions), conditions),
     }
-    nulled = {
-        name: Nulled.from_labels(
-            {kind: score.labels[name] for kind, score in scores.items()}, control.size, table, known
-        )
-        for name, control in run.policy.controls.items()
-        if name not in conditions.controls
-    }
+    nulled, clusters = {}, clusters_of(conditions)
+    for name, control in run.policy.controls.items():
+        if name not in conditions.controls:
+            labels = {kind: score.labels[name] for kind, score in scores.items()}
+            nulled[name] = Nulled.from_labels(labels, control.size, table, known, clusters)
     warn_if_outside(scores["prior"], scores["ctrl"])
-    slope = Slope.at(gamma, table, rewards, known) if run.config.gammas else None
+    slope = Slope.at(gamma, table, rewards, known, clusters) if run.config.gammas else None
     return Evaluation(**scores, certificate=certificate, n=len(x_0), nulled=nulled, slope=slope, gained=gained)
 
 
