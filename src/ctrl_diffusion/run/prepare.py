@@ -19,6 +19,7 @@ from ..data.names import in_order, is_missing, key_of
 from ..data.read import read_images
 from ..data.sources import open_table
 from ..prior.prior import Prior, open_prior
+from ..prior.text.prompt_file import PromptFile, beyond_windows, read_prompt_file
 from ..reward.independence import dependence
 from ..reward.panel import Panel
 from ..system import ranks
@@ -78,13 +79,19 @@ def prepare(
     values = list_controls(values)
     check_present(values, "prior")
     values = map_paths(values, lambda name: str(Path(name).resolve()))
+    file = None
     if isinstance(values.get("prompts"), str):
-        values["prompts"] = read_prompts(Path(values["prompts"]))
+        file = read_prompts(Path(values["prompts"]))
+        values["prompts"] = file.prompts
+        options.say(file.about)
     config = Config.from_values(values)  # wrong settings are reported before wrong files
     check_trackers(config.track)
     prior = open_prior(config.prior, config.size)
     if prior.text and config.prompts is None:
         config = config.with_(prompts=prompts_of(config.controls))
+    if prior.text and config.prompts:
+        for line in beyond_windows(prior.text.encoders, config.prompts, file and file.lines):
+            options.say(line)
     prior = configured(prior, config)
     inputs = [read_inputs(settings, prior, options) for settings in config.controls]
     classes = config.classes or classes_to_train(prior, inputs)
@@ -134,18 +141,12 @@ def complete(
     return config, any(count < most for count, most in updates)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file, one a line, without blank lines; refuse none, or too many to train one by one."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise ValueError(f"{path} has no prompts. Write one a line.")
-    if len(prompts) > MOST_PROMPTS:
-        raise ValueError(f"{path} has {len(prompts)} prompts; {MOST_PROMPTS} at most are trained one by one.")
-    return prompts
+def read_prompts(path: Path) -> PromptFile:
+    """Read the prompts of a file; refuse too many to train one by one."""
+    file = read_prompt_file(path)
+    if len(file.prompts) > MOST_PROMPTS:
+        raise ValueError(f"{path} has {len(file.prompts)} prompts; {MOST_PROMPTS} at most are trained one by one.")
+    return file
 
 
 def prompts_of(controls: list[ControlSettings]) -> list[str]:
