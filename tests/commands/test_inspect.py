@@ -8,7 +8,7 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.prior.network import as_denoiser
 from ctrl_diffusion.prior.prior import Prior
-from ctrl_diffusion.prior.text import TextFamily
+from ctrl_diffusion.prior.text.prompted import TextFamily
 from ctrl_diffusion.reward.reward import Reward
 from ctrl_diffusion.run import stages
 from ctrl_diffusion.run.config import Config

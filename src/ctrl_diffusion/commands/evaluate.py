@@ -24,9 +24,10 @@ def evaluate(
     quiet: Quiet = OTHER,
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
+    from ..prior.text.prompt_file import read_prompt_file
     from ..run.measure import evaluate as evaluate_run
     from ..run.measure import on_prompts, remeasured
-    from ..run.run import Run, read_prompts
+    from ..run.run import Run
     from ..system.files import rounded, write_json
     from ..system.folders import check_file
 
@@ -35,8 +36,9 @@ def evaluate(
     with job_options(quiet, trust) as options:
         opened = remeasured(Run.load(run, trust=trust), seed, prior_samples)
         if prompts:
-            others = read_prompts(prompts)
-            options.say(on_prompts(opened, others))
+            file = read_prompt_file(prompts)
+            for note in (file.about, on_prompts(opened, file.prompts)):
+                options.say(note)
         used = {"seed": opened.config.seed, "prior_samples": opened.config.evaluation.prior_samples}
         metrics = {"accuracy_by": opened.accuracy_by, **used, **evaluate_run(opened, n, options.phase).metrics()}
     if OTHER:

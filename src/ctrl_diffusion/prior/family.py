@@ -9,7 +9,7 @@ from torch import nn
 from ..chain.codec import Codec
 from .network import Call, ControlSite, NetworkDenoiser
 from .scheduler import read_schedule
-from .text import TextFamily
+from .text.prompted import TextFamily
 
 
 @dataclass

@@ -3,8 +3,7 @@
 import inspect
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ import diffusers
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .families import FAMILIES
-from .parts import PICKLES, load_part, one_line, refusing
+from .parts import PICKLES, load_part, one_line, quiet, refusing
 
 NO_PICKLE = {"use_safetensors": True}  # a pickle can run any code
 VARIANTS = ("fp16", "bf16", "non_ema")  # what is asked of the hub where no plain weights are
@@ -85,27 +84,6 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(labels, dict) or not all(key.isdecimal() and isinstance(labels[key], str) for key in labels):
         raise ValueError(f"{folder}/model_index.json: id2label must map the numbers of classes to their names.")
     return index
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and advice of diffusers and transformers inside."""
-    from transformers import logging  # a second of import that pixel models do without
-
-    libraries = diffusers.utils.logging, logging
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of fields in old configs, which keep their meaning
-            yield
-    finally:
-        for library, (level, bars) in zip(libraries, before, strict=True):
-            library.set_verbosity(level)
-            if bars:
-                library.enable_progress_bar()
 
 
 def load_pipeline(folder: Path, index: dict[str, Any]) -> Any:

@@ -75,6 +75,27 @@ def refusing(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {one_line(error).partition(' If you want to instead')[0]}") from error
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and advice of diffusers and transformers inside."""
+    from transformers import logging  # a second of import that pixel models do without
+
+    libraries = diffusers.utils.logging, logging
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of fields in old configs, which keep their meaning
+            yield
+    finally:
+        for library, (level, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
+
+
 def class_of(name: str, part: Any) -> type:
     """Return the class that a pipeline's index names for a part; refuse one that is not of the libraries."""
     if not isinstance(part, (list, tuple)) or len(part) != 2 or not all(isinstance(word, str) for word in part):

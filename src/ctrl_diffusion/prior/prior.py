@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .network import NetworkDenoiser, check_call
 from .parts import one_line, refusing
 from .precision import PRECISIONS
 from .scheduler import not_followed
-from .text import Prompted, TextFamily
+from .text.prompted import Prompted, PromptStorage, TextFamily
 
 DIGITS = Path(__file__).parent / "digits"
 EMBEDDED = "digits"  # the prior that ships with the package, by name
@@ -37,7 +38,7 @@ class Prior:
     not_followed: dict[str, Any] = field(default_factory=dict)  # settings of the scheduler that the chain does not
     source: str = "this prior"  # its folder
 
-    @property
+    @cached_property
     def class_names(self) -> tuple[str, ...]:
         """One name of every class, in order: the first that is not its number, if any."""
         names = {number: name for name, number in reversed(self.names.items())}
@@ -117,20 +118,26 @@ class Prior:
             not_followed(scheduler),
         )  # fmt: skip
 
-    def with_prompts(self, prompts: Sequence[str], guidance: float | None = None, negative: str = "") -> "Prior":
+    def with_prompts(
+        self, prompts: Sequence[str], guidance: float | None = None, negative: str = "", cache: Path | None = None
+    ) -> "Prior":
         """Return the prior of numbered prompts, the classes of `c`, of a model that is given text.
 
         Classifier-free `guidance`, 1 for none, None for the pipeline's default, leads away from the negative prompt.
-        Raises ValueError if the model is given no text, or there are no prompts, or equal ones.
+        The prompts are encoded in one batch and stay in memory. With a `cache`, a folder, each is encoded when it is
+        first looked up and read from files in there from then on, so that memory does not grow with their number
+        (`text.encoded`). Raises ValueError if the model is given no text, or there are no prompts, or equal ones.
         """
         if self.text is None:
             raise ValueError("this prior is given no text. Leave the prompts out.")
         if not prompts or len(set(prompts)) < len(prompts):
             raise ValueError("prompts must be distinct, and at least one.")
+        if cache and not self.text.encoders:
+            raise ValueError(f"{self.source}: its family names no text encoders to know files by. Leave the cache out.")
         call = Prompted(self.text, self.text.guidance if guidance is None else guidance, negative)
         with refusing(f"{self.source}: its text encoders cannot encode the prompts"):
-            call.add(prompts)
-        rows = {name: row[[0, 0]] for name, row in call.rows.items()}
+            first = call.keep(prompts, Path(cache), self.pipeline) if cache else call.add(prompts)
+        rows = {name: row[[0, 0]] for name, row in first.items()}
         rows |= {"guidance": torch.zeros(2)} if self.text.distilled else {}
         try:
             if uneven := [name for name, row in call.null.items() if row.shape[1:] != rows[name].shape[1:]]:
@@ -149,7 +156,28 @@ class Prior:
                 raise ValueError(f"must be one of the prior's {self.classes} classes ({some} …), got {name!r}.")
             self.denoiser.call.add([name])
             self.names[name], self.classes = self.classes, self.classes + 1
+            self.__dict__.pop("class_names", None)  # one more now
         return self.names[name]
+
+    def embedding_of(self, c: Tensor) -> Tensor:
+        """Return a vector for each of the numbered prompts c (n,): (n, F), float32, on the CPU.
+
+        It is the mean over all tokens of what the network is given of a prompt, padding included, as the text encoders
+        made it. Raises ValueError of a prior without prompts, and of one whose text is not encoded token by token.
+        """
+        return self._prompted().embedding(c)
+
+    @property
+    def prompt_storage(self) -> PromptStorage:
+        """How much room this prior's prompts take once all are encoded, in memory or in the files of a cache."""
+        each = self._prompted().bytes_each
+        return PromptStorage(self.classes, each, self.classes * each)
+
+    def _prompted(self) -> Prompted:
+        """Return what looks prompts up; refuse a prior that has none."""
+        if not isinstance(self.denoiser.call, Prompted):
+            raise ValueError(f"{self.source} has no prompts. Number some with with_prompts().")
+        return self.denoiser.call
 
     def unconditional(self) -> "Prior":
         """Return the prior p(x) of a prior p(x | c): the same network under its null class, if it has one."""

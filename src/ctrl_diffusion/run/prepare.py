@@ -20,6 +20,7 @@ from ..data.names import in_order, is_missing, key_of
 from ..data.read import read_images
 from ..data.sources import open_table
 from ..prior.prior import Prior, open_prior
+from ..prior.text.prompt_file import beyond_windows, read_prompt_file
 from ..reward.independence import dependence
 from ..reward.panel import Panel
 from ..system import ranks
@@ -29,7 +30,7 @@ from ..system.tracking import check_trackers
 from .config import Config, ControlSettings, check_present, list_controls, map_paths
 from .defaults import limited, suggested
 from .folder import PROMPTS, RunFolder, read_pages
-from .run import configured, fits, read_prompts, times_of
+from .run import configured, fits, times_of
 
 HELD_OUT = 10  # of a population one in so many conditions is held out, unless its config says how many
 
@@ -84,11 +85,18 @@ def prepare(
     values = map_paths(values, lambda name: str(Path(name).resolve()))
     config = Config.from_values(values)  # wrong settings are reported before wrong files
     check_trackers(config.track)
-    prompts = read_prompts(Path(config.prompts)) if isinstance(config.prompts, str) else config.prompts
+    file = read_prompt_file(Path(config.prompts)) if isinstance(config.prompts, str) else None
+    prompts = file.prompts if file else config.prompts
     prior = open_prior(config.prior, config.size)
     if prior.text and prompts is None:
         prompts = prompts_of(config.controls)
-    config = config.with_(prompts=prompts if len(prompts or ()) <= MOST_ENUMERATED else config.prompts or PROMPTS)
+    notes = [file.about] if file else []
+    if prior.text:
+        notes += beyond_windows(prior.text.encoders, prompts, file and file.lines)
+    for note in notes:
+        options.say(note)
+    kept = config.prompts if file else PROMPTS  # a run keeps its prompts in a file, unless they are few
+    config = config.with_(prompts=prompts if len(prompts or ()) <= MOST_ENUMERATED else kept)
     prior = configured(prior, config, prompts, beside)
     inputs = [read_inputs(settings, prior, options) for settings in config.controls]
     known, split = known_classes(config, prior, inputs)

@@ -1,10 +1,12 @@
 """Open or begin a run: a prior with trained controls, and the classifiers they were trained on."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from ..evaluate.judge import Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
 from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
+from ..prior.text.prompt_file import read_prompt_file
 from ..reward.panel import Panel
 from ..reward.reward import Among, Reward
 from ..system import ranks
@@ -32,30 +35,22 @@ from .folder import RunFolder
 PROBE_PATHS = 160  # of all (c, y) together, at least
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file, one a line, without blank lines; refuse none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of prompts, one a line: {error}") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise ValueError(f"{path} has no prompts. Write one a line.")
-    return prompts
-
-
 def configured(prior: Prior, config: Config, prompts: list[str] | None = None, beside: Path | None = None) -> Prior:
     """Return the prior with the prompts, the device and the precision of a config; unconditional if that says so.
 
     Prompts are read from the config's file if it names one and none are given. More than 64 are encoded when they are
-    drawn, into a folder in `beside`, by default beside the run whose file it is.
+    drawn, into a folder in `beside`, by default beside the run whose file it is, or where temporary files are.
     """
     if config.prompts is not None:
         if isinstance(config.prompts, str):
-            beside, prompts = beside or Path(config.prompts).parents[1], prompts or read_prompts(Path(config.prompts))
+            beside, prompts = (
+                beside or Path(config.prompts).parents[1],
+                prompts or read_prompt_file(Path(config.prompts)).prompts,
+            )
         else:
             prompts = config.prompts
-        cache = None if len(prompts) <= MOST_ENUMERATED else beside
+        writable = beside and os.access(beside, os.W_OK)
+        cache = None if len(prompts) <= MOST_ENUMERATED else beside if writable else Path(gettempdir())
         prior = prior.with_prompts(prompts, config.guidance, config.negative_prompt, cache)
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")

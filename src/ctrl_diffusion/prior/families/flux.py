@@ -9,7 +9,9 @@ from torch import Tensor
 from ..family import Family, check_channels, check_class, image_size
 from ..latents import Autoencoder
 from ..network import ControlSite
-from ..text import Rows, TextFamily, default_guidance
+from ..text.encoded import Rows
+from ..text.encoders import encoders_of
+from ..text.prompted import TextFamily, default_guidance
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 OPTIONAL, ALONE = (), False
@@ -35,7 +37,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
             "predict the mean of x_0, and is a poor prior.", stacklevel=2,
         )  # fmt: skip
 
-    def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
+    def encode(prompts: Sequence[str], negative: str | None) -> tuple[Rows, Rows]:
         if negative:
             raise ValueError("Flux takes no negative prompt")
         rows, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=pipeline.text_encoder.device)
@@ -54,5 +56,8 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
         return pipeline._unpack_latents(velocity, *size, pipeline.vae_scale_factor)
 
     site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, rank=16)
-    text = TextFamily(encode, call, default_guidance(pipeline), distilled=True)  # to take guidance, if any, as a number
+    text = TextFamily(
+        encode, call, default_guidance(pipeline), distilled=True,  # to take guidance, if any, as a number
+        encoders=encoders_of(pipeline, t5="text_encoder_2"),
+    )  # fmt: skip
     return Family(network, call, codec, site, text=text, tokens=height * width // PATCH**2)

@@ -9,7 +9,9 @@ from torch import Tensor
 from ..family import Family, check_channels, check_class, image_size, refuse_inputs
 from ..latents import Autoencoder
 from ..network import ControlSite
-from ..text import Rows, TextFamily, default_guidance
+from ..text.encoded import Rows
+from ..text.encoders import encoders_of
+from ..text.prompted import TextFamily, default_guidance
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # the last two of SDXL
 OPTIONAL, ALONE = (), False
@@ -35,15 +37,18 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     refuse_inputs("unet", network.config, NO_INPUT)
     large = hasattr(pipeline, "text_encoder_2")
 
-    def encode(prompts: Sequence[str], negative: str) -> tuple[Rows, Rows]:
+    def encode(prompts: Sequence[str], negative: str | None) -> tuple[Rows, Rows]:
         # SDXL was trained with zeros for no text, not with the empty prompt; the pipeline returns them for None
         negatives = [negative] * len(prompts) if negative or not large else None
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": True, "negative_prompt": negatives}
+        if negative is None:
+            options |= {"do_classifier_free_guidance": False, "negative_prompt": None}
         device = pipeline.text_encoder.device
         states, null_states, *pooled = pipeline.encode_prompt(list(prompts), device=device, **options)
-        rows, null = {"encoder_hidden_states": states}, {"encoder_hidden_states": null_states[:1]}
-        if large:
-            rows["text_embeds"], null["text_embeds"] = pooled[0], pooled[1][:1]
+        rows = {"encoder_hidden_states": states, **({"text_embeds": pooled[0]} if large else {})}
+        if negative is None:
+            return rows, {}
+        null = {"encoder_hidden_states": null_states[:1], **({"text_embeds": pooled[1][:1]} if large else {})}
         return rows, null
 
     def call(x_t: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor | None = None) -> Tensor:
@@ -54,4 +59,5 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
         return network(x_t, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
     site = ControlSite(("time_embedding",), network.time_embedding.linear_2.out_features, TARGETS, rank=16)
-    return Family(network, call, codec, site, text=TextFamily(encode, call, default_guidance(pipeline)))
+    text = TextFamily(encode, call, default_guidance(pipeline), encoders=encoders_of(pipeline))
+    return Family(network, call, codec, site, text=text)
