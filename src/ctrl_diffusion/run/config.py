@@ -156,13 +156,8 @@ class Config(Strict):
         ema_decay: decay of the exponential moving average of the weights.
         decay: of the first learner's rate. "probes" lowers it slowly, whatever its updates, while J or reward of
             averaged weights gain over the last `patience` probes, and lets it decay to zero once they do not, or once
-<<<<<<< HEAD
-            the updates are nearly used up, which are a limit then. "cosine" lets it decay over all updates, as other
-            learners' rates do, and so does a patience of null.
-=======
             the updates are nearly used up, which are a limit then. "cosine" lets it decay over all updates, as do the
             rates of other learners, and so does a patience of null.
->>>>>>> follow
         patience: in probes, see `decay`; at a cosine, stop a learner when J and reward of its last `patience` probes
             are on average no higher than of as many before (`state.ProbeHistory` derives the default). One that comes
             after another also stops when its first probes are all worse than what it began with. null never stops any

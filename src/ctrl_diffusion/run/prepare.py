@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -111,12 +111,12 @@ def prepare(
 
 def known_classes(
     config: Config, prior: Prior, inputs: list[ControlInputs]
-) -> tuple[list[int] | None, ConditionSplit | None]:
+) -> tuple[Sequence[int] | None, ConditionSplit | None]:
     """Return the prior's classes to train on or hold out, and how they are split; None of an unconditional prior."""
     numbers = range(prior.classes or 0)
-    known = list(numbers) if config.classes == "all" and numbers else config.classes
+    known = numbers if config.classes == "all" and numbers else config.classes
     known = known or classes_to_train(prior, inputs)
-    if known and (len(set(known)) < len(known) or not set(known) <= set(numbers)):
+    if known and known != numbers and (len(set(known)) < len(known) or not set(known) <= set(numbers)):
         what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
         raise ValueError(f"classes must be {what}; got {config.classes}.")
     if not known:
@@ -126,7 +126,7 @@ def known_classes(
     return known, ConditionSplit.of(known, held_out_of(config, known), config.seed)
 
 
-def held_out_of(config: Config, known: list[int]) -> list[int]:
+def held_out_of(config: Config, known: Sequence[int]) -> list[int]:
     """Return the classes to keep out of training: those that are named, or so many drawn by the seed."""
     count, names = config.hold_out, "prompts" if config.prompts else "classes"
     if isinstance(count, list):
@@ -156,7 +156,7 @@ def in_words(split: ConditionSplit, names: str) -> str:
 
 
 def complete(
-    values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], known: list[int] | None,
+    values: dict[str, Any], config: Config, prior: Prior, inputs: list[ControlInputs], known: Sequence[int] | None,
     split: ConditionSplit | None, usual: dict[str, Any],
 ) -> tuple[Config, bool]:  # fmt: skip
     """Return the config with defaults for this prior and these data where `values` has none; refuse what cannot be.
@@ -172,7 +172,9 @@ def complete(
     defaults = suggested(denoiser.shape, parameters, denoiser.site.rank, groups, labels, pooled)
     guidance = prior.text.guidance if prior.text and config.guidance is None else config.guidance
     chosen = {"prompts": config.prompts, "guidance": guidance}
-    chosen["classes"] = "all" if known and len(known) > MOST_ENUMERATED and len(known) == prior.classes else known
+    chosen["classes"] = (
+        "all" if known and len(known) > MOST_ENUMERATED and len(known) == prior.classes else known and list(known)
+    )
     chosen["hold_out"] = sorted(split.held_out) if pooled else None
     values = {
         **values,
@@ -282,7 +284,7 @@ def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages
         )
 
 
-def select_classes(data: LabelledImages, condition: str, classes: list[int]) -> LabelledImages:
+def select_classes(data: LabelledImages, condition: str, classes: Sequence[int]) -> LabelledImages:
     """Return the rows whose condition is one of `classes`, with labels that count within these."""
     rows, numbers = (data.labels[condition][:, None] == torch.tensor(classes)).nonzero(as_tuple=True)
     values, part = tuple(data.values[condition][c] for c in classes), data[rows]
@@ -295,7 +297,7 @@ def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
     return prior.encode if prior and prior.latent else None
 
 
-def select_inputs(inputs: ControlInputs, classes: list[int] | None) -> ControlInputs:
+def select_inputs(inputs: ControlInputs, classes: Sequence[int] | None) -> ControlInputs:
     """Return the inputs with the rows of the trained classes; refuse too few rows, or a panel of other classes."""
     settings, data, judge_data, panel = inputs.settings, inputs.data, inputs.judge_data, inputs.panel
     if data and classes and settings.condition:
@@ -337,13 +339,13 @@ def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages)
     return panel
 
 
-def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> list[int] | None:
+def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> Sequence[int] | None:
     """Choose the prior's classes to train and certify: those in the data, else all."""
     if prior.classes is None:
         return None
     if labelled := next((each for each in inputs if each.data and each.settings.condition), None):
         return labelled.data.labels[labelled.settings.condition].unique().tolist()
-    return list(range(prior.classes))
+    return range(prior.classes)
 
 
 @torch.no_grad()

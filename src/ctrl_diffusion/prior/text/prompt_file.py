@@ -1,6 +1,7 @@
 """Read the prompts of a file, and say what of them is left out or not read."""
 
 import unicodedata
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ class PromptFile(NamedTuple):
     """Hold what was read of a file of prompts."""
 
     prompts: list[str]  # different ones, in order
-    lines: list[int]  # of each prompt, from 1
+    lines: Sequence[int]  # of each prompt, from 1
     about: str  # what was read, in one line
 
 
@@ -34,22 +35,22 @@ def read_prompt_file(path: Path) -> PromptFile:
         line = len((data[: error.start].decode("utf-8") + "x").splitlines())
         wrong = f"line {line} is not UTF-8 ({error.reason})"
         raise ValueError(f"{path} is no file of prompts, one a line: {wrong}. Save it as UTF-8.") from error
-    first: dict[str, tuple[int, str]] = {}
-    blank = 0
+    known, prompts, lines, blank = set(), [], array("L"), 0
     for line, text in enumerate(map(str.strip, texts), start=1):
-        if text:
-            first.setdefault(unicodedata.normalize("NFC", text), (line, text))
-        else:
+        if not text:
             blank += 1
-    if not first:
+        elif (form := unicodedata.normalize("NFC", text)) not in known:
+            known.add(form)
+            prompts.append(text)
+            lines.append(line)
+    if not prompts:
         raise ValueError(f"{path} has no prompts. Write one a line.")
-    double = len(texts) - blank - len(first)
+    double = len(texts) - blank - len(prompts)
     left_out = [f"{count:,} {what}" for count, what in ((blank, "blank"), (double, "double")) if count]
-    about = f"{path.name}: {len(first):,} prompt{'s' * (len(first) > 1)}"
+    about = f"{path.name}: {len(prompts):,} prompt{'s' * (len(prompts) > 1)}"
     if left_out:
         about += f"; {', '.join(left_out)} line{'s' * ((double or blank) > 1)} left out"
-    lines, prompts = zip(*first.values(), strict=True)
-    return PromptFile(list(prompts), list(lines), about)
+    return PromptFile(prompts, lines, about)
 
 
 def beyond_windows(
