@@ -70,9 +70,9 @@ class Prompted:
         else:
             rows, self.null = self.family.encode(prompts, self.negative)
             self.bytes_each = sum(row[0].nbytes for row in rows.values())
-        if self.family.tokens in rows:
-            means = mean_tokens(rows[self.family.tokens])
-            self.means = means if self.means is None else torch.cat([self.means, means])
+            if self.family.tokens in rows:  # before the network's precision rounds them
+                means = mean_tokens(rows[self.family.tokens])
+                self.means = means if self.means is None else torch.cat([self.means, means])
         before = self.rows
         self.rows = {n: torch.cat([before[n], row.to(before[n])]) if before else row for n, row in rows.items()}
         return self.rows
@@ -100,7 +100,6 @@ class Prompted:
         ):  # fmt: skip
             return self.family.encode([prompt], None)[0]
 
-    @torch.inference_mode(False)  # the latest are kept, and may serve where there is a gradient
     def look_up(self, c: Tensor, x_t: Tensor) -> Rows:
         """Return the rows of c from files and memory, on the device and in the precision of x_t.
 
