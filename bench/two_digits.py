@@ -1,6 +1,6 @@
 """Measure the example of two digits: are its hundred prompts drawn, left and right in their places?
 
-python bench/two_digits.py --work runs/two-digits     (twelve minutes for the example, one more)
+python bench/two_digits.py --work runs/two-digits     (ten minutes for the example, two more)
 
 A reader of single digits, an SVM fitted on the digits the pipeline was trained on and moved as they were, reads the
 left and the right half of a picture. It is measured on the labelled images, which show digits neither has seen. Samples

@@ -1,7 +1,7 @@
 """Make a text-to-image pipeline to try the commands on, and labelled images for it.
 
 python examples/text_digits.py --out text-digits             (six minutes of a processor)
-python examples/text_digits.py --digits 2 --out two-digits   (twelve minutes)
+python examples/text_digits.py --digits 2 --out two-digits   (ten minutes)
 ctrl train --prior text-digits/pipeline --data text-digits/photos --control ink --condition prompt --out runs/text
 
 With diffusers and transformers alone scikit-learn's digits, enlarged to 16 × 16, become a Stable Diffusion of prompts
