@@ -61,21 +61,18 @@ class Size:
         digits: of a number; a picture is 16 × 16 for each.
         names: the numbers' names, from zero.
         longest: tokens of a prompt, one a letter.
-        channels: of the UNet's levels, the first without cross attention. Two digits need a third level, whose 2 × 4
-            latents see both.
     """
 
     digits: int
     names: tuple[str, ...]
     longest: int
-    channels: tuple[int, ...]
 
     @property
     def prompts(self) -> tuple[str, ...]:
         return tuple(f"a handwritten {name}" for name in self.names)
 
 
-SIZES = {1: Size(1, NAMES, 24, (16, 48)), 2: Size(2, tuple(map(spoken, range(100))), 28, (16, 48, 64))}
+SIZES = {1: Size(1, NAMES, 24), 2: Size(2, tuple(map(spoken, range(100))), 28)}
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -150,25 +147,18 @@ def text_parts(longest: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=longest), CLIPTextModel(config)
 
 
-def make_unet(size: Size) -> UNet2DConditionModel:
-    """Make a UNet with random weights for latents of 4 × 8 × 8 a digit."""
-    attending = len(size.channels) - 1
-    return UNet2DConditionModel(
-        sample_size=8 if size.digits == 1 else (8, 8 * size.digits), in_channels=4, out_channels=4,
-        block_out_channels=size.channels, layers_per_block=1, mid_block_type=None,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * attending),
-        up_block_types=(*("CrossAttnUpBlock2D",) * attending, "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
-    )  # fmt: skip
-
-
 def train_pipeline(folder: Path, size: Size, x: Tensor, c: Tensor, of_autoencoder: int, updates: int) -> None:
     """Train a Stable Diffusion pipeline from scratch and save it."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     vae = train_autoencoder(x, c, size.digits, of_autoencoder, generator)
     tokenizer, encoder = text_parts(size.longest)
-    unet = make_unet(size)
+    unet = UNet2DConditionModel(
+        sample_size=8 if size.digits == 1 else (8, 8 * size.digits), in_channels=4, out_channels=4,
+        block_out_channels=(16, 48), layers_per_block=1, mid_block_type=None,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+    )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, timestep_spacing="trailing",
