@@ -1,4 +1,7 @@
-"""A small Stable Diffusion trained for real, text and autoencoder with it, goes through the commands."""
+"""A small Stable Diffusion trained for real, text and autoencoder with it, goes through the commands.
+
+Of two digits: names, pictures and labelled images are what they are said to be, and who reads them can read.
+"""
 
 import csv
 import json
@@ -6,11 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import text_digits
 import torch
+import two_digits
 import yaml
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
+from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.run.run import Run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "text_digits.py"
@@ -23,6 +31,104 @@ REDUCED = {
     "learners": ["weighted"],
     "evaluation": {"prior_samples": 100, "paths": 400, "probes": 2, "sweep_paths": 40},
 }
+
+
+NAMED = {
+    0: "zero zero", 7: "zero seven", 10: "ten", 12: "twelve", 19: "nineteen", 20: "twenty", 21: "twenty one",
+    40: "forty", 42: "forty two", 99: "ninety nine",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The example of two digits after a handful of updates."""
+    folder = tmp_path_factory.mktemp("two")
+    arguments = ["text_digits.py", "--digits", "2", "--out", str(folder), "--autoencoder", "2", "--updates", "4"]
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(sys, "argv", arguments)
+        text_digits.main()
+    return folder
+
+
+@pytest.mark.parametrize(("number", "name"), NAMED.items())
+def test_numbers_are_named_as_they_are_spoken(number, name):
+    assert text_digits.SIZES[2].prompts[number] == f"a handwritten {name}"
+
+
+@pytest.mark.parametrize("size", text_digits.SIZES.values(), ids=lambda size: size.digits)
+def test_every_prompt_has_tokens_of_its_own(size):
+    tokenizer, _ = text_digits.text_parts(size.longest)
+    tokens = tokenizer(list(size.prompts)).input_ids
+    assert len({tuple(row) for row in tokens}) == len(size.prompts) == 10**size.digits
+    for prompt, row in zip(size.prompts, tokens, strict=True):
+        assert len(row) == len(prompt.replace(" ", "")) + 2 <= size.longest  # a letter each, the start and the end
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_first_digit_is_left_and_counts_most(count):
+    c = torch.arange(2 * count)
+    x = c.float().view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    pictures, number = text_digits.side_by_side(x, c, count)
+    for picture, value, digits in zip(pictures, number, c.view(2, count), strict=True):
+        assert int(value) == int("".join(str(int(k)) for k in digits))
+        assert torch.equal(picture[0], digits.float().repeat_interleave(2).expand(2, -1))
+
+
+def test_every_number_has_five_labelled_images_of_digits_the_pipeline_never_saw(two):
+    x, c = text_digits.digits()
+    known, others = text_digits.train_test_split(range(len(x)), test_size=500, stratify=c, random_state=0)
+    assert not set(known) & set(others)
+    places = {((x[i, 0] + 1) * 127.5).round().byte().numpy().tobytes(): int(c[i]) for i in others}
+    with (two / "photos" / "metadata.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file_name", "prompt", "ink"]
+    prompts = [row["prompt"] for row in rows]
+    assert {prompt: prompts.count(prompt) for prompt in prompts} == dict.fromkeys(text_digits.SIZES[2].prompts, 5)
+    means = []
+    for row in rows:
+        pixels = np.asarray(Image.open(two / "photos" / row["file_name"]))
+        tens, units = (places[np.ascontiguousarray(half).tobytes()] for half in np.split(pixels, 2, 1))
+        assert text_digits.SIZES[2].prompts[10 * tens + units] == row["prompt"]
+        means.append(pixels.mean())
+    ranks, ink = np.argsort(np.argsort(means)), np.array([int(row["ink"]) for row in rows])
+    # equal means may fall on a border: a quarter is within three of 125
+    assert np.abs(ink - 1 - ranks / 125 + 0.5).max() <= 0.5 + 3 / 125
+
+
+def test_the_prompts_are_listed_in_random_order(two):
+    prompts = (two / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(prompts) == sorted(text_digits.SIZES[2].prompts)
+    first = [text_digits.SIZES[2].prompts.index(prompt) for prompt in prompts[:70]]
+    # 70 of 100 at random leave out about three numbers of each ten, of a row or a column of the table
+    for digits in ([n // 10 for n in first], [n % 10 for n in first]):
+        assert min(digits.count(k) for k in range(10)) >= 3
+
+
+def test_the_pipeline_of_two_digits_is_one_of_diffusers_and_a_prior(two):
+    pipeline = StableDiffusionPipeline.from_pretrained(two / "pipeline", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a handwritten forty two", num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+    assert images.shape[:3] == (1, 16, 32)
+    prior = Prior.from_pretrained(two / "pipeline").with_prompts(text_digits.SIZES[2].prompts, 1.0)
+    assert prior.denoiser.shape == (4, 8, 16)
+    assert prior.classes == 100
+
+
+def test_the_reader_reads_unseen_digits(two):
+    x, wanted = two_digits.labelled(two / "photos")
+    figures = two_digits.agreement(two_digits.read_numbers(two_digits.fit_reader(), x), wanted)
+    # 0.992 of 500; a fall by three standard errors of such a share, 0.012, would make figures about samples worthless
+    assert figures["number"] > 0.98
+    assert figures["swapped"] == 0
+
+
+def test_the_wrong_way_round_is_told_from_wrong():
+    wanted = torch.tensor([12, 12, 12, 33])
+    figures = two_digits.agreement(torch.tensor([12, 21, 15, 35]), wanted)
+    assert figures == {
+        "number": 0.25, "left": 0.75, "right": 0.25, "swapped": pytest.approx(1 / 3),
+        "worst": {"prompt": "a handwritten thirty three", "number": 0.0},
+    }  # fmt: skip
 
 
 @pytest.mark.slow
