@@ -117,7 +117,9 @@ class Prior:
             not_followed(scheduler),
         )  # fmt: skip
 
-    def with_prompts(self, prompts: Sequence[str], guidance: float | None = None, negative: str = "") -> "Prior":
+    def with_prompts(
+        self, prompts: Sequence[str], guidance: float | None = None, negative: str = "", cache: Path | None = None
+    ) -> "Prior":
         """Return the prior of numbered prompts, the classes of `c`, of a model that is given text.
 
         Classifier-free `guidance`, 1 for none, None for the pipeline's default, leads away from the negative prompt.
@@ -150,6 +152,11 @@ class Prior:
             self.denoiser.call.add([name])
             self.names[name], self.classes = self.classes, self.classes + 1
         return self.names[name]
+
+    def embedding_of(self, c: Tensor) -> Tensor:
+        """Return the mean over tokens of each of the numbered prompts c (n,): (n, F), float32, on the CPU."""
+        rows = self.denoiser.call.rows["encoder_hidden_states"]
+        return rows[c.to(rows.device)].float().mean(1).cpu()
 
     def unconditional(self) -> "Prior":
         """Return the prior p(x) of a prior p(x | c): the same network under its null class, if it has one."""
