@@ -11,10 +11,10 @@ from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.evaluate.judge import SecondOpinion
 from ctrl_diffusion.reward.backbone import Backbone
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel, open_choices, unreadable
-from ctrl_diffusion.reward.fit import Recipe, fit_classifier
+from ctrl_diffusion.reward.fit import Recipe, fit_classifier, nll_of_other_images
 from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.reward import Embedded, Reward
-from ctrl_diffusion.reward.scorer import Architecture, Classifier, EmbeddedFilm
+from ctrl_diffusion.reward.scorer import Architecture, Classifier, EmbeddedFilm, Scorer
 
 LENGTH, SLOPE = 8, 8.0
 DIRECTION = torch.nn.functional.normalize(torch.arange(1.0, LENGTH + 1), dim=0)
@@ -62,6 +62,28 @@ def test_labels_of_prompts_without_any_are_predicted(fitted):
     accuracy, bayes = (float(((log_odds > 0).long() == y).float().mean()) for log_odds in (said, odds))
     assert 0.5 + 3 * 0.5 / n**0.5 < accuracy < bayes + 3 * 0.5 / n**0.5
     assert panel.judge_accuracy > 0.5 + 3 * 0.5 / 105**0.5, "as the judge's, on the 105 held-out images"
+
+
+def test_what_the_prompt_alone_says_is_chance(fitted):
+    """Where y follows from c, p̂ is right without seeing x: a reward of it has no gradient, so it is refused."""
+    # of labels that are even, given c alone, guessing knows log ½ on the 105 held out, within what their entropy is off
+    assert fitted[0].quality.chance_nll == pytest.approx(math.log(2), abs=0.02)
+    data, table, _ = world(300, 700, 0)
+    data.labels["y"] = ((table - 5) @ DIRECTION > 0)[data.labels["c"]].long()
+    with pytest.raises(ValueError, match=r"not clearly better than chance .*NLL 0\.[01]\d .* chance 0\.[01]\d"):
+        fit_panel(data, "y", "c", settings=SETTINGS, read=False)
+
+
+def test_the_mean_over_other_images_by_hand():
+    """Logits that the image and the prompt add up to: of three images, the mean of p̂ over the other two."""
+    scorer = Scorer(torch.nn.Flatten(), 2, 2, embedding=2).requires_grad_(False)
+    torch.nn.init.eye_(scorer.score.weight)
+    torch.nn.init.zeros_(scorer.score.bias)
+    scorer.film.linear.weight.data[2:] = torch.eye(2) * 2**0.5  # the shift; the scale stays
+    x, c, y = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), torch.eye(2)[[0, 1, 0]], torch.tensor([0, 1, 1])
+    p = torch.stack([(x[(torch.arange(3) + shift) % 3] + c).softmax(1) for shift in (1, 2)]).mean(0)
+    expected = -float(p[torch.arange(3), y].log().mean())
+    assert nll_of_other_images(scorer, x[:, None, None], y, c) == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_was_fitted_is_saved(fitted, tmp_path):
