@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ctrl_diffusion.data.labels import LabelSpace
+from ctrl_diffusion.reward.panel import Panel
+from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.reward.support import Support
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.run.measure import PolicyPaths, policy_paths, probe
+from ctrl_diffusion.run.measure import PolicyPaths, policy_paths, probe, sample_scales
 from ctrl_diffusion.run.run import Run
 
 
@@ -69,3 +72,17 @@ def test_the_regions_of_several_controls_leave_out_what_each_leaves_out():
     assert Run.real_outside.fget(run_of(0.05)) == pytest.approx(0.05)
     assert Run.real_outside.fget(run_of(0.05, None, 0.1)) == pytest.approx(0.15)
     assert Run.real_outside.fget(run_of(0.5, 0.5, 0.5)) == 1.0
+
+
+def test_a_judge_on_a_scale_may_depend_on_c(digits):
+    """It numbers the two classes that are trained; an untrained table of c says the same of both."""
+    space = LabelSpace(("0", "1", "2"), scale=True)
+    p_hat, judge = (Classifier(1, 3, "gaussian", conditions=2).requires_grad_(False).eval() for _ in range(2))
+    judge.film.weight[1] = 0.3
+    settings = {"prior": "digits", "controls": [{"name": "ink", "data": "-"}], "classes": [3, 5], "rank": 2, "steps": 2}
+    panel = Panel("ink", space, (1, 8, 8), p_hat, None, judge)
+    run = Run.start(Config.from_values(settings), digits, {"ink": panel})
+    x, c = torch.randn(6, 1, 8, 8, generator=seeded()), torch.tensor([3, 5, 3, 5, 5, 3])
+    expected = judge.head.density(judge.scores(x, (c == 5).long()), judge.temperature).mean
+    torch.testing.assert_close(run.measure_scale(run.config.controls[0], x, c), expected)
+    assert sample_scales(run, 8)["ink"].measured.shape == (8,)

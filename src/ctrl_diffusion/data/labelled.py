@@ -2,8 +2,9 @@
 
 import csv
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ class LabelledImages:
 
     Labels (n,) are class numbers, or places on a scale as floats; values are the classes or levels, in order.
     `about` says in one line what was read, and `levels` what was black and white in images of more than 8 bits.
+    `vectors` (n, F) stand for the numbers of a column of c where p̂(y | x, c) is given its embedding.
     """
 
     x: Tensor | Images
@@ -32,6 +34,7 @@ class LabelledImages:
     values: dict[str, tuple[str, ...]]
     about: str = ""
     levels: Levels | None = None
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.x, Tensor) and not self.x.isfinite().all():
@@ -44,7 +47,8 @@ class LabelledImages:
     def __getitem__(self, rows: Tensor | np.ndarray) -> "LabelledImages":
         rows = torch.as_tensor(rows)
         x = self.x.take(rows) if isinstance(self.x, Images) else self.x[rows]
-        return LabelledImages(x, {name: y[rows] for name, y in self.labels.items()}, self.values)
+        labels, vectors = ({name: y[rows] for name, y in part.items()} for part in (self.labels, self.vectors))
+        return LabelledImages(x, labels, self.values, vectors=vectors)
 
     @classmethod
     def from_dataset(
@@ -69,7 +73,11 @@ class LabelledImages:
     def through(self, encode: Callable[[Tensor], Tensor]) -> "LabelledImages":
         """Encode x (n, C, H, W), a few at a time; the labels stay."""
         x = torch.cat([encode(self.x[rows]) for rows in torch.arange(len(self)).split(16)])
-        return LabelledImages(x, self.labels, self.values)
+        return LabelledImages(x, self.labels, self.values, vectors=self.vectors)
+
+    def condition(self, column: str) -> Tensor:
+        """Return what p̂(y | x, c) is given of a column of c: embeddings (n, F) if there are some, else numbers (n,)."""
+        return self.vectors.get(column, self.labels[column])
 
     def space(self, column: str) -> LabelSpace:
         """Return what the labels of a column are: classes, or places on a scale where they are floats."""
@@ -135,3 +143,21 @@ def write_imagefolder(folder: Path, data: LabelledImages) -> None:
         rows.append([f"{i:05d}.png", *(data.values[name][y[i]] for name, y in data.labels.items())])
     with atomic(folder / "metadata.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
+    """Warn of images that occur twice, or in the judge's data too, whatever their files are called."""
+    digests, first = data.digests(), {}
+    copies = [(first[d], row) for row, d in enumerate(digests, start=1) if first.setdefault(d, row) != row]
+    if copies:
+        warnings.warn(
+            f"{source}: {len(copies)} of {len(data)} images are copies of another (the first: rows {copies[0][0]} and "
+            f"{copies[0][1]} of those read). In two parts of a split they make p̂ look better than it is: keep one.",
+            stacklevel=2,
+        )
+    if judge_data and (shared := len(set(judge_data.digests()) & set(digests))):
+        warnings.warn(
+            f"{source}: {shared} of its images are in judge_data too. A judge that learned from the same images as p̂ "
+            "is no second opinion: leave them out of one.",
+            stacklevel=2,
+        )

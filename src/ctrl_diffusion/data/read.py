@@ -21,12 +21,16 @@ from .rules import Rule, load_rule
 from .sources import open_table
 from .tables import Table
 
-MOST_CLASSES, SHOWN = 64, 10
+MOST_CLASSES, SHOWN, SHOWN_TEXT = 64, 10, 60
 Numbers = Mapping[str, int]  # the class number of every name a label may have, in order
 
 
 class BadRow(ValueError):
     """Refuse a row: of what kind it is, in a word or two, and why it cannot be used."""
+
+
+class OtherClass(BadRow):
+    """Leave out a row whose class is none of those that were asked for."""
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Label:
     scale: bool | None = None  # None leaves it to the numbers that occur
     keep: bool = False  # whether words for a missing label are classes
     rule: Rule | None = None
+    selects: bool = False  # whether rows with other names are left out, not refused
     texts: list[str] = field(default_factory=list)  # of every row
     names: dict[Hashable, str] = field(init=False)
 
@@ -57,6 +62,9 @@ class Label:
         elif self.scale and not is_number(text):
             raise BadRow("labels that are no numbers", f"{name} must be a number, got {text!r}")
         elif not self.scale and self.numbers is not None:
+            if self.selects:
+                what = f"rows have another {name} than the {len(self.numbers)} asked for"
+                raise OtherClass(what, repr(text[:SHOWN_TEXT]))
             some = ", ".join(list(self.numbers)[:SHOWN])
             raise BadRow("unknown labels", f"{name} must be one of {some}, got {text!r}")
 
@@ -94,6 +102,7 @@ class Tally:
 
     table: Table
     bad: list[tuple[str, str]] = field(default_factory=list)  # (kind, error)
+    others: list[tuple[str, str]] = field(default_factory=list)  # (what is other, row and class)
     resized: list[tuple[int, tuple[int, int]]] = field(default_factory=list)  # (row, size)
     paged: list[tuple[int, int]] = field(default_factory=list)  # (row, pages)
     narrowed: list[tuple[int, int]] = field(default_factory=list)  # (row, largest value), colours of 16 bits
@@ -128,6 +137,12 @@ class Tally:
             if 2 * len(self.bad) > rows:
                 raise ValueError(f"{name}: {text}. That is more than half: check the table.")
             texts.append(f"{text}. They were left out.")
+        if self.others:
+            what, first = self.others[0]
+            text = f"{len(self.others)} of {rows} {what} (the first: {first})"
+            if len(self.others) + len(self.bad) == rows:
+                raise ValueError(f"{name}: {text}. No row is left: check the prompts, or the column.")
+            texts.append(f"{text}: they were left out.")
         if self.resized:
             row, (width, height) = self.resized[0]
             what = f"{len(self.resized)} of {rows} images are not {size} (row {row} is {width}×{height})"
@@ -156,7 +171,8 @@ class Tally:
 
     def summary(self, used: int, levels: Levels | None, labels: Mapping[str, tuple[LabelSpace, Tensor]]) -> str:
         """Say in one line what was read: rows, how the table was read, the classes with their counts."""
-        left_out = f" ({self.left_out} left out)" if self.bad else ""
+        others = f"{len(self.others)} of another class" if self.others else ""
+        left_out = f" ({', '.join(filter(None, (self.left_out, others)))} left out)" if self.bad or self.others else ""
         parts = [f"{used} of {self.table.rows} rows{left_out}", *self.table.notes]
         parts += [self.scaling(levels)] if self.deep else []
         for name, (space, y) in labels.items():
@@ -172,7 +188,7 @@ def read_images(
     source: str | Path, columns: Mapping[str, Numbers | None], shape: tuple[int, int, int] | None = None,
     mapping: Mapping[str, str] | None = None, scales: Mapping[str, bool] | None = None,
     tags: Mapping[str, str] | None = None, skip_bad: bool = False, phase: Phase = silent, image: str | None = None,
-    keep_missing: bool = False, levels: Levels | None = None,
+    keep_missing: bool = False, levels: Levels | None = None, selects: str | None = None,
 ) -> LabelledImages:  # fmt: skip
     """Read labelled images.
 
@@ -190,12 +206,16 @@ def read_images(
         image: the column of the images; None finds it.
         keep_missing: take words for a missing label, such as none, for classes.
         levels: what is black and white in images of more than 8 bits; None chooses it by the whole set.
+        selects: the label of which rows with other names than its `columns` are left out, with one warning.
 
     Raises:
         ValueError: no table, a missing column, a row that cannot be used; with skip_bad, if more than half cannot.
     """
     table, scales = open_table(source, image), scales or {}
-    labels = [Label(name, numbers, scales.get(name), keep_missing) for name, numbers in columns.items()]
+    labels = [
+        Label(name, numbers, scales.get(name), keep_missing, selects=name == selects)
+        for name, numbers in columns.items()
+    ]
     find_columns(table, labels, mapping or {}, tags or {})
     channels, height, width = shape or shape_of(table)
     if channels not in MODES:
@@ -219,6 +239,9 @@ def read_images(
                     view = Image.fromarray(array[..., 0] if channels == 1 else array)
                     label.texts[i] = label_by(label.rule, view, label.name)
                 label.check(i)
+        except OtherClass as error:
+            what, text = error.args
+            tally.others.append((what, f"row {i + 1}, {text}"))
         except BadRow as error:
             kind, reason = error.args
             tally.bad.append((kind, f"{table.name} row {i + 1}: {reason}"))

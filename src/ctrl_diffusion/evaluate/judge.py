@@ -11,6 +11,7 @@ from ..chain.codec import Codec
 from ..chain.rows import parts, rows_of
 from ..control.conditions import Conditions
 from ..data.labels import Labels
+from ..reward.reward import Embedded
 from ..reward.scorer import Classifier, Scorer
 
 Ruler = Callable[[Tensor], Tensor]
@@ -60,7 +61,7 @@ class SecondOpinion:
 
     rulers: dict[str, Ruler]
     reader: Classifier | None = None
-    judges: dict[str, Scorer] = field(default_factory=dict)
+    judges: dict[str, Scorer | Embedded] = field(default_factory=dict)
     outside: Callable[[Tensor, Tensor], Tensor] | None = None
     codec: Codec = field(default_factory=Codec)
     device: torch.device | None = None
@@ -68,9 +69,14 @@ class SecondOpinion:
 
     def measure(self, x_0: Tensor, conditions: Conditions) -> Observation:
         """Measure samples x_0 (n, *), equally many for each condition in turn, in batches: images may be large."""
-        number = self.numbers(conditions)[conditions.spread(len(x_0))]
-        batches = parts(len(x_0), self.codec.batch)
-        return Observation.cat([self.measure_batch(x_0[rows].to(self.device), number[rows]) for rows in batches])
+        group = conditions.spread(len(x_0))
+        number, c = self.numbers(conditions)[group], conditions.cond_of(group).get("c", group)
+        return Observation.cat(
+            [
+                self.measure_batch(x_0[rows].to(self.device), number[rows], c[rows])
+                for rows in parts(len(x_0), self.codec.batch)
+            ]
+        )
 
     def numbers(self, conditions: Conditions) -> Tensor:
         """Return the number that reader and judges have for each condition (G,); all −1 if some are unknown to them."""
@@ -85,12 +91,20 @@ class SecondOpinion:
         same = number[:, None] == self.numbers(conditions)
         return torch.where(same.any(1), same.int().argmax(1), -1)
 
-    def measure_batch(self, x_0: Tensor, number: Tensor) -> Observation:
-        """Measure samples (n, *) of conditions by their numbers (n,) in one batch."""
+    def measure_batch(self, x_0: Tensor, number: Tensor, c: Tensor | None = None) -> Observation:
+        """Measure samples (n, *) of conditions by their numbers (n,) in one batch.
+
+        `c` (n,) are the prior's classes, which a judge that is given the embedding of c needs; None for those that the
+        numbers stand for.
+        """
         images = self.codec.decode(x_0)
-        judge_labels, c = {}, number.to(images.device)
+        judge_labels = {}
         for name, judge in self.judges.items():
-            judge_labels[name] = judge.log_prob(images, *([c] if judge.conditional else [])).argmax(1).cpu()
+            given = [number] if judge.conditional else []
+            if isinstance(judge, Embedded):
+                given = [torch.tensor(self.classes)[number] if c is None else c]
+            log_p = judge.log_prob(images, *(each.to(images.device) for each in given))
+            judge_labels[name] = log_p.argmax(1).cpu()
         labels = {**judge_labels, **{name: ruler(images.cpu()) for name, ruler in self.rulers.items()}}
         reads = self.reader and bool((number >= 0).all())
         adheres = (self.reader.log_prob(images).argmax(1).cpu() == number).float() if reads else None

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from ..data.rules import function_of
-from .scorer import Classifier, Scorer
+from .scorer import Classifier, Scorer, of_embedding
 
 
 class Elsewhere(ValueError):
@@ -103,11 +103,11 @@ class Backbone(Scorer):
 
     def __init__(
         self, backbone: str, width: int, classes: int, head: str = "categorical", balanced: bool = False,
-        conditions: int = 0, trunk: nn.Module | None = None,
+        conditions: int = 0, trunk: nn.Module | None = None, embedding: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(trunk or Frozen(backbone), width, classes, head, balanced, conditions)
+        super().__init__(trunk or Frozen(backbone), width, classes, head, balanced, conditions, embedding)
         self.shape = {"backbone": backbone, "width": width, "classes": classes, "head": head, "balanced": balanced}
-        self.shape["conditions"] = conditions
+        self.shape |= {"conditions": conditions, **of_embedding(embedding)}
         self.described = f"the {width} frozen features of {backbone}, linear head: {head}"
 
     @classmethod

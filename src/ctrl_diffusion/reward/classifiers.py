@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from ..data.images import joined_x
-from ..data.labelled import LabelledImages
+from ..data.labelled import RAREST, LabelledImages
 from ..data.labels import LabelSpace
 from ..system.progress import Advance, Phase, silent
 from ..system.strict import Strict
@@ -24,7 +24,8 @@ from .scorer import Architecture, Scorer
 from .support import Support
 
 DEEP, BATCH = 4, 32
-DECAYS = (1e-3, 1.0)  # of a linear head: the features outnumber the images, or they do not
+MOST_READ = 64  # prompts that a reader may tell apart
+DECAYS = (1e-3, 1.0)  # of a linear head, and of embeddings: the features outnumber the images, or they do not
 # shares of the labels: fit, calibration, held-out, and the judge's own
 WITH_RULER, WITH_JUDGE = (0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)
 READER = Architecture(grid=4), Recipe(epochs=40, batch=64, lr=3e-3, weight_decay=0.01)  # of c
@@ -93,8 +94,11 @@ class Choice(NamedTuple):
     weight_decay: float = Recipe.weight_decay
 
 
-def open_choices(settings: ClassifierSettings, space: LabelSpace) -> list[Choice]:
-    """Return the heads, grids and depths to try where the settings leave them open; on a backbone heads and decays."""
+def open_choices(settings: ClassifierSettings, space: LabelSpace, embedded: bool = False) -> list[Choice]:
+    """Return the heads, grids and depths to try where the settings leave them open; on a backbone heads and decays.
+
+    Where c is `embedded` decays are tried as well.
+    """
     if settings.factory:
         return [Choice(Architecture())]
     named = settings.head != "auto" and not space.scale
@@ -106,7 +110,9 @@ def open_choices(settings: ClassifierSettings, space: LabelSpace) -> list[Choice
         (grid if settings.grid == "auto" else settings.grid, depth if settings.depth == "auto" else settings.depth)
         for grid, depth in ((1, None), (4, None), (1, DEEP))
     }
-    return [Choice(Architecture(head, *trunk)) for head, trunk in product(heads, sorted(trunks, key=str))]
+    decays = DECAYS if embedded else (Recipe.weight_decay,)
+    architectures = (Architecture(head, *trunk) for head, trunk in product(heads, sorted(trunks, key=str)))
+    return [Choice(*both) for both in product(architectures, decays)]
 
 
 def epochs_of(updates: int, part: Sized) -> int:
@@ -129,10 +135,13 @@ class Fitter:
     def trunk(self) -> Frozen | None:
         return Frozen(self.settings.backbone).to(self.device) if self.settings.backbone else None
 
+    def choices(self, fitting: LabelledImages) -> list[Choice]:
+        """Return what is tried on the fitting part."""
+        return open_choices(self.settings, fitting.space(self.control), self.condition in fitting.vectors)
+
     def epochs(self, fitting: LabelledImages) -> int:
         """Return how many epochs `posterior` takes in all."""
-        choices = open_choices(self.settings, fitting.space(self.control))
-        return len(choices) * epochs_of(self.settings.updates, fitting)
+        return len(self.choices(fitting)) * epochs_of(self.settings.updates, fitting)
 
     def inputs(self, data: LabelledImages) -> tuple[Tensor, ...]:
         """Return (x, y) or (x, y, c) as the fit takes them: a backbone's features in place of x, computed once."""
@@ -141,13 +150,18 @@ class Fitter:
 
     def network(self, choice: Choice, part: LabelledImages) -> Network:
         """Return what builds the chosen network; on a backbone its head alone."""
-        settings, conditions = self.settings, len(part.values[self.condition]) if self.condition else 0
+        settings, conditions, embedding = self.settings, 0, 0
+        if self.condition in part.vectors:
+            embedding = part.vectors[self.condition].shape[1]
+        elif self.condition:
+            conditions = len(part.values[self.condition])
         if settings.factory:
             return lambda shape, classes: Own(settings.factory, classes, shape, settings.balanced)
         if self.trunk:
-            options = (choice.architecture.head, settings.balanced, conditions, nn.Identity())
+            options = (choice.architecture.head, settings.balanced, conditions, nn.Identity(), embedding)
             return lambda shape, classes: Backbone(self.trunk.source, shape[0], classes, *options)
-        return replace(choice.architecture, balanced=settings.balanced, conditions=conditions)
+        given = {"conditions": conditions, "embedding": embedding}
+        return replace(choice.architecture, balanced=settings.balanced, **given)
 
     def fit(
         self, part: LabelledImages, inputs: tuple[Tensor, ...], choice: Choice, seed: int, advance: Advance,
@@ -176,7 +190,7 @@ class Fitter:
         x, *labels = self.inputs(fitting)
         inputs, unseen = (self.trunk.fit(x) if self.trunk else x, *labels), self.inputs(calibration)
         watch, fits = unseen if self.settings.early_stopping else None, []
-        for choice in open_choices(self.settings, fitting.space(self.control)):
+        for choice in self.choices(fitting):
             classifier = self.fit(fitting, inputs, choice, self.seed, advance, watch)
             fits.append((calibrated_nll(classifier, *unseen), len(fits), classifier, choice))
         _, _, classifier, self.choice = min(fits)
@@ -217,17 +231,25 @@ def check_settings(
         raise ValueError(f"{control!r} is on a scale: classifier.balanced and classifier.factory are for classes.")
     if settings.conditional and condition is None:
         raise ValueError("classifier.conditional: p̂(y | x, c) needs the column of c. Name it with --condition.")
-    if settings.conditional:
+    if settings.conditional and condition not in data.vectors:
         data.check_classes(condition)
     if settings.augment == "any_side_up" and data.x.shape[2] != data.x.shape[3]:
         raise ValueError("classifier.augment: any_side_up needs square images. Use shift or none.")
+
+
+def unreadable(data: LabelledImages, condition: str) -> str | None:
+    """Say why no classifier could tell the prompts in a column of c apart; None if one may."""
+    prompts = len(data.labels[condition].unique())
+    if prompts <= MOST_READ and len(data) >= RAREST * prompts:
+        return None
+    return f"{condition} is not read back: {len(data)} images have {prompts} prompts; adherence is not measured."
 
 
 def fit_panel(
     data: LabelledImages, control: str, condition: str | None = None, ruler: bool = False,
     settings: ClassifierSettings | None = None, seed: int = 0, phase: Phase = silent,
     judge_data: LabelledImages | None = None, encode: Callable[[Tensor], Tensor] | None = None,
-    device: torch.device | str = "cpu", check: bool = True,
+    device: torch.device | str = "cpu", check: bool = True, read: bool = True,
 ) -> tuple[Panel, LabelledImages]:  # fmt: skip
     """Fit p̂, and the judge and the reader that are needed, each on its own part of the labels.
 
@@ -235,12 +257,14 @@ def fit_panel(
     ValueError if the settings do not suit the data, or p̂ is not better than chance there by two standard errors.
 
     Args:
-        control, condition: the columns of y and c. c also gets a reader; conditional p̂ and judge depend on it.
+        control, condition: the columns of y and c. Conditional p̂ and judge depend on c, by its embedding where the data
+            have `vectors` of it.
         ruler: whether a ruler measures y, so that no judge is needed.
         judge_data: what the judge is fitted on, also beside a ruler; p̂ then keeps more of the data.
         encode: images → latents, for a p̂ on these.
         device: on which they are fitted, and stay.
         check: refuse a p̂ no better than chance.
+        read: whether c also gets a reader.
     """
     settings = settings or ClassifierSettings()
     check_settings(settings, data, control, condition, encode is not None)
@@ -261,7 +285,8 @@ def fit_panel(
         panel.judge, panel.judge_images = fitter.judge(part, advance), part.digest_rows()
         panel.judge_accuracy = accuracy(panel.judge, images[2], control, fitter.condition)
     if condition:
-        panel.condition, panel.condition_values = condition, data.values[condition]
+        panel.condition, panel.condition_values = condition, data.values[condition] if read else ()
+    if condition and read:
         parts = (*images[:2], *images[3:])
         x, c = joined_x([part.x for part in parts]), torch.cat([part.labels[condition] for part in parts])
         advance = phase(f"reader of {condition}", READER[1].epochs)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .scorer import Architecture, Scorer
 
+OTHERS = 8  # images in place of each, to find what p̂(y | x, c) says without its own
+
 Network = Callable[[Sequence[int], int], Scorer]  # from the shape of x, (C, H, W) or (F,), and K
 
 
@@ -22,7 +24,9 @@ class ClassifierReport:
     nll: float
     ece: float  # in 10 bins; on a scale of how often the central intervals of 10 … 90 % hold y (Kuleshov et al. 2018)
     temperature: float
-    chance_nll: float  # of the best guess without x, for p̂(y | x, c) given c; on a scale a normal distribution
+    # of the best guess without x, for p̂(y | x, c) given c: y's frequencies, or where c is an embedding the mean of p̂
+    # over other images, if that is better; on a scale a normal distribution
+    chance_nll: float
     nll_stderr: float
     nll_uncalibrated: float  # at T = 1
     brier: float | None  # mean of Σ_k (p̂_k − 1[y = k])², 0 … 2 (Brier 1950); None on a scale
@@ -80,7 +84,7 @@ def fit_classifier(
         x: (n, C, H, W), or features (n, F) for a network that takes these.
         y, classes: labels (n,), of K classes or levels.
         network: builds what is fitted; None for `Architecture()`, a categorical `Classifier`.
-        c: class numbers (n,) of the condition, 0 … network.conditions − 1.
+        c: class numbers (n,) of the condition, 0 … network.conditions − 1, or its embeddings (n, network.embedding).
         watch: (x, y), or (x, y, c), not fitted on, whose least calibrated NLL picks the epoch; None picks the last.
         seed: of weights and order; global random state is left alone.
     """
@@ -93,6 +97,8 @@ def fit_classifier(
             counts = y.bincount(minlength=classifier.classes).clamp(min=1)
             classifier.log_frequency.copy_((counts / counts.sum()).log())
             weights = len(y) / (classifier.classes * counts)
+        if classifier.embedding:
+            classifier.film.standardise(c)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         batches = -(-len(x) // recipe.batch)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=recipe.epochs * batches)
@@ -147,9 +153,21 @@ def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None
     """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
     score, temperature = classifier.scores(x, c), classifier.temperature
     density = classifier.head.density(score.cpu(), temperature.cpu())
-    figures = classifier.head.figures(classifier.log_prob_from(score, temperature).cpu(), density, y, c)
+    counted = None if classifier.embedding else c  # y cannot be counted given an embedding that occurs once
+    figures = classifier.head.figures(classifier.log_prob_from(score, temperature).cpu(), density, y, counted)
+    if classifier.embedding:
+        figures["chance_nll"] = min(figures["chance_nll"], nll_of_other_images(classifier, x, y, c))
     nll, uncalibrated = (float(classifier.nll(score, t, y, "mean")) for t in (temperature, 1.0))
     stderr = float(classifier.nll(score, temperature, y).std() / len(y) ** 0.5)
     return ClassifierReport(
         nll=nll, temperature=float(temperature), nll_stderr=stderr, nll_uncalibrated=uncalibrated, **figures
     )
+
+
+def nll_of_other_images(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor) -> float:
+    """Return the NLL in nats of y (n,) under what p̂ says of c alone, its mean over OTHERS of the other x (n, *)."""
+    row, log_p = torch.arange(n := len(y)), []
+    for shift in sorted({max(1, i * n // (OTHERS + 1)) for i in range(1, OTHERS + 1)}):
+        score = classifier.scores(x[(row + shift) % n], c)
+        log_p.append(-classifier.nll(score, classifier.temperature, y))
+    return float(math.log(len(log_p)) - torch.stack(log_p).logsumexp(0).mean())

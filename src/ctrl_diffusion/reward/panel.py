@@ -130,5 +130,5 @@ class Panel:
 
 
 def examples(data: LabelledImages, column: str, condition: str | None) -> tuple[Tensor, ...]:
-    """Return (x, y) of a column of labels, or with the column of a condition (x, y, c)."""
-    return data.x, data.labels[column], *([data.labels[condition]] if condition else [])
+    """Return (x, y) of a column of labels, or with the column of a condition (x, y, c), c as p̂ is given it."""
+    return data.x, data.labels[column], *([data.condition(condition)] if condition else [])

@@ -1,7 +1,7 @@
 """Compute the reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -110,31 +110,59 @@ class Reward:
         return {key: row.to(x.device) for key, row in (cond or {}).items()} if conditional else {}
 
 
-class Among:
-    """Renumber c for a p̂(y | x, c) that numbers some of the prior's `classes` 0 … n − 1."""
+class Given:
+    """Give a p̂(y | x, c) the prior's c in the form that it takes; a subclass says which, by `given`."""
 
     conditional = True
 
-    def __init__(self, likelihood: Likelihood, classes: Sequence[int]) -> None:
-        self.likelihood, self.classes = likelihood, torch.tensor(classes)
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
         self.latent = getattr(likelihood, "latent", False)
         if hasattr(likelihood, "bound"):
             self.bound = likelihood.bound
 
     def log_prob(self, x: Tensor, c: Tensor) -> Tensor:
-        """Return log p̂(y | x, c) in nats (B, K); raise ValueError for a c the labels do not have."""
-        return self.likelihood.log_prob(x, self.number(c))
+        """Return log p̂(y | x, c) in nats (B, K); raise ValueError as `given` does."""
+        return self.likelihood.log_prob(x, self.given(c))
 
     def log_prob_at(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
         """Return log p̂(y | x, c) in nats at places y (B,) on a scale: (B,); raise as `log_prob` does."""
-        return self.likelihood.log_prob_at(x, y, self.number(c))
+        return self.likelihood.log_prob_at(x, y, self.given(c))
 
-    def number(self, c: Tensor) -> Tensor:
-        """Return the likelihood's numbers of the prior's classes c (B,)."""
+    def given(self, c: Tensor) -> Tensor:
+        """Return what the likelihood is given of the prior's classes c (B,)."""
+        raise NotImplementedError
+
+
+class Among(Given):
+    """Renumber c for a p̂(y | x, c) that numbers some of the prior's `classes` 0 … n − 1."""
+
+    def __init__(self, likelihood: Likelihood, classes: Sequence[int]) -> None:
+        super().__init__(likelihood)
+        self.classes = torch.tensor(classes)
+
+    def given(self, c: Tensor) -> Tensor:
+        """Return the likelihood's numbers of c (B,); raise ValueError for a c the labels do not have."""
         same = c[:, None] == self.classes.to(c.device)
         if not same.any(1).all():
             raise ValueError(f"p̂(y | x, c) knows c in {self.classes.tolist()}, got {c.unique().tolist()}.")
         return same.int().argmax(1)
+
+
+class Embedded(Given):
+    """Give a p̂(y | x, c) the embedding of c, so that it answers for c without any label.
+
+    `embed` turns numbers (n,) into vectors (n, F).
+    """
+
+    def __init__(self, likelihood: Likelihood, embed: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(likelihood)
+        self.embed = embed
+
+    def given(self, c: Tensor) -> Tensor:
+        """Return the embeddings of c: (B, F), each looked up once."""
+        different, which = c.cpu().unique(return_inverse=True)
+        return self.embed(different)[which].to(c.device)
 
 
 def prior_table(reward: Reward, conditions: Conditions, x_0: Tensor) -> Tensor:

@@ -20,6 +20,31 @@ from .heads import HEADS
 PIXELS_AT_ONCE = 2**22  # of images in one pass: a convolution at full size keeps ten times its image
 
 
+class EmbeddedFilm(nn.Module):
+    """Compute the scale and shift of features from embeddings of c (B, F), so that c without any label have some too.
+
+    A dimension in which the embeddings of the labels' c hardly differ would see every difference of another c, so it is
+    measured in a hundredth of the largest deviation at least.
+    """
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(length, width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("mean", torch.zeros(length))
+        self.register_buffer("std", torch.ones(length))
+
+    def standardise(self, vectors: Tensor) -> None:
+        """Set mean and deviation from embeddings (n, F) of the labels' c."""
+        std = vectors.std(0, correction=0)
+        self.mean.copy_(vectors.mean(0))
+        self.std.copy_(std.clamp(min=0.01 * float(std.max())) if std.max() > 0 else torch.ones_like(std))
+
+    def forward(self, c: Tensor) -> Tensor:
+        return self.linear((c - self.mean) / self.std / math.sqrt(len(self.mean)))
+
+
 class Scorer(nn.Module):
     """Compute log p̂(y | x), or log p̂(y | x, c), from a trunk's features by a head and a temperature.
 
@@ -31,6 +56,7 @@ class Scorer(nn.Module):
         classes, head: K, of classes or of a scale's levels; a name in HEADS.
         conditions: number of classes of c, 0 for p̂(y | x). c scales and shifts the features (FiLM, Perez et al. 2018):
             an embedding that is only added moves the logits alike for every x and could not reverse y's meaning.
+        embedding: length F of the vectors that stand for c in place of a number; 0 for none.
     """
 
     at_once = 1024  # x; thousands of images at once would not fit, nor a few dozen large ones
@@ -41,14 +67,17 @@ class Scorer(nn.Module):
 
     def __init__(
         self, trunk: nn.Module, width: int, classes: int, head: str = "categorical", balanced: bool = False,
-        conditions: int = 0,
+        conditions: int = 0, embedding: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.head, self.balanced, self.conditional = HEADS[head](classes), balanced, conditions > 0
+        self.head, self.balanced, self.embedding = HEADS[head](classes), balanced, embedding
+        self.conditional = conditions > 0 or embedding > 0
         self.classes, self.trunk = classes, trunk
         self.score = nn.Linear(width, self.head.outputs or classes) if width else nn.Identity()
         if conditions:
             self.film = nn.Embedding.from_pretrained(torch.zeros(conditions, 2 * width), freeze=False)
+        elif embedding:
+            self.film = EmbeddedFilm(embedding, 2 * width)
         for name, value in self.head.weights().items():
             self.register_parameter(name, nn.Parameter(value))
         if balanced:
@@ -70,16 +99,27 @@ class Scorer(nn.Module):
         return torch.cat([trunk(part.to(self.temperature.device)) for part in parts])
 
     def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """Return raw scores (B, head.outputs) of x, given c (B,) for p̂(y | x, c); refuse (ValueError) a wrong c."""
+        """Return raw scores (B, head.outputs) of x, given c (B,), or its embedding (B, F), for p̂(y | x, c).
+
+        Raises ValueError for a wrong c.
+        """
         features = self.features(x)
         if (c is not None) != self.conditional:
             raise ValueError("this is p̂(y | x, c): give c." if self.conditional else "this is p̂(y | x): leave c out.")
         if self.conditional:
-            if not 0 <= c.min() <= c.max() < self.film.num_embeddings:
-                raise ValueError(f"c must lie in 0 … {self.film.num_embeddings - 1}, got {c.unique().tolist()}.")
+            self.check_condition(c)
             scale, shift = self.film(c.to(features.device)).chunk(2, dim=1)
             features = features * (1 + scale) + shift
         return self.score(features)
+
+    def check_condition(self, c: Tensor) -> None:
+        """Refuse (ValueError) c that are no numbers of the labels' classes, or no embeddings of their length."""
+        if self.embedding:
+            if c.ndim != 2 or c.shape[1] != self.embedding:
+                got = " × ".join(map(str, c.shape))
+                raise ValueError(f"p̂(y | x, c) is given c by embeddings of length {self.embedding}, got {got} numbers.")
+        elif not 0 <= c.min() <= c.max() < self.film.num_embeddings:
+            raise ValueError(f"c must lie in 0 … {self.film.num_embeddings - 1}, got {c.unique().tolist()}.")
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Return log p̂(y | x) or log p̂(y | x, c) in nats (B, K); raises as `scores` does."""
@@ -127,11 +167,16 @@ class Scorer(nn.Module):
         return classifier.requires_grad_(False).eval()
 
 
+def of_embedding(length: int) -> dict[str, int]:
+    """Return the argument that makes a network given embeddings of c, of another none: its files stay as they were."""
+    return {"embedding": length} if length else {}
+
+
 class Classifier(Scorer):
     """Compute p̂(y | x) by a small convolutional network with average pooling, fitted on a few hundred images.
 
     Args:
-        classes, head, balanced, conditions: see `Scorer`.
+        classes, head, balanced, conditions, embedding: see `Scorer`.
         grid: cells a side of the average pooling: 1 for textures and amounts, 4 for shapes.
         depth: convolutions of 3 × 3; more than one are normalised by groups.
         halvings: how many of them, from the second on, have stride 2.
@@ -140,7 +185,7 @@ class Classifier(Scorer):
 
     def __init__(
         self, channels: int, classes: int, head: str = "categorical", grid: int = 1, depth: int = 1, halvings: int = 0,
-        width: int = 32, balanced: bool = False, conditions: int = 0,
+        width: int = 32, balanced: bool = False, conditions: int = 0, embedding: int = 0,
     ) -> None:  # fmt: skip
         layers: list[nn.Module] = []
         for i in range(depth):
@@ -148,10 +193,10 @@ class Classifier(Scorer):
             layers.append(nn.Conv2d(width if i else channels, width, 3, padding=1, stride=stride))
             layers += [nn.GroupNorm(8, width), nn.SiLU()] if depth > 1 else [nn.SiLU()]
         layers += [nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Linear(grid * grid * width, 2 * width), nn.SiLU()]
-        super().__init__(nn.Sequential(*layers), 2 * width, classes, head, balanced, conditions)
+        super().__init__(nn.Sequential(*layers), 2 * width, classes, head, balanced, conditions, embedding)
         self.shape = {
             "channels": channels, "classes": classes, "head": head, "grid": grid, "depth": depth, "halvings": halvings,
-            "width": width, "balanced": balanced, "conditions": conditions,
+            "width": width, "balanced": balanced, "conditions": conditions, **of_embedding(embedding),
         }  # fmt: skip
         layer = "1 convolution" if depth == 1 else f"{depth} convolutions"
         self.described = f"{layer}, average pooling to {grid} × {grid}, head: {head}"
@@ -170,6 +215,7 @@ class Architecture:
     depth: int | None = None  # convolutions; None for as few as bring the short side to about 8 pixels
     balanced: bool = False
     conditions: int = 0
+    embedding: int = 0
 
     def __call__(self, shape: Sequence[int], classes: int) -> Classifier:
         shrink = max(0, round(math.log2(min(shape[1:]) / 8)))

@@ -376,7 +376,8 @@ def sample_scales(run: Run, n: int, phase: Phase = silent) -> dict[str, ScaleSam
         cond = run.conditions.cond_of(torch.arange(n) % run.conditions.groups)
         generator, labels = stream(run.config.seed, purpose), {settings.name: requested}
         x_0 = paths(run.policy, n, run.times, generator, cond, labels, progress=phase(purpose, n)).x_0
-        measured = [run.measure_scale(settings, run.images(part)) for part in x_0.split(1024)]
+        batches = zip(x_0.split(1024), cond.get("c", torch.zeros(n)).split(1024), strict=True)
+        measured = [run.measure_scale(settings, run.images(part), c) for part, c in batches]
         scales[settings.name] = ScaleSamples(requested, torch.cat(measured))
     return scales
 

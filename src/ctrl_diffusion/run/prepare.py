@@ -15,12 +15,13 @@ from ..chain.noise import stream
 from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
 from ..data.digits import VALUES
 from ..data.images import Levels
-from ..data.labelled import LabelledImages
+from ..data.labelled import LabelledImages, warn_of_copies
 from ..data.names import in_order, is_missing, key_of
 from ..data.read import read_images
 from ..data.sources import open_table
 from ..prior.prior import Prior, open_prior
 from ..prior.text.prompt_file import beyond_windows, read_prompt_file
+from ..reward.classifiers import unreadable
 from ..reward.independence import dependence
 from ..reward.panel import Panel
 from ..system import ranks
@@ -44,6 +45,7 @@ class ControlInputs:
     panel: Panel | None  # None if it is to be fitted
     pages: dict[str, bytes]  # of the panel's report, by file name
     judge_data: LabelledImages | None = None
+    unread: str | None = None  # why c gets no reader, though the data say c; None if it gets one
 
     @property
     def name(self) -> str:
@@ -54,10 +56,12 @@ class ControlInputs:
         return len(self.panel.values if self.panel else self.data.values[self.name])
 
     def report(self, say: Callable[[str], None]) -> None:
-        """Say what was read, in one line for each dataset."""
+        """Say what was read, in one line for each dataset, and whether c is not read back."""
         for data in (self.data, self.judge_data):
             if data and data.about:
                 say(data.about)
+        if self.unread:
+            say(self.unread)
 
 
 @dataclass
@@ -100,7 +104,7 @@ def prepare(
     prior = configured(prior, config, prompts, beside)
     inputs = [read_inputs(settings, prior, options) for settings in config.controls]
     known, split = known_classes(config, prior, inputs)
-    inputs = [select_inputs(each, known) for each in inputs]
+    inputs = [select_inputs(each, known, prior) for each in inputs]
     config, cut = complete(values, config, prior, inputs, known, split, usual or {})
     for each in inputs:
         each.report(options.say)
@@ -262,34 +266,27 @@ def read_data(
     return read_images(
         source, columns, prior and prior.image_shape, mapping, scales | ({c: False} if c else {}),
         {name: settings.tag} if settings.tag else None, settings.skip_bad, phase, settings.image,
-        settings.missing == "keep", levels,
+        settings.missing == "keep", levels, c if prior and prior.text else None,
     )  # fmt: skip
 
 
-def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
-    """Warn of images that occur twice, or in the judge's data too, whatever their files are called."""
-    digests, first = data.digests(), {}
-    copies = [(first[d], row) for row, d in enumerate(digests, start=1) if first.setdefault(d, row) != row]
-    if copies:
-        warnings.warn(
-            f"{source}: {len(copies)} of {len(data)} images are copies of another (the first: rows {copies[0][0]} and "
-            f"{copies[0][1]} of those read). In two parts of a split they make p̂ look better than it is: keep one.",
-            stacklevel=2,
-        )
-    if judge_data and (shared := len(set(judge_data.digests()) & set(digests))):
-        warnings.warn(
-            f"{source}: {shared} of its images are in judge_data too. A judge that learned from the same images as p̂ "
-            "is no second opinion: leave them out of one.",
-            stacklevel=2,
-        )
+def select_classes(
+    data: LabelledImages, condition: str, classes: Sequence[int], embed: Callable[[Tensor], Tensor] | None = None
+) -> LabelledImages:
+    """Return the rows whose condition is one of `classes`, with labels that count within these.
 
-
-def select_classes(data: LabelledImages, condition: str, classes: Sequence[int]) -> LabelledImages:
-    """Return the rows whose condition is one of `classes`, with labels that count within these."""
-    rows, numbers = (data.labels[condition][:, None] == torch.tensor(classes)).nonzero(as_tuple=True)
+    `embed` makes vectors (n, F) of the prior's classes (n,), which stand for c in p̂(y | x, c); None for c by number.
+    """
+    number_of = torch.full((len(data.values[condition]),), -1)
+    number_of[torch.tensor(classes)] = torch.arange(len(classes))
+    numbers = number_of[data.labels[condition]]
+    rows, vectors = (numbers >= 0).nonzero().squeeze(1), {}
     values, part = tuple(data.values[condition][c] for c in classes), data[rows]
-    labels, values = {**part.labels, condition: numbers}, {**data.values, condition: values}
-    return LabelledImages(part.x, labels, values, data.about, data.levels)
+    if embed:
+        different, which = part.labels[condition].unique(return_inverse=True)
+        vectors = {condition: embed(different)[which]}
+    labels, values = {**part.labels, condition: numbers[rows]}, {**data.values, condition: values}
+    return LabelledImages(part.x, labels, values, data.about, data.levels, vectors)
 
 
 def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
@@ -297,20 +294,30 @@ def encoder_of(prior: Prior | None) -> Callable[[Tensor], Tensor] | None:
     return prior.encode if prior and prior.latent else None
 
 
-def select_inputs(inputs: ControlInputs, classes: Sequence[int] | None) -> ControlInputs:
-    """Return the inputs with the rows of the trained classes; refuse too few rows, or a panel of other classes."""
+def select_inputs(inputs: ControlInputs, classes: Sequence[int] | None, prior: Prior | None) -> ControlInputs:
+    """Return the inputs with the rows of the trained classes; refuse too few rows, or a panel of other classes.
+
+    p̂(y | x, c) of a prior that is given text gets the embedding of each row's prompt.
+    """
     settings, data, judge_data, panel = inputs.settings, inputs.data, inputs.judge_data, inputs.panel
-    if data and classes and settings.condition:
-        data = select_classes(data, settings.condition, classes)
+    condition, unread = settings.condition if data else None, None
+    text = bool(condition and prior and prior.text)
+    embedded = text and (panel.classifier.embedding if panel else settings.classifier.conditional)
+    embed = prior.embedding_of if embedded else None
+    if condition and classes:
+        data = select_classes(data, condition, classes, embed)
     if judge_data:
         if classes and settings.classifier.conditional:
-            judge_data = select_classes(judge_data, settings.condition, classes)
+            judge_data = select_classes(judge_data, condition, classes, embed)
         judge_data.check_classes(settings.name)
+    if text:
+        unread = unreadable(data, condition)
     if data and panel:
-        panel = checked_panel(panel, settings, data)
+        panel = checked_panel(panel, settings, data, unread is not None)
+        unread = None if panel.reader else unread
     elif data:
         data.check_classes(settings.name)
-    return replace(inputs, data=data, judge_data=judge_data, panel=panel)
+    return replace(inputs, data=data, judge_data=judge_data, panel=panel, unread=unread)
 
 
 def check_batches(config: Config) -> None:
@@ -322,21 +329,31 @@ def check_batches(config: Config) -> None:
             raise ValueError(f"{name}: {error}") from error
 
 
-def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages) -> Panel:
-    """Refuse a panel without the judge or the reader that is needed; return it without a reader that is not."""
-    folder, condition = settings.classifier_from, settings.condition
+def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages, unread: bool = False) -> Panel:
+    """Refuse a panel without the judge or the reader that is needed; return it without a reader that is not.
+
+    Of a c that is not read back neither a reader is needed nor, where p̂ does not count c, the same classes.
+    """
+    folder, condition, p_hat = settings.classifier_from, settings.condition, panel.classifier
     if panel.judge is None and not settings.ruler:
         raise ValueError(f"the classifier in {folder} has no judge. Fit it with ctrl classifier.")
-    if condition is None and panel.classifier.conditional:
+    if condition is None and p_hat.conditional:
         raise ValueError(f"the classifier in {folder} is p̂(y | x, c). Name the column of c with --condition.")
     if condition is None:
         return replace(panel, reader=None, reader_accuracy=None)
-    if (panel.condition, panel.condition_values) != (condition, data.values[condition]):
+    if p_hat.embedding and data.condition(condition).shape[1:] != (p_hat.embedding,):
         raise ValueError(
-            f"the classifier in {folder} has no reader of {condition!r} for the classes "
-            f"{', '.join(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
+            f"the classifier in {folder} is given prompts by embeddings of length {p_hat.embedding}, which this prior "
+            "does not make. Fit it with ctrl classifier --prior --condition."
         )
-    return panel
+    if (panel.condition, panel.condition_values) == (condition, data.values[condition]):
+        return panel
+    if unread and (p_hat.embedding or not p_hat.conditional):
+        return replace(panel, reader=None, reader_accuracy=None, condition=condition, condition_values=())
+    raise ValueError(
+        f"the classifier in {folder} has no reader of {condition!r} for the classes "
+        f"{', '.join(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
+    )
 
 
 def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> Sequence[int] | None:

@@ -26,7 +26,8 @@ from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
 from ..prior.text.prompt_file import read_prompt_file
 from ..reward.panel import Panel
-from ..reward.reward import Among, Reward
+from ..reward.reward import Among, Embedded, Given, Reward
+from ..reward.scorer import Scorer
 from ..system import ranks
 from ..system.progress import Phase, silent
 from .config import Config, ControlSettings
@@ -112,10 +113,15 @@ class Run:
         return self.reward_at(self.config.gamma)
 
     def reward_at(self, gamma: float) -> Reward:
-        """Return the reward at another γ; p̂(y | x, c) counts c among the classes it was fitted on."""
-        networks = {name: panel.classifier for name, panel in self.panels.items()}
-        classifiers = {n: Among(p, self.known_classes) if p.conditional else p for n, p in networks.items()}
+        """Return the reward at another γ."""
+        classifiers = {name: self.given_c(panel.classifier) for name, panel in self.panels.items()}
         return Reward(classifiers, gamma, self.prior.codec, self.prior.denoiser.device)
+
+    def given_c(self, likelihood: Scorer) -> Scorer | Given:
+        """Return p̂ of the prior's c: it counts c among the classes it was fitted on, or is given its embedding."""
+        if likelihood.embedding:
+            return Embedded(likelihood, self.prior.embedding_of)
+        return Among(likelihood, self.known_classes) if likelihood.conditional else likelihood
 
     def images(self, x: Tensor) -> Tensor:
         """Decode samples x (n, *) of a latent model: (n, C, H, W) on the CPU; other samples are images already."""
@@ -128,24 +134,32 @@ class Run:
         return SecondOpinion(
             {control.name: self.ruler_of(control) for control in self.config.controls if control.ruler},
             next((panel.reader for panel in self.panels.values() if panel.reader), None),
-            {name: panel.judge for name, panel in self.panels.items() if panel.judge},
+            {name: self.judge_of(panel) for name, panel in self.panels.items() if panel.judge},
             self.is_outside if all(panel.support for panel in self.panels.values()) else None,
             self.prior.codec,
             self.prior.denoiser.device,
             self.known_classes,
         )
 
+    def judge_of(self, panel: Panel) -> Scorer | Given:
+        """Return the judge of a control, which takes the prior's c where it is given an embedding."""
+        return self.given_c(panel.judge) if panel.judge.embedding else panel.judge
+
     def ruler_of(self, settings: ControlSettings) -> Ruler:
         """Return the ruler of a control's classes; on a scale it finds the nearest level."""
         space = self.policy.controls[settings.name].space
         return (lambda x: space.nearest(self.measure_scale(settings, x))) if space.scale else RULERS[settings.ruler]
 
-    def measure_scale(self, settings: ControlSettings, x: Tensor) -> Tensor:
-        """Measure where images x (n, C, H, W) lie on a control's scale (n,), by its ruler, else by its judge."""
+    def measure_scale(self, settings: ControlSettings, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """Measure where images x (n, C, H, W), of conditions c (n,), lie on a control's scale (n,).
+
+        By its ruler, else by its judge, which may depend on c.
+        """
         panel = self.panels[settings.name]
         if settings.ruler:
             return panel.space.places(MEASURES[settings.ruler](x))
-        scores = panel.judge.scores(x.to(self.prior.denoiser.device))
+        given = [self.given_c(panel.judge).given(c)] if panel.judge.conditional else []
+        scores = panel.judge.scores(x.to(self.prior.denoiser.device), *given)
         return panel.judge.head.density(scores, panel.judge.temperature).mean.cpu()
 
     def is_outside(self, x_0: Tensor, images: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def subset(data: LabelledImages, column: str, n: int, seed: int) -> tuple[Labell
 def read_again(run: Run, settings: ControlSettings, source: str, levels: Levels | None = None) -> LabelledImages:
     """Read the labelled images of a run's control as its training did, those of its judge with the others' levels."""
     data = read_data(source, settings, run.prior, run.panels[settings.name].values, levels=levels)
-    return select_classes(data, settings.condition, run.known_classes) if settings.condition else data
+    embed = run.prior.embedding_of if run.panels[settings.name].classifier.embedding else None
+    return select_classes(data, settings.condition, run.known_classes, embed) if settings.condition else data
 
 
 def without(data: LabelledImages, digests: Collection[bytes]) -> LabelledImages:
@@ -195,9 +196,8 @@ class Comparison:
 
     def count_labels(self, observations: list[tuple[Observation, Tensor]]) -> Tensor:
         """Count the real images of each label: (K,)."""
-        conditions = self.run.conditions
-        labels = [conditions.label_of(observation.labels) for observation, _ in observations]
-        return torch.cat([*labels, torch.empty(0).long()]).bincount(minlength=conditions.classes)
+        labels = [self.run.conditions.label_of(observation.labels) for observation, _ in observations]
+        return torch.cat([*labels, torch.empty(0).long()]).bincount(minlength=self.run.conditions.classes)
 
     def real(self) -> dict[str, Any] | None:
         """Return the figures of real x that were held out, as many as samples or half of those there are."""

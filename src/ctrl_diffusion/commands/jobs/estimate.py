@@ -83,7 +83,8 @@ def time_classifiers(inputs: ControlInputs, job: PreparedTraining, phase: Phase)
     The time of a backbone's features and of the reader of c grows with the images, not with the updates.
     """
     control, seconds = job.config.settings_of(inputs.name), []
-    columns = [name for name in (control.name, control.condition) if name]
+    read = inputs.unread is None
+    columns = [control.name, *([control.condition] if control.condition and read else [])]
     data, judge_data = few_images(inputs.data, columns), inputs.judge_data
     judge_data = judge_data and few_images(judge_data, [c for c in columns if c in judge_data.labels])
     updates, advance = control.classifier.updates, phase(f"classifiers of {control.name}", 2)
@@ -93,7 +94,7 @@ def time_classifiers(inputs: ControlInputs, job: PreparedTraining, phase: Phase)
         begin = time.perf_counter()
         panel, _ = fit_panel(
             data, control.name, control.condition, bool(control.ruler), settings, job.config.seed, silent, judge_data,
-            encoder_of(job.prior), job.prior.denoiser.device, check=False,
+            encoder_of(job.prior), job.prior.denoiser.device, check=False, read=read,
         )  # fmt: skip
         seconds.append(time.perf_counter() - begin)
         advance()

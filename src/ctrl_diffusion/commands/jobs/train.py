@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...control.conditions import MOST_ENUMERATED
 from ...data.labelled import LabelledImages, write_imagefolder
 from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
@@ -28,6 +29,7 @@ from ...run.prepare import (
     dependences,
     encoder_of,
     prepare,
+    prompts_of,
     read_inputs,
     select_inputs,
 )
@@ -57,12 +59,16 @@ def classifier_job(
     settings = settings.model_copy(update=dict.fromkeys(("ruler", "classifier_from", "settled_from")))
     name, condition = settings.name, settings.condition
     model = open_prior(prior, size).placed() if prior else None
+    if condition and model and model.text and settings.classifier.conditional:
+        prompts = prompts_of([settings])
+        model = model.with_prompts(prompts, cache=out.absolute().parent if len(prompts) > MOST_ENUMERATED else None)
     inputs = read_inputs(settings, model, options)
-    inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None)
+    inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None, model)
     inputs.report(options.say)
     panel, held_out = fit_panel(
         inputs.data, name, condition, settings=settings.classifier, seed=seed, phase=options.phase,
         judge_data=inputs.judge_data, encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
+        read=inputs.unread is None,
     )  # fmt: skip
     clear(out, CLASSIFIER_FILES)
     panel.save(out)
@@ -169,7 +175,7 @@ def fit_panels(
         name, settings = inputs.name, config.settings_of(inputs.name)
         panel, held_out[name] = fit_panel(
             inputs.data, name, settings.condition, bool(settings.ruler), settings.classifier, config.seed, phase,
-            inputs.judge_data, encoder_of(job.prior), device,
+            inputs.judge_data, encoder_of(job.prior), device, read=inputs.unread is None,
         )  # fmt: skip
         return panel.to("cpu")
 
