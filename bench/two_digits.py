@@ -42,6 +42,7 @@ PROMPTS = SIZES[2].prompts
 GUIDANCE = 1.0  # none: the pipeline samples p(x | prompt) itself
 EACH = 10  # samples of a prompt
 HELD_OUT = 30
+UPDATES = {"contrast": 1200, "adjoint": 300}  # at most; a third of the defaults
 PIPELINE_STEPS = 25
 
 
@@ -163,19 +164,24 @@ def sampled(run: Run, prompts: Sequence[str], reader: SVC, borders: Tensor, each
 
 
 def train_control(work: Path) -> dict[str, Any]:
-    """Train ink on the first 70 prompts, and return what is certified and sampled of them and of the other 30."""
+    """Train ink on 70 prompts, and return what is certified and sampled of them and of the other 30."""
     command = [sys.executable, "-m", "ctrl_diffusion", "train", "--control", "ink", "--hold-out", str(HELD_OUT)]
     paths_of = {"prior": "pipeline", "data": "photos", "prompts": "prompts.txt", "out": "run"}
     command += [part for name, path in paths_of.items() for part in (f"--{name}", work / path)]
-    subprocess.run([*command, "-o", "seed=0", "-o", f"guidance={GUIDANCE}"], check=True)
+    settings = {"seed": 0, "guidance": GUIDANCE, **{f"{name}.updates": count for name, count in UPDATES.items()}}
+    command += [part for key, value in settings.items() for part in ("-o", f"{key}={value}")]
+    subprocess.run([*command, "--quiet", "--overwrite"], check=True)
     metrics = json.loads((work / "run" / "metrics.json").read_text(encoding="utf-8"))
     groups, run = ("target", "ctrl", "certificate"), Run.load(work / "run")
-    reader, borders = fit_reader(), ink_borders(labelled(work / "photos")[0])
-    prompts = (work / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    reader, borders, prompts = fit_reader(), ink_borders(labelled(work / "photos")[0]), run.prior.class_names
+    trained, unseen = ([prompts[c] for c in part] for part in (run.split.trained, run.split.held_out))
     return {
-        "trained": {name: metrics[name] for name in groups} | sampled(run, prompts[:-HELD_OUT], reader, borders),
-        "held_out": {name: metrics["held_out"][name] for name in groups}
-        | sampled(run, prompts[-HELD_OUT:], reader, borders),
+        "settings": settings,
+        "conditions": metrics["conditions"],
+        "trained": {name: metrics[name] for name in groups} | sampled(run, trained, reader, borders),
+        "held_out": {name: metrics["held_out"][name] for name in groups} | sampled(run, unseen, reader, borders),
+        "training": metrics["training"],
+        "seconds": metrics["seconds"],
     }
 
 

@@ -25,7 +25,7 @@ from tests.prior.priors import SIZE
 def test_prompts_are_the_different_lines_that_are_not_blank(tmp_path, data, prompts, lines, about):
     (tmp_path / "prompts.txt").write_bytes(data)
     file = read_prompt_file(tmp_path / "prompts.txt")
-    assert (file.prompts, file.lines, file.about) == (prompts, lines, f"prompts.txt: {about}")
+    assert (file.prompts, list(file.lines), file.about) == (prompts, lines, f"prompts.txt: {about}")
 
 
 @pytest.mark.parametrize(
