@@ -220,9 +220,19 @@ class Conditions:
 
         Of a population it is the name of a label.
         """
-        group, classes = stratum // self.classes, self.combinations[stratum % self.classes].tolist()
-        shown = {} if self.pooled else dict.fromkeys(self.cond, group)
-        numbers = {**shown, **dict(zip(self.controls, classes, strict=True))}
+        group = "" if self.pooled else self.name_of_group(stratum // self.classes)
+        return ", ".join(part for part in (group, self.name_of_label(stratum % self.classes)) if part)
+
+    def name_of_group(self, group: int) -> str:
+        """Return what messages call a condition of the prior, such as "c = 3"; nothing if it has none."""
+        return self._named(dict.fromkeys(self.cond, group))
+
+    def name_of_label(self, label: int) -> str:
+        """Return what messages call a label, such as "ink = heavy", without the controls that are null."""
+        return self._named(dict(zip(self.controls, self.combinations[label].tolist(), strict=True)))
+
+    def _named(self, numbers: dict[str, int]) -> str:
+        """List keys with the names of their numbers."""
         values = {key: self.names[key][n] if key in self.names else n for key, n in numbers.items() if n != NULL}
         return ", ".join(f"{key} = {value}" for key, value in values.items())
 

@@ -30,7 +30,7 @@ class Evaluation:
     clipped: float | None = None  # the share of the prior's samples that its clipping of x̂ holds, if it clips
     slope: Slope | None = None  # along γ, of a control for several γ
     gammas: dict[float, "Evaluation"] = field(default_factory=dict)  # for each of several γ, this one among them
-    held_out: "Evaluation | None" = None  # on conditions that no training saw
+    held_out: "Evaluation | None" = None  # on conditions of the prior that no training saw
 
     @property
     def null_shifts(self) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,14 @@ class Evaluation:
             "target": self.target.metrics(),
             "ctrl": ctrl,
             "certificate": self.certificate.metrics(),
+            **({} if self.held_out is None else {"held_out": self.held_out.metrics_held_out()}),
         }
         return finite_or_none(figures)
+
+    def metrics_held_out(self) -> dict[str, dict]:
+        """Return the figures on conditions that no training saw."""
+        figures = self.metrics()
+        return {name: figures[name] for name in ("prior", "target", "ctrl", "certificate")}
 
     def metrics_at(self, gamma: float) -> dict[str, Any]:
         """Return the figures of the certificate's curve along γ, of one γ."""
@@ -122,6 +128,27 @@ class Evaluation:
                 "nulled": next(p.nulled[name] for p in self.parts.values() if list(p.nulled) == [name]).metrics(),
             }
         return figures
+
+
+def generalises(evaluation: Evaluation) -> str | None:
+    """Say in a line how the gap on conditions no training saw compares; None where none were held out.
+
+    The conditions are drawn independently of those trained on, so the error of the difference has both.
+    """
+    if evaluation.held_out is None:
+        return None
+    unseen, seen = evaluation.held_out.certificate, evaluation.certificate
+    values = [
+        f"{one.gap:.2f} ± {one.stderr:.2f} nats" if one.gap is not None else "not certified" for one in (unseen, seen)
+    ]
+    line = f"gap on c it never saw {values[0]}, on those it was trained on {values[1]}"
+    if unseen.gap is None or seen.gap is None:
+        return line
+    difference, error = unseen.gap - seen.gap, math.hypot(unseen.stderr, seen.stderr)
+    if abs(difference) <= 2 * error:
+        return f"{line}: within two standard errors"
+    larger = "larger" if difference > 0 else "smaller"
+    return f"{line}: {larger} by {abs(difference):.2f} ± {error:.2f}, more than two standard errors"
 
 
 def largest_by_chance(errors: Tensor) -> float:

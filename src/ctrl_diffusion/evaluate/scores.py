@@ -5,7 +5,8 @@ from prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y). Of a 
 known (NaN): such a pair is left out of the means.
 
 Samples are drawn pair by pair, equally many, so the variance of a mean is that within the pairs. The K labels of one c
-share its prior samples: the influence of each on the target is summed over y before it is squared.
+share its prior samples: the influence of each on the target is summed over y before it is squared. Where the c are a
+sample of a population, every error is clustered by c instead (`clusters`).
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from ..control.conditions import Conditions
 from ..data.labels import Labels
 from ..system.files import finite_or_none
 from .certificate import even_shares, shared_error
+from .clusters import cluster_error, clusters_of
 from .judge import Observation
 
 
@@ -66,22 +68,27 @@ class Nulled:
 
     @classmethod
     def from_labels(
-        cls, labels: dict[str, Tensor], classes: int, table: Tensor, known: Tensor | None = None
+        cls, labels: dict[str, Tensor], classes: int, table: Tensor, known: Tensor | None = None, clusters: int = 1
     ) -> "Nulled":
         """Count classes (n,) of "prior", "target" and "ctrl" samples; `table` (G, M, K): the prior samples' rewards.
 
-        The target's are of the pairs that are `known` (G, K); None for all.
+        The target's are of the pairs that are `known` (G, K); None for all. Errors are clustered by `clusters_of` the
+        conditions.
         """
         groups, members, pairs = table.shape
         known = torch.ones(groups, pairs, dtype=torch.bool) if known is None else known
-        counts = {"target": target_shares(labels["target"].view(groups, members), classes, table.softmax(1), known)}
+        of_target = labels["target"].view(groups, members)
+        counts = {"target": target_shares(of_target, classes, table.softmax(1), known, clusters)}
         for kind in ("prior", "ctrl"):
-            counts[kind] = class_shares(labels[kind].view(groups * pairs, -1), classes)
+            counts[kind] = class_shares(labels[kind].view(groups * pairs, -1), classes, clusters)
         shares, stderr = ({kind: count[i] for kind, count in counts.items()} for i in range(2))
         return cls(shares, stderr)
 
     def stderrs_from(self, kind: str) -> float:
-        """Return the largest difference of a class's share from the prior's or the target's, in standard errors."""
+        """Return the largest difference of a class's share from the prior's or the target's, in standard errors.
+
+        These are of independent samples. Drawn conditions are shared by all three, and such an error is too large.
+        """
         error = torch.hypot(self.stderr["ctrl"], self.stderr[kind]).clamp(min=1e-12)
         return float(((self.shares["ctrl"] - self.shares[kind]).abs() / error).max())
 
@@ -126,24 +133,26 @@ def score_target(prior: Observation, table: Tensor, conditions: Conditions, know
     label = F.one_hot(conditions.label_of(prior.labels), classes).to(w).view(groups, members, classes)
     diversities = weighted_diversity(prior.features.view(groups, members, -1), w)
     confusions = torch.einsum("gmk,gmj->gkj", w, label)
-    error = shared_error(members * w * (hit - accuracy), share) if known.any() else torch.nan
+    within = shared_error(members * w * (hit - accuracy), share) if known.any() else torch.nan
     return score(
         prior, right, hits(prior.judge_labels), mean,
         accuracy=mean(hit),
-        accuracy_stderr=error,
+        accuracy_stderr=cluster_error(accuracy, clusters_of(conditions), within, known),
         diversity=float(diversities[known].mean()),
         diversities=torch.where(known, diversities, torch.nan).flatten(),
         confusion=torch.where(known[..., None], confusions, torch.nan).nanmean(0),
     )  # fmt: skip
 
 
-def stratified_error(values: Tensor, pairs: int) -> float:
+def stratified_error(values: Tensor, pairs: int, clusters: int = 1) -> float:
     """Return the standard error of the mean of values (P · n,), n of each of P pairs in turn.
 
-    A single one of each shows no spread within its pair: that of all values, which is larger, takes its place.
+    It is that within the pairs, or that of several `clusters` which they fall into. A single one of each pair shows no
+    spread within it: that of all values, which is larger, takes its place.
     """
     by_pair = values.view(1 if len(values) == pairs else pairs, -1)
-    return float((by_pair.var(1) / by_pair.shape[1]).sum().sqrt()) / len(by_pair)
+    within = float((by_pair.var(1) / by_pair.shape[1]).sum().sqrt()) / len(by_pair)
+    return cluster_error(values, clusters, within)
 
 
 def score_samples(samples: Observation, conditions: Conditions) -> Score:
@@ -157,18 +166,19 @@ def score_samples(samples: Observation, conditions: Conditions) -> Score:
         return {name: (labels[name] == y).float() for name, y in targets.items() if name in labels}
 
     hit, outside = all_of(right := hits(samples.labels)), samples.outside
-    labels, pairs = (pair % conditions.classes, conditions.label_of(samples.labels)), conditions.pairs
+    labels = pair % conditions.classes, conditions.label_of(samples.labels)
+    strata = conditions.pairs, clusters_of(conditions)
     diversities = weighted_diversity(features, even)
     return score(
         samples, right, hits(samples.judge_labels), lambda hit: float(hit.mean()),
         accuracy=float(hit.mean()),
-        accuracy_stderr=stratified_error(hit, pairs),
-        stderr_of={name: stratified_error(hit, pairs) for name, hit in right.items()},
+        accuracy_stderr=stratified_error(hit, *strata),
+        stderr_of={name: stratified_error(hit, *strata) for name, hit in right.items()},
         diversity=float(diversities.mean()),
         diversities=diversities.flatten(),
         confusion=torch.from_numpy(confusion_matrix(*labels, labels=range(conditions.classes), normalize="true")),
         macro_f1=float(f1_score(*labels, average="macro", zero_division=0.0)),
-        outside_stderr=None if outside is None else stratified_error(outside, pairs),
+        outside_stderr=None if outside is None else stratified_error(outside, *strata),
     )  # fmt: skip
 
 
@@ -192,19 +202,20 @@ def all_of(hits: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(hits.values())).prod(0)
 
 
-def class_shares(y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def class_shares(y: Tensor, classes: int, clusters: int) -> tuple[Tensor, Tensor]:
     """Compute each class's share, averaged over pairs, and its standard error (K_i,), from classes (P, n)."""
     hit, pairs = F.one_hot(y, classes).float(), len(y)
-    errors = [stratified_error(hit[..., j].flatten(), pairs) for j in range(classes)]
+    errors = [stratified_error(hit[..., j].flatten(), pairs, clusters) for j in range(classes)]
     return hit.mean((0, 1)), torch.tensor(errors)
 
 
-def target_shares(y: Tensor, classes: int, weights: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+def target_shares(y: Tensor, classes: int, weights: Tensor, known: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Compute them of classes (G, M) that the weights (G, M, K) of each pair share; pairs not `known` do not count."""
     hit, members, share = F.one_hot(y, classes).to(weights), y.shape[1], even_shares(known).to(weights)
     shares = torch.einsum("gmk,gmj->gkj", weights, hit)
-    errors = [
-        shared_error(members * weights * (hit[..., j, None] - shares[:, None, :, j]), share) for j in range(classes)
-    ]
+    errors = []
+    for j in range(classes):
+        within = shared_error(members * weights * (hit[..., j, None] - shares[:, None, :, j]), share)
+        errors.append(cluster_error(shares[..., j], clusters, within, known))
     blank = 0.0 if known.any() else torch.nan
     return shares[known].mean(0) + blank, torch.tensor(errors) + blank

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..reward.reward import SHOWN
+from .clusters import cluster_error
 
 LEAST = 0.01  # nats: less is rounding
 MUCH_CLIPPED = 0.1  # of a sample's numbers
@@ -18,14 +19,15 @@ class Gain(NamedTuple):
     stderr: float
 
     @classmethod
-    def from_paths(cls, log_w: Tensor, before: Tensor, pairs: int = 1) -> "Gain":
+    def from_paths(cls, log_w: Tensor, before: Tensor, pairs: int = 1, clusters: int = 1) -> "Gain":
         """Compare log w, or rewards, (n,) of two policies on the same noise: the spread they share cancels.
 
-        With as many paths of each of some `pairs` in turn, the error is that within the pairs.
+        With as many paths of each of some `pairs` in turn, the error is that within the pairs, or clustered by
+        `clusters_of` their conditions.
         """
         difference = (log_w - before).view(pairs, -1)
-        error = float((difference.var(1) / difference.shape[1]).sum().sqrt()) / pairs
-        return cls(float(difference.mean()), error)
+        within = float((difference.var(1) / difference.shape[1]).sum().sqrt()) / pairs
+        return cls(float(difference.mean()), cluster_error(difference, clusters, within))
 
     @property
     def is_clear(self) -> bool:

@@ -22,6 +22,7 @@ PACKAGES = ("ctrl-diffusion", "torch", "diffusers", "peft", "accelerate", "sciki
 OPTIONAL = (
     "controls",
     "gammas",
+    "held_out",
     "scale",
     "dependence",
     "intervals",
@@ -58,7 +59,7 @@ class RunMetrics:
     ctrl: dict[str, Any]
     certificate: dict[str, Any]
     conditions: dict[str, int] | None  # how many c were trained on and held out; None of an unconditional prior
-    held_out: dict[str, Any] | None  # target, ctrl and certificate on conditions that no training saw
+    held_out: dict[str, Any] | None  # prior, target, ctrl and certificate on conditions that no training saw
     scale: dict[str, dict[str, float]] | None
     dependence: dict[str, Any] | None  # of the labels of two controls, if images have both
     intervals: dict[str, dict[str, float]] | None  # where each control speaks, of controls that do not everywhere
