@@ -113,7 +113,7 @@ class LatticeChain:
         self.x_0 = read_out(prior, self.lattices[-1].points, times[-1], **self._rows(self.lattices[-1]))
 
     def _rows(self, lattice: Lattice) -> dict[str, Tensor]:
-        return {name: row.expand(len(lattice.points)) for name, row in self.cond.items()}
+        return {name: row.expand(len(lattice.points), *row.shape[1:]) for name, row in self.cond.items()}
 
     def steps(self, denoiser: Denoiser, **control: Tensor) -> Iterator[Gaussian]:
         """Yield the steps of a prior or policy from every point of each lattice, in float64; `control` has one row."""

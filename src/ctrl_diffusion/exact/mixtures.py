@@ -42,6 +42,12 @@ class GaussianMixture(Denoiser):
         self.register_buffer("axes", axes)
         self.schedule, self.shape = schedule, (dim,)
 
+    @property
+    def covariance(self) -> Tensor:
+        """Σ (D, D) of every component."""
+        axes = torch.eye(*2 * self.shape, dtype=self.std.dtype) if self.axes is None else self.axes
+        return axes.mT @ (self.std**2).diag() @ axes
+
     def turned(self, x: Tensor) -> Tensor:
         """Return x (*, D) in the coordinates of the axes."""
         return x if self.axes is None else x @ self.axes.mT
@@ -84,14 +90,14 @@ class GaussianMixture(Denoiser):
 
 
 class ComponentLabel:
-    """Label x by the component of a mixture, without conditions, that it came from."""
+    """Label x by the component of a mixture that it came from; of a mixture with conditions this is p(y | x, c)."""
 
-    def __init__(self, mixture: GaussianMixture) -> None:
-        self.mixture, self.classes = mixture, len(mixture.means)
+    def __init__(self, mixture: GaussianMixture, conditional: bool = False) -> None:
+        self.mixture, self.classes, self.conditional = mixture, len(mixture.means), conditional
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return log p(y | x) in nats (B, K) on clean x (B, D)."""
-        return self.mixture.log_components(x).log_softmax(1)
+    def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """Return log p(y | x) in nats (B, K) on clean x (B, D), under c (B, *) if it is conditional."""
+        return self.mixture.log_components(x, c=c).log_softmax(1)
 
 
 class Logistic:
@@ -135,8 +141,7 @@ def posterior(
     if gamma <= 0:
         raise ValueError(f"gamma must be positive, got {gamma}: at 0 the posterior is the prior.")
     a, y, noise = likelihood.direction, likelihood.values[k], likelihood.std**2 / gamma
-    axes = torch.eye(len(a), dtype=a.dtype) if prior.axes is None else prior.axes
-    covariance = axes.mT @ (prior.std**2).diag() @ axes
+    covariance = prior.covariance
     along = covariance @ a
     evidence = a @ along + noise
     variances, vectors = torch.linalg.eigh(covariance - torch.outer(along, along) / evidence)

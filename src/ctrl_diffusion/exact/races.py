@@ -18,10 +18,11 @@ from ..chain.denoise import Denoiser
 from ..chain.noise import stream
 from ..chain.paths import PriorPaths, paths, paths_with_states
 from ..chain.rollout import rollout
+from ..control.conditions import Conditions
 from ..control.policy import Policy
 from ..evaluate.certificate import Certificate, certify
 from ..learn.fit import fit
-from ..learn.step import Learner
+from ..learn.step import Learner, PriorSampler
 from ..learn.table import LEARNERS
 from ..reward.reward import prior_table
 from ..system.progress import Phase, silent
@@ -39,22 +40,29 @@ STAGES = {
     "ppo": {"ppo": {"updates": 1600, "batch": 512}},
 }  # fmt: skip
 ENTRIES = tuple(STAGES)
+THEN = ", then "  # between entries that train one policy in turn
+
+
+def prior_sampler(task: Task, generator: torch.Generator) -> PriorSampler:
+    """Return what draws a task's prior for the learners that cache samples of it."""
+
+    def prior_samples(members: int, states: int = 0) -> Tensor | PriorPaths:
+        rows = task.conditions.rows(members)
+        cond = task.conditions.cond_of(task.conditions.spread(rows))
+        if not states:
+            return paths(task.prior(), rows, task.times, generator, cond, batch=members).x_0
+        steps = torch.arange(task.steps).expand(rows, -1)
+        return paths_with_states(task.prior(), steps, task.times, generator, cond)
+
+    return prior_samples
 
 
 def stages(name: str, task: Task, effort: float, generator: torch.Generator) -> Iterator[tuple[Learner, int]]:
-    """Yield the learners that train an entry of the race in turn, with their numbers of updates."""
-
-    def prior_samples(members: int, states: int = 0) -> Tensor | PriorPaths:
-        cond = task.conditions.cond_of(torch.arange(2).repeat_interleave(members))
-        if not states:
-            return paths(task.prior(), 2 * members, task.times, generator, cond, batch=members).x_0
-        steps = torch.arange(task.steps).expand(2 * members, -1)
-        return paths_with_states(task.prior(), steps, task.times, generator, cond)
-
-    for learner, values in STAGES[name].items():
+    """Yield the learners that train an entry of the race, or several in turn, with their numbers of updates."""
+    for learner, values in [stage for part in name.split(THEN) for stage in STAGES[part].items()]:
         settings = LEARNERS[learner].Settings(**values)
         updates = max(1, round(effort * settings.updates))
-        yield LEARNERS[learner].from_settings(settings, task.times, prior_samples), updates
+        yield LEARNERS[learner].from_settings(settings, task.times, prior_sampler(task, generator)), updates
 
 
 def learn(
@@ -70,17 +78,25 @@ def learn(
     return policy
 
 
-@torch.no_grad()
 def certificate_of(task: Task, policy: Policy, n: int = 4000, seed: int = 0) -> Certificate:
     """Compute the certificate that a run reports, from at least n paths, and n samples of the prior per condition."""
-    conditions, reward, times = task.conditions, task.reward(), task.times
-    generator = stream(seed, "certificate")
-    cond = conditions.cond_of(torch.arange(conditions.groups).repeat_interleave(n))
-    x_prior = paths(policy.prior, conditions.groups * n, times, generator, cond, batch=n).x_0
-    labels, cond = conditions.of(conditions.all(-(-n // conditions.pairs)))
+    paths_each = -(-n // task.conditions.pairs)
+    return certificate_on(task.conditions, task, policy, (n, paths_each), stream(seed, "certificate"), batch=n)
+
+
+@torch.no_grad()
+def certificate_on(
+    conditions: Conditions, task: Task, policy: Policy, counts: tuple[int, int], generator: torch.Generator,
+    batch: int = 4000,
+) -> Certificate:  # fmt: skip
+    """Compute it on any conditions c, from so many samples of the prior for each c, and paths for each (c, y)."""
+    reward, times, (samples, paths_each) = task.reward(), task.times, counts
+    cond = conditions.cond_of(torch.arange(conditions.groups).repeat_interleave(samples))
+    x_prior = paths(policy.prior, conditions.groups * samples, times, generator, cond, batch=batch).x_0
+    labels, cond = conditions.of(conditions.all(paths_each))
     total = len(cond["c"])
     gamma = task.gamma if task.gammas else None
-    x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=n, gamma=gamma)
+    x_0, kl, log_ratio = paths(policy, total, times, generator, cond, labels, compare=True, batch=batch, gamma=gamma)
     table = prior_table(reward, conditions, x_prior)
     return certify(conditions, table, reward(x_0, labels, cond), kl, log_ratio, task.gamma)
 

@@ -19,15 +19,19 @@ class SideControl(Control):
 
     x̂ = x̂_pre + σ_t² f(x_t, x̂_pre, t, c, y) with f = 0 at first and for a null y; x̂_pre includes the controls attached
     before. The exact shift is σ_t²/α_t ∇ log h(x_t), so f is of order one at every t. The prior has a number of
-    `conditions` c; f is a network of `width` hidden units.
+    `conditions` c, or a continuous c with so many `coordinates`; f is a network of `width` hidden units.
     """
 
     def __init__(
         self, name: str, values: Sequence[str], denoiser: Denoiser, conditions: int = 0, width: int = 128,
         seed: int = 0, interval: Sequence[float] | None = None, gammas: Sequence[float] | None = None,
+        coordinates: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(name, values, interval=interval, gammas=gammas)
-        self.conditions, self.width = conditions, width
+        if conditions and coordinates:
+            numbers = f"{conditions} conditions and {coordinates} coordinates"
+            raise ValueError(f"c of a side control is numbered or continuous, got {numbers}. Give one of them.")
+        self.conditions, self.width, self.coordinates = conditions, width, coordinates
         dim = math.prod(denoiser.shape)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -35,6 +39,8 @@ class SideControl(Control):
             self.inner = nn.Linear(2 * dim + 3, width)
             self.outer = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
             self.of_c = nn.Embedding(conditions, width) if conditions else None
+            if coordinates:
+                self.of_c = nn.Linear(coordinates, width, bias=False)
         self.of_gamma = self.new_gamma_tables(width)
         nn.init.zeros_(self.outer[-1].weight)
         nn.init.zeros_(self.outer[-1].bias)
@@ -73,7 +79,7 @@ class SideControl(Control):
 
     def save(self, folder: str | Path) -> None:
         write_tensors(Path(folder) / "control.safetensors", self.state_dict())
-        self.write_about(folder, "side", "conditions", "width")
+        self.write_about(folder, "side", "conditions", "width", "coordinates")
 
     @classmethod
     def load(cls, folder: str | Path, denoiser: Denoiser) -> "SideControl":

@@ -70,6 +70,15 @@ class Task:
         gammas = (self.gamma, *self.gammas) if self.gammas else ()
         return Conditions({"c": torch.arange(2)}, sizes, tuple(sizes) if self.nullable else (), gammas)
 
+    def radius_of(self, conditions: Conditions) -> float:
+        """Return the radius within which the components lie under every c."""
+        return RADIUS
+
+    @property
+    def c_of_controls(self) -> dict[str, int]:
+        """How a side control is told c: how many conditions there are, or coordinates."""
+        return {"conditions": self.conditions.groups}
+
     @property
     def times(self) -> tuple[float, ...]:
         """The chain's grid, uniform in t."""
@@ -84,15 +93,13 @@ GROWING = Task("flow", "linear-Gaussian")  # the task whose dimensions and steps
 
 
 class Answers:
-    """Answer exactly, on lattices (D ≤ 2), for every pair (c, y) of a task."""
+    """Answer exactly, on lattices (D ≤ 2), for every pair (c, y) of a task, or of few conditions of a population."""
 
-    def __init__(self, task: Task, spacing: float = SPACING) -> None:
-        self.task, self.conditions = task, task.conditions
-        prior = task.prior(torch.float64)
-        self.chains = [
-            LatticeChain(prior, task.times, RADIUS, task.spread, cond={"c": torch.tensor([g])}, spacing=spacing)
-            for g in range(self.conditions.groups)
-        ]
+    def __init__(self, task: Task, spacing: float = SPACING, conditions: Conditions | None = None) -> None:
+        self.task, self.conditions = task, conditions or task.conditions
+        prior, radius = task.prior(torch.float64), task.radius_of(self.conditions)
+        cond = [self.conditions.cond_of(torch.tensor([g])) for g in range(self.conditions.groups)]
+        self.chains = [LatticeChain(prior, task.times, radius, task.spread, cond=row, spacing=spacing) for row in cond]
         x_0 = torch.cat([chain.x_0 for chain in self.chains])
         self.rewards = prior_table(task.reward(torch.float64), self.conditions, x_0)  # (G, P, K)
 
@@ -147,6 +154,6 @@ def new_policy(task: Task, seed: int = 0) -> Policy:
     prior, sizes = task.prior(), task.conditions.controls
     values = {name: [str(y) for y in range(size)] for name, size in sizes.items()}
     both = (task.gamma, *task.gammas)
-    options = {"conditions": 2, "seed": seed, "gammas": (min(both), max(both)) if task.gammas else None}
+    options = {**task.c_of_controls, "seed": seed, "gammas": (min(both), max(both)) if task.gammas else None}
     controls = [SideControl(name, values[name], prior, **options) for name in values]
     return Policy(prior, *controls, gamma=task.gamma)

@@ -43,13 +43,11 @@ def configured(prior: Prior, config: Config, prompts: list[str] | None = None, b
     drawn, into a folder in `beside`, by default beside the run whose file it is, or where temporary files are.
     """
     if config.prompts is not None:
-        if isinstance(config.prompts, str):
-            beside, prompts = (
-                beside or Path(config.prompts).parents[1],
-                prompts or read_prompt_file(Path(config.prompts)).prompts,
-            )
-        else:
+        if not isinstance(config.prompts, str):
             prompts = config.prompts
+        elif prompts is None:
+            path = Path(config.prompts)
+            beside, prompts = beside or path.parents[1], read_prompt_file(path).prompts
         writable = beside and os.access(beside, os.W_OK)
         cache = None if len(prompts) <= MOST_ENUMERATED else beside if writable else Path(gettempdir())
         prior = prior.with_prompts(prompts, config.guidance, config.negative_prompt, cache)
