@@ -111,7 +111,7 @@ def test_a_text_model_goes_through_the_whole_job(folders, ctrl_here, tmp_path, s
     ("arguments", "message"),
     [
         ([], "this prior is given text. Name the prompts to train on: --prompts FILE, or the column with --condition"),
-        (["--prompts", "{many}"], "many.txt has 65 prompts; 64 at most are trained one by one"),
+        (["--prompts", "{latin}"], "latin.txt is no file of prompts, one a line: line 2 is not UTF-8"),
         (["--prompts", "{none}"], "is no file of prompts, one a line"),
         (["--prompts", "{empty}"], "has no prompts. Write one a line"),
         (["--condition", "caption"], "has no column caption; it has: file_name, dark"),
@@ -123,8 +123,8 @@ def test_prompts_that_are_not_there_are_one_line(folders, ctrl_here, tmp_path, a
         tmp_path / "data", LabelledImages(torch.zeros(2, 3, 8, 8), {"dark": torch.arange(2)}, {"dark": ("no", "yes")})
     )
     (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "many.txt").write_text("\n".join(f"number {i}" for i in range(65)))
-    names = {name: tmp_path / f"{name}.txt" for name in ("none", "empty", "many")}
+    (tmp_path / "latin.txt").write_bytes("a cat\na caf\u00e9\n".encode("latin-1"))
+    names = {name: tmp_path / f"{name}.txt" for name in ("none", "empty", "latin")}
     done = ctrl_here(
         "train", "--prior", folders["SD 1"][0], "--data", tmp_path / "data", "--control", "dark",
         *(text.format(**names) for text in arguments), "--out", tmp_path / "run",

@@ -59,7 +59,7 @@ def test_an_interrupted_run_resumes_to_the_same_control(tmp_path):
     assert_as_trained({f"resumed.{name}": value for name, value in control.items()})
     assert_as_expected("resumed", sampled(folder))
     before = json.loads((FILES / "resumed-metrics.json").read_text())
-    assert metrics.keys() == before.keys() | {"learned", "verdict"}
+    assert metrics.keys() == before.keys() | {"learned", "verdict", "conditions"}
     objectives = [certificate["certificate"]["pairs"]["objective_nats"] for certificate in (metrics, before)]
     assert objectives[0] == pytest.approx(objectives[1], abs=1e-4), "written to six digits"
     assert metrics["training"]["kept"] == before["training"]["kept"]

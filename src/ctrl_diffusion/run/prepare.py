@@ -357,9 +357,11 @@ def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages,
 
 
 def classes_to_train(prior: Prior, inputs: list[ControlInputs]) -> Sequence[int] | None:
-    """Choose the prior's classes to train and certify: those in the data, else all."""
+    """Choose the prior's classes to train and certify: those in the data, else all, and all of many prompts."""
     if prior.classes is None:
         return None
+    if prior.text and prior.classes > MOST_ENUMERATED:
+        return range(prior.classes)
     if labelled := next((each for each in inputs if each.data and each.settings.condition), None):
         return labelled.data.labels[labelled.settings.condition].unique().tolist()
     return range(prior.classes)
