@@ -55,8 +55,8 @@ def configured(prior: Prior, config: Config, prompts: list[str] | None = None, b
             beside, prompts = beside or Path(config.prompts).parents[1], prompts or read_prompts(Path(config.prompts))
         else:
             prompts = config.prompts
-        cache = None if len(prompts) <= MOST_ENUMERATED else beside
-        prior = prior.with_prompts(prompts, config.guidance, config.negative_prompt, cache)
+        cache = [] if len(prompts) <= MOST_ENUMERATED else [beside]
+        prior = prior.with_prompts(prompts, config.guidance, config.negative_prompt, *cache)
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     prior = prior.unconditional() if config.unconditional else prior
