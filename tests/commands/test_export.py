@@ -286,6 +286,41 @@ def test_stock_flows_draw_our_images(finished, ctrl_here, tmp_path, name):
     assert (sampled - null).abs().max() > 0.05
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+def test_the_callback_of_the_page_keeps_a_file_to_its_interval(finished, ctrl_here, tmp_path):
+    """Stock diffusers with the code that the page prints draws `ctrl sample`'s images; at every step it does not."""
+    run, _ = run_on("SD 1", finished, tmp_path)
+    about = json.loads((run / "control" / "control.json").read_text())
+    opened = Run.load(run)
+    sigmas = opened.policy.schedule(torch.tensor(opened.times, dtype=torch.float64))[1].tolist()
+    # the second of three steps alone, to its very noise level, whose timestep the page has to six digits
+    interval = [sigmas[1], (sigmas[0] + sigmas[1]) / 2]
+    (run / "control" / "control.json").write_text(json.dumps({**about, "interval": interval}))
+    assert ctrl_here("export", run, tmp_path / "out", "--for", "diffusers").returncode == 0
+    page = (tmp_path / "out" / "programs" / "README.md").read_text()
+    code = page[page.index("STRENGTHS = {") :]
+    names = {}
+    exec(code[: code.index("```")], names)
+    timesteps = [round(1000 * t) - 1 for t in opened.times]
+
+    def drawn(callback):
+        pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "prior")
+        files = tmp_path / "out" / "programs" / "diffusers"
+        pipe.load_lora_weights(files, weight_name="dark-yes.safetensors", adapter_name="dark")
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        if callback:
+            pipe.scheduler.set_timesteps(timesteps=timesteps)
+            callback(pipe, -1, None, {})
+        noise = torch.Generator().manual_seed(3)
+        options = {"num_images_per_prompt": 2, "output_type": "pt", "guidance_scale": opened.config.guidance}
+        return pipe("two", timesteps=timesteps, generator=noise, callback_on_step_end=callback, **options).images
+
+    y = torch.ones(2, dtype=torch.long)
+    sampled = (Run.load(run).sample(y, y, generator=torch.Generator().manual_seed(3)) + 1) / 2
+    torch.testing.assert_close(drawn(names["keep_to_intervals"]), sampled, rtol=0, atol=1 / 255)
+    assert (drawn(None) - sampled).abs().max() > 0.02
+
+
 def test_files_for_other_programs_lie_beside_the_pipeline(finished, ctrl_here, tmp_path):
     """One for every value, a page that names them, and no LoRA alone that could not obey y."""
     run, _ = run_on("SD 1", finished, tmp_path)
