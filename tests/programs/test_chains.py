@@ -102,7 +102,6 @@ ZERO = torch.cat([ALPHA_BAR[:-1], torch.zeros(1, dtype=torch.float64)])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("forge", "euler_a", 9, MODEL), "--as forge: must be one of"),
         (("a1111", "ddpm", 9, MODEL), "--sampler ddpm: of A1111 and Forge there are euler_a"),
         (("comfyui", "dpmpp_2m", 9, MODEL), "the others add no noise"),
         (("comfyui", "euler_a", 1001, MODEL), "--steps 1001: must lie in 2 … 1000"),

@@ -114,8 +114,6 @@ SAMPLERS: dict[str, dict[str, Callable[[Model, int], GridSchedule]]] = {
 def grid_of(program: str, sampler: str, steps: int, model: Model) -> GridSchedule:
     """Return the grid of a program's sampler; refuse (ValueError) one whose step is no Gaussian of ours."""
     sampler = ALIASES.get(sampler.lower().replace(" ", "_"), sampler.lower().replace(" ", "_"))
-    if program not in SAMPLERS:
-        raise ValueError(f"--as {program}: must be one of {', '.join(PROGRAMS)}.")
     if sampler not in SAMPLERS[program]:
         known = ", ".join(SAMPLERS[program])
         why = "the others add no noise, or none of a Gaussian step, and nothing can be certified for them"
