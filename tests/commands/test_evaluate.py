@@ -118,7 +118,8 @@ def test_a_control_with_an_interval_is_measured_both_ways(strong):
         (["--as", "a1111", "--strength", "nan"], "--strength nan: must be a number"),
     ],
 )
-def test_what_is_no_chain_of_a_program_is_one_line(quick_run, ctrl_here, options, message):
-    done = ctrl_here("evaluate", quick_run, *options)
+def test_what_is_no_chain_of_a_program_is_one_line(finished, ctrl_here, tmp_path, options, message):
+    run, _ = run_on("DDPM", finished, tmp_path)
+    done = ctrl_here("evaluate", run, *options)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr

@@ -235,7 +235,7 @@ def test_what_a_program_cannot_take_is_refused_in_a_line():
 def test_values_have_files_of_their_own_whatever_their_names(pipelines, tmp_path):
     """On systems that ignore case too, and in A1111's angle brackets."""
     prior = prepared(copy.deepcopy(pipelines["SD 1"]), "SD 1")
-    control = LoRAControl("a look", ("Dark: red/blue", "dark_ red_blue", "läßt"), prior.denoiser, rank=2)
+    control = LoRAControl("a look", ("Dark: red/blue", "dark_ red_blue", "slider"), prior.denoiser, rank=2)
     arguments = prior.denoiser.network, prior.denoiser.schedule, FAMILIES["SD 1"], 1.0, ["a1111"]
     (written,) = write_files(tmp_path, [control], *arguments)
     names = list(written.files.values())
@@ -243,3 +243,5 @@ def test_values_have_files_of_their_own_whatever_their_names(pipelines, tmp_path
     assert len({name.casefold() for name in names}) == 3
     assert not any(set(name) & set('<>:"/\\|?* ') for name in names)
     assert {path.stem for path in (tmp_path / "lora").iterdir()} == set(names)
+    with safe_open(tmp_path / "lora" / f"{names[2]}.safetensors", "pt") as file:
+        assert file.metadata()["ctrl_value"] == "slider"

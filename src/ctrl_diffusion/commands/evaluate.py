@@ -16,12 +16,8 @@ def evaluate(
         int | None, typer.Option(min=0, max=MOST, help="Of all noise; left out, not the run's own.")
     ] = None,
     prior_samples: Annotated[int | None, typer.Option(min=8, help="Of each c; left out, the run's.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Other prompts to measure it on, one a line; left out, its own.")
-    ] = None,
-    program: Annotated[
-        str | None, typer.Option("--as", help="As diffusers, comfyui, a1111 or invokeai samples its files.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="On the prompts of a file; left out, its own.")] = None,
+    program: Annotated[str | None, typer.Option("--as", help="As diffusers, comfyui, a1111 or invokeai do.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Of --as: euler_a or ddpm; left out, euler_a.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Of --as; left out, the run's.")] = None,
     strength: Annotated[float | None, typer.Option(help="Of --as, of the weights; left out, 1.")] = None,

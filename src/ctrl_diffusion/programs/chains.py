@@ -37,10 +37,9 @@ class GridSchedule(Schedule):
 
     def _at(self, t: Tensor | float) -> Tensor:
         """Return the three rows (3, *) at time t, linear between the grid's."""
-        place = (1 - torch.as_tensor(t, dtype=torch.float64)) * self.size
-        table, low = self.table.to(place.device), place.round().long().clamp(0, self.size - 1)
-        low = torch.where((place - low).abs() < 1e-9, low, place.floor().long()).clamp(0, self.size - 1)
-        return torch.lerp(table[:, low], table[:, (low + 1).clamp(max=self.size - 1)], (place - low).clamp(0, 1))
+        place = ((1 - torch.as_tensor(t, dtype=torch.float64)) * self.size).round(decimals=9)  # whole on the grid
+        table, low = self.table.to(place.device), place.floor().long().clamp(0, self.size - 2)
+        return torch.lerp(table[:, low], table[:, low + 1], (place - low).clamp(0, 1))
 
     def __call__(self, t: Tensor | float) -> tuple[Tensor, Tensor]:
         alpha, sigma, _ = self._at(t)

@@ -95,7 +95,7 @@ def metadata(
     }  # fmt: skip
     if version == SD2:
         about["ss_v2"] = "True"
-    if value == SLIDER:
+    if control.scale and value == SLIDER:
         about |= {"ctrl_at_strength_0": control.values[0], "ctrl_at_strength_1": control.values[-1]}
     else:
         about["ctrl_value"] = value or control.values[0]
