@@ -327,7 +327,8 @@ def test_files_for_other_programs_lie_beside_the_pipeline(finished, ctrl_here, t
     about = json.loads((run / "control" / "control.json").read_text())
     (run / "control" / "control.json").write_text(json.dumps({**about, "interval": [0.2, 0.9]}))
     done = ctrl_here("export", run, tmp_path / "out", "--for", "comfyui", "--for", "a1111")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "dark speaks on a part of the steps, and A1111 and Forge will apply it on all" in done.stderr
     folder = tmp_path / "out" / "programs"
     assert sorted(p.name for p in folder.rglob("*.safetensors")) == ["dark-no.safetensors", "dark-yes.safetensors"]
     page = (folder / "README.md").read_text()

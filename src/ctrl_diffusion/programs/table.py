@@ -31,6 +31,7 @@ class Program:
     title: str
     layouts: dict[str, Layout]  # the class of a pipeline → how its weights are named
     folder: str  # of an exported folder, in which its files are
+    by_step: bool = True  # whether it can apply a LoRA on some of the steps
     lacks: dict[str, str] = field(default_factory=dict)  # the class of a pipeline → why it cannot take its controls
     maps: dict[str, str] = field(default_factory=dict)  # the same → the paths of the layers that it knows, if not all
 
@@ -55,12 +56,12 @@ PROGRAMS = {
         maps={base: UNET for base in UNETS} | {base: TRANSFORMER for base in TRANSFORMERS},
     ),
     "a1111": Program(
-        "A1111 and Forge", NAMED, LORA,
+        "A1111 and Forge", NAMED, LORA, by_step=False,
         lacks={SD3: "it maps the attention of SD 3 alone, not its time embedding", FLUX: "it does not run Flux"},
         maps={base: UNET for base in UNETS},
     ),
     "invokeai": Program(
-        "InvokeAI", NAMED, LORA,
+        "InvokeAI", NAMED, LORA, by_step=False,
         lacks={SD3: "it reads no LoRA of SD 3", FLUX: "it takes matrices alone of a LoRA of Flux, no bias"},
     ),
 }  # fmt: skip

@@ -98,6 +98,11 @@ def write_programs(folder: Path, run: Run, base: str, names: Sequence[str], opti
                 f"{files.name}: its slider is a line between {files.ends[0]} and {files.ends[1]}; the levels lie up to "
                 f"{files.deviation:.1%} of its length beside it"
             )
+        if files.span and (everywhere := [PROGRAMS[name].title for name in names if not PROGRAMS[name].by_step]):
+            options.say(
+                f"{files.name} speaks on a part of the steps, and {', '.join(everywhere)} will apply it on all: see "
+                '"every_step" of ctrl evaluate --as'
+            )
     programs = {name: PROGRAMS[name] for name in names}
     samplers = {name: SAMPLERS[name] for name in names} if isinstance(denoiser.schedule, VariancePreserving) else {}
     text = page("programs.md", run=run, base=base, programs=programs, controls=written, samplers=samplers)
