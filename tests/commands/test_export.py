@@ -5,26 +5,25 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
-from pipelines import BUILDERS, saved
-from safetensors.torch import load_file, save_file
+from pipelines import BUILDERS
+from safetensors.torch import load_file
 
-from ctrl_diffusion.commands.jobs import train as job
 from ctrl_diffusion.commands.jobs.export import export
 from ctrl_diffusion.control.lora import LoRAControl
-from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.run.pipeline import ControlledPipeline
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.progress import JobOptions
+from tests.commands.families import run_on
 from tests.prior.odd import as_variant, renamed, rewrite, weights_of
 
 # in a process of its own: the package cannot be imported, and says so if it is
@@ -41,42 +40,6 @@ for name, given in json.loads(asked).items():
     drawn[name] = np.stack([np.asarray(image) for image in images])
 np.savez(result, **drawn)
 """
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A tiny run on a text model."""
-    folder = tmp_path_factory.mktemp("export")
-    saved("SD 1", folder / "prior")
-    dark = torch.arange(60) % 2
-    x = torch.where(dark[:, None, None, None] == 1, -0.5, 0.5) + 0.1 * torch.randn(60, 3, 32, 32)
-    write_imagefolder(folder / "data", LabelledImages(x, {"dark": dark}, {"dark": ("no", "yes")}))
-    given = {
-        "prior": str(folder / "prior"), "prompts": ["a seven", "two"], "data": str(folder / "data"), "control": "dark",
-        "classifier": {"updates": 60, "grid": 1, "depth": 1, "head": "categorical"}, "learners": ["weighted"],
-        "weighted": {"updates": 3, "batch": 4, "cache": 8, "renoising": 2}, "steps": 3, "rank": 2,
-        "evaluation": {"prior_samples": 8, "paths": 8, "probes": 1, "sweep_paths": 8},
-    }  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        job.train_job(given, folder / "run")
-    return folder / "run"
-
-
-def run_on(name, finished, folder):
-    """The run as it would be on another family's pipeline, with a control that does something."""
-    saved(name, folder / "prior")
-    shutil.copytree(finished, folder / "run")
-    config = yaml.safe_load((finished / "config.yaml").read_text()) | {"prior": str(folder / "prior")}
-    if name in ("DDPM", "DiT"):
-        config |= {"prompts": None, "guidance": None, "classes": None if name == "DDPM" else [0, 3]}
-    config["size"] = [32, 48] if name == "Flux" else None
-    (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    prior = Prior.from_pretrained(folder / "prior", config["size"])
-    LoRAControl("dark", ("no", "yes"), prior.denoiser, rank=2).save(folder / "run" / "control")
-    weights, draw = folder / "run" / "control" / "control.safetensors", torch.Generator().manual_seed(0)
-    save_file({k: v + 0.3 * torch.randn(v.shape, generator=draw) for k, v in load_file(weights).items()}, weights)
-    return folder / "run", config
 
 
 @pytest.mark.parametrize(
@@ -231,20 +194,162 @@ def test_an_exported_control_takes_every_gamma_it_was_made_for(finished, tmp_pat
     assert "0.5 to 4" in card
 
 
-@pytest.mark.parametrize("alpha", [None, 8.0])
-def test_the_adapter_alone_is_what_diffusers_loads(finished, tmp_path, alpha):
-    """`load_lora_weights` of the pipeline the run was trained on gives its layers W + BA, scaled by α over the rank."""
+class GaussianFlow(FlowMatchEulerDiscreteScheduler):
+    """Stock pipelines of flows with the Gaussian step of ancestral sampling at given times."""
+
+    def prepare(self, times, generator, packed):
+        self.grid, self.generator, self.packed = times, generator, packed
+        return self
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        self.sigmas = torch.tensor([*self.grid, 0.0])
+        self.timesteps, self._step_index = 1000 * self.sigmas[:-1], 0
+
+    def step(self, model_output, timestep, sample, return_dict=False):
+        t, s = self.sigmas[self._step_index : self._step_index + 2].double()
+        self._step_index += 1
+        x_hat = sample - t.float() * model_output
+        if s == 0:
+            return (x_hat,)
+        std = s / t * (t**2 - ((1 - t) / (1 - s) * s) ** 2).clamp(min=0).sqrt()
+        rest = (s**2 - std**2).clamp(min=0).sqrt() / t
+        mean = (1 - s - rest * (1 - t)).float() * x_hat + rest.float() * sample
+        return (mean + std.float() * self.packed(self.generator),)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+@pytest.mark.parametrize("name", ["SD 1", pytest.param("SDXL", marks=pytest.mark.slow)])
+def test_stock_diffusers_draws_our_images(finished, ctrl_here, tmp_path, name):
+    """`load_lora_weights` of a file, DDPM's steps at the run's timesteps, the last of them without the control.
+
+    Within 1/255, the rounding of a PNG, of `ctrl sample` at strength 1.
+    """
+    run, _ = run_on(name, finished, tmp_path)
+    assert ctrl_here("export", run, tmp_path / "out", "--for", "diffusers").returncode == 0
+    opened, generator = Run.load(run), torch.Generator().manual_seed(3)
+    pipe = getattr(diffusers, opened.prior.pipeline).from_pretrained(tmp_path / "prior")
+    pipe.load_lora_weights(tmp_path / "out" / "programs" / "diffusers", weight_name="dark-yes.safetensors")
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    timesteps = [round(1000 * t) - 1 for t in opened.times]
+
+    def speak(pipe, step, timestep, tensors):
+        if step + 2 == len(timesteps):
+            pipe.disable_lora()
+        return tensors
+
+    drawn = pipe(
+        "two", timesteps=timesteps, num_images_per_prompt=2, generator=generator, output_type="pt",
+        callback_on_step_end=speak, guidance_scale=opened.config.guidance,
+    ).images  # fmt: skip
+    y = torch.ones(2, dtype=torch.long)
+    sampled = opened.sample(y, y, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, (sampled + 1) / 2, rtol=0, atol=1 / 255)
+    null = opened.sample(-y, y, generator=torch.Generator().manual_seed(3))
+    assert (sampled - null).abs().max() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+@pytest.mark.parametrize("name", [pytest.param("Flux"), pytest.param("SD 3", marks=pytest.mark.slow)])
+def test_stock_flows_draw_our_images(finished, ctrl_here, tmp_path, name):
+    """As the test above; their own scheduler adds no noise, so it is given our step."""
+    run, config = run_on(name, finished, tmp_path)
+    done = ctrl_here("export", run, tmp_path / "out", "--for", "all")
+    assert done.returncode == 0
+    assert "not for a1111: " in done.stderr
+    opened, generator = Run.load(run), torch.Generator().manual_seed(3)
+    lacking = {"text_encoder_3": None, "tokenizer_3": None} if name == "SD 3" else {}
+    pipe = getattr(diffusers, opened.prior.pipeline).from_pretrained(tmp_path / "prior", **lacking)
+    pipe.load_lora_weights(tmp_path / "out" / "programs" / "diffusers", weight_name="dark-yes.safetensors")
+    channels, height, width = opened.policy.shape
+
+    def packed(generator):
+        noise = torch.randn(2, channels, height, width, generator=generator)
+        return pipe._pack_latents(noise, 2, channels, height, width) if name == "Flux" else noise
+
+    flow = GaussianFlow.from_config(pipe.scheduler.config)
+    pipe.scheduler, last = flow.prepare(opened.times, generator, packed), len(opened.times) - 2
+
+    def speak(pipe, step, timestep, tensors):
+        if step == last:
+            pipe.disable_lora()
+        return tensors
+
+    size = dict(zip(("height", "width"), config["size"] or (32, 32), strict=True))
+    drawn = pipe(
+        "two", num_images_per_prompt=2, num_inference_steps=len(opened.times), generator=generator, output_type="pt",
+        callback_on_step_end=speak, guidance_scale=opened.config.guidance, **size,
+    ).images  # fmt: skip
+    y = torch.ones(2, dtype=torch.long)
+    sampled = opened.sample(y, y, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, (sampled + 1) / 2, rtol=0, atol=1 / 255)
+    null = opened.sample(-y, y, generator=torch.Generator().manual_seed(3))
+    assert (sampled - null).abs().max() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")
+def test_the_callback_of_the_page_keeps_a_file_to_its_interval(finished, ctrl_here, tmp_path):
+    """Stock diffusers with the code that the page prints draws `ctrl sample`'s images; at every step it does not."""
     run, _ = run_on("SD 1", finished, tmp_path)
     about = json.loads((run / "control" / "control.json").read_text())
-    (run / "control" / "control.json").write_text(json.dumps({**about, "alpha": alpha}))
-    export(run, tmp_path / "out")
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "prior")
-    pipeline.load_lora_weights(tmp_path / "out" / "controls" / "dark")
-    tensors = load_file(run / "control" / "control.safetensors")
-    for key in [key for key in tensors if key.endswith("lora_A.weight")]:
-        layer = pipeline.unet.get_submodule(key.removeprefix("adapter.").removesuffix(".lora_A.weight"))
-        expected = (alpha or 2) / 2 * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
-        torch.testing.assert_close(layer.get_delta_weight(layer.active_adapters[0]), expected)
+    opened = Run.load(run)
+    sigmas = opened.policy.schedule(torch.tensor(opened.times, dtype=torch.float64))[1].tolist()
+    # the second of three steps alone, to its very noise level, whose timestep the page has to six digits
+    interval = [sigmas[1], (sigmas[0] + sigmas[1]) / 2]
+    (run / "control" / "control.json").write_text(json.dumps({**about, "interval": interval}))
+    assert ctrl_here("export", run, tmp_path / "out", "--for", "diffusers").returncode == 0
+    page = (tmp_path / "out" / "programs" / "README.md").read_text()
+    code = page[page.index("STRENGTHS = {") :]
+    names = {}
+    exec(code[: code.index("```")], names)
+    timesteps = [round(1000 * t) - 1 for t in opened.times]
+
+    def drawn(callback):
+        pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "prior")
+        files = tmp_path / "out" / "programs" / "diffusers"
+        pipe.load_lora_weights(files, weight_name="dark-yes.safetensors", adapter_name="dark")
+        pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        if callback:
+            pipe.scheduler.set_timesteps(timesteps=timesteps)
+            callback(pipe, -1, None, {})
+        noise = torch.Generator().manual_seed(3)
+        options = {"num_images_per_prompt": 2, "output_type": "pt", "guidance_scale": opened.config.guidance}
+        return pipe("two", timesteps=timesteps, generator=noise, callback_on_step_end=callback, **options).images
+
+    y = torch.ones(2, dtype=torch.long)
+    sampled = (Run.load(run).sample(y, y, generator=torch.Generator().manual_seed(3)) + 1) / 2
+    torch.testing.assert_close(drawn(names["keep_to_intervals"]), sampled, rtol=0, atol=1 / 255)
+    assert (drawn(None) - sampled).abs().max() > 0.02
+
+
+def test_files_for_other_programs_lie_beside_the_pipeline(finished, ctrl_here, tmp_path):
+    """One for every value, a page that names them, and no LoRA alone that could not obey y."""
+    run, _ = run_on("SD 1", finished, tmp_path)
+    about = json.loads((run / "control" / "control.json").read_text())
+    (run / "control" / "control.json").write_text(json.dumps({**about, "interval": [0.2, 0.9]}))
+    done = ctrl_here("export", run, tmp_path / "out", "--for", "comfyui", "--for", "a1111")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "dark speaks on a part of the steps, and A1111 and Forge will apply it on all" in done.stderr
+    folder = tmp_path / "out" / "programs"
+    assert sorted(p.name for p in folder.rglob("*.safetensors")) == ["dark-no.safetensors", "dark-yes.safetensors"]
+    page = (folder / "README.md").read_text()
+    assert "{{" not in page
+    assert "{%" not in page
+    for part in ("## ComfyUI", "## A1111 and Forge", "`dark-yes.safetensors`", "euler_a", "start_percent"):
+        assert part in page
+    assert "## InvokeAI" not in page
+    assert "LoRA files for ComfyUI, A1111 and Forge" in (tmp_path / "out" / "README.md").read_text()
+    assert not list((tmp_path / "out" / "controls").rglob("pytorch_lora*"))
+    assert ctrl_here("export", run, tmp_path / "out", "--overwrite", "--quiet").returncode == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("name", "programs"), [("DDPM", "all"), ("DiT", "diffusers"), ("Flux", "invokeai")])
+def test_programs_that_cannot_take_a_control_are_named(finished, ctrl_here, tmp_path, name, programs):
+    run, _ = run_on(name, finished, tmp_path)
+    done = ctrl_here("export", run, tmp_path / "out", "--for", programs)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--for " in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_is_pushed_to_the_hub(finished, tmp_path, monkeypatch, ctrl_here):

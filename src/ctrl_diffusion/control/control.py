@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..chain.denoise import Denoiser
 from ..data.labels import NULL, LabelSpace
 from ..system.files import write_text
+from .plain import PlainLoRA
 
 ABOUT, FORMAT = "control.json", 2  # files of 0.1 name no format: they have no interval
 ROUNDING = 1e-6
@@ -122,9 +123,21 @@ class Control(nn.Module, ABC):
         about = json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2, allow_nan=False)
         write_text(Path(folder) / ABOUT, about + "\n")
 
-    def lora(self, component: str) -> dict[str, Tensor]:
-        """Return the weights as diffusers loads a LoRA of a pipeline's component; none if the control is no LoRA."""
-        return {}
+    def as_lora(self, y: float, gamma: float) -> PlainLoRA:
+        """Return the control at one label and γ as an ordinary LoRA.
+
+        Raises:
+            ValueError: it is none: another kind of control, or a network whose embedding is no bias of one layer.
+        """
+        raise ValueError(f"the control {self.name!r} is no LoRA, which is all that other programs read.")
+
+    def scale_as_lora(self, strength: float) -> None:
+        """Become what its files are in a program at a strength: weights scaled by it, a scale a line between two ends.
+
+        Raises:
+            ValueError: as `as_lora` does.
+        """
+        raise ValueError(f"the control {self.name!r} is no LoRA, which is all that other programs read.")
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..prior.network import NetworkDenoiser
 from ..system.files import one_line, read_tensors, write_tensors
 from .control import Control, read_about
+from .plain import PlainLoRA
 
 
 class LoRAControl(Control):
@@ -183,9 +184,34 @@ class LoRAControl(Control):
         """Return the adapter's weights by the names of the network's layers."""
         return get_peft_model_state_dict(self._prior[0].network, adapter_name=self.adapter)
 
-    def lora(self, component: str) -> dict[str, Tensor]:
-        scale = (self.alpha or self.rank) / self.rank  # which the format leaves at 1
-        return {f"{component}.{key}": scale * p if "lora_B" in key else p for key, p in self._state().items()}
+    @torch.no_grad()
+    def as_lora(self, y: float, gamma: float) -> PlainLoRA:
+        site, network = self._prior[0].site, self._prior[0].network
+        if not site.biased:
+            where = ", ".join(site.embeddings[:1]) + (" and others" if len(site.embeddings) > 1 else "")
+            raise ValueError(
+                f"the control {self.name!r} is added to the output of {where}, which is no bias of one layer: it is no "
+                "ordinary LoRA."
+            )
+        layer, state = network.get_submodule(site.biased), self._state()
+        halves = [
+            {key.removesuffix(end): p.detach() for key, p in state.items() if key.endswith(end)}
+            for end in (".lora_A.weight", ".lora_B.weight")
+        ]
+        bias = self.embedded_at([self.table, *self.of_gamma], torch.tensor([y]), gamma)[0]
+        return PlainLoRA(*halves, (self.alpha or self.rank) / self.rank, site.biased, bias, tuple(layer.weight.shape))
+
+    @torch.no_grad()
+    def scale_as_lora(self, strength: float) -> None:
+        self.as_lora(0.0 if self.scale else 0, self.gammas[0] if self.gammas else 1.0)  # refuses what is none
+        self._cache = None if self._cache is None else {}
+        for layer in self._layers:
+            layer.lora_B[self.adapter].weight *= strength
+        for weight in (table.weight for table in self._tables().values()):
+            if self.scale:
+                place = torch.linspace(0, 1, self.size)[:, None].to(weight)
+                weight[:-1] = torch.lerp(weight[0], weight[self.size - 1], place)
+            weight *= strength
 
     def save(self, folder: str | Path) -> None:
         tensors = {f"adapter.{key}": value for key, value in self._state().items()}

@@ -27,6 +27,15 @@ class ControlSite:
     width: int  # length of that embedding
     targets: tuple[str, ...]  # PEFT's target modules of the LoRA adapter (names or endings of names)
     rank: int = 64  # default of the adapter
+    biased: str = ""  # the linear layer of which the control's embedding is a shift of the bias; "" if there is none
+
+
+def last_linear(network: nn.Module, name: str) -> str:
+    """Return the name of a time embedding's last layer; "" if it has no bias, or something comes after it."""
+    embedding, _, layer = name.rpartition(".")
+    module = network.get_submodule(embedding)
+    last = getattr(module, layer).bias is not None and getattr(module, "post_act", None) is None
+    return name if last else ""
 
 
 def clock(schedule: Schedule, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,34 +1,43 @@
 """Export a run as a folder that diffusers loads without this package.
 
-The folder has the prior's pipeline, `controls/NAME/` with each control (and its LoRA alone, in diffusers' own format),
-`pipeline.py` with copies of the files it imports, and a model card.
+The folder has the prior's pipeline, `controls/NAME/` with each control, `pipeline.py` with copies of the files it
+imports, and a model card; and `programs/` with LoRA files for the programs that were named, and a page on their use.
 """
 
 import ast
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from ...chain.schedule import VariancePreserving
 from ...evaluate.verdict import gap_line
 from ...prior import families
 from ...prior.loader import find_pipeline
 from ...prior.parts import is_plain, load_part
 from ...prior.prior import DIGITS, EMBEDDED
+from ...programs.chains import SAMPLERS
+from ...programs.files import write_files
+from ...programs.table import PROGRAMS, chosen
 from ...run import pipeline as controlled
 from ...run.folder import RunFolder
 from ...run.run import Run
-from ...system.files import one_line, write_json, write_tensors, write_text
+from ...system.files import one_line, write_json, write_text
 from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 
-INDEX, LORA, WEIGHTS = "model_index.json", "pytorch_lora_weights.safetensors", "diffusion_pytorch_model"
-FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, INDEX)
+INDEX, WEIGHTS, OTHERS = "model_index.json", "diffusion_pytorch_model", "programs"
+FILES = ("README.md", "*.py", "grid.png", controlled.CONTROLS, OTHERS, INDEX)
 
 
-def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
-    """Write the finished run of a folder as a pipeline of diffusers; `options` are trust and overwriting."""
+def export(folder: Path, out: Path, options: JobOptions = DEFAULT, programs: Sequence[str] = ()) -> None:
+    """Write the finished run of a folder as a pipeline of diffusers, and LoRA files for other programs.
+
+    `options` are trust and overwriting.
+    """
     check_output(out, INDEX, options.overwrite)
     run = Run.load(folder, trust=options.trust)
     config = run.config
@@ -39,6 +48,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         raise ValueError(f"{index['_class_name']} was added to FAMILIES: an exported folder would lack its code.")
     named = {name: index[name] for name in index if name in ("scheduler", *families.PARTS)}
     parts = {name: part for name, part in named.items() if isinstance(part, list) and part[0] is not None}
+    able = chosen_programs(run, index["_class_name"], programs, options)
     clear(out, FILES)
     for name, part in parts.items():
         if is_plain(prior, name, part):
@@ -46,14 +56,13 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         else:  # its weights are of a variant, or have the prefixes of a wrapper
             load_part(prior, name, part)[0].save_pretrained(out / name)
     for name, control in run.policy.controls.items():
-        path = out / controlled.CONTROLS / name
-        control.save(path)
-        if lora := control.lora(family.PARTS[0]):
-            write_tensors(path / LORA, lora)
+        control.save(out / controlled.CONTROLS / name)
+    if able:
+        write_programs(out / OTHERS, run, index["_class_name"], able, options)
     for name, text in sources().items():
         write_text(out / f"{name}.py", text)
     shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
-    write_text(out / "README.md", model_card(folder, run, index["_class_name"]))
+    write_text(out / "README.md", model_card(folder, run, index["_class_name"], able))
     chain = {"steps", "sigma_end", "time_power", "gamma", "guidance", "negative_prompt", "size", "unconditional"}
     about = {
         **parts,
@@ -65,6 +74,39 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT) -> None:
         "id2label": index.get("id2label"),
     }
     write_json(out / INDEX, about)  # last: it marks a complete folder
+
+
+def chosen_programs(run: Run, base: str, names: Sequence[str], options: JobOptions) -> list[str]:
+    """Return the programs that take the controls of a run; say which do not, or refuse (ValueError)."""
+    if not names:
+        return []
+    chosen(names, base)  # a model that no program takes is the better reason
+    loras = [control.as_lora(0, run.config.gamma) for control in run.policy.controls.values()]
+    able, lines = chosen(names, base, [layer for lora in loras for layer in lora.down])
+    for line in lines:
+        options.say(line)
+    return able
+
+
+def write_programs(folder: Path, run: Run, base: str, names: Sequence[str], options: JobOptions) -> None:
+    """Write the LoRA files of a run for other programs, and the page that says how each takes them."""
+    denoiser, controls = run.prior.denoiser, list(run.policy.controls.values())
+    written = write_files(folder, controls, denoiser.network, denoiser.schedule, base, run.config.gamma, names)
+    for files in written:
+        if files.slider:
+            options.say(
+                f"{files.name}: its slider is a line between {files.ends[0]} and {files.ends[1]}; the levels lie up to "
+                f"{files.deviation:.1%} of its length beside it"
+            )
+        if files.span and (everywhere := [PROGRAMS[name].title for name in names if not PROGRAMS[name].by_step]):
+            options.say(
+                f"{files.name} speaks on a part of the steps, and {', '.join(everywhere)} will apply it on all: see "
+                '"every_step" of ctrl evaluate --as'
+            )
+    programs = {name: PROGRAMS[name] for name in names}
+    samplers = {name: SAMPLERS[name] for name in names} if isinstance(denoiser.schedule, VariancePreserving) else {}
+    text = page("programs.md", run=run, base=base, programs=programs, controls=written, samplers=samplers)
+    write_text(folder / "README.md", text)
 
 
 def copy_part(prior: Path, out: Path, name: str) -> None:
@@ -126,7 +168,7 @@ def flattened(path: Path) -> tuple[str, list[Path]]:
     return text, imported
 
 
-def model_card(folder: Path, run: Run, base: str) -> str:
+def model_card(folder: Path, run: Run, base: str, programs: Sequence[str]) -> str:
     """Render the model card."""
     metrics = RunFolder(folder).read_metrics()
     classifiers = metrics["classifier"] if len(run.names) > 1 else {run.name: metrics["classifier"]}
@@ -134,8 +176,14 @@ def model_card(folder: Path, run: Run, base: str) -> str:
     first = "" if run.prior.classes is None else f"class_labels={run.prior.class_names[0]!r}, "
     if run.prior.text:
         first = f"{run.prior.class_names[0]!r}, "
-    templates = Environment(loader=PackageLoader("ctrl_diffusion.report"), trim_blocks=True)
-    return templates.get_template("card.md").render(
-        run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,
+    return page(
+        "card.md", run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,
         call=f"{first}controls={example}", certified=gap_line(metrics["certificate"]),
+        programs=", ".join(PROGRAMS[name].title for name in programs),
     )  # fmt: skip
+
+
+def page(template: str, **values: Any) -> str:
+    """Render a page from its template."""
+    templates = Environment(loader=PackageLoader("ctrl_diffusion.report"), trim_blocks=True, lstrip_blocks=True)
+    return templates.get_template(template).render(**values)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..family import Family, check_channels, check_class, image_size
 from ..latents import Autoencoder
-from ..network import ControlSite
+from ..network import ControlSite, last_linear
 from ..text.encoded import Rows
 from ..text.encoders import encoders_of
 from ..text.prompted import TextFamily, default_guidance
@@ -55,7 +55,8 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
         )[0]  # fmt: skip
         return pipeline._unpack_latents(velocity, *size, pipeline.vae_scale_factor)
 
-    site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, rank=16)
+    biased = last_linear(network, "time_text_embed.timestep_embedder.linear_2")
+    site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, 16, biased)
     text = TextFamily(
         encode, call, default_guidance(pipeline), distilled=True,  # to take guidance, if any, as a number
         encoders=encoders_of(pipeline, t5="text_encoder_2"),

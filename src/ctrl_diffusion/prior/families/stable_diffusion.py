@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..family import Family, check_channels, check_class, image_size, refuse_inputs
 from ..latents import Autoencoder
-from ..network import ControlSite
+from ..network import ControlSite, last_linear
 from ..text.encoded import Rows
 from ..text.encoders import encoders_of
 from ..text.prompted import TextFamily, default_guidance
@@ -58,6 +58,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
             added = {"text_embeds": text_embeds, "time_ids": ids}
         return network(x_t, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
-    site = ControlSite(("time_embedding",), network.time_embedding.linear_2.out_features, TARGETS, rank=16)
+    width, biased = network.time_embedding.linear_2.out_features, last_linear(network, "time_embedding.linear_2")
+    site = ControlSite(("time_embedding",), width, TARGETS, 16, biased)
     text = TextFamily(encode, call, default_guidance(pipeline), encoders=encoders_of(pipeline))
     return Family(network, call, codec, site, text=text)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..family import Family, check_channels, check_class, image_size
 from ..latents import Autoencoder
-from ..network import ControlSite
+from ..network import ControlSite, last_linear
 from ..text.encoded import Rows
 from ..text.encoders import encoders_of
 from ..text.prompted import TextFamily, default_guidance
@@ -37,7 +37,8 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     def call(x_t: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor) -> Tensor:
         return network(x_t, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[0]
 
-    site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, rank=16)
+    biased = last_linear(network, "time_text_embed.timestep_embedder.linear_2")
+    site = ControlSite(("time_text_embed",), network.inner_dim, TARGETS, 16, biased)
     encoders = encoders_of(pipeline, t5="text_encoder_3")
     text = TextFamily(encode, call, default_guidance(pipeline), encoders=encoders)
     tokens = codec.shape[1] * codec.shape[2] // config.patch_size**2
