@@ -1,21 +1,28 @@
 """Data whose condition is one of many prompts."""
 
 import re
+import shutil
 import string
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from pipelines import saved
 
 from ctrl_diffusion.chain.codec import Codec
 from ctrl_diffusion.commands.jobs.comparison import read_again
-from ctrl_diffusion.commands.jobs.train import classifier_job
+from ctrl_diffusion.commands.jobs.estimate import encoding_of
+from ctrl_diffusion.commands.jobs.train import classifier_job, train_job
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
+from ctrl_diffusion.data.labels import LabelSpace
+from ctrl_diffusion.data.names import in_order
+from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.reward import Among
+from ctrl_diffusion.reward.scorer import Classifier
 from ctrl_diffusion.run.config import Config
-from ctrl_diffusion.run.measure import evaluate, on_prompts
+from ctrl_diffusion.run.measure import evaluate, on_prompts, prior_samples
 from ctrl_diffusion.run.prepare import prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.progress import JobOptions
@@ -163,3 +170,47 @@ def test_a_classifier_of_another_embedding_is_refused(given, fitted, tmp_path):
         saved("SD 3", tmp_path / "other")
     with pytest.raises(ValueError, match="prompts by embeddings of length 16, which this prior does not make"):
         prepare(given(classifier_from=str(fitted[0]), prior=str(tmp_path / "other")), beside=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_many_prompts_keeps_them_and_may_be_moved(given, fitted, tmp_path):
+    """Trained on a population, certified on it and on what was held out, and opened elsewhere."""
+    job = given(classifier_from=str(fitted[0]), hold_out=10)
+    metrics = train_job(job, tmp_path / "first" / "run")
+    assert metrics["conditions"] == {"trained": 146, "held_out": 10}
+    assert set(metrics["held_out"]) == {"prior", "target", "ctrl", "certificate"}
+    assert len(metrics["held_out"]["certificate"]["conditions"]) == 10
+    assert len(metrics["certificate"]["conditions"]) == 64
+    run = shutil.move(tmp_path / "first" / "run", tmp_path / "run")
+    assert (run / "prompts.txt").read_text().splitlines() == list(in_order(PROMPTS))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["prompts"], config["classes"], len(config["hold_out"])) == ("prompts.txt", "all", 10)
+    opened = Run.load(run)
+    conditions = opened.training_conditions
+    assert (conditions.groups, conditions.pooled) == (146, True)
+    assert not set(conditions.cond["c"].tolist()) & set(config["hold_out"])
+    assert opened.sample(torch.ones(2).long(), torch.tensor(config["hold_out"][:2])).shape == (2, 3, 32, 32)
+
+
+@pytest.fixture
+def panel():
+    """p̂(y | x) of images of the pipeline's size, fitted to nothing."""
+    space = LabelSpace(("no", "yes"))
+    return Panel("dark", space, (3, 32, 32), Classifier(3, 2).eval(), None, Classifier(3, 2).eval())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dry_run_says_how_many_prompts_are_encoded(given, panel, tmp_path, monkeypatch):
+    """A pool of twelve prompts, and those of the measurements."""
+    plain = {"classifier": {**FAST, "conditional": False}, "weighted": {"updates": 2, "cache": 12}}
+    job = prepare(given(hold_out=10, **plain), beside=tmp_path)
+    run = Run.start(job.config, job.prior, {"dark": panel})
+    prompted, encoded = run.prior.denoiser.call, []
+    encode = prompted.encode_alone
+    monkeypatch.setattr(prompted.store, "encode", lambda prompt: encoded.append(prompt) or encode(prompt))
+    said = encoding_of(run, run.config)
+    assert (said["prompts"], said["of_prompts"]) == (12 + 64 + 10, 156)
+    prior_samples(run, run.training_conditions, 12, "pool")
+    evaluate(run, 8)
+    assert len(set(encoded)) == len(encoded) <= said["prompts"], "each once"
+    assert len(encoded) >= 64 + 10, "measurements are on these"

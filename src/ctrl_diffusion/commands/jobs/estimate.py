@@ -70,10 +70,31 @@ def estimate(job: PreparedTraining, phase: Phase = silent) -> dict[str, Any]:
         "classifiers": fits, "learners": sum(stage["seconds"] for stage in stages.values()),
         "samples": sum(samples.values()) * seconds_of_evaluation(run, phase),
     }  # fmt: skip
+    encoding = encoding_of(run, config)
+    seconds |= {"encoding": encoding["seconds"]} if encoding else {}
     return {
         "device": str(prior.denoiser.device), "at_most": config.follows_probes, "stages": stages, "samples": samples,
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "memory_mb": {name: size / MEGABYTE for name, size in memory(run, config, job).items()},
+        "memory_mb": {name: size / MEGABYTE for name, size in memory(run, config, job).items()}, "encoding": encoding,
+    }  # fmt: skip
+
+
+def encoding_of(run: Run, config: Config) -> dict[str, Any] | None:
+    """Estimate how many prompts of a population are drawn, and so encoded, at most, in what time and room, once."""
+    if not (run.prior.text and run.split.pooled):
+        return None
+    cached = run.training_conditions.rows(sum(getattr(config, name).drawn for name in config.learners))
+    settings = [stage.settings for stage in stages_of(config)]
+    drawn = cached + sum(s.updates * s.batch // getattr(s, "reuse", 1) for s in settings if not s.drawn)
+    prompts = min(len(run.split.trained), drawn + len(run.split.measured)) + len(run.split.measured_held_out)
+    if any(panel.classifier.embedding for panel in run.panels.values()):  # which is given those of the labelled images
+        prompts = run.prior.classes
+    begin = time.perf_counter()
+    run.prior.denoiser.call.encode_alone(run.prior.class_names[0])
+    seconds = prompts * (time.perf_counter() - begin)
+    return {
+        "prompts": prompts, "of_prompts": run.prior.classes, "seconds": seconds,
+        "megabytes": prompts * run.prior.prompt_storage.bytes_each / MEGABYTE,
     }  # fmt: skip
 
 
@@ -256,6 +277,9 @@ def in_words(estimates: dict[str, Any]) -> str:
                for name, value in estimates["seconds"].items()}  # fmt: skip
     lines += ["", *(f"{name:<28}{value:>14}" for name, value in seconds.items()), ""]
     lines += [f"{name:<28}{size:>11,.0f} MB" for name, size in estimates["memory_mb"].items()]
+    if encoding := estimates["encoding"]:
+        count = f"{encoding['prompts']:,} of {encoding['of_prompts']:,} prompts, at most"
+        lines += ["", f"encoding {count}: {encoding['megabytes']:,.3g} MB in files beside the run, once"]
     return "\n".join([*lines, "", f"on {estimates['device']}; nothing was written"])
 
 
