@@ -194,6 +194,15 @@ def test_an_exported_control_takes_every_gamma_it_was_made_for(finished, tmp_pat
     assert "0.5 to 4" in card
 
 
+def assert_samples(run, drawn):
+    """Images drawn at seed 3 are those of `ctrl sample`, which differ from the prior's."""
+    y = torch.ones(2, dtype=torch.long)
+    sampled = run.sample(y, y, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, (sampled + 1) / 2, rtol=0, atol=1 / 255)
+    null = run.sample(-y, y, generator=torch.Generator().manual_seed(3))
+    assert (sampled - null).abs().max() > 0.05
+
+
 class GaussianFlow(FlowMatchEulerDiscreteScheduler):
     """Stock pipelines of flows with the Gaussian step of ancestral sampling at given times."""
 
@@ -241,11 +250,7 @@ def test_stock_diffusers_draws_our_images(finished, ctrl_here, tmp_path, name):
         "two", timesteps=timesteps, num_images_per_prompt=2, generator=generator, output_type="pt",
         callback_on_step_end=speak, guidance_scale=opened.config.guidance,
     ).images  # fmt: skip
-    y = torch.ones(2, dtype=torch.long)
-    sampled = opened.sample(y, y, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(drawn, (sampled + 1) / 2, rtol=0, atol=1 / 255)
-    null = opened.sample(-y, y, generator=torch.Generator().manual_seed(3))
-    assert (sampled - null).abs().max() > 0.05
+    assert_samples(opened, drawn)
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`")
@@ -279,11 +284,7 @@ def test_stock_flows_draw_our_images(finished, ctrl_here, tmp_path, name):
         "two", num_images_per_prompt=2, num_inference_steps=len(opened.times), generator=generator, output_type="pt",
         callback_on_step_end=speak, guidance_scale=opened.config.guidance, **size,
     ).images  # fmt: skip
-    y = torch.ones(2, dtype=torch.long)
-    sampled = opened.sample(y, y, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(drawn, (sampled + 1) / 2, rtol=0, atol=1 / 255)
-    null = opened.sample(-y, y, generator=torch.Generator().manual_seed(3))
-    assert (sampled - null).abs().max() > 0.05
+    assert_samples(opened, drawn)
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`")

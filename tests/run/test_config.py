@@ -4,8 +4,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ctrl_diffusion.run.config import Config, list_controls, seconds_in, with_overrides
+from ctrl_diffusion.run.config import Config, list_controls, with_overrides
 from ctrl_diffusion.run.defaults import quick
+from ctrl_diffusion.system.progress import seconds_in
 
 LEAST = {"prior": "digits", "control": "ink", "data": "photos"}
 TWO = {"prior": "digits", "controls": [{"name": "ink", "data": "a"}, {"name": "slant", "data": "b"}]}

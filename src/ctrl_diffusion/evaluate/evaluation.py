@@ -146,6 +146,8 @@ def generalises(evaluation: Evaluation) -> str | None:
     if unseen.gap is None or seen.gap is None:
         return line
     difference, error = unseen.gap - seen.gap, math.hypot(unseen.stderr, seen.stderr)
+    if min(len(each.breakdown.conditions) for each in (unseen, seen)) == 1:
+        line += " (how a single c differs from others is not in its error)"
     if abs(difference) <= 2 * error:
         return f"{line}: within two standard errors"
     larger = "larger" if difference > 0 else "smaller"

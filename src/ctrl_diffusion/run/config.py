@@ -1,13 +1,21 @@
 """Describe a training by one config: everything needed to run it again."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from ..data.sources import HUB
@@ -15,23 +23,11 @@ from ..learn.table import LEARNERS, check_learners
 from ..prior.prior import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
 from ..system.files import one_line, write_text
+from ..system.progress import seconds_in
 from ..system.strict import Strict, merged
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
-UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
-
-
-def seconds_in(text: str) -> float:
-    """Read a time such as 90s, 30m or 1h30m; raise ValueError for another text."""
-    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
-    try:
-        seconds = sum(float(n) * unit for n, unit in zip(match.groups(), UNITS.values(), strict=True) if n)
-    except (AttributeError, ValueError):
-        seconds = 0.0
-    if not seconds > 0:
-        raise ValueError(f"{text!r} is no time. Give one such as 90s, 30m, 1h or 1h30m.")
-    return seconds
 
 
 def checked_time(text: str) -> str:
@@ -127,6 +123,7 @@ class Config(Strict):
             unconditional prior.
         hold_out: of these, what is kept out of training and certified apart: how many, or which. With any, or more than
             64 classes, those trained on are a population, of which figures are of 64. null is a tenth of more than 64.
+        weights: how often each of `classes`, in order, is drawn in training as a population; null for equally often.
         seed: of every random number; the same seed gives the same bytes.
         gamma: γ, the weight of log p̂ in the reward; 1 aims at the posterior itself.
         gammas: other γ that the control is trained for as well, such as [0.5, 1, 2, 4]: sampling takes any between the
@@ -178,6 +175,7 @@ class Config(Strict):
     controls: list[ControlSettings] = Field(min_length=1)
     classes: list[int] | Literal["all"] | None = Field(None, min_length=1)
     hold_out: NonNegativeInt | list[int] | None = None
+    weights: list[PositiveFloat] | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     gamma: float = Field(1.0, ge=0)
     gammas: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)

@@ -34,11 +34,11 @@ RESULTS = (
     "reliability*.png", "sweep.png", "gammas.png", "plane.png", "gaps.png", "worst-*.png",
 )  # fmt: skip
 # the settings are removed first: a folder that has them can be resumed
-RUN_FILES = ("config.yaml", CHECKPOINT, PROMPTS, "classifier", *RESULTS, TRACKED, "progress.jsonl")
+RUN_FILES = ("config.yaml", CHECKPOINT, "classifier", *RESULTS, TRACKED, "progress.jsonl")
 # the settings of the chain and of its target
 TARGET = {
-    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "hold_out", "gamma", "gammas",
-    "steps", "sigma_end", "time_power", "focus",
+    "unconditional", "prompts", "guidance", "negative_prompt", "size", "classes", "hold_out", "weights", "gamma",
+    "gammas", "steps", "sigma_end", "time_power", "focus",
 }  # fmt: skip
 KEPT = TARGET | {"prior", "mixed_precision", "vae_tiling"}  # a run with one more control has these of the old run
 FIXED = TARGET | {"seed", "rank", "lora_alpha", "lora_targets", "learners"}  # training depends on them
@@ -106,7 +106,9 @@ class RunFolder:
 
     def clear(self, data: bool = False) -> None:
         """Remove an earlier run, and of a demo its data; mark the folder as a run's."""
-        clear(self.path, (RUN_FILES[0], *(DATA_FOLDERS if data else ()), *RUN_FILES[1:]))
+        wrote = self.config.is_file() and f"prompts: {PROMPTS}\n" in self.config.read_text(encoding="utf-8")
+        others = (*(DATA_FOLDERS if data else ()), *([PROMPTS] if wrote else []))
+        clear(self.path, (RUN_FILES[0], *others, *RUN_FILES[1:]))
         self.log.touch()
 
     def clear_results(self) -> None:

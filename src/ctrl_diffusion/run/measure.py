@@ -287,13 +287,15 @@ def on_prompts(run: Run, prompts: Sequence[str]) -> str:
     """Measure a run on other prompts from now on, or on a sample of many, and say which; refuse a run without text."""
     if run.prior.text is None:
         raise ValueError("--prompts: the prior of this run is given no text. Leave --prompts out.")
-    order = torch.randperm(len(prompts), generator=stream(run.config.seed, "other prompts")).tolist()
-    some = [prompts[i] for i in sorted(order[:MOST_ENUMERATED])]
-    seen = {run.prior.class_names[c] for c in run.split.trained} & set(some)
+    order = torch.randperm(len(prompts), generator=stream(run.config.seed, "other prompts"))
+    some = [prompts[i] for i in order[:MOST_ENUMERATED].sort().values]
+    seen = set(some) & {run.prior.class_names[c] for c in run.split.trained}
     numbers = [run.prior.number_of(prompt) for prompt in some]
     run.split = ConditionSplit(numbers, [], True, numbers, [])
     sample = f" of {len(prompts)}, drawn by the seed" if len(some) < len(prompts) else ""
-    return f"measured on {len(some)} prompts{sample}; {len(seen)} of these were trained on"
+    text = f"measured on {len(some)} prompts{sample}; {len(seen)} of these were trained on"
+    known = not run.second_opinion.reader or set(numbers) <= set(run.known_classes)
+    return text if known else f"{text}; adherence is not measured: its reader does not know all of them"
 
 
 @torch.no_grad()
@@ -307,9 +309,8 @@ def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = 
     members = run.config.evaluation.prior_samples
     x_prior = prior_samples(run, run.conditions, members, "prior samples for log Z", phase)
     of_prior = run.second_opinion.measure(x_prior, run.conditions)
-    evaluation = evaluate_on(
-        run, run.conditions, x_prior, of_prior, n, "paths to certify", phase, None, against_untrained
-    )
+    whole = run, run.conditions, x_prior, of_prior
+    evaluation = evaluate_on(*whole, n, "paths to certify", phase, None, against_untrained)
     clip = getattr(run.prior.denoiser, "clip", None)
     evaluation.clipped = None if clip is None else float((x_prior.abs() >= clip).float().mean())
     for names in partial_choices(run):
@@ -318,7 +319,7 @@ def evaluate(run: Run, n: int, phase: Phase = silent, against_untrained: bool = 
     at: dict[float, Evaluation] = {}
     for gamma in run.config.trained_gammas[1:]:
         purpose = f"paths at γ = {gamma:g}"
-        at[gamma] = evaluate_on(run, run.conditions, x_prior, of_prior, n // 2, purpose, phase, gamma)
+        at[gamma] = evaluate_on(*whole, n // 2, purpose, phase, gamma)
     evaluation.gammas = dict(sorted({run.config.gamma: evaluation, **at}.items())) if at else {}
     if held_out := run.held_out_conditions:
         x_other = prior_samples(run, held_out, members, "prior samples of held-out conditions", phase)

@@ -20,7 +20,7 @@ from ..data.names import in_order, is_missing, key_of
 from ..data.read import read_images
 from ..data.sources import open_table
 from ..prior.prior import Prior, open_prior
-from ..prior.text.prompt_file import beyond_windows, read_prompt_file
+from ..prior.text.prompt_file import beyond_windows, check_lines, read_prompt_file
 from ..reward.classifiers import unreadable
 from ..reward.independence import dependence
 from ..reward.panel import Panel
@@ -94,6 +94,8 @@ def prepare(
     prior = open_prior(config.prior, config.size)
     if prior.text and prompts is None:
         prompts = prompts_of(config.controls)
+    if not file and len(prompts or ()) > MOST_ENUMERATED:
+        check_lines(prompts)
     notes = [file.about] if file else []
     if prior.text:
         notes += beyond_windows(prior.text.encoders, prompts, file and file.lines)
@@ -104,6 +106,9 @@ def prepare(
     prior = configured(prior, config, prompts, beside)
     inputs = [read_inputs(settings, prior, options) for settings in config.controls]
     known, split = known_classes(config, prior, inputs)
+    if config.weights and not (split and split.pooled and len(config.weights) == len(known)):
+        what = f"of {len(known or ())} classes" if split and split.pooled else "and no population to draw by them"
+        raise ValueError(f"weights: got {len(config.weights)} {what}. Give one for each, or leave them out.")
     inputs = [select_inputs(each, known, prior) for each in inputs]
     config, cut = complete(values, config, prior, inputs, known, split, usual or {})
     for each in inputs:
@@ -176,9 +181,8 @@ def complete(
     defaults = suggested(denoiser.shape, parameters, denoiser.site.rank, groups, labels, pooled)
     guidance = prior.text.guidance if prior.text and config.guidance is None else config.guidance
     chosen = {"prompts": config.prompts, "guidance": guidance}
-    chosen["classes"] = (
-        "all" if known and len(known) > MOST_ENUMERATED and len(known) == prior.classes else known and list(known)
-    )
+    whole = groups == MOST_ENUMERATED and list(known) == [*range(prior.classes)] and pooled
+    chosen["classes"] = "all" if whole else known and list(known)
     chosen["hold_out"] = sorted(split.held_out) if pooled else None
     values = {
         **values,

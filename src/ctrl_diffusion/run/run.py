@@ -1,8 +1,9 @@
 """Open or begin a run: a prior with trained controls, and the classifiers they were trained on."""
 
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -47,9 +48,8 @@ def configured(prior: Prior, config: Config, prompts: list[str] | None = None, b
             prompts = config.prompts
         elif prompts is None:
             path = Path(config.prompts)
-            beside, prompts = beside or path.parents[1], read_prompt_file(path).prompts
-        writable = beside and os.access(beside, os.W_OK)
-        cache = None if len(prompts) <= MOST_ENUMERATED else beside if writable else Path(gettempdir())
+            beside, prompts = beside or path.absolute().parent.parent, read_prompt_file(path).prompts
+        cache = None if len(prompts) <= MOST_ENUMERATED else folder_of_prompts(beside)
         prior = prior.with_prompts(prompts, config.guidance, config.negative_prompt, cache)
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
@@ -72,6 +72,16 @@ def fits(prior: Prior, config: Config, steps: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def folder_of_prompts(beside: Path | None) -> Path:
+    """Return the folder that encoded prompts are kept in: `beside`, or where temporary files are, with a warning."""
+    if beside is None:
+        return Path(gettempdir())
+    if os.access(beside, os.W_OK):
+        return beside
+    warnings.warn(f"{beside} cannot be written to: prompts are encoded into {gettempdir()}.", stacklevel=3)
+    return Path(gettempdir())
 
 
 @dataclass
@@ -186,7 +196,10 @@ class Run:
         config = self.config
         if config.classes is None:
             return None
-        return ConditionSplit.of(self.known_classes, config.hold_out or [], config.seed)
+        if config.hold_out is None:  # enumerated, also more than a few in a run that was made before populations
+            every = list(self.known_classes)
+            return ConditionSplit(every, [], False, every, [])
+        return ConditionSplit.of(self.known_classes, config.hold_out, config.seed)
 
     @property
     def classes(self) -> list[int] | None:
@@ -212,7 +225,9 @@ class Run:
         trained, pooled = (self.split.trained, self.split.pooled) if self.split else (None, False)
         conditions = self.conditions_on(self.names, trained)
         arguments = conditions.cond, conditions.controls, fixed, self.config.trained_gammas, conditions.names
-        return Conditions.for_training(*arguments, pooled)
+        weights = dict(zip(self.known_classes or (), self.config.weights or (), strict=False))
+        drawn = torch.tensor([weights[c] for c in trained]) if weights else None
+        return replace(Conditions.for_training(*arguments, pooled), weights=drawn)
 
     @property
     def probe_conditions(self) -> Conditions:

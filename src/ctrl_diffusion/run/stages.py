@@ -19,9 +19,9 @@ from ..reward.reward import prior_table
 from ..system import ranks
 from ..system.checkpoint import subset, unpack
 from ..system.files import rounded, write_text
-from ..system.progress import Phase, silent
+from ..system.progress import Phase, seconds_in, silent
 from ..system.tracking import Tracking
-from .config import Config, seconds_in
+from .config import Config
 from .folder import RunFolder
 from .measure import Probe, prior_samples, probe, refine_intervals
 from .run import PROBE_PATHS, Run
@@ -123,11 +123,14 @@ def follows_probes(config: Config, stage: Stage) -> bool:
     return config.follows_probes and stage.learner == config.learners[0] and stage.name != RENOISING
 
 
-def updates_before(config: Config, stage: Stage) -> int:
-    """Return how many updates of its learner came before a stage that was added, at most."""
-    if ADDED not in stage.name:
-        return 0
-    return getattr(config, stage.learner).updates + sum(config.more[: int(stage.name.rpartition(ADDED)[2]) - 1])
+def updates_before(training: TrainingState, stage: Stage) -> int:
+    """Return how many updates of its learner came before a stage that was added."""
+    taken: dict[str, int] = {}
+    for record in training.records if ADDED in stage.name else ():
+        name = record["stage"]
+        if name.partition(ADDED)[0] == stage.learner and name != stage.name:
+            taken[name] = max(taken.get(name, 0), record["update"])
+    return sum(taken.values())
 
 
 def between_probes(run: Run, config: Config, stage: Stage) -> int:
@@ -224,7 +227,7 @@ def train_stage(
     lr = {"embedding": settings.lr_embedding, "adapter": settings.lr_adapter}
     every = between_probes(run, config, stage) if best else settings.updates
     patience, first = config.patience if best else None, stage.learner == config.learners[0]
-    before = updates_before(config, stage)
+    before = updates_before(training, stage)
     pace = Pace(training, settings.updates, patience, follows_probes(config, stage), first, before)
     begin = int(resumed["counts"][0]) if resumed else 0
     training.taken, training.saved, training.due = begin, begin, False

@@ -1,9 +1,12 @@
 """Report progress: a long job opens a phase and advances it; the caller decides how to show it."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 Advance = Callable[..., None]  # (n=1, note="")
 Phase = Callable[[str, int], Advance]  # (what, total)
@@ -58,3 +61,15 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - begin
+
+
+def seconds_in(text: str) -> float:
+    """Read a time such as 90s, 30m or 1h30m; raise ValueError for another text."""
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
+    try:
+        seconds = sum(float(n) * unit for n, unit in zip(match.groups(), UNITS.values(), strict=True) if n)
+    except (AttributeError, ValueError):
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"{text!r} is no time. Give one such as 90s, 30m, 1h or 1h30m.")
+    return seconds

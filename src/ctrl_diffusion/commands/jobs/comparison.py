@@ -233,6 +233,7 @@ class Comparison:
         data = {name: subset(data, name, n, seed)[0] for name, data in self.data.items()}
         if folder.is_dir():
             run = Run.load(folder, self.run.config.device, self.options.trust)
+            run.split = self.run.split  # of one seed, so that all are measured on the same conditions c
             return FittedModels(run, data, parts, self.classifiers, self.x_prior, n, phase=self.phase)
         config = self.run.config.with_(seed=seed)
         prior, panels, seconds = configured(open_prior(config.prior, config.size), config), {}, {}
@@ -244,12 +245,11 @@ class Comparison:
                 advance = self.phase(f"classifier of {name}", fitter.epochs(images[name][0]))
                 panels[name], _ = fitter.posterior(images[name], advance, encoder_of(prior))
                 if not panels[name].informed:
-                    warnings.warn(
-                        f"{n} labels, seed {seed}: p̂ of {name!r} is not clearly better than chance. Training would "
-                        "refuse it; the methods that use it are compared all the same.",
-                        stacklevel=2,
-                    )
+                    text = f"{n} labels, seed {seed}: p̂ of {name!r} is not clearly better than chance. Training would"
+                    text += " refuse it; the methods that use it are compared all the same."
+                    warnings.warn(text, stacklevel=2)
         run = Run.start(config, prior, panels)
+        run.split = self.run.split
         models = FittedModels(run, data, parts, self.classifiers, self.x_prior, n, seconds, self.phase)
         with timed(seconds, "ctrl"):
             for _ in train(run, self.phase):

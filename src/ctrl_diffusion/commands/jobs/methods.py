@@ -1,6 +1,7 @@
 """List the methods of a comparison, and fit what they need on some labels with one seed."""
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,7 +80,11 @@ class FittedModels:
         """Write p̂ and the controls as a run folder that appears whole."""
         part = folder.with_name(f".{folder.name}.part")
         clear(part, ("*",))
-        self.run.config.write(RunFolder(part).config)
+        config, target = self.run.config, RunFolder(part)
+        if isinstance(config.prompts, str):
+            shutil.copy(config.prompts, target.prompts)
+            config = config.with_(prompts=str(target.prompts.resolve()))
+        config.write(target.config)
         for name, panel in self.run.panels.items():
             panel.save(RunFolder(part).classifier(name))
         self.run.save_controls(RunFolder(part))

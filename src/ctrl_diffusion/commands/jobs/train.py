@@ -17,7 +17,7 @@ from ...report.pictures import PictureSamples
 from ...report.run import write_report
 from ...reward.classifiers import fit_panel
 from ...reward.panel import Panel
-from ...run.config import Config, ControlSettings, check_code, check_present, list_controls, seconds_in
+from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
 from ...run.defaults import quick
 from ...run.folder import CLASSIFIER_FILES, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
 from ...run.measure import Measurements, find_intervals, lower_gamma, probe
@@ -39,7 +39,7 @@ from ...run.state import BestControl, TrainingState
 from ...system import ranks
 from ...system.files import atomic, write_json, write_text
 from ...system.folders import check_output, check_writable, clear, clear_unfinished, locked
-from ...system.progress import DEFAULT, Interrupted, JobOptions, Phase, silent, timed
+from ...system.progress import DEFAULT, Interrupted, JobOptions, Phase, seconds_in, silent, timed
 from ...system.tracking import Tracking, check_trackers
 from .sample import labelled
 

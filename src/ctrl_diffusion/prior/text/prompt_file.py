@@ -2,6 +2,7 @@
 
 import unicodedata
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,15 @@ def read_prompt_file(path: Path) -> PromptFile:
     if left_out:
         about += f"; {', '.join(left_out)} line{'s' * ((double or blank) > 1)} left out"
     return PromptFile(prompts, lines, about)
+
+
+def check_lines(prompts: Sequence[str]) -> None:
+    """Refuse (ValueError) prompts that a file of them, one a line, would not give back."""
+    forms = Counter(unicodedata.normalize("NFC", prompt) for prompt in prompts)
+    for prompt in prompts:
+        if prompt.splitlines() != [prompt.strip()] or forms[unicodedata.normalize("NFC", prompt)] > 1:
+            what = "occurs twice" if prompt.splitlines() == [prompt.strip()] else "is no line without space around it"
+            raise ValueError(f"prompts: {prompt[:60]!r} {what}. More than a few are kept one a line: mend it.")
 
 
 def beyond_windows(

@@ -88,7 +88,7 @@ class Prompted:
         self.bytes_each = sum(row[0].nbytes for row in first.values())
         shapes = [[name, str(row.dtype), list(row.shape[1:])] for name, row in first.items()]
         key = digest_of([pipeline, fingerprint(self.family.encoders), shapes, hash_texts(prompts)])[:32]
-        self.store = EncodedPrompts(self.encode_alone, prompts, folder / key, first)
+        self.store = EncodedPrompts(self.encode_alone, prompts, folder / f"prompts-{key}", first)
         return first
 
     def encode_alone(self, prompt: str) -> Rows:
