@@ -28,6 +28,7 @@ class Tiny:
     def __init__(self, config, prior):
         self.config, self.times = config, prior.denoiser.times(config.steps, 0.1)
         self.shape = prior.denoiser.shape
+        self.training_conditions = Conditions({"c": torch.arange(10)}, {"y": 2})
 
 
 @pytest.mark.parametrize("name", ["offload", "micro_batch"])
@@ -65,7 +66,7 @@ def test_the_evaluations_said_are_those_made(digits, monkeypatch, learner, lean)
         rows += len(args[0])
 
     conditions = Conditions({"c": torch.tensor([3])}, {"ink": 2})
-    monkeypatch.setattr(stages, "prior_samples", lambda tiny, n, **_: torch.zeros(n, *tiny.shape))
+    monkeypatch.setattr(stages, "prior_samples", lambda tiny, conditions, n, **_: torch.zeros(n, *tiny.shape))
     made_by = stages.learner_of(Tiny(config, digits), learner, None)
     if learner == "weighted":  # what re-noising alone does is taken off
         made_by.learned_renoising = policy.snapshot()

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from ctrl_diffusion.commands.jobs.export import export
 from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.run.pipeline import ControlledPipeline
-from tests.commands.test_export import finished, opened, run_on  # noqa: F401
+from tests.commands.families import run_on
+from tests.commands.test_export import opened
 
 # where the package cannot be imported: load, draw, save as it is and in half the size, before and after the first call,
 # and draw again from every folder
@@ -61,7 +62,7 @@ CALLS = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in ("DiT", "Flux") else ()) for n in CALLS]
 )
-def test_an_exported_pipeline_is_saved_again_with_controls_and_code(finished, tmp_path, name):  # noqa: F811
+def test_an_exported_pipeline_is_saved_again_with_controls_and_code(finished, tmp_path, name):
     (run, _), out = run_on(name, finished, tmp_path), tmp_path / "out"
     export(run, out)
     call = {**CALLS[name], "controls": {"dark": "yes"}}
@@ -91,7 +92,7 @@ def test_an_exported_pipeline_is_saved_again_with_controls_and_code(finished, tm
 
 
 @pytest.fixture(scope="module")
-def exported(finished, tmp_path_factory):  # noqa: F811
+def exported(finished, tmp_path_factory):
     """Folders of exported pipelines by family."""
     root = tmp_path_factory.mktemp("exported")
 

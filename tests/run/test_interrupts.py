@@ -100,7 +100,7 @@ def test_a_signal_saves_and_exits_130(run, trained, undisturbed, sent):
 
 
 def test_a_signal_before_p_is_fitted_leaves_nothing(begun, ctrl_here, tmp_path, monkeypatch):
-    def stopped(*_):
+    def stopped(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "fit_panel", stopped)

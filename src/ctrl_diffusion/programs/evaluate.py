@@ -50,9 +50,11 @@ class ProgramChain:
         """Return the run on this chain; its policy and prior are changed in place."""
         if self.program not in PROGRAMS:
             raise ValueError(f"--as {self.program}: must be one of {', '.join(PROGRAMS)}.")
-        loras = [control.as_lora(0, run.config.gamma) for control in run.policy.controls.values()]
-        layers = [layer for lora in loras for layer in lora.down]
-        if reason := PROGRAMS[self.program].reason(run.prior.pipeline, layers):
+        base, program = run.prior.pipeline, PROGRAMS[self.program]
+        if not (reason := program.reason(base)):  # else there may be no LoRA to ask for its layers
+            loras = [control.as_lora(0, run.config.gamma) for control in run.policy.controls.values()]
+            reason = program.reason(base, [layer for lora in loras for layer in lora.down])
+        if reason:
             raise ValueError(f"--as {self.program}: {reason}.")
         denoiser = run.prior.denoiser
         model = Model(denoiser.schedule, scheduler_settings(run.config.prior), denoiser.clip is not None)

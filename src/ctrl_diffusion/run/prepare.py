@@ -99,8 +99,6 @@ def prepare(
     notes = [file.about] if file else []
     if prior.text:
         notes += beyond_windows(prior.text.encoders, prompts, file and file.lines)
-    for note in notes:
-        options.say(note)
     kept = config.prompts if file else PROMPTS  # a run keeps its prompts in a file, unless they are few
     config = config.with_(prompts=prompts if len(prompts or ()) <= MOST_ENUMERATED else kept)
     prior = configured(prior, config, prompts, beside)
@@ -111,6 +109,8 @@ def prepare(
         raise ValueError(f"weights: got {len(config.weights)} {what}. Give one for each, or leave them out.")
     inputs = [select_inputs(each, known, prior) for each in inputs]
     config, cut = complete(values, config, prior, inputs, known, split, usual or {})
+    for note in notes:  # once nothing is left to refuse
+        options.say(note)
     for each in inputs:
         each.report(options.say)
     if split and split.pooled:

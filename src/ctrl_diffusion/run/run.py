@@ -127,7 +127,7 @@ class Run:
 
     def given_c(self, likelihood: Scorer) -> Scorer | Given:
         """Return p̂ of the prior's c: it counts c among the classes it was fitted on, or is given its embedding."""
-        if likelihood.embedding:
+        if getattr(likelihood, "embedding", 0):  # one that is brought along may know of none
             return Embedded(likelihood, self.prior.embedding_of)
         return Among(likelihood, self.known_classes) if likelihood.conditional else likelihood
 
@@ -151,7 +151,7 @@ class Run:
 
     def judge_of(self, panel: Panel) -> Scorer | Given:
         """Return the judge of a control, which takes the prior's c where it is given an embedding."""
-        return self.given_c(panel.judge) if panel.judge.embedding else panel.judge
+        return self.given_c(panel.judge) if getattr(panel.judge, "embedding", 0) else panel.judge
 
     def ruler_of(self, settings: ControlSettings) -> Ruler:
         """Return the ruler of a control's classes; on a scale it finds the nearest level."""

@@ -144,8 +144,8 @@ def between_probes(run: Run, config: Config, stage: Stage) -> int:
 
 def longest_interval(run: Run, config: Config, stage: Stage) -> int:
     """Return the updates between probes of a stage that follows them, where its limit is large."""
-    evaluations = probe_paths(run) * (2 * config.steps + 1)
-    return max(EVERY, math.ceil(evaluations / (PROBES_COST * cost_of_update(stage.settings, config.steps))))
+    evaluations, cost = probe_paths(run) * (2 * config.steps + 1), cost_of_update(stage.settings, config.steps)
+    return max(EVERY, math.ceil(evaluations / (PROBES_COST * max(1, cost))))  # a learner may need no evaluation
 
 
 def learner_of(run: Run, name: str, phase: Phase) -> Learner:
