@@ -1,13 +1,14 @@
 """A run measured again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ctrl_diffusion.programs.chains import GridSchedule
-from ctrl_diffusion.programs.evaluate import ProgramChain, ProgramRun, evaluate_as, figures_of
 from ctrl_diffusion.run.measure import evaluate, remeasured
+from ctrl_diffusion.run.programs.chains import GridSchedule
+from ctrl_diffusion.run.programs.evaluate import ProgramChain, ProgramRun, evaluate_as, figures_of
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.progress import silent
 from tests.commands.families import run_on
@@ -123,3 +124,14 @@ def test_what_is_no_chain_of_a_program_is_one_line(finished, ctrl_here, tmp_path
     done = ctrl_here("evaluate", run, *options)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
+
+
+def test_a_control_on_layers_that_a_program_does_not_map_has_no_chain_there(strong, monkeypatch):
+    run = Run.load(strong)
+    control = run.policy.controls["dark"]
+    lora = control.as_lora(0, 1.0)
+    wider = replace(lora, down=lora.down | {"conv_in": torch.zeros(2, 4, 3, 3)})
+    monkeypatch.setattr(control, "as_lora", lambda y, gamma: wider)
+    with pytest.raises(ValueError, match="--as a1111: it does not map conv_in, which lora_targets adapted"):
+        ProgramChain("a1111").of(run)
+    ProgramChain("diffusers").of(run)

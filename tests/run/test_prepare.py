@@ -20,7 +20,7 @@ from ctrl_diffusion.run.config import Config, ControlSettings
 from ctrl_diffusion.run.defaults import quick, suggested
 from ctrl_diffusion.run.folder import PAGES
 from ctrl_diffusion.run.measure import probe
-from ctrl_diffusion.run.prepare import ControlInputs, check_batches, dependences, known_classes, prepare
+from ctrl_diffusion.run.prepare import ControlInputs, check_batches, complete, dependences, known_classes, prepare
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system import ranks
 from ctrl_diffusion.system.progress import JobOptions
@@ -96,6 +96,31 @@ def test_few_classes_with_some_held_out_are_a_population(data):
     assert (named.hold_out, named.classes) == ([7, 8, 9], list(range(10)))
     plain = prepare(given(data, condition="digit", hold_out=0)).config
     assert (plain.hold_out, plain.classes) == (None, list(range(10))), "enumerated"
+
+
+def test_classes_in_an_order_of_their_own_stay_a_list():
+    """p̂(y | x, c) and the reader number c by it, so that "all" would mean other classes."""
+    prior = Prior.from_pretrained(DIGITS)
+    prior.classes = 100
+    values = {"prior": "digits", "controls": [{"name": "ink", "data": "-"}], "classes": list(range(100))[::-1]}
+    config = Config.from_values(values)
+    known, split = known_classes(config, prior, [])
+    inputs = [ControlInputs(config.controls[0], LabelledImages(torch.zeros(0), {}, {"ink": ("1", "2")}), None, {})]
+    kept, _ = complete(values, config, prior, inputs, known, split, {})
+    assert kept.classes == values["classes"]
+    assert complete({**values, "classes": "all"}, config, prior, inputs, range(100), split, {})[0].classes == "all"
+
+
+@pytest.mark.parametrize(
+    ("weights", "hold_out", "message"),
+    [
+        ([1.0] * 9, 3, "weights: got 9 of 10 classes. Give one for each, or leave them out."),
+        ([1.0] * 10, 0, "weights: got 10 and no population to draw by them. Give one for each, or leave them out."),
+    ],
+)
+def test_weights_are_one_for_each_class_of_a_population(data, weights, hold_out, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(given(data, condition="digit", hold_out=hold_out, weights=weights))
 
 
 @pytest.mark.parametrize(

@@ -86,3 +86,17 @@ def test_a_judge_on_a_scale_may_depend_on_c(digits):
     expected = judge.head.density(judge.scores(x, (c == 5).long()), judge.temperature).mean
     torch.testing.assert_close(run.measure_scale(run.config.controls[0], x, c), expected)
     assert sample_scales(run, 8)["ink"].measured.shape == (8,)
+
+
+@pytest.mark.parametrize(("hold_out", "pooled"), [(None, False), ([], True)])
+def test_many_classes_of_a_run_made_before_populations_stay_enumerated(start_ink, hold_out, pooled):
+    """Its config says nothing of what is held out; a new one lists it, if only as none."""
+    run = start_ink(classes=list(range(10)) * 7, hold_out=hold_out)
+    assert (run.training_conditions.pooled, run.training_conditions.groups) == (pooled, 70)
+    assert len(run.classes) == (64 if pooled else 70)
+
+
+def test_conditions_are_drawn_by_the_weights_of_the_config(start_ink):
+    conditions = start_ink(classes=[3, 5, 7], hold_out=[5], weights=[1.0, 9.0, 4.0]).training_conditions
+    weights = dict(zip(conditions.cond["c"].tolist(), conditions.weights.tolist(), strict=True))
+    assert weights == {3: 1.0, 7: 4.0}

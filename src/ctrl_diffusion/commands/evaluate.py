@@ -27,22 +27,22 @@ def evaluate(
 ) -> None:
     """Measure a run again: accuracy, adherence, diversity and the certificate."""
     from ..prior.text.prompt_file import read_prompt_file
-    from ..programs.evaluate import ProgramChain, evaluate_as
     from ..run.measure import evaluate as evaluate_run
     from ..run.measure import on_prompts, remeasured
+    from ..run.programs.evaluate import ProgramChain, evaluate_as
     from ..run.run import Run
     from ..system.files import rounded, write_json
     from ..system.folders import check_file
 
     if out is not None:
         check_file(out)
-    given = {"sampler": sampler, "steps": steps, "strength": strength}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and program is None:
-        raise ValueError(f"--{next(iter(given))} is of another program's chain. Name the program with --as.")
+    of_chain = {"sampler": sampler, "steps": steps, "strength": strength}
+    of_chain = {name: value for name, value in of_chain.items() if value is not None}
+    if of_chain and program is None:
+        raise ValueError(f"--{next(iter(of_chain))} is of another program's chain. Name the program with --as.")
     with job_options(quiet, trust) as options:
         opened = remeasured(Run.load(run, trust=trust), seed, prior_samples)
-        chain = program and ProgramChain(program, **{"steps": opened.config.steps, **given})
+        chain = program and ProgramChain(program, **{"steps": opened.config.steps, **of_chain})
         opened = chain.of(opened) if chain else opened
         if prompts:
             file = read_prompt_file(prompts)

@@ -100,10 +100,10 @@ class SecondOpinion:
         images = self.codec.decode(x_0)
         judge_labels = {}
         for name, judge in self.judges.items():
-            given = [number] if judge.conditional else []
+            condition = [number] if judge.conditional else []
             if isinstance(judge, Embedded):
-                given = [torch.tensor(self.classes)[number] if c is None else c]
-            log_p = judge.log_prob(images, *(each.to(images.device) for each in given))
+                condition = [torch.tensor(self.classes)[number] if c is None else c]
+            log_p = judge.log_prob(images, *(each.to(images.device) for each in condition))
             judge_labels[name] = log_p.argmax(1).cpu()
         labels = {**judge_labels, **{name: ruler(images.cpu()) for name, ruler in self.rulers.items()}}
         reads = self.reader and bool((number >= 0).all())

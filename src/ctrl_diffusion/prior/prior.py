@@ -191,6 +191,11 @@ class Prior:
         return replace(self, denoiser=self.denoiser.with_call(call), classes=None, names={}, null=None)
 
 
+def pipeline_folder(name: str) -> Path:
+    """Return the folder of the embedded prior by its name, else of a pipeline, fetched from the hub if need be."""
+    return DIGITS if name == EMBEDDED else find_pipeline(name)
+
+
 def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:
     """Open the embedded prior by its name, else a pipeline's folder or hub id."""
     return Prior.from_pretrained(DIGITS if name == EMBEDDED else name, size)

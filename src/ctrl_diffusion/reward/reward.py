@@ -110,8 +110,8 @@ class Reward:
         return {key: row.to(x.device) for key, row in (cond or {}).items()} if conditional else {}
 
 
-class Given:
-    """Give a p̂(y | x, c) the prior's c in the form that it takes; a subclass says which, by `given`."""
+class Conditioned:
+    """Translate the prior's c into the form that a p̂(y | x, c) takes; a subclass says which."""
 
     conditional = True
 
@@ -122,26 +122,26 @@ class Given:
             self.bound = likelihood.bound
 
     def log_prob(self, x: Tensor, c: Tensor) -> Tensor:
-        """Return log p̂(y | x, c) in nats (B, K); raise ValueError as `given` does."""
-        return self.likelihood.log_prob(x, self.given(c))
+        """Return log p̂(y | x, c) in nats (B, K); raise ValueError as `translated` does."""
+        return self.likelihood.log_prob(x, self.translated(c))
 
     def log_prob_at(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
         """Return log p̂(y | x, c) in nats at places y (B,) on a scale: (B,); raise as `log_prob` does."""
-        return self.likelihood.log_prob_at(x, y, self.given(c))
+        return self.likelihood.log_prob_at(x, y, self.translated(c))
 
-    def given(self, c: Tensor) -> Tensor:
+    def translated(self, c: Tensor) -> Tensor:
         """Return what the likelihood is given of the prior's classes c (B,)."""
         raise NotImplementedError
 
 
-class Among(Given):
+class Among(Conditioned):
     """Renumber c for a p̂(y | x, c) that numbers some of the prior's `classes` 0 … n − 1."""
 
     def __init__(self, likelihood: Likelihood, classes: Sequence[int]) -> None:
         super().__init__(likelihood)
         self.classes = torch.tensor(classes)
 
-    def given(self, c: Tensor) -> Tensor:
+    def translated(self, c: Tensor) -> Tensor:
         """Return the likelihood's numbers of c (B,); raise ValueError for a c the labels do not have."""
         same = c[:, None] == self.classes.to(c.device)
         if not same.any(1).all():
@@ -149,7 +149,7 @@ class Among(Given):
         return same.int().argmax(1)
 
 
-class Embedded(Given):
+class Embedded(Conditioned):
     """Give a p̂(y | x, c) the embedding of c, so that it answers for c without any label.
 
     `embed` turns numbers (n,) into vectors (n, F).
@@ -159,7 +159,7 @@ class Embedded(Given):
         super().__init__(likelihood)
         self.embed = embed
 
-    def given(self, c: Tensor) -> Tensor:
+    def translated(self, c: Tensor) -> Tensor:
         """Return the embeddings of c: (B, F), each looked up once."""
         different, which = c.cpu().unique(return_inverse=True)
         return self.embed(different)[which].to(c.device)

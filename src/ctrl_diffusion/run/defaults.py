@@ -26,13 +26,13 @@ def suggested(
     """
     dimensions, pairs = math.prod(shape), groups * classes
     batch = min(160, max(16, 20_000 // dimensions // 8 * 8))
-    cache = max(100, min(10_000 // groups, max(1000, 300 * classes)))
-    # of a population the samples of all conditions are one pool; each that is certified has fewer, but some of every y
-    members, cache = (max(cache, MEMBERS * classes), cache * groups) if pooled else (cache, cache)
+    members = max(100, min(10_000 // groups, max(1000, 300 * classes)))  # prior samples of a condition
+    drawn = members * groups
+    cache = drawn if pooled else members  # of a population they are one pool
     warm = max(min(700, 400 + 20 * pairs), min(2000, 150 * classes))
     told_apart = classes * (classes - 1) // 2  # pairs of labels; ten classes were still learning after 1,500 updates
     contrasts = min(4000, max(min(700, 400 + 20 * pairs), 66 * told_apart))
-    drawn = cache if pooled else cache * groups
+    certified = max(members, MEMBERS * classes) if pooled else members  # few of each, but some of every y
     states = max(1, min(40, MOST_NUMBERS // (2 * drawn * dimensions)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = Adjoint.Settings()
@@ -61,14 +61,14 @@ def suggested(
         "adjoint": {"updates": min(800, 100 + 18 * pairs), "batch": batch, **adjoint_lr, **lr},
         "backprop": {"updates": min(200, 60 + 4 * pairs), "batch": min(64, batch), **lr},
         "ppo": {"updates": min(800, 160 + 16 * pairs), "batch": batch, **({"lr_adapter": 1.5e-4} if lr else {})},
-        "evaluation": {"prior_samples": members, "paths": min(2000, max(600, 50 * pairs)), "sweep_paths": 200},
+        "evaluation": {"prior_samples": certified, "paths": min(2000, max(600, 50 * pairs)), "sweep_paths": 200},
     }
 
 
 def limited(defaults: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return default settings with the updates of the config's first learner as a limit, where it follows its probes.
 
-    How many it needs is not known beforehand: six times the usual ones on some networks, fewer on an easy task.
+    How many it needs is not known beforehand.
     """
     first = config.learners[0]
     if not config.follows_probes or first not in defaults:

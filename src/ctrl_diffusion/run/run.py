@@ -27,7 +27,7 @@ from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
 from ..prior.text.prompt_file import read_prompt_file
 from ..reward.panel import Panel
-from ..reward.reward import Among, Embedded, Given, Reward
+from ..reward.reward import Among, Conditioned, Embedded, Reward
 from ..reward.scorer import Scorer
 from ..system import ranks
 from ..system.progress import Phase, silent
@@ -122,10 +122,10 @@ class Run:
 
     def reward_at(self, gamma: float) -> Reward:
         """Return the reward at another γ."""
-        classifiers = {name: self.given_c(panel.classifier) for name, panel in self.panels.items()}
+        classifiers = {name: self.conditioned(panel.classifier) for name, panel in self.panels.items()}
         return Reward(classifiers, gamma, self.prior.codec, self.prior.denoiser.device)
 
-    def given_c(self, likelihood: Scorer) -> Scorer | Given:
+    def conditioned(self, likelihood: Scorer) -> Scorer | Conditioned:
         """Return p̂ of the prior's c: it counts c among the classes it was fitted on, or is given its embedding."""
         if getattr(likelihood, "embedding", 0):  # one that is brought along may know of none
             return Embedded(likelihood, self.prior.embedding_of)
@@ -149,9 +149,9 @@ class Run:
             self.known_classes,
         )
 
-    def judge_of(self, panel: Panel) -> Scorer | Given:
+    def judge_of(self, panel: Panel) -> Scorer | Conditioned:
         """Return the judge of a control, which takes the prior's c where it is given an embedding."""
-        return self.given_c(panel.judge) if getattr(panel.judge, "embedding", 0) else panel.judge
+        return self.conditioned(panel.judge) if getattr(panel.judge, "embedding", 0) else panel.judge
 
     def ruler_of(self, settings: ControlSettings) -> Ruler:
         """Return the ruler of a control's classes; on a scale it finds the nearest level."""
@@ -166,8 +166,8 @@ class Run:
         panel = self.panels[settings.name]
         if settings.ruler:
             return panel.space.places(MEASURES[settings.ruler](x))
-        given = [self.given_c(panel.judge).given(c)] if panel.judge.conditional else []
-        scores = panel.judge.scores(x.to(self.prior.denoiser.device), *given)
+        condition = [self.conditioned(panel.judge).translated(c)] if panel.judge.conditional else []
+        scores = panel.judge.scores(x.to(self.prior.denoiser.device), *condition)
         return panel.judge.head.density(scores, panel.judge.temperature).mean.cpu()
 
     def is_outside(self, x_0: Tensor, images: Tensor) -> Tensor:

@@ -314,7 +314,7 @@ class Pace:
     patience: int | None
     follows: bool
     first: bool  # whether it is of the first learner, which may pay J for the reward
-    before: int = 0  # updates of the learner in earlier stages, at most
+    before: int = 0  # updates of the learner in earlier stages
     stopped: str | None = None  # why it ends, if not by its updates
     slowed: float = 1.0  # what the rate is multiplied by where J has fallen
 

@@ -1,10 +1,12 @@
 """A file of prompts is read strictly, and what is left out or not read is said in one line."""
 
+import re
+
 import pytest
 
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.prior.text import encoders
-from ctrl_diffusion.prior.text.prompt_file import beyond_windows, read_prompt_file
+from ctrl_diffusion.prior.text.prompt_file import beyond_windows, check_lines, read_prompt_file
 from tests.prior.priors import SIZE
 
 
@@ -78,3 +80,24 @@ def test_each_window_has_its_line(folders):
     read = "what is beyond is not read there (first: line 5)"
     assert clip == f"1 prompt is longer than the 16 tokens of text_encoder; {read}"
     assert t5 == f"1 prompt is longer than the 512 tokens of text_encoder_2; {read}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a cat\nasleep", "prompts: 'a cat\\nasleep' is no line without space around it."),
+        (" a cat", "prompts: ' a cat' is no line without space around it."),
+        ("", "prompts: '' is no line without space around it."),
+        ("cafe\u0301", "prompts: 'cafe\u0301' occurs twice."),
+    ],
+)
+def test_prompts_that_a_file_would_not_give_back_are_refused(prompt, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_lines([prompt, "a dog", "caf\u00e9"])
+
+
+def test_prompts_that_a_file_gives_back_are_taken(tmp_path):
+    prompts = ["caf\u00e9", "a dog", "two  spaces"]
+    check_lines(prompts)
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    assert read_prompt_file(tmp_path / "prompts.txt").prompts == prompts

@@ -186,7 +186,7 @@ class Comparison:
         return Yardstick.from_observations(*arguments, held_out=self.repeats, seed=self.run.config.seed)
 
     def observe(self, data: LabelledImages, condition: str | None) -> list[tuple[Observation, Tensor]]:
-        """Measure real images as samples are, batch by batch, with their conditions (n,), which others have not."""
+        """Measure the real images of the conditions measured, batch by batch; return these conditions (n,) too."""
         judge, batches = replace(self.judge, codec=Codec()), []
         number = data.labels[condition] if condition else torch.zeros(len(data)).long()
         group = judge.groups_of(number, self.run.conditions)

@@ -16,14 +16,13 @@ from jinja2 import Environment, PackageLoader
 from ...chain.schedule import VariancePreserving
 from ...evaluate.verdict import gap_line
 from ...prior import families
-from ...prior.loader import find_pipeline
 from ...prior.parts import is_plain, load_part
-from ...prior.prior import DIGITS, EMBEDDED
-from ...programs.chains import SAMPLERS
-from ...programs.files import write_files
-from ...programs.table import PROGRAMS, chosen
+from ...prior.prior import pipeline_folder
 from ...run import pipeline as controlled
 from ...run.folder import RunFolder
+from ...run.programs.chains import SAMPLERS
+from ...run.programs.files import adapted_layers, write_files
+from ...run.programs.table import PROGRAMS, chosen
 from ...run.run import Run
 from ...system.files import one_line, write_json, write_text
 from ...system.folders import check_output, clear
@@ -41,7 +40,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT, programs: Seq
     check_output(out, INDEX, options.overwrite)
     run = Run.load(folder, trust=options.trust)
     config = run.config
-    prior = Path(DIGITS) if config.prior == EMBEDDED else find_pipeline(config.prior)
+    prior = pipeline_folder(config.prior)
     index = json.loads((prior / INDEX).read_text(encoding="utf-8"))
     family = families.FAMILIES[index["_class_name"]]
     if getattr(family, "__package__", "") != families.__name__:
@@ -81,8 +80,7 @@ def chosen_programs(run: Run, base: str, names: Sequence[str], options: JobOptio
     if not names:
         return []
     chosen(names, base)  # a model that no program takes is the better reason
-    loras = [control.as_lora(0, run.config.gamma) for control in run.policy.controls.values()]
-    able, lines = chosen(names, base, [layer for lora in loras for layer in lora.down])
+    able, lines = chosen(names, base, adapted_layers(run.policy.controls.values(), run.config.gamma))
     for line in lines:
         options.say(line)
     return able

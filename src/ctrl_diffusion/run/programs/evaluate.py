@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from ..chain.noise import normal, stream
-from ..chain.paths import default_batch
-from ..chain.rollout import Times, read_out, rollout
-from ..chain.rows import parts, rows_of
-from ..evaluate.scores import score_samples
-from ..run.measure import evaluate, repeats_of
-from ..run.run import Run
-from ..system.progress import Phase, silent
+from ...chain.noise import normal, stream
+from ...chain.paths import default_batch
+from ...chain.rollout import Times, read_out, rollout
+from ...chain.rows import parts, rows_of
+from ...evaluate.scores import score_samples
+from ...system.progress import Phase, silent
+from ..measure import evaluate, repeats_of
+from ..run import Run
 from .chains import GridSchedule, Model, grid_of, scheduler_settings
+from .files import adapted_layers
 from .table import PROGRAMS
 
 
@@ -52,8 +53,7 @@ class ProgramChain:
             raise ValueError(f"--as {self.program}: must be one of {', '.join(PROGRAMS)}.")
         base, program = run.prior.pipeline, PROGRAMS[self.program]
         if not (reason := program.reason(base)):  # else there may be no LoRA to ask for its layers
-            loras = [control.as_lora(0, run.config.gamma) for control in run.policy.controls.values()]
-            reason = program.reason(base, [layer for lora in loras for layer in lora.down])
+            reason = program.reason(base, adapted_layers(run.policy.controls.values(), run.config.gamma))
         if reason:
             raise ValueError(f"--as {self.program}: {reason}.")
         denoiser = run.prior.denoiser

@@ -1,7 +1,7 @@
 """Write a control's files for other programs: one for every value, or an adapter and a slider for y on a scale."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..chain.schedule import Schedule, bisect
-from ..control.control import Control
-from ..control.plain import PlainLoRA
-from ..system.files import write_tensors
+from ...chain.schedule import Schedule, bisect
+from ...control.control import Control
+from ...control.plain import PlainLoRA
+from ...system.files import write_tensors
 from .table import FLUX, PROGRAMS, SD, SD3, SDXL
 
 SLIDER = "slider"
@@ -58,6 +58,11 @@ def write_files(
         ends = (control.values[0], control.values[-1])
         written.append(ControlFiles(control.name, names, slider, ends, deviation, *spans(control.interval, schedule)))
     return written
+
+
+def adapted_layers(controls: Iterable[Control], gamma: float) -> list[str]:
+    """List the layers that controls adapt, by their paths; refuse (ValueError) a control that is no LoRA."""
+    return [layer for control in controls for layer in control.as_lora(0, gamma).down]
 
 
 def plain_loras(control: Control, gamma: float) -> dict[str, PlainLoRA]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..control.plain import PlainLoRA
+from ...control.plain import PlainLoRA
 
 Layout = Callable[[PlainLoRA, nn.Module], dict[str, Tensor]]  # of a network's LoRA → tensors by name
 TELLING = "attn2.to_k"  # the ending of the layers by whose width InvokeAI tells the base model

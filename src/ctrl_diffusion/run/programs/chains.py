@@ -1,22 +1,21 @@
 """Run the chains of other programs: their grids of noise levels, with the Gaussian step they share with ours.
 
 "Euler a" at η = 1 and `ddpm` take the step of `chain/transition.py` at η = 1 on grids of their own, and read x̂ out in a
-last step without noise: so k-diffusion, ComfyUI and diffusers (`tests/programs/test_chains.py`, step by step).
+last step without noise: so k-diffusion, ComfyUI and diffusers (`tests/run/programs/test_chains.py`, step by step).
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..chain.rollout import Times
-from ..chain.schedule import Schedule, VariancePreserving
-from ..prior.loader import find_pipeline
-from ..prior.prior import DIGITS, EMBEDDED
+from ...chain.rollout import Times
+from ...chain.schedule import Schedule, VariancePreserving
+from ...prior.parts import part_folder
+from ...prior.prior import pipeline_folder
 from .table import PROGRAMS
 
 ALIASES = {"euler_ancestral": "euler_a", "k_euler_a": "euler_a"}
@@ -133,7 +132,6 @@ def grid_of(program: str, sampler: str, steps: int, model: Model) -> GridSchedul
 
 
 def scheduler_settings(prior: str) -> dict[str, Any]:
-    """Read the scheduler's settings of a pipeline, which early pipelines have beside their index."""
-    folder = Path(DIGITS) if prior == EMBEDDED else find_pipeline(prior)
-    paths = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
-    return json.loads(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
+    """Read the scheduler's settings of a pipeline."""
+    path = part_folder(pipeline_folder(prior), "scheduler") / "scheduler_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))

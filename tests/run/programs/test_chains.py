@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 from ctrl_diffusion.chain.rollout import rollout
 from ctrl_diffusion.chain.schedule import RectifiedFlow, VariancePreserving
 from ctrl_diffusion.prior.network import NetworkDenoiser
-from ctrl_diffusion.programs.chains import SAMPLERS, Model, grid_of, scheduler_settings
-from ctrl_diffusion.programs.files import spans
+from ctrl_diffusion.run.programs.chains import SAMPLERS, Model, grid_of, scheduler_settings
+from ctrl_diffusion.run.programs.files import spans
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHA_BAR = (1 - BETAS).cumprod(0)

@@ -13,9 +13,9 @@ from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.plain import PlainLoRA
 from ctrl_diffusion.prior.families import flux, stable_diffusion, stable_diffusion_3
 from ctrl_diffusion.prior.prior import Prior
-from ctrl_diffusion.programs.files import write_files
-from ctrl_diffusion.programs.table import PROGRAMS, chosen
-from tests.programs.readers import READERS, apply, grouped, token_width
+from ctrl_diffusion.run.programs.files import write_files
+from ctrl_diffusion.run.programs.table import PROGRAMS, chosen
+from tests.run.programs.readers import READERS, apply, grouped, token_width
 
 FAMILIES = {"SD 1": "StableDiffusionPipeline", "SDXL": "StableDiffusionXLPipeline", "SD 2": "StableDiffusionPipeline",
             "SD 3": "StableDiffusion3Pipeline", "Flux": "FluxPipeline"}  # fmt: skip
