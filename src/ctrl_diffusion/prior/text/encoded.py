@@ -80,8 +80,8 @@ class EncodedPrompts:
         places: dict[int, list[int]] = {}
         for place, number in enumerate(numbers):
             places.setdefault(number // SHARD, []).append(place)
-        for shard, here in places.items():
-            slots, layout = [numbers[place] % SHARD for place in here], self._layout(shard)
+        for shard, positions in places.items():
+            slots, layout = [numbers[place] % SHARD for place in positions], self._layout(shard)
             mapped = self._open(shard, layout)
             done = mapped[layout.done :]
             if missing := [slot for slot in slots if not done[slot]]:
@@ -89,7 +89,7 @@ class EncodedPrompts:
             for name, field in self.fields.items():
                 start = layout.starts[name]
                 shard_rows = mapped[start : start + len(done) * field.bytes].reshape(len(done), -1)
-                rows[name].view(torch.uint8).numpy()[here] = shard_rows[slots]
+                rows[name].view(torch.uint8).numpy()[positions] = shard_rows[slots]
         return {name: rows[name].reshape(len(numbers), *field.shape) for name, field in self.fields.items()}
 
     def path(self, shard: int) -> Path:
