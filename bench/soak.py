@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from race import keep, resident
 
 from ctrl_diffusion.commands.jobs.demo import demo_job
-from ctrl_diffusion.commands.options import job_options
+from ctrl_diffusion.commands.line.options import job_options
 from ctrl_diffusion.system.progress import JobOptions
 
 UPDATES, EVERY, WINDOW = 2000, 10, 20  # readings are medians over WINDOW, of every tenth update

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import TINY
 
-from ctrl_diffusion.commands.jobs import comparison as comparison_room
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.commands.jobs.compare import averaged, compare_job, in_words, interval
-from ctrl_diffusion.commands.jobs.comparison import Comparison, judge_digests, read_again, subset
-from ctrl_diffusion.commands.jobs.methods import METHODS, FittedModels, MethodSpec
+from ctrl_diffusion.commands.jobs.comparing import comparison as comparison_room
+from ctrl_diffusion.commands.jobs.comparing.comparison import Comparison, judge_digests, read_again, subset
+from ctrl_diffusion.commands.jobs.comparing.methods import METHODS, FittedModels, MethodSpec
 from ctrl_diffusion.commands.jobs.train import classifier_job, train_job
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.guide.selection import Importance

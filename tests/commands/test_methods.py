@@ -8,8 +8,8 @@ import torch
 
 from ctrl_diffusion.chain.schedule import Cosine
 from ctrl_diffusion.commands.jobs.compare import averaged
-from ctrl_diffusion.commands.jobs.comparison import STRENGTHS
-from ctrl_diffusion.commands.jobs.methods import METHODS, MethodSpec, choose_settings
+from ctrl_diffusion.commands.jobs.comparing.comparison import STRENGTHS
+from ctrl_diffusion.commands.jobs.comparing.methods import METHODS, MethodSpec, choose_settings
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.guide.method import Method
 from ctrl_diffusion.guide.steered import Guidance

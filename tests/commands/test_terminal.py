@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ctrl_diffusion.commands.terminal import spelled
+from ctrl_diffusion.commands.line.terminal import spelled
 from tests.conftest import exit_code
 
 PAGES = ["cp1251", "cp1252", "latin-1", "cp437", "cp932", "koi8-r", "ascii", "utf-8"]
@@ -67,8 +67,8 @@ def test_so_do_they_where_the_environment_names_it(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_progress_shows_under_every_code_page(monkeypatch, page):
-    from ctrl_diffusion.commands.options import job_options
-    from ctrl_diffusion.commands.terminal import spell_output
+    from ctrl_diffusion.commands.line.options import job_options
+    from ctrl_diffusion.commands.line.terminal import spell_output
 
     terminal = Terminal(monkeypatch, page)
     spell_output()

@@ -12,7 +12,7 @@ import yaml
 from pipelines import saved
 
 from ctrl_diffusion.chain.codec import Codec
-from ctrl_diffusion.commands.jobs.comparison import read_again
+from ctrl_diffusion.commands.jobs.comparing.comparison import read_again
 from ctrl_diffusion.commands.jobs.estimate import encoding_of
 from ctrl_diffusion.commands.jobs.train import classifier_job, train_job
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder

@@ -18,7 +18,7 @@ from torch import nn
 from ctrl_diffusion import LabelledImages, Prior, Run, train_job
 from ctrl_diffusion.chain.codec import Codec
 from ctrl_diffusion.commands.jobs.compare import compare_job
-from ctrl_diffusion.commands.jobs.methods import METHODS, MethodSpec
+from ctrl_diffusion.commands.jobs.comparing.methods import METHODS, MethodSpec
 from ctrl_diffusion.control.control import Control, read_about
 from ctrl_diffusion.control.kinds import KINDS, load_control
 from ctrl_diffusion.control.policy import Policy

@@ -20,9 +20,9 @@ from .evaluate import evaluate
 from .exact import exact
 from .export import export
 from .inspect import inspect
-from .options import CTRL, OTHER
+from .line.options import CTRL, OTHER
+from .line.terminal import spell_output
 from .sample import sample
-from .terminal import spell_output
 from .train import train
 
 app = typer.Typer(

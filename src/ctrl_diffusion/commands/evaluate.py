@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MOST, OTHER, Quiet, Trust, job_options
+from .line.options import MOST, OTHER, Quiet, Trust, job_options
 
 
 def evaluate(

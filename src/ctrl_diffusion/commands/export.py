@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import OTHER, Overwrite, Quiet, Trust, job_options
+from .line.options import OTHER, Overwrite, Quiet, Trust, job_options
 
 
 def export(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options as opt
+from .line import options as opt
 
 
 def train(

@@ -26,9 +26,9 @@ from ...run.run import Run
 from ...system.files import write_json
 from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
-from .comparison import STRENGTHS, Comparison
+from .comparing.comparison import STRENGTHS, Comparison
+from .comparing.methods import METHODS, Rows, choose_settings
 from .inspect import calls
-from .methods import METHODS, Rows, choose_settings
 
 COMPARE_FILES = ("compare.json", "cells", "pareto.png", "labels.png", "report.html")
 

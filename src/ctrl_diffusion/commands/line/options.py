@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..system.launch import rank_of
-from ..system.progress import JobOptions, ignore
+from ...system.launch import rank_of
+from ...system.progress import JobOptions, ignore
 
 SHOWN = 12  # progress bars
 RANK = rank_of(os.environ)  # among several processes
@@ -100,7 +100,7 @@ def read_values(
     options: dict[str, Any], config: Path | None, override: list[str], trust: bool, complete: Callable = dict
 ) -> dict[str, Any]:
     """Return the settings of a file, completed, those of -o over them, and over both the options that are not None."""
-    from ..run.config import check_code, read_settings, with_overrides
+    from ...run.config import check_code, read_settings, with_overrides
 
     options = {key: value for key, value in options.items() if value is not None}
     values = with_overrides(complete(read_settings(config) if config else {}), override, options)
@@ -117,7 +117,7 @@ def run_training(job: Callable[..., dict], values: dict[str, Any], out: Path, qu
 
 def close_training(metrics: dict[str, Any], out: Path, quiet: bool) -> None:
     """Print the summary of a training, and whether it failed to learn, also if `quiet`; then exit with 3."""
-    from ..evaluate.verdict import Verdict
+    from ...evaluate.verdict import Verdict
 
     verdict = Verdict.from_metrics(metrics)
     if not quiet:
@@ -130,7 +130,7 @@ def close_training(metrics: dict[str, Any], out: Path, quiet: bool) -> None:
 
 def summary(metrics: dict[str, Any], control: str, out: Path) -> str:
     """Return the closing words of a training."""
-    from ..evaluate.verdict import gap_line, percent
+    from ...evaluate.verdict import gap_line, percent
 
     ctrl = metrics["ctrl"]
     single = "".join(

@@ -13,28 +13,28 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from ...chain.codec import Codec
-from ...chain.denoise import Denoiser
-from ...chain.noise import stream
-from ...chain.paths import paths
-from ...data.images import Levels
-from ...data.labelled import LabelledImages
-from ...evaluate.certificate import certify
-from ...evaluate.fidelity import NEIGHBOURS, Fidelity, Yardstick
-from ...evaluate.judge import Observation, SecondOpinion
-from ...evaluate.scores import score_samples, score_target
-from ...guide.method import Method
-from ...guide.steered import Guidance
-from ...prior.prior import open_prior
-from ...reward.classifiers import WITH_JUDGE, WITH_RULER, ClassifierSettings, Fitter, settings_of, shares_of
-from ...reward.reward import ENOUGH, hits
-from ...run.config import ControlSettings
-from ...run.measure import prior_samples, repeats_of
-from ...run.prepare import encoder_of, read_data, select_classes
-from ...run.run import Run, configured
-from ...run.stages import train
-from ...system.files import finite_or_none
-from ...system.progress import DEFAULT, JobOptions, timed
+from ....chain.codec import Codec
+from ....chain.denoise import Denoiser
+from ....chain.noise import stream
+from ....chain.paths import paths
+from ....data.images import Levels
+from ....data.labelled import LabelledImages
+from ....evaluate.certificate import certify
+from ....evaluate.fidelity import NEIGHBOURS, Fidelity, Yardstick
+from ....evaluate.judge import Observation, SecondOpinion
+from ....evaluate.scores import score_samples, score_target
+from ....guide.method import Method
+from ....guide.steered import Guidance
+from ....prior.prior import open_prior
+from ....reward.classifiers import WITH_JUDGE, WITH_RULER, ClassifierSettings, Fitter, settings_of, shares_of
+from ....reward.reward import ENOUGH, hits
+from ....run.config import ControlSettings
+from ....run.measure import prior_samples, repeats_of
+from ....run.prepare import encoder_of, read_data, select_classes
+from ....run.run import Run, configured
+from ....run.stages import train
+from ....system.files import finite_or_none
+from ....system.progress import DEFAULT, JobOptions, timed
 from .methods import METHODS, FittedModels, Rows, choose_settings, trials_of
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)

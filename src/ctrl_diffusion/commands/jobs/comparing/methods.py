@@ -12,30 +12,30 @@ import torch
 from scipy.stats import hmean
 from torch import Tensor
 
-from ...chain.denoise import Denoiser
-from ...chain.noise import stream
-from ...control.policy import Policy
-from ...data.labelled import LabelledImages
-from ...data.labels import NULL
-from ...guide.classifier_guidance import ClassifierGuidance
-from ...guide.free_guidance import FreeGuidance
-from ...guide.method import Method
-from ...guide.noisy import NoisyClassifier, fit_noisy
-from ...guide.particles import TDS, FeynmanKac
-from ...guide.reconstruction import DPS, MPGD
-from ...guide.selection import BestOf, Importance, Rejection
-from ...guide.strength import STRENGTH, Knob, Scores
-from ...learn.fit import fit
-from ...learn.labelled import Labelled
-from ...prior.prior import open_prior
-from ...reward.classifiers import BATCH, DEEP, ClassifierSettings, epochs_of
-from ...reward.fit import AUGMENTATIONS, Recipe
-from ...reward.reward import prior_table
-from ...reward.scorer import Architecture
-from ...run.folder import RunFolder
-from ...run.run import Run, configured
-from ...system.folders import clear
-from ...system.progress import Phase, silent, timed
+from ....chain.denoise import Denoiser
+from ....chain.noise import stream
+from ....control.policy import Policy
+from ....data.labelled import LabelledImages
+from ....data.labels import NULL
+from ....guide.classifier_guidance import ClassifierGuidance
+from ....guide.free_guidance import FreeGuidance
+from ....guide.method import Method
+from ....guide.noisy import NoisyClassifier, fit_noisy
+from ....guide.particles import TDS, FeynmanKac
+from ....guide.reconstruction import DPS, MPGD
+from ....guide.selection import BestOf, Importance, Rejection
+from ....guide.strength import STRENGTH, Knob, Scores
+from ....learn.fit import fit
+from ....learn.labelled import Labelled
+from ....prior.prior import open_prior
+from ....reward.classifiers import BATCH, DEEP, ClassifierSettings, epochs_of
+from ....reward.fit import AUGMENTATIONS, Recipe
+from ....reward.reward import prior_table
+from ....reward.scorer import Architecture
+from ....run.folder import RunFolder
+from ....run.run import Run, configured
+from ....system.folders import clear
+from ....system.progress import Phase, silent, timed
 
 PARTICLES = 8  # for each sample
 SPREADS = ({"spread": 0.0}, {"spread": 0.25}, {"spread": 1.0})  # beside the usual 0.5: from never to always

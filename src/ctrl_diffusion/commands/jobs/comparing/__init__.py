@@ -1,0 +1,1 @@
+"""Compare methods: what each is, and the table of their rows."""

@@ -1,0 +1,1 @@
+"""Read a command's options and write to the terminal."""
