@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FIGURES := demo digit ink,slant add scale unseen own text exact bias
+FIGURES := demo digit ink,slant add scale unseen own text programs exact bias
 
 .PHONY: setup demo test lint bench docs prior
 setup: .venv/ready

@@ -9,6 +9,7 @@ gamma   ink for several γ: the gap at each over the gap at 1, and beside a run 
 unseen  ink on seven of the prior's ten classes, certified on the three others (twenty minutes)
 own     an unknown pipeline, of examples/textures.py, all settings the defaults (half an hour)
 text    a text-to-image pipeline, of examples/text_digits.py, and ink (three quarters of an hour)
+programs  what other programs' chain does with a control's LoRA file (half an hour)
 exact   the testbed: every learner where the conditional is known (an hour)
 bias    the testbed: where each baseline's bias comes from (ten minutes)
 
@@ -197,6 +198,46 @@ def text_row(folder: Path, seed: int, each: int = 25) -> Metrics:
     return {"seed": seed, "ink_measured": share, **own_metrics(folder, seed), "settings": TEXT}
 
 
+# a short training, whose files do what longer ones do
+PROGRAM_RUN = {
+    **select(TEXT, "guidance rank classifier"),
+    "steps": 28,
+    "learners": ["contrast"],
+    "contrast": {"updates": 400, "cache": 300},
+    "patience": None,
+    "evaluation": {"prior_samples": 400, "paths": 400, "probes": 2, "sweep_paths": 40},
+}
+STRENGTHS = (1.0, 0.8)  # of the weights
+
+
+def write_program_settings(folder: Path, seed: int) -> None:
+    (folder / "text.yaml").write_text(yaml.safe_dump(PROGRAM_RUN))
+
+
+def program_rows(folder: Path, seed: int) -> Metrics:
+    """Return the figures of the run's own chain and of A1111's, at each strength of the file."""
+    chains = {"ours": metrics_of(folder, seed)}
+    for strength in STRENGTHS:
+        figures = read_json(folder / f"a1111-{strength:g}.json")
+        chains[f"a1111 at {strength:g}"] = figures
+        if "every_step" in figures:
+            chains[f"a1111 at {strength:g}, every step"] = figures["every_step"]
+    rows = {name: select(chain, "prior ctrl certificate") for name, chain in chains.items()}
+    return {"seed": seed, "target": chains["ours"]["target"], "chains": rows, "settings": PROGRAM_RUN}
+
+
+def print_programs(rows: list[Metrics]) -> None:
+    """Print the table of docs/models.md."""
+    table = Table("chain", "ink as asked", "prior", "KL", "J", "gap")
+    for row in rows:
+        for name, chain in row["chains"].items():
+            ctrl, gap = chain["ctrl"], chain["certificate"]
+            shares = (f"{ctrl['accuracy']:.3f} ± {ctrl['accuracy_stderr']:.3f}", f"{chain['prior']['accuracy']:.3f}")
+            nats = (decimals(ctrl["kl_nats"], 2), decimals(gap["objective_nats"], 2))
+            table.add_row(name, *shares, *nats, f"{decimals(gap['gap_nats'], 2)} ± {decimals(gap['gap_stderr'], 2)}")
+    Console(width=120).print(table)
+
+
 def decimals(value: float | None, digits: int) -> str:
     """Return a figure for the table; blank where it was not measured."""
     return "" if value is None else f"{value:.{digits}f}"
@@ -304,6 +345,19 @@ TABLE = {
         ),
         ("text", text_row), {"run/grid.png": "text.png"}, (0,), write_text_settings,
         "seed ink_measured prior target ctrl classifier certificate seconds",
+    ),
+    "programs": Figures(
+        (
+            "python {root}/examples/text_digits.py --out {out} --autoencoder 150 --updates 500",
+            "ctrl train --prior {out}/pipeline --data {out}/photos --control ink --condition prompt "
+            "--config {out}/text.yaml --seed {seed} --out {out}/run",
+            *(
+                "ctrl evaluate {out}/run --as a1111 --sampler euler_a --steps 28 -n 400 "
+                f"--strength {strength:g} --out {{out}}/a1111-{strength:g}.json"
+                for strength in STRENGTHS
+            ),
+        ),
+        ("programs", program_rows), {}, (0,), write_program_settings, print_programs,
     ),
     "exact": Figures(
         ("ctrl exact --out {out}/exact",), ("exact", "exact/exact.json"),

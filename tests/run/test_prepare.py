@@ -166,6 +166,14 @@ def test_defaults_shrink_with_the_model_and_grow_with_the_task():
     assert [s["contrast"]["updates"] for s in (middle, many)] == [460, 2970]
 
 
+@pytest.mark.parametrize(("groups", "classes", "pooled"), [(1, 3, False), (10, 4, False), (64, 4, True), (7, 4, True)])
+def test_no_more_states_of_paths_are_kept_than_updates_visit(groups, classes, pooled):
+    settings = suggested((4, 8, 16), 442_100, 16, groups, classes, pooled)["contrast"]
+    paths = settings["cache"] * (1 if pooled else groups)
+    visits = 4 * settings["updates"] * settings["batch"]  # the limit of a learner that follows its probes
+    assert settings["states"] == 40 or paths * (settings["states"] - 1) < visits <= paths * settings["states"]
+
+
 @pytest.mark.parametrize("learners", [["contrast", "adjoint"], ["adjoint"]])
 def test_the_first_learner_that_follows_its_probes_has_a_limit(data, learners):
     """With a patience of null, or at a cosine, its updates are what they were; what was given binds."""

@@ -12,9 +12,11 @@ import yaml
 from pipelines import saved
 
 from ctrl_diffusion.chain.codec import Codec
-from ctrl_diffusion.commands.jobs.comparing.comparison import read_again
+from ctrl_diffusion.commands.jobs.comparing import comparison as comparison_room
+from ctrl_diffusion.commands.jobs.comparing.comparison import Comparison, read_again
 from ctrl_diffusion.commands.jobs.estimate import encoding_of
 from ctrl_diffusion.commands.jobs.train import classifier_job, train_job
+from ctrl_diffusion.control.conditions import ConditionSplit
 from ctrl_diffusion.data.labelled import LabelledImages, write_imagefolder
 from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.data.names import in_order
@@ -149,6 +151,19 @@ def test_a_comparison_reads_the_embeddings_again(run, data):
     again = read_again(run, run.config.controls[0], str(data))
     prompts = [run.prior.names[again.values["prompt"][c]] for c in again.labels["prompt"].tolist()]
     assert torch.equal(again.vectors["prompt"], run.prior.embedding_of(torch.tensor(prompts)))
+
+
+def test_cells_of_another_seed_are_measured_on_the_same_conditions(run, tmp_path, monkeypatch):
+    """Fitted or loaded again: a seed that draws other conditions to measure would compare other tasks."""
+    monkeypatch.setattr(comparison_room, "train", lambda run, phase: iter(()))
+    run.config = run.config.with_(prompts=PROMPTS)  # the file stands in a run's folder, and this run has none
+    comparison = Comparison(run, tmp_path, ["ctrl"], n=64)
+    others = ConditionSplit.of(run.known_classes, run.config.hold_out, 5)
+    assert others.measured != run.classes, "of 146 prompts 64 are measured"
+    for models in (comparison.fit_models(60, 5), comparison.fit_models(60, 5)):
+        assert models.run.config.seed == 5
+        assert models.run.classes == run.classes
+        assert torch.equal(models.run.conditions.cond["c"], run.conditions.cond["c"])
 
 
 def test_a_classifier_that_is_handed_over_serves_other_prompts(given, fitted):

@@ -4,7 +4,29 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from ctrl_diffusion.system.files import atomic, read_tensors, rounded, undamaged, write_json, write_tensors, write_text
+from ctrl_diffusion.system.files import (
+    atomic,
+    read_tensors,
+    rounded,
+    some_of,
+    undamaged,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from ctrl_diffusion.system.strict import Strict
+
+
+class Numbers(Strict):
+    values: list[int]
+
+
+def test_a_line_names_the_first_of_many():
+    assert some_of(["a", "b"], 2) == "a, b"
+    assert some_of(["a", "b", "c", "d"], 2, "; ") == "a; b; and 2 more"
+    with pytest.raises(ValueError, match="values") as error:
+        Numbers.from_values({"values": "9" * 10_000})
+    assert len(str(error.value)) < 400
 
 
 def write_half(path, error):

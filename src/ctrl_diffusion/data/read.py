@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..system.files import one_line
+from ..system.files import one_line, some_of
 from ..system.progress import Phase, delayed, silent
 from .images import MODES, Levels, Picture, as_x, blank, is_grey, open_image, to_array
 from .labelled import LabelledImages
@@ -178,9 +178,8 @@ class Tally:
         for name, (space, y) in labels.items():
             counts = [] if space.scale else y.bincount(minlength=space.size).tolist()
             texts = [f"{n} × {value[:40]}" for value, n in zip(space.values, counts, strict=False) if n]
-            more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
             scale = f"a scale, {space.values[0]} … {space.values[-1]}" if space.scale else ""
-            parts.append(f"{name}: {scale or ', '.join(texts[:SHOWN])}{more}")
+            parts.append(f"{name}: {scale or some_of(texts, SHOWN)}")
         return f"{self.table.name}: {'; '.join(parts)}."
 
 

@@ -48,7 +48,7 @@ from torch import Tensor
 from ..chain.schedule import bisect
 from ..control.conditions import Conditions
 from ..reward.reward import ENOUGH, SHOWN, hits, rarest
-from ..system.files import finite_or_none
+from ..system.files import finite_or_none, some_of
 from .clusters import Breakdown, cluster_error, clusters_of
 
 Value = TypeVar("Value", float, Tensor)
@@ -367,7 +367,7 @@ def warn_of_uncertified(
         )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     if above.any():
-        names = "; ".join(conditions.name_of(pair) for pair in above.nonzero().flatten().tolist()[:SHOWN])
+        names = some_of([conditions.name_of(pair) for pair in above.nonzero().flatten().tolist()], SHOWN, "; ")
         message = (
             f"log Z from the policy's paths is above the prior's for {int(above.sum())} of {conditions.pairs} (c, y) "
             f"({names}), by up to {float(difference[above].max()):.3f} nats: the larger is nearer, and nothing is "

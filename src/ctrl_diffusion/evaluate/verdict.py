@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..reward.reward import SHOWN
+from ..system.files import some_of
 from .clusters import cluster_error
 
 LEAST = 0.01  # nats: less is rounding
@@ -68,7 +69,7 @@ def gap_line(certificate: dict[str, Any], digits: int = 2) -> str:
         return bound
     text = f"not certified for any of {len(names)} (c, y), which too few of the prior's samples have"
     if gap is not None:
-        named = "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        named = some_of(names, SHOWN, "; ")
         certified = f"over {certificate['certified_pairs']} of {certificate['of_pairs']} (c, y)"
         text = f"{bound} {certified}; nothing is certified for {named}"
     if apart := certificate["on_paths"]:

@@ -11,6 +11,7 @@ from ..chain.codec import Codec
 from ..chain.rows import parts, rows_of
 from ..control.conditions import Conditions
 from ..data.labels import NULL, Labels
+from ..system.files import some_of
 
 ENOUGH = 10.0  # hits of a pair, from which on its log Z is an estimate and not a guess (`evaluate/certificate.py`)
 SHOWN = 4  # pairs in a message
@@ -210,8 +211,7 @@ def rarest(conditions: Conditions, counts: Tensor) -> str | None:
     few = counts.argsort()[: int((counts < ENOUGH).sum())].tolist()
     if not few:
         return None
-    named = "; ".join(f"{conditions.name_of(pair)} ({float(counts[pair]):.1f} hits)" for pair in few[:SHOWN])
-    return named + (f"; and {len(few) - SHOWN} more" if len(few) > SHOWN else "")
+    return some_of([f"{conditions.name_of(pair)} ({float(counts[pair]):.1f} hits)" for pair in few], SHOWN, "; ")
 
 
 def warn_of_rare(conditions: Conditions, table: Tensor, learner: str, gamma: float) -> None:

@@ -33,7 +33,8 @@ def suggested(
     told_apart = classes * (classes - 1) // 2  # pairs of labels; ten classes were still learning after 1,500 updates
     contrasts = min(4000, max(min(700, 400 + 20 * pairs), 66 * told_apart))
     certified = max(members, MEMBERS * classes) if pooled else members  # few of each, but some of every y
-    states = max(1, min(40, MOST_NUMBERS // (2 * drawn * dimensions)))
+    visited = LIMIT * contrasts * min(64, max(32, batch))  # states at most that updates learn from
+    states = max(1, min(40, MOST_NUMBERS // (2 * drawn * dimensions), math.ceil(visited / drawn)))
     lr = {} if parameters < 5_000_000 else {"lr_adapter": 3e-4}
     full = Adjoint.Settings()
     share = (batch / full.batch) ** 0.5

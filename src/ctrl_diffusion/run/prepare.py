@@ -25,6 +25,7 @@ from ..reward.classifiers import unreadable
 from ..reward.independence import dependence
 from ..reward.panel import Panel
 from ..system import ranks
+from ..system.files import some_of
 from ..system.progress import DEFAULT, JobOptions, Phase, silent
 from ..system.strict import merged
 from ..system.tracking import check_trackers
@@ -127,7 +128,8 @@ def known_classes(
     known = known or classes_to_train(prior, inputs)
     if known and known != numbers and (len(set(known)) < len(known) or not set(known) <= set(numbers)):
         what = f"different numbers in 0 … {numbers[-1]}" if numbers else "null: this prior is unconditional"
-        raise ValueError(f"classes must be {what}; got {config.classes}.")
+        given = config.classes if isinstance(config.classes, str) else some_of([*map(str, known)])
+        raise ValueError(f"classes must be {what}; got {given}.")
     if not known:
         if config.hold_out:
             raise ValueError(f"hold_out: {config.hold_out}: this prior is unconditional. Leave it out.")
@@ -356,7 +358,7 @@ def checked_panel(panel: Panel, settings: ControlSettings, data: LabelledImages,
         return replace(panel, reader=None, reader_accuracy=None, condition=condition, condition_values=())
     raise ValueError(
         f"the classifier in {folder} has no reader of {condition!r} for the classes "
-        f"{', '.join(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
+        f"{some_of(data.values[condition])}. Fit it with ctrl classifier --prior --condition."
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from torch import Tensor
 def one_line(message: object, most: int | None = None) -> str:
     """Return the text of an error, or of anything else, without line breaks, cut to so many characters."""
     return " ".join(str(message).split())[:most]
+
+
+def some_of(texts: Sequence[str], most: int = 10, separator: str = ", ") -> str:
+    """Join texts, of many the first, and say how many more there are."""
+    return separator.join([*texts[:most], *([f"and {len(texts) - most} more"] if len(texts) > most else [])])
 
 
 @contextmanager

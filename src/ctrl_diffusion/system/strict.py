@@ -6,6 +6,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from typing_extensions import Self
 
+from .files import one_line
+
 
 class Strict(BaseModel):
     """Hold checked, frozen settings."""
@@ -39,7 +41,7 @@ class Strict(BaseModel):
             near = get_close_matches(str(key), model.model_fields, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         message = error["msg"].removeprefix("Value error, ")
-        return f"{'.'.join(map(str, (*groups, key)))}: {message}, got {error['input']!r}{hint}"
+        return f"{'.'.join(map(str, (*groups, key)))}: {message}, got {one_line(repr(error['input']), 200)}{hint}"
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
