@@ -229,10 +229,10 @@ def dit():
 
 BUILDERS = {
     "DDPM": ddpm, "DiT": dit, "SD 1": stable_diffusion, "SD 2": stable_diffusion_2, "SDXL": stable_diffusion_xl,
-    "SD 3": stable_diffusion_3, "Flux": flux, "PixArt-α": pixart_alpha, "PixArt-Σ": pixart, "AuraFlow": aura_flow,
-    "Z-Image": z_image,
+    "SD 3": stable_diffusion_3, "Flux": flux, "PixArt-alpha": pixart_alpha, "PixArt-Sigma": pixart,
+    "AuraFlow": aura_flow, "Z-Image": z_image,
 }  # fmt: skip
-LARGE = ("Flux", "PixArt-α", "AuraFlow", "Z-Image")  # without a size they make images of 512 × 512 or more
+LARGE = ("Flux", "PixArt-alpha", "AuraFlow", "Z-Image")  # without a size they make images of 512 × 512 or more
 
 
 def saved(name, folder):

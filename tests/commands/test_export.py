@@ -26,7 +26,7 @@ from ctrl_diffusion.system.progress import JobOptions
 from tests.commands.families import run_on
 from tests.prior.odd import as_variant, renamed, rewrite, weights_of
 
-LONG = ("SD 2", "SDXL", "SD 3", "DiT", "PixArt-α", "PixArt-Σ", "AuraFlow")  # they take the paths of others
+LONG = ("SD 2", "SDXL", "SD 3", "DiT", "PixArt-alpha", "PixArt-Sigma", "AuraFlow")  # they take the paths of others
 # in a process of its own: the package cannot be imported, and says so if it is
 LOADED = """
 import sys
@@ -344,7 +344,7 @@ def test_files_for_other_programs_lie_beside_the_pipeline(finished, ctrl_here, t
 
 
 @pytest.mark.parametrize(
-    ("name", "programs"), [("DDPM", "all"), ("DiT", "diffusers"), ("Flux", "invokeai"), ("PixArt-Σ", "all")]
+    ("name", "programs"), [("DDPM", "all"), ("DiT", "diffusers"), ("Flux", "invokeai"), ("PixArt-Sigma", "all")]
 )
 def test_programs_that_cannot_take_a_control_are_named(finished, ctrl_here, tmp_path, name, programs):
     run, _ = run_on(name, finished, tmp_path)

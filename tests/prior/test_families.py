@@ -63,7 +63,7 @@ def network_output(folders, name, x_t, timestep, c):
     if name.startswith("PixArt"):
         states, mask, null, null_mask = pipeline.encode_prompt(texts, device="cpu")
         added, guidance = {"resolution": None, "aspect_ratio": None}, 4.5
-        if name == "PixArt-α":
+        if name == "PixArt-alpha":
             added = {"resolution": torch.tensor([[32.0, 48]] * 2), "aspect_ratio": torch.tensor([[32 / 48]] * 2)}
         halves = [
             pipeline.transformer(x_t, h, t, added, encoder_attention_mask=m).sample[:, :4]
@@ -289,7 +289,7 @@ def test_images_need_not_be_square(folders, name, size):
     [
         ("SD 1", (30, 32), "size 30×32: height and width must be multiples of 4"),
         ("Flux", (36, 32), "size 36×32: height and width must be multiples of 8"),
-        ("PixArt-Σ", (36, 32), "size 36×32: height and width must be multiples of 8"),
+        ("PixArt-Sigma", (36, 32), "size 36×32: height and width must be multiples of 8"),
         ("AuraFlow", (36, 32), "size 36×32: height and width must be multiples of 8"),
         ("AuraFlow", (32, 56), "size 32×56: it has no positions beyond 48 pixels a side"),
         ("AuraFlow", None, "size 1024×1024: it has no positions beyond 48 pixels a side"),

@@ -22,8 +22,8 @@ def opened(folders, name, folder=None):
         ("SDXL", {"text_encoder": 16, "text_encoder_2": 16}),
         ("SD 3", {"text_encoder": 16, "text_encoder_2": 16}),  # its third was left out
         ("Flux", {"text_encoder": 16, "text_encoder_2": 512}),
-        ("PixArt-α", {"text_encoder": 120}),
-        ("PixArt-Σ", {"text_encoder": 300}),
+        ("PixArt-alpha", {"text_encoder": 120}),
+        ("PixArt-Sigma", {"text_encoder": 300}),
         ("AuraFlow", {"text_encoder": 256}),
         ("Z-Image", {"text_encoder": 512 - 19}),  # the template has the words user and assistant, three signs, lines
     ],

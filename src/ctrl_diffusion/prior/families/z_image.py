@@ -56,7 +56,7 @@ def load(pipeline: Any, size: tuple[int, int] | None) -> Family:
     def call(x_t: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor) -> Tensor:
         mask = encoder_attention_mask > 0
         # on the meta device there are no values; the shape of what is predicted does not depend on them
-        counts = [window] * len(mask) if mask.is_meta else mask.sum(1).tolist()
+        counts = [window] * len(mask) if mask.is_meta else mask.sum(1).cpu().tolist()
         captions = [states[:count] for states, count in zip(encoder_hidden_states, counts, strict=True)]
         images = list(x_t.unsqueeze(2).unbind())  # of one frame each
         velocities = network(images, (1000 - timestep) / 1000, captions, return_dict=False)[0]
