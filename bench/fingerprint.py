@@ -62,7 +62,7 @@ def show_testbed(folder: Path) -> None:
 
 
 def show_families(folder: Path) -> None:
-    from pipelines import BUILDERS, saved
+    from pipelines import BUILDERS, LARGE, saved
 
     warnings.simplefilter("ignore")
 
@@ -78,7 +78,7 @@ def show_families(folder: Path) -> None:
     for name in BUILDERS:
         prior, run = folder / name / "prior", folder / name / "run"
         saved(name, prior)
-        settings = {**SETTINGS, "prior": str(prior), "data": str(data), "size": [32, 48] if name == "Flux" else None}
+        settings = {**SETTINGS, "prior": str(prior), "data": str(data), "size": [32, 48] if name in LARGE else None}
         if name == "DDPM":
             settings["data"] = str(small(data))
         elif name != "DiT":

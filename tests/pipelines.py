@@ -6,16 +6,22 @@ import diffusers
 import torch
 import transformers
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -23,6 +29,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -30,9 +38,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 WIDTH = 16  # of the text encoders
@@ -63,6 +76,32 @@ def t5_tokenizer():
 
 def t5():
     return T5EncoderModel(T5Config(vocab_size=32, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+def umt5():
+    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer():
+    """One token a letter, and a chat's template."""
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ", *string.ascii_lowercase]
+    tokenizer = Qwen2Tokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], chat_template=TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def qwen():
+    config = Qwen3Config(
+        vocab_size=32, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    return Qwen3Model(config).eval()
 
 
 def vae(channels=4, shift=None):
@@ -134,6 +173,43 @@ def flux():
     )  # fmt: skip
 
 
+def pixart(kind=PixArtSigmaPipeline, heads=2, side=8):
+    """With channels of a learned variance, as both are."""
+    transformer = PixArtTransformer2DModel(
+        sample_size=side, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=8, num_attention_heads=heads,
+        cross_attention_dim=8 * heads, caption_channels=WIDTH, interpolation_scale=1,
+    ).eval()  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    return kind(transformer=transformer, vae=vae(), text_encoder=t5(), tokenizer=t5_tokenizer(), scheduler=scheduler)
+
+
+def pixart_alpha():
+    """Of the largest size: told height, width and their ratio, each in a third of its embedding."""
+    return pixart(PixArtAlphaPipeline, heads=3, side=128)
+
+
+def aura_flow():
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=4,
+        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=8, pos_embed_max_size=36,
+    ).eval()  # fmt: skip
+    return AuraFlowPipeline(
+        transformer=transformer, vae=vae(), text_encoder=umt5(), tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )  # fmt: skip
+
+
+def z_image():
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+        axes_dims=[4, 2, 2], axes_lens=[514, 8, 8],
+    ).eval()  # fmt: skip
+    return ZImagePipeline(
+        transformer=transformer, vae=vae(shift=0.1), text_encoder=qwen(), tokenizer=qwen_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )  # fmt: skip
+
+
 def ddpm():
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1,
@@ -153,8 +229,10 @@ def dit():
 
 BUILDERS = {
     "DDPM": ddpm, "DiT": dit, "SD 1": stable_diffusion, "SD 2": stable_diffusion_2, "SDXL": stable_diffusion_xl,
-    "SD 3": stable_diffusion_3, "Flux": flux,
+    "SD 3": stable_diffusion_3, "Flux": flux, "PixArt-alpha": pixart_alpha, "PixArt-Sigma": pixart,
+    "AuraFlow": aura_flow, "Z-Image": z_image,
 }  # fmt: skip
+LARGE = ("Flux", "PixArt-alpha", "AuraFlow", "Z-Image")  # without a size they make images of 512 × 512 or more
 
 
 def saved(name, folder):

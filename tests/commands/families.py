@@ -4,7 +4,7 @@ import shutil
 
 import torch
 import yaml
-from pipelines import saved
+from pipelines import LARGE, saved
 from safetensors.torch import load_file, save_file
 
 from ctrl_diffusion.control.lora import LoRAControl
@@ -18,7 +18,7 @@ def run_on(name, finished, folder):
     config = yaml.safe_load((finished / "config.yaml").read_text()) | {"prior": str(folder / "prior")}
     if name in ("DDPM", "DiT"):
         config |= {"prompts": None, "guidance": None, "classes": None if name == "DDPM" else [0, 3]}
-    config["size"] = [32, 48] if name == "Flux" else None
+    config["size"] = [32, 48] if name in LARGE else None
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     prior = Prior.from_pretrained(folder / "prior", config["size"])
     LoRAControl("dark", ("no", "yes"), prior.denoiser, rank=2).save(folder / "run" / "control")

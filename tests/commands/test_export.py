@@ -26,6 +26,7 @@ from ctrl_diffusion.system.progress import JobOptions
 from tests.commands.families import run_on
 from tests.prior.odd import as_variant, renamed, rewrite, weights_of
 
+LONG = ("SD 2", "SDXL", "SD 3", "DiT", "PixArt-alpha", "PixArt-Sigma", "AuraFlow")  # they take the paths of others
 # in a process of its own: the package cannot be imported, and says so if it is
 LOADED = """
 import sys
@@ -42,9 +43,7 @@ np.savez(result, **drawn)
 """
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("SD 2", "SDXL", "SD 3", "DiT") else ()) for n in BUILDERS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in LONG else ()) for n in BUILDERS])
 def test_an_exported_run_draws_the_same_images_without_us(finished, ctrl_here, tmp_path, name):
     """With the control, at another strength, and without it: byte for byte what `ctrl sample` writes."""
     (run, config), out = run_on(name, finished, tmp_path), tmp_path / "out"
@@ -344,7 +343,9 @@ def test_files_for_other_programs_lie_beside_the_pipeline(finished, ctrl_here, t
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("name", "programs"), [("DDPM", "all"), ("DiT", "diffusers"), ("Flux", "invokeai")])
+@pytest.mark.parametrize(
+    ("name", "programs"), [("DDPM", "all"), ("DiT", "diffusers"), ("Flux", "invokeai"), ("PixArt-Sigma", "all")]
+)
 def test_programs_that_cannot_take_a_control_are_named(finished, ctrl_here, tmp_path, name, programs):
     run, _ = run_on(name, finished, tmp_path)
     done = ctrl_here("export", run, tmp_path / "out", "--for", programs)

@@ -5,12 +5,15 @@ import shutil
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     AutoencoderTiny,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DModel,
     VQModel,
+    ZImageTransformer2DModel,
 )
 from pipelines import text_unet
 from safetensors.torch import load_file, save_file
@@ -189,6 +192,32 @@ def flux(**options):
     )  # fmt: skip
 
 
+def transformer(kind, **options):
+    return lambda folder: put(folder, "transformer", kind(**options))
+
+
+def pixart(**options):
+    return transformer(
+        PixArtTransformer2DModel, sample_size=8, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        **{"in_channels": 4, "out_channels": 8, "cross_attention_dim": 16, "caption_channels": 16, **options},
+    )  # fmt: skip
+
+
+def aura_flow(**options):
+    return transformer(
+        AuraFlowTransformer2DModel, sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=4,
+        num_attention_heads=2, caption_projection_dim=8, pos_embed_max_size=144,
+        **{"in_channels": 4, "out_channels": 4, "joint_attention_dim": 16, **options},
+    )  # fmt: skip
+
+
+def z_image(**options):
+    return transformer(
+        ZImageTransformer2DModel, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, axes_dims=[4, 2, 2],
+        **{"in_channels": 4, "cap_feat_dim": 16, "axes_lens": [514, 8, 8], **options},
+    )  # fmt: skip
+
+
 # what is wrong → the family, the change, and what the one line must say: the part, what was got, the way out
 LACKS = {
     "LoRA merged, not unloaded": (
@@ -349,6 +378,11 @@ FILES = {
     "onnx": ("SD 1", index(unet=["onnxruntime", "Session"]), "unet is of a class of its own"),
     "an unknown class": ("SD 1", index(unet=["diffusers", "UNetOfTomorrow"]), "unet is a UNetOfTomorrow.*Upgrade"),
     "an index of another kind": ("DDPM", index(unet="UNet2DModel"), "unet is given as 'UNet2DModel'"),
+    "an inpainting pipeline": (
+        "SD 1",
+        index(_class_name="StableDiffusionInpaintPipeline"),
+        "holds a StableDiffusionInpaintPipeline; supported: DDPMPipeline, .*, ZImagePipeline",
+    ),
     "a custom pipeline": ("DDPM", index(_class_name=["my_pipeline", "Mine"]), "its own class, my_pipeline.Mine"),
     "our own export": (
         "DDPM",
@@ -372,6 +406,18 @@ INPUTS = {
     "SD 3 out": ("SD 3", sd3(out_channels=3), "transformer predicts 3 channels for 4"),
     "SD 3 in": ("SD 3", sd3(in_channels=8), "transformer is given 8 channels"),
     "Flux Fill": ("Flux", flux(in_channels=32, out_channels=16), "transformer is given 8 channels, and x has 4"),
+    "PixArt in": (
+        "PixArt-Sigma",
+        pixart(in_channels=8, out_channels=4),
+        "transformer is given 8 channels, and x has 4",
+    ),
+    "PixArt's text of another width": ("PixArt-Sigma", pixart(caption_channels=24), "its network cannot be called"),
+    "AuraFlow out": ("AuraFlow", aura_flow(out_channels=3), "transformer predicts 3 channels for 4"),
+    "AuraFlow's text of another width": ("AuraFlow", aura_flow(joint_attention_dim=24), "its network cannot be called"),
+    "Z-Image in": ("Z-Image", z_image(in_channels=8), "transformer is given 8 channels, and x has 4"),
+    "Z-Image's text of another width": ("Z-Image", z_image(cap_feat_dim=24), "its network cannot be called"),
+    "an image beside the text": ("Z-Image", z_image(siglip_feat_dim=8), "is given an image beside the text .siglip"),
+    "no place for the text": ("Z-Image", z_image(axes_lens=[64, 8, 8]), "has 64 positions for the 512 tokens"),
     "labels as a timestep": ("DDPM", unet(class_embed_type="timestep"), "unet has class_embed_type 'timestep'"),
     "labels as an embedding": ("DDPM", unet(class_embed_type="identity"), "unet has class_embed_type 'identity'"),
     "classes and text": ("SD 1", text(num_class_embeds=3), "unet has num_class_embeds 3"),
@@ -453,6 +499,7 @@ SCHEDULERS = {
         "its scheduler: scheduler_config.json must hold an object, .* got '2147483648'",
     ),
     "reversed time": ("SD 3", scheduler(invert_sigmas=True), "invert_sigmas"),
+    "reversed time of text to data": ("Z-Image", scheduler(invert_sigmas=True), "invert_sigmas"),
     "another clock": ("Flux", scheduler(num_train_timesteps=500), "counts 500 timesteps"),
     "log σ": ("SDXL", scheduler(timestep_type="continuous", prediction_type="v_prediction"), "is given log σ"),
     "a flow": ("DDPM", scheduler("DPMSolverMultistepScheduler", use_flow_sigmas=True), "use_flow_sigmas: it is a flow"),

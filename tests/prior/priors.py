@@ -3,6 +3,7 @@
 import json
 
 import torch
+from pipelines import LARGE
 
 from ctrl_diffusion.chain.paths import PriorPaths
 from ctrl_diffusion.control.lora import LoRAControl
@@ -15,7 +16,7 @@ from ctrl_diffusion.learn.weighted import Weighted
 from ctrl_diffusion.prior.prior import Prior
 
 PROMPTS = ["a seven", "two"]
-SIZE = {"Flux": (32, 48), "SDXL": (32, 48)}  # Flux's default is 1024 × 1024; SDXL is told height and width
+SIZE = dict.fromkeys((*LARGE, "SDXL"), (32, 48))  # SDXL and PixArt-α are told height and width
 
 
 def opened(folders, name, **options):

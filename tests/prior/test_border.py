@@ -127,6 +127,9 @@ UNDONE = {
     "plain ones first": ("DDPM", lambda folder: shutil.copy(
         weights_of(folder / "unet"), folder / "unet" / f"{UNET}.fp16.safetensors"), None),
     "sharded plainly": ("SD 1", on("text_encoder", sharded), None),
+    "PixArt's class of old": ("PixArt-Sigma", lambda folder: [
+        edit(folder / "model_index.json", transformer=["diffusers", "Transformer2DModel"]),
+        edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel", num_vector_embeds=None)], None),
     "position_ids of old": ("SD 1", tensors("text_encoder", lambda old: {
         **old, "text_model.embeddings.position_ids": torch.arange(16)[None]}), None),
 }  # fmt: skip

@@ -23,16 +23,16 @@ from ctrl_diffusion.reward.reward import Reward
 from tests.prior.priors import LEARNERS, PROMPTS, Darkness, assert_close, condition_of, controlled, edit, opened
 
 STEPS = 20
-
-
-DIFFUSION = [name for name in BUILDERS if name not in ("SD 3", "Flux")]
+FLOWS = ["SD 3", "Flux", "AuraFlow", "Z-Image"]
+DIFFUSION = [name for name in BUILDERS if name not in FLOWS]
+TEXT = [name for name in BUILDERS if name not in ("DDPM", "DiT")]
 
 
 @torch.no_grad()
 def network_output(folders, name, x_t, timestep, c):
     """What the pipeline's own network says under the pipeline's own guidance, written as its own loop has it."""
     pipeline, texts = folders[name][1], [PROMPTS[i] for i in (() if c is None else c)]
-    guidance = {"SD 1": 7.5, "SD 2": 7.5, "SDXL": 5.0, "SD 3": 7.0, "Flux": 3.5}.get(name)
+    guidance = {"SD 1": 7.5, "SD 2": 7.5, "SDXL": 5.0, "SD 3": 7.0, "Z-Image": 5.0}.get(name, 3.5)
     t = timestep.expand(len(x_t))
     if name == "DDPM":
         return pipeline.unet(x_t, t).sample
@@ -60,6 +60,22 @@ def network_output(folders, name, x_t, timestep, c):
             packed, states, pooled, t / 1000, ids, text_ids, torch.full((len(x_t),), guidance)
         ).sample  # fmt: skip
         return pipeline._unpack_latents(velocity, 4 * height, 4 * width, 4)
+    if name.startswith("PixArt"):
+        states, mask, null, null_mask = pipeline.encode_prompt(texts, device="cpu")
+        added, guidance = {"resolution": None, "aspect_ratio": None}, 4.5
+        if name == "PixArt-alpha":
+            added = {"resolution": torch.tensor([[32.0, 48]] * 2), "aspect_ratio": torch.tensor([[32 / 48]] * 2)}
+        halves = [
+            pipeline.transformer(x_t, h, t, added, encoder_attention_mask=m).sample[:, :4]
+            for h, m in ((states, mask), (null, null_mask))
+        ]
+    if name == "AuraFlow":
+        states, _, null, _ = pipeline.encode_prompt(texts, device="cpu")
+        halves = [pipeline.transformer(x_t, h, t / 1000).sample for h in (states, null)]
+    if name == "Z-Image":
+        images, encoded = list(x_t.unsqueeze(2)), pipeline.encode_prompt(texts, "cpu")
+        halves = [-torch.stack(pipeline.transformer(images, 1 - t / 1000, h).sample).squeeze(2) for h in encoded]
+        return halves[0] + guidance * (halves[0] - halves[1])
     return halves[1] + guidance * (halves[0] - halves[1])
 
 
@@ -101,7 +117,7 @@ def test_trajectories_are_those_of_diffusers(folders, name, kind, eta):
     assert i + 1 >= 10
 
 
-@pytest.mark.parametrize("name", ["SD 3", "Flux"])
+@pytest.mark.parametrize("name", FLOWS)
 def test_trajectories_are_those_of_flow_matching(folders, name):
     """Down to x_0, which is what Euler's last step makes of the chain's last state; the shift is the scheduler's."""
     prior, pipeline = opened(folders, name), folders[name][1]
@@ -119,6 +135,32 @@ def test_trajectories_are_those_of_flow_matching(folders, name):
         x = plain.step(velocity, k, path.x[i]).prev_sample
         assert_close(path.x[i + 1] if i + 1 < len(path.x) else path.x_0, x)
     assert i + 1 >= 10
+
+
+@pytest.mark.parametrize("name", TEXT)
+@torch.no_grad()
+def test_images_are_those_that_the_pipeline_itself_draws(folders, name):
+    """From the same noise, by its own call: prompts, guidance, clock, sign, latents and their scale are its own."""
+    prior, pipeline = opened(folders, name), folders[name][1]
+    _, height, width = prior.image_shape
+    even = torch.linspace(1, 1 / STEPS, STEPS).tolist()
+    options = {"height": height, "width": width, "num_inference_steps": STEPS, "output_type": "pt"}
+    scheduler, times = pipeline.scheduler, tuple(even)
+    if name in FLOWS:
+        times = tuple(map(prior.denoiser.schedule.shifted, even))
+        options["sigmas"] = even
+    else:
+        steps = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "steps_offset": 1}
+        scheduler = DDIMScheduler.from_config(scheduler.config, **steps)
+    if name.startswith("PixArt"):  # else it draws another size and resizes it; cleans prompts where it can
+        options |= {"use_resolution_binning": False, "clean_caption": False}
+    own = type(pipeline)(**{**pipeline.components, "scheduler": scheduler})
+    own.set_progress_bar_config(disable=True)
+    path = chain(prior, times, 0.0)
+    x = own._pack_latents(path.x[0], 2, *prior.denoiser.shape) if name == "Flux" else path.x[0]
+    images = own(list(PROMPTS), latents=x, **options).images
+    assert ((images > 0) & (images < 1)).float().mean() > 0.1  # else there would be little to compare
+    assert_close(prior.decode(path.x_0).clamp(-1, 1) / 2 + 0.5, images)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -140,7 +182,7 @@ def test_a_null_control_is_the_network_itself(folders, name):
         assert_close(mixed, torch.stack([steered[0], expected[1]]))
 
 
-@pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux", "DiT"])
+@pytest.mark.parametrize("name", ["DiT", *TEXT])
 def test_attention_is_pytorchs_own(folders, name, monkeypatch):
     """Of the bare network and of one with a control alike."""
     prior, called = opened(folders, name), []  # its prompts are encoded before the count
@@ -222,7 +264,7 @@ def test_a_pipeline_is_inspected(folders, name):
     bare = sum(p.numel() for p in prior.denoiser.network.parameters())
     report = describe(prior)
     assert (report["family"], report["parameters"]) == (type(pipeline).__name__, bare)
-    kinds = {"SD 2": "v_prediction", "SD 3": "flow", "Flux": "flow"}
+    kinds = {"SD 2": "v_prediction", **dict.fromkeys(FLOWS, "flow")}
     assert report["prediction_type"] == kinds.get(name, "epsilon")
     assert report["schedule"] == ("RectifiedFlow" if kinds.get(name) == "flow" else "VariancePreserving")
     assert 0 < report["control_parameters"]
@@ -231,7 +273,7 @@ def test_a_pipeline_is_inspected(folders, name):
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
-@pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux"])
+@pytest.mark.parametrize("name", TEXT)
 def test_images_need_not_be_square(folders, name, size):
     """Nor of the size a family was trained on; latents and images are of the size asked for."""
     prior = Prior.from_pretrained(folders[name][0], size).with_prompts(PROMPTS)
@@ -247,6 +289,13 @@ def test_images_need_not_be_square(folders, name, size):
     [
         ("SD 1", (30, 32), "size 30×32: height and width must be multiples of 4"),
         ("Flux", (36, 32), "size 36×32: height and width must be multiples of 8"),
+        ("PixArt-Sigma", (36, 32), "size 36×32: height and width must be multiples of 8"),
+        ("AuraFlow", (36, 32), "size 36×32: height and width must be multiples of 8"),
+        ("AuraFlow", (32, 56), "size 32×56: it has no positions beyond 48 pixels a side"),
+        ("AuraFlow", None, "size 1024×1024: it has no positions beyond 48 pixels a side"),
+        ("Z-Image", (36, 32), "size 36×32: height and width must be multiples of 8"),
+        ("Z-Image", (72, 32), "size 72×32: it has no positions beyond 64 pixels a side"),
+        ("Z-Image", None, "size 1024×1024: it has no positions beyond 64 pixels a side"),
         ("DDPM", (16, 16), "size 16×16: it makes images of 8×8 only"),
         ("DiT", (16, 16), "size 16×16: it makes images of 32×32 only"),
     ],

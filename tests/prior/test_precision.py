@@ -101,7 +101,7 @@ def test_the_adapter_of_a_network_in_half_precision_is_trained_in_full(folders, 
     assert all(p.grad.any() for p in adapter)
 
 
-@pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux"])
+@pytest.mark.parametrize("name", ["SD 1", "SDXL", "SD 3", "Flux", "PixArt-Sigma", "AuraFlow", "Z-Image"])
 def test_encoders_stored_in_half_precision_are_used_in_full(folders, tmp_path, name):
     folder, pipeline = folders[name]
     shutil.copytree(folder, tmp_path / "half")

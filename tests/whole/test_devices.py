@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from elsewhere import DEVICE, There, open_device
-from pipelines import saved
+from pipelines import BUILDERS, LARGE, saved
 
 from ctrl_diffusion.chain.paths import paths
 from ctrl_diffusion.commands.jobs.estimate import estimate_job
@@ -69,7 +69,7 @@ def elsewhere(monkeypatch):
 
 def job(folder, device, learner, only=None):
     """A small whole job: control and figures; the control may speak at one step only."""
-    prior = Prior.from_pretrained(folder, (32, 32) if folder.name == "Flux" else None)
+    prior = Prior.from_pretrained(folder, (32, 32) if folder.name in LARGE else None)
     prior = (prior.with_prompts(["a seven", "two"]) if prior.text else prior).placed(device)
     place = prior.denoiser.device
     assert place.type == torch.device(device).type
@@ -165,7 +165,7 @@ def test_every_baseline_works_elsewhere_as_on_the_cpu(folder, elsewhere, name):
     assert found.cost == expected.cost
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("DiT", "SDXL", "SD 3", "Flux")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in BUILDERS if name not in ("DDPM", "SD 1", "SD 2")]
 
 
 @pytest.mark.parametrize("name", ["SD 1", *SLOW])

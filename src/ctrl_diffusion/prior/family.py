@@ -1,5 +1,6 @@
 """Describe a model family: what its file reads of a pipeline, and the denoiser that follows."""
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,19 @@ def check_size(size: tuple[int, int] | None, only: tuple[int, int]) -> None:
     """Refuse a size other than the only one that a network can make."""
     if size and tuple(size) != tuple(only):
         raise ValueError(f"size {size[0]}×{size[1]}: it makes images of {only[0]}×{only[1]} only. Leave size out")
+
+
+def default_size(pipeline: Any) -> tuple[int, int]:
+    """Return (H, W) of the images that a pipeline makes by default, off its signature."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return parameters["height"].default, parameters["width"].default
+
+
+def check_sides(size: tuple[int, int], patch: int, *most: int) -> None:
+    """Refuse a size of more patches (of `patch` pixels a side) than a network has positions for, a side or in both."""
+    for side, longest in zip(size, most * (2 // len(most)), strict=True):
+        if side > patch * longest:
+            raise ValueError(f"size {size[0]}×{size[1]}: it has no positions beyond {patch * longest} pixels a side")
 
 
 def check_class(part: str, module: nn.Module, *known: str) -> None:

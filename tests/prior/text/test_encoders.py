@@ -22,6 +22,10 @@ def opened(folders, name, folder=None):
         ("SDXL", {"text_encoder": 16, "text_encoder_2": 16}),
         ("SD 3", {"text_encoder": 16, "text_encoder_2": 16}),  # its third was left out
         ("Flux", {"text_encoder": 16, "text_encoder_2": 512}),
+        ("PixArt-alpha", {"text_encoder": 120}),
+        ("PixArt-Sigma", {"text_encoder": 300}),
+        ("AuraFlow", {"text_encoder": 256}),
+        ("Z-Image", {"text_encoder": 512 - 19}),  # the template has the words user and assistant, three signs, lines
     ],
 )
 def test_every_family_names_its_encoders_and_their_windows(folders, tmp_path, name, windows):
@@ -59,6 +63,14 @@ def test_whatever_changes_the_rows_changes_the_fingerprint(folders, part, change
     text = opened(folders, "SDXL")
     before = fingerprint(text.encoders)
     change(text.encoders[part])
+    assert fingerprint(text.encoders) != before
+
+
+def test_the_template_of_a_chat_is_known(folders):
+    """What a prompt is put into changes its rows."""
+    text = opened(folders, "Z-Image")
+    before = fingerprint(text.encoders)
+    text.encoders["text_encoder"].tokenizer.chat_template += "!"
     assert fingerprint(text.encoders) != before
 
 

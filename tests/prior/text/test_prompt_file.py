@@ -61,6 +61,11 @@ def test_what_is_no_file_of_prompts_is_one_line(tmp_path, data, message):
         ("Flux", [14, 15, 3, 510], [
             "2 prompts are longer than the 16 tokens of text_encoder; what is beyond is not read there"
         ]),
+        ("PixArt-Sigma", [298, 299], [
+            "1 prompt is longer than the text encoder's 300 tokens; what is beyond is not read"
+        ]),
+        ("AuraFlow", [254, 255], ["1 prompt is longer than the text encoder's 256 tokens; what is beyond is not read"]),
+        ("Z-Image", [493, 494], ["1 prompt is longer than the text encoder's 493 tokens; what is beyond is not read"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("batch", [1, 3, 1024])
@@ -68,7 +73,8 @@ def test_prompts_beyond_a_window_are_counted(folders, monkeypatch, name, letters
     monkeypatch.setattr(encoders, "BATCH", batch)
     family = Prior.from_pretrained(folders[name][0], SIZE.get(name)).text
     prompts = ["a" * count for count in letters]
-    first = next((i for i, count in enumerate(letters) if count > 14), 0)
+    reads = {"PixArt-Sigma": 298, "AuraFlow": 254, "Z-Image": 493}.get(name, 14)
+    first = next((i for i, count in enumerate(letters) if count > reads), 0)
     lines = [10 * i + 7 for i in range(len(prompts))]
     assert beyond_windows(family.encoders, prompts, lines) == [f"{line} (first: line {lines[first]})" for line in said]
     assert beyond_windows(family.encoders, prompts) == [f"{line} (first: prompt {first + 1})" for line in said]

@@ -12,7 +12,7 @@ from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.prior.text.encoded import SHARD
 from tests.prior.priors import SIZE, assert_close
 
-FAMILIES = ["SD 1", "SDXL", "SD 3", "Flux"]
+FAMILIES = ["SD 1", "SDXL", "SD 3", "Flux", "PixArt-Sigma", "AuraFlow", "Z-Image"]
 PROMPTS = [f"{'ab' * (i % 6)} {chr(97 + i % 26)} {chr(97 + i // 26)}" for i in range(2 * SHARD + 5)]
 C = torch.tensor([3, SHARD + 9, 3, 2 * SHARD + 4])  # of three shards, one twice
 

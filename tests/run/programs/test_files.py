@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from pipelines import saved
+from pipelines import LARGE, saved
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -18,12 +18,13 @@ from ctrl_diffusion.run.programs.table import PROGRAMS, chosen
 from tests.run.programs.readers import READERS, apply, grouped, token_width
 
 FAMILIES = {"SD 1": "StableDiffusionPipeline", "SDXL": "StableDiffusionXLPipeline", "SD 2": "StableDiffusionPipeline",
-            "SD 3": "StableDiffusion3Pipeline", "Flux": "FluxPipeline"}  # fmt: skip
+            "SD 3": "StableDiffusion3Pipeline", "Flux": "FluxPipeline", "AuraFlow": "AuraFlowPipeline",
+            "Z-Image": "ZImagePipeline"}  # fmt: skip
 PAINTING = ("comfyui", "a1111", "invokeai")
 CELLS = [(p, f) for p in PAINTING for f in FAMILIES if not PROGRAMS[p].reason(FAMILIES[f])]
 # float32 sums of the same terms in another order: the shift is added to a bias or to the layer's output
 CLOSE = {"rtol": 0, "atol": 1e-5}
-SIZE = {"Flux": (32, 32)}
+SIZE = dict.fromkeys(LARGE, (32, 32))
 BIASED = "the layer whose bias is shifted"
 LEVELS = ("0.5", "1.0", "1.5")
 
@@ -227,6 +228,11 @@ def test_what_a_program_cannot_take_is_refused_in_a_line():
         chosen(["forge"], "FluxPipeline")
     with pytest.raises(ValueError, match=r"--for a1111: it does not map add_embedding\.linear_2, which lora_targets"):
         chosen(["a1111"], "StableDiffusionXLPipeline", ["mid_block.attentions.0.proj_in", "add_embedding.linear_2"])
+    for name in ("comfyui", "a1111", "invokeai"):
+        with pytest.raises(ValueError, match=f"--for {name}: what it reads of a LoRA of this model was not looked up"):
+            chosen([name], "ZImagePipeline")
+    with pytest.raises(ValueError, match="--for diffusers: it loads no LoRA of a PixArtSigmaPipeline"):
+        chosen(["diffusers"], "PixArtSigmaPipeline")
     able, lines = chosen(["all"], "FluxPipeline")
     assert able == ["diffusers", "comfyui"]
     assert [line.split(":")[0] for line in lines] == ["not for a1111", "not for invokeai"]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import dit, flux, stable_diffusion, stable_diffusion_3, unet
+from . import aura_flow, dit, flux, pixart, stable_diffusion, stable_diffusion_3, unet, z_image
 
 # the class of a pipeline → its family, a module or any object with
 #     load(pipeline, size) -> Family
@@ -18,5 +18,9 @@ FAMILIES: dict[str, Any] = {
     "StableDiffusionXLPipeline": stable_diffusion,
     "StableDiffusion3Pipeline": stable_diffusion_3,
     "FluxPipeline": flux,
+    "PixArtAlphaPipeline": pixart,
+    "PixArtSigmaPipeline": pixart,
+    "AuraFlowPipeline": aura_flow,
+    "ZImagePipeline": z_image,
 }
 PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in (*family.PARTS, *family.OPTIONAL)))

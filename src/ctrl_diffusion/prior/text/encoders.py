@@ -85,8 +85,10 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def vocabulary_of(tokenizer: Any) -> list[Any]:
-    """Describe a tokenizer: class, what it pads with and cuts where, and its vocabulary."""
+    """Describe a tokenizer: class, what it pads with and cuts where, the template of a chat, and its vocabulary."""
     about = [type(tokenizer).__name__, tokenizer.pad_token, tokenizer.padding_side, tokenizer.truncation_side]
+    if template := getattr(tokenizer, "chat_template", None):
+        about.append(template)
     if getattr(tokenizer, "is_fast", False):
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         # the latest call's, not the tokenizer's

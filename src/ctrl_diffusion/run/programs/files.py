@@ -110,9 +110,9 @@ def metadata(
 
 
 def base_model(config: Any, base: str) -> str:
-    """Return what kohya's files call a base model: A1111 hides a file of SDXL that does not say so."""
+    """Return what kohya's files call a base model, else its class: A1111 hides a file of SDXL that does not say so."""
     if base != SD:
-        return {SDXL: "sdxl_base_v1-0", SD3: "sd3", FLUX: "flux1"}[base]
+        return {SDXL: "sdxl_base_v1-0", SD3: "sd3", FLUX: "flux1"}.get(base, base)
     return SD2 if config.cross_attention_dim == SD2_WIDTH else "sd_v1"
 
 

@@ -10,6 +10,12 @@ SD, SDXL, SD3, FLUX = (
     "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
 )  # fmt: skip
 UNETS, TRANSFORMERS = (SD, SDXL), (SD3, FLUX)
+AURA, Z_IMAGE = "AuraFlowPipeline", "ZImagePipeline"
+# of programs whose sources were read for the models above alone
+UNREAD = dict.fromkeys(
+    (AURA, Z_IMAGE, "PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+    "what it reads of a LoRA of this model was not looked up",
+)
 ALL = "all"
 # layers that ComfyUI and A1111 map, by their paths in diffusers' networks
 TRANSFORMER = (
@@ -48,21 +54,23 @@ LORA, DIFFUSERS = "lora", "diffusers"
 NAMED = {base: kohya for base in UNETS}
 PROGRAMS = {
     "diffusers": Program(
-        "diffusers", {base: peft("unet") for base in UNETS} | {base: peft("transformer") for base in TRANSFORMERS},
+        "diffusers",
+        {base: peft("unet") for base in UNETS} | dict.fromkeys((*TRANSFORMERS, AURA, Z_IMAGE), peft("transformer")),
         DIFFUSERS,
     ),
     "comfyui": Program(
-        "ComfyUI", NAMED | {base: dotted for base in TRANSFORMERS}, LORA,
+        "ComfyUI", NAMED | {base: dotted for base in TRANSFORMERS}, LORA, lacks=UNREAD,
         maps={base: UNET for base in UNETS} | {base: TRANSFORMER for base in TRANSFORMERS},
     ),
     "a1111": Program(
         "A1111 and Forge", NAMED, LORA, by_step=False,
-        lacks={SD3: "it maps the attention of SD 3 alone, not its time embedding", FLUX: "it does not run Flux"},
+        lacks=UNREAD
+        | {SD3: "it maps the attention of SD 3 alone, not its time embedding", FLUX: "it does not run Flux"},
         maps={base: UNET for base in UNETS},
     ),
     "invokeai": Program(
         "InvokeAI", NAMED, LORA, by_step=False,
-        lacks={SD3: "it reads no LoRA of SD 3", FLUX: "it takes matrices alone of a LoRA of Flux, no bias"},
+        lacks=UNREAD | {SD3: "it reads no LoRA of SD 3", FLUX: "it takes matrices alone of a LoRA of Flux, no bias"},
     ),
 }  # fmt: skip
 
