@@ -34,6 +34,7 @@ from ..system.progress import Phase, silent
 from .config import Config, ControlSettings
 from .folder import RunFolder
 
+INK = Path(__file__).parent / "ink"  # the run that ships with the package: ink on the embedded digits
 PROBE_PATHS = 160  # of all (c, y) together, at least
 
 
