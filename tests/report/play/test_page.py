@@ -81,7 +81,7 @@ def finished(page, words="as asked"):
 def shown(page, side):
     """The pixels of the pictures on one side."""
     addresses = page.locator(f".{side}:visible img.picture").evaluate_all("images => images.map(i => i.src)")
-    return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(a.partition(",")[2])))) for a in addresses])
+    return np.array([np.asarray(Image.open(io.BytesIO(base64.b64decode(a.partition(",")[2])))) for a in addresses])
 
 
 def expected(session, **asked):
@@ -173,6 +173,7 @@ def test_a_drawing_is_stopped_and_begun_again(ink, visit):
     page.get_by_text("Noise and steps").click()
     slide(page, "steps", 80)
     slide(page, "how many", 64)
+    page.locator(".ctrl figure.empty").first.wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped. Draw begins again.").wait_for()
     assert page.locator(".ctrl figure.empty").count() > 0
@@ -195,6 +196,7 @@ def test_two_tabs_at_once_have_their_own_pictures(ink, visit):
     first.get_by_text("Noise and steps").click()
     slide(first, "steps", 80)
     slide(first, "how many", 64)
+    first.locator(".ctrl figure.empty").first.wait_for()
     second.get_by_label("2", exact=True).check(force=True)
     until_shown(second, session, labels={"ink": "2"})
     assert first.locator(".ctrl figure.empty").count() > 0
@@ -271,8 +273,11 @@ def test_every_kind_of_run_has_its_tab(several, visit):
     page = visit(address)
     page.get_by_role("tab", name="run", exact=True).click()
     finished(page)
-    ticks = page.locator(".ticks:visible span").all_inner_texts()
-    assert ticks == list(scaled_run.run.policy.controls["ink"].values)
+    values, ticks = scaled_run.run.policy.controls["ink"].values, page.locator(".ticks:visible")
+    assert ticks.locator("i").count() == len(values)
+    numbers = ticks.locator("span")
+    assert numbers.all_inner_texts() == [values[0], values[4], values[8]]
+    assert all(numbers.nth(i).bounding_box()["x"] < numbers.nth(i + 1).bounding_box()["x"] - 30 for i in range(2))
     page.get_by_label("no ink: leave it to the model").check()
     page.get_by_text("nothing to certify").locator("visible=true").wait_for()
     page.get_by_role("tab", name=gammas.name, exact=True).click()

@@ -9,6 +9,7 @@ import pytest
 
 from ctrl_diffusion.report.play import server
 from ctrl_diffusion.report.play.compare import comparable
+from ctrl_diffusion.report.play.worker import Worker
 from tests.report.play.conftest import HOW, free_port
 
 
@@ -62,3 +63,14 @@ def test_an_interrupt_ends_the_page_without_a_traceback(sent):
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "ctrl: ended\n", "")
+
+
+def test_the_embedded_run_has_a_name_where_no_folder_has_it(ctrl_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert ctrl_here("sample", "ink", "--set", "ink=4", "-n", 1, "--out", "one").returncode == 0
+    (session,) = server.load_sessions([], Worker())
+    assert (session.name, session.folder, session.metrics["learned"]) == ("ink", "ink", True)
+    (tmp_path / "ink").mkdir()
+    one_line(ctrl_here("sample", "ink", "--out", "two"), "ink is not a run folder")
+    (session,) = server.load_sessions([], Worker())
+    assert session.folder == str(server.INK)

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from threading import Event
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -59,10 +60,18 @@ def label_inputs(name: str, space: LabelSpace, first: int) -> list[gr.components
         return [kind(choices, value=space.values[first], label=name, elem_classes="choice")]
     low, high = space.ends
     step = (high - low) / (4 * (space.size - 1))
-    ticks = "".join(f"<span>{escape(value)}</span>" for value in space.values)
     slider = gr.Slider(low, high, value=float(space.values[first]), step=step, label=name, elem_classes="scale")
-    gr.HTML(f"<div class='ticks' aria-hidden='true'>{ticks}</div>")
+    gr.HTML(ticks_html(space.values), padding=False)
     return [slider, gr.Checkbox(False, label=f"no {name}: leave it to the model")]
+
+
+def ticks_html(values: Sequence[str]) -> str:
+    """Mark the levels of a scale below its slider, with the numbers of as many as have room."""
+    last, between = len(values) - 1, -(-(len(values) - 1) // (4 if max(map(len, values)) < 5 else 2))
+    marks = [f"<i style='left:{100 * i / last:g}%'></i>" for i in range(len(values))]
+    shown = [i for i in range(len(values)) if i % between == 0]
+    numbers = [f"<span style='left:{100 * i / last:g}%'>{escape(values[i])}</span>" for i in shown]
+    return f"<div class='ticks' aria-hidden='true'>{''.join(marks + numbers)}</div>"
 
 
 def condition_input(session: Session, each: bool = True) -> gr.Dropdown | None:
@@ -107,7 +116,7 @@ def buttons() -> tuple[gr.Button, gr.Button]:
         return gr.Button("Draw", variant="primary", min_width=80), gr.Button("Stop", min_width=80)
 
 
-Draw = Callable[[dict[str, Any], Any], Iterator[tuple[str, str]]]
+Draw = Callable[[dict[str, Any], Event], Iterator[tuple[str, Any]]]
 
 
 def connect(
@@ -166,9 +175,10 @@ def run_tab(visitors: Visitors, session: Session, place: int) -> tuple[Callable[
             gr.HTML(legend_html(run))
     inputs = Inputs(labels, c, **more)
 
-    def draw(values: dict[str, Any], stop: Any) -> Iterator[tuple[str, str]]:
+    def draw(values: dict[str, Any], stop: Event) -> Iterator[tuple[str, Any]]:
         for drawing in session.draw(Request.checked(run, values), stop):
-            yield status_html(session, drawing), drawing_html(session, drawing)
+            # the old pictures stay until there are new ones
+            yield status_html(session, drawing), drawing_html(session, drawing) if drawing.prior else gr.skip()
 
     parts = {"seed": inputs.seed, "status": status, "pictures": pictures, "go": go, "stop": stop}
     changing = [component for component in inputs.components if component not in (inputs.seed, inputs.same)]
@@ -179,7 +189,7 @@ def run_tab(visitors: Visitors, session: Session, place: int) -> tuple[Callable[
 def sweep_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
     """Lay out the tab of grids: one for each run, of which the chosen one is shown."""
     names = [session.name for session in sessions]
-    which = gr.Dropdown(names, value=names[0], label="run", visible=len(names) > 1)
+    which = gr.Dropdown(names, value=names[0], label="run", visible=len(names) > 1, elem_classes="which")
     groups = []
     for place, session in enumerate(sessions):
         with gr.Column(visible=place == 0) as group:
@@ -209,7 +219,7 @@ def sweep_of(visitors: Visitors, session: Session, place: int) -> None:
     def values(given: Sequence[Any]) -> dict[str, Any]:
         return {"rows": given[0], "columns": given[1], **inputs.values(given[2:])}
 
-    def draw(values: dict[str, Any], stop: Any) -> Iterator[tuple[str, str]]:
+    def draw(values: dict[str, Any], stop: Event) -> Iterator[tuple[str, Any]]:
         sweep = grid_of(session, values.pop("rows"), values.pop("columns"), values)
         for grown in draw_sweep(session, sweep, stop):
             yield sweep_status(grown), sweep_html(session, grown)
@@ -262,7 +272,7 @@ def compare_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
             asked.append((name, by_run))
         return {**shared, "asked": asked}
 
-    def draw(values: dict[str, Any], stop: Any) -> Iterator[tuple[str, str]]:
+    def draw(values: dict[str, Any], stop: Event) -> Iterator[tuple[str, Any]]:
         pair, given = [], []
         for name, by_run in values.pop("asked"):
             if name not in names:
@@ -270,7 +280,8 @@ def compare_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
             pair.append(sessions[names.index(name)])
             given.append({**values, "labels": by_run[names.index(name)]["labels"], "steps": pair[-1].run.config.steps})
         for drawings in draw_both(tuple(pair), tuple(given), stop):
-            yield both_status(tuple(pair), drawings), both_html(tuple(pair), drawings)
+            pictures = both_html(tuple(pair), drawings) if drawings[0].prior else gr.skip()
+            yield both_status(tuple(pair), drawings), pictures
 
     parts = {"seed": inputs.seed, "status": status, "pictures": pictures, "go": go, "stop": stop}
     connect(visitors, "compare", draw, [*inputs.components, *chosen, *each[0], *each[1]], values, parts, [])

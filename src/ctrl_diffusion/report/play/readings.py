@@ -154,4 +154,8 @@ def certificate_sentence(run: Run, metrics: dict[str, Any] | None, request: Requ
             f"No certificate for {' and '.join(changed)}: it holds for strength 1 and {run.config.steps} steps"
             f"{', every label asked for' if len(run.names) > 1 else ''}."
         )
+    if certificate["gap_nats"] is None:
+        return f"No certificate: {gap_line(certificate)}."
+    if certificate.get("uncertified"):
+        return f"Certificate, of the distance from the exact conditional: {gap_line(certificate)}."
     return f"Certificate: {gap_line(certificate)} from the exact conditional, on average over all labels."

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from ...run.run import INK
+from ...run.run import EMBEDDED_RUN, INK
 from .session import Session
 from .worker import Visitors, Worker
 
@@ -60,7 +60,8 @@ def check_play(runs: Sequence[Path], port: int) -> None:
 
 def load_sessions(runs: Sequence[Path], worker: Worker, trust: bool = False) -> list[Session]:
     """Open runs, or the embedded one without any; raises ValueError as `Run.load` does. Equal names become paths."""
-    sessions = [Session.load(run, worker, trust) for run in runs or [INK]]
+    embedded = INK if Path(EMBEDDED_RUN).exists() else Path(EMBEDDED_RUN)  # by its name where no folder has that
+    sessions = [Session.load(run, worker, trust) for run in runs or [embedded]]
     names = [session.name for session in sessions]
     for session in sessions:
         if names.count(session.name) > 1:

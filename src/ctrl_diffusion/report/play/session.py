@@ -17,7 +17,7 @@ from ...chain.paths import default_batch
 from ...chain.rollout import rollout
 from ...chain.rows import parts, rows_of
 from ...run.folder import RunFolder
-from ...run.run import Run
+from ...run.run import Run, find_run
 from .readings import Picture, read
 from .request import Request
 from .worker import Step, Worker
@@ -52,7 +52,7 @@ class Session:
     @classmethod
     def load(cls, folder: Path, worker: Worker, trust: bool = False) -> "Session":
         """Open a finished run; raises ValueError as `Run.load` does."""
-        run, files = Run.load(folder, trust=trust), RunFolder(folder)
+        run, files = Run.load(folder, trust=trust), RunFolder(find_run(folder))
         return cls(run, str(folder), worker, files.read_metrics() if files.metrics.is_file() else None)
 
     @property
