@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import socket
 import zipfile
 from contextlib import contextmanager
 from threading import Event
@@ -25,14 +26,23 @@ ASKED = {"labels": {"ink": "4"}, "c": None, "n": 16, "strength": 1.0, "gamma": N
 
 @contextmanager
 def served(runs):
-    """Serve runs; the address and the sessions."""
-    worker = Worker()
-    sessions = load_sessions(runs, worker)
-    blocks, address, visitors = launch(sessions, free_port())
-    yield address, sessions
-    visitors.stop_all()
-    blocks.close(verbose=False)
-    worker.close()
+    """Serve runs; the address and the sessions. Whatever this process looks up meanwhile is this machine."""
+    hosts, look_up = set(), socket.getaddrinfo
+
+    def noted(host, *rest, **more):
+        hosts.add(host)
+        return look_up(host, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", noted)
+        worker = Worker()
+        sessions = load_sessions(runs, worker)
+        blocks, address, visitors = launch(sessions, free_port())
+        yield address, sessions
+        visitors.stop_all()
+        blocks.close(verbose=False)
+        worker.close()
+    assert {str(host) for host in hosts} <= {"127.0.0.1", "localhost", "b'127.0.0.1'", "b'localhost'"}
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +339,7 @@ def by_hand(ink):
 )
 def test_values_by_hand_are_bounded(by_hand, place, value):
     """In the order of the inputs: ink, digit, strength, steps, how many, seed, same noise."""
-    data = ["4", "", 1, 20, 2, 0, True]
+    data = ["4", "", 1, 20, 2, 0, True, 0]
     data[place] = value
     said = by_hand(data)
     assert re.search(r"must be|greater than|less than|not in the list|[Ee]rror", said)
@@ -343,6 +353,8 @@ def test_files_and_other_functions_are_refused(ink):
     for path in ("upload", "run/predict", "api/predict", "call/drawn", "component_server", "proxy=http://example.org"):
         for method in ("POST", "GET"):
             assert httpx.request(method, f"{address}gradio_api/{path}").status_code == 403, path
+    long = httpx.post(f"{address}gradio_api/queue/join", content=b"x" * 100_000)
+    assert long.status_code == 403
     assert all(d["api_visibility"] == "private" for d in httpx.get(f"{address}config").json()["dependencies"])
 
 

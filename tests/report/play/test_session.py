@@ -230,11 +230,13 @@ def test_work_that_nobody_looks_at_any_more_ends(worker):
 
 def test_a_newer_drawing_takes_the_place_of_a_visitors_older_one():
     visitors = Visitors()
-    first, other = visitors.begin("a"), visitors.begin("b")
-    second = visitors.begin("a")
+    first, other = visitors.begin("a", 1), visitors.begin("b", 1)
+    second = visitors.begin("a", 2)
     assert (first.is_set(), second.is_set(), other.is_set()) == (True, False, False)
     assert visitors.is_last("a", second)
     assert not visitors.is_last("a", first)
+    late = visitors.begin("a", 1)  # heard after the second, but sent before it
+    assert (late.is_set(), second.is_set(), visitors.is_last("a", late)) == (True, False, False)
     visitors.stop("a")
     visitors.stop("nobody")
     assert (second.is_set(), other.is_set()) == (True, False)

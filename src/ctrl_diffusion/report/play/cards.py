@@ -178,6 +178,6 @@ def legend_html(run: Run) -> str:
     near = " (on a scale to the nearest level)" if any(c.space.scale for c in run.policy.controls.values()) else ""
     return (
         "<p class='legend'><b>p̂</b> is the classifier that was the control’s reward: its label, and how sure it is. "
-        f"{by} <b class='hit'>✓</b> as asked{near}, <b class='miss'>✗</b> not. <span class='out'>outside</span> marks a "
-        "picture unlike all that p̂ was fitted on: there its word counts little.</p>"
+        f"{by} <b class='hit'>✓</b> as asked{near}, <b class='miss'>✗</b> not. <span class='out'>outside</span> marks "
+        "a picture unlike all that p̂ was fitted on: there its word counts little.</p>"
     )

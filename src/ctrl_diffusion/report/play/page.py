@@ -19,6 +19,10 @@ from .worker import Stopped, Visitors
 MOST_BUTTONS, FIRST_PICTURES = 10, 16  # values of a control that are shown as buttons; pictures at first
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple", "concurrency_limit": None}
 SHOWN_STRENGTH = 2.0  # the sweep of a report ends there
+# the last input of what draws counts a visitor's requests, which may be heard in another order
+COUNT = (
+    "(...values) => { window.turn = (window.turn || 0) + 1; values[values.length - 1] = window.turn; return values; }"
+)
 
 Labels = dict[str, list[gr.components.Component]]
 
@@ -122,15 +126,17 @@ Draw = Callable[[dict[str, Any], Event], Iterator[tuple[str, Any]]]
 def connect(
     visitors: Visitors, tab: str, draw: Draw, inputs: list, values: Callable[[Sequence[Any]], dict[str, Any]],
     parts: dict[str, Any], changing: Sequence[gr.components.Component],
-) -> Callable[..., Iterator]:  # fmt: skip
-    """Let the buttons of a tab, and changes of some inputs, draw; return what draws.
+) -> dict[str, Any]:  # fmt: skip
+    """Let the buttons of a tab, and changes of some inputs, draw; return the arguments of another event that does.
 
     `draw` yields the status and the pictures of values. A new drawing of the same visitor ends the one before.
     """
     seed, status, pictures = parts["seed"], parts["status"], parts["pictures"]
+    inputs = [*inputs, gr.Number(0, visible=False)]
 
     def drawn(request: gr.Request, *given: Any) -> Iterator[tuple[Any, Any, Any]]:
-        stop = visitors.begin(f"{request.session_hash} {tab}")
+        *given, turn = given
+        stop = visitors.begin(f"{request.session_hash} {tab}", turn if isinstance(turn, (int, float)) else 0)
         asked, last = values(given), None
         if asked.pop("same") is not True:
             asked["seed"] = secrets.randbelow(MOST_SEED + 1)
@@ -140,26 +146,25 @@ def connect(
                     raise Stopped
                 yield asked["seed"], *last
         except Stopped:
-            if visitors.is_last(f"{request.session_hash} {tab}", stop):
-                yield gr.skip(), "<p class='words' role='status'>Stopped. Draw begins again.</p>", gr.skip()
+            words = "<p class='words' role='status'>Stopped. Draw begins again.</p>"
+            # gradio sends the last that is yielded once more at the end: of an older drawing that must be nothing
+            is_last = visitors.is_last(f"{request.session_hash} {tab}", stop)
+            yield gr.skip(), words if is_last else gr.skip(), gr.skip()
         except ValueError as error:
             yield gr.skip(), error_html(error), gr.skip()
 
-    options = {"inputs": inputs, "outputs": [seed, status, pictures], **HIDDEN}
-    parts["go"].click(drawn, **options)
-    seed.submit(drawn, **options)
-    for component in changing:
-        component.input(drawn, **options)
+    options = {"inputs": inputs, "outputs": [seed, status, pictures], "js": COUNT, **HIDDEN}
+    gr.on([parts["go"].click, seed.submit, *(component.input for component in changing)], drawn, **options)
 
     def stopped(request: gr.Request) -> None:
         visitors.stop(f"{request.session_hash} {tab}")
 
     parts["stop"].click(stopped, **HIDDEN)
-    return drawn
+    return {"fn": drawn, **options}
 
 
-def run_tab(visitors: Visitors, session: Session, place: int) -> tuple[Callable[..., Iterator], list, list]:
-    """Lay out the tab of a run; return what draws, its inputs and its outputs."""
+def run_tab(visitors: Visitors, session: Session, place: int) -> dict[str, Any]:
+    """Lay out the tab of a run; return the arguments of an event that draws."""
     run, controls = session.run, session.run.policy.controls
     with gr.Row(elem_classes="board"):
         with gr.Column(scale=1, min_width=260, elem_classes="left"):
@@ -182,8 +187,7 @@ def run_tab(visitors: Visitors, session: Session, place: int) -> tuple[Callable[
 
     parts = {"seed": inputs.seed, "status": status, "pictures": pictures, "go": go, "stop": stop}
     changing = [component for component in inputs.components if component not in (inputs.seed, inputs.same)]
-    drawn = connect(visitors, f"run {place}", draw, inputs.components, inputs.values, parts, changing)
-    return drawn, inputs.components, [inputs.seed, status, pictures]
+    return connect(visitors, f"run {place}", draw, inputs.components, inputs.values, parts, changing)
 
 
 def sweep_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
@@ -294,15 +298,15 @@ def page(sessions: Sequence[Session], visitors: Visitors) -> gr.Blocks:
         with gr.Tabs():
             for place, session in enumerate(sessions):
                 with gr.Tab(session.name) as tab:
-                    drawn, inputs, outputs = run_tab(visitors, session, place)
+                    drawing = run_tab(visitors, session, place)
                 if place:
-                    tab.select(drawn, inputs, outputs, **HIDDEN)
+                    tab.select(**drawing)
                 else:
-                    first = drawn, inputs, outputs
+                    first = drawing
             if len(sessions) > 1:
                 with gr.Tab("compare"):
                     compare_tab(visitors, sessions)
             with gr.Tab("sweep"):
                 sweep_tab(visitors, sessions)
-        blocks.load(*first, **HIDDEN)
+        blocks.load(**first)
     return blocks

@@ -122,8 +122,8 @@ def condition(run: Run, c: Any) -> str | None:
     if c in run.prior.names or run.prior.text is None:
         run.prior.number_of(c)  # refuses an unknown class
         return c
-    known = len(run.known_classes)
-    if run.prior.classes - known >= MOST_PROMPTS:
+    first = len(run.config.prompts if isinstance(run.config.prompts, list) else run.known_classes)
+    if run.prior.classes - first >= MOST_PROMPTS:
         raise ValueError(
             f"{MOST_PROMPTS} prompts were added to this page already. Choose one of those, or start it again."
         )

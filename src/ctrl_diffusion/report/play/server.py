@@ -13,7 +13,7 @@ from .session import Session
 from .worker import Visitors, Worker
 
 HOST = "127.0.0.1"
-MOST_RUNS, MOST_WAITING = 8, 128
+MOST_RUNS, MOST_WAITING, MOST_BYTES = 8, 128, 2**16  # runs; drawings in the queue; bytes of a visitor's request
 # what gradio can do besides: take files, fetch addresses, run functions outside the queue, change the page's code
 REFUSED = (
     "upload",
@@ -30,14 +30,17 @@ REFUSED = (
 
 
 class Refuse:
-    """Answer 403 to whatever gradio offers that the page does not use."""
+    """Answer 403 to whatever gradio offers that the page does not use, and to more than a page would send."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         path = scope.get("path", "").removeprefix("/gradio_api/").lstrip("/")
-        if scope["type"] == "http" and path.startswith(REFUSED):
+        headers = dict(scope.get("headers", ()))
+        length = int(headers.get(b"content-length", b"0"))
+        too_much = length > MOST_BYTES or b"transfer-encoding" in headers
+        if scope["type"] == "http" and (path.startswith(REFUSED) or too_much):
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"This page takes no files and has no other functions."})
         else:
@@ -85,6 +88,8 @@ def launch(
 ) -> tuple[Any, str, Visitors]:
     """Begin to serve the page; return what serves it, its address and its visitors. ValueError if the port is taken."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, and later
+    own = [os.environ.get("NO_PROXY", ""), HOST, "localhost"]  # gradio asks itself for a page at the start
+    os.environ["NO_PROXY"] = ",".join(filter(None, own))
     import gradio as gr  # noqa: F401 — after the line above
     from starlette.middleware import Middleware
 

@@ -69,7 +69,6 @@ class Session:
         for control in run.policy.controls.values():
             control.check_gamma(run.config.gamma if request.gamma is None else request.gamma, run.config.gamma)
         times = run.times_of(request.steps)
-        yield drawing
         cond = yield from self.following(drawing, lambda step: request.cond(run), stop, 0)
         labels, generator = request.rows(run), torch.Generator().manual_seed(request.seed)
         steps_of_all = 2 * len(times) * -(-request.n // self.micro_batch)

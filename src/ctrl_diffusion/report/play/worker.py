@@ -60,31 +60,40 @@ class Visitors:
     """Remember the drawing that each visitor waits for: a newer one takes its place."""
 
     def __init__(self) -> None:
-        self.lock, self.stops = Lock(), OrderedDict[str, Event]()
+        self.lock, self.stops = Lock(), OrderedDict[str, tuple[float, Event]]()
 
-    def begin(self, visitor: str) -> Event:
-        """Stop a visitor's drawing, and return what stops the next."""
+    def begin(self, visitor: str, turn: float) -> Event:
+        """Stop a visitor's drawing, and return what stops the next: one that is asked for in an earlier turn, at once.
+
+        Requests of a visitor may be heard in another order than they were sent.
+        """
+        stop = Event()
         with self.lock:
-            if before := self.stops.pop(visitor, None):
+            latest, before = self.stops.get(visitor, (turn, None))
+            if turn < latest:
+                stop.set()
+                return stop
+            if before:
                 before.set()
-            stop = self.stops[visitor] = Event()
+            self.stops[visitor] = turn, stop
+            self.stops.move_to_end(visitor)
             while len(self.stops) > MOST_VISITORS:
-                self.stops.popitem(last=False)[1].set()
+                self.stops.popitem(last=False)[1][1].set()
         return stop
 
     def stop(self, visitor: str) -> None:
         """Stop a visitor's drawing, if there is one."""
         with self.lock:
             if visitor in self.stops:
-                self.stops[visitor].set()
+                self.stops[visitor][1].set()
 
     def is_last(self, visitor: str, stop: Event) -> bool:
         """Return whether no newer drawing of the visitor has begun than the one that `stop` stops."""
         with self.lock:
-            return self.stops.get(visitor) is stop
+            return visitor in self.stops and self.stops[visitor][1] is stop
 
     def stop_all(self) -> None:
         """Stop every drawing."""
         with self.lock:
-            for stop in self.stops.values():
+            for _, stop in self.stops.values():
                 stop.set()
