@@ -115,6 +115,8 @@ def until_shown(page, session, **asked):
 def slide(page, label, value):
     """Type a number into the box beside a slider."""
     box = page.get_by_label(f"number input for {label}")
+    box.wait_for()
+    page.wait_for_timeout(300)  # a drawer that was just opened is not alive at once
     box.fill(str(value))
     box.press("Tab")
 
