@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIGURES := demo digit ink,slant add scale unseen own text programs exact bias
 
-.PHONY: setup demo test lint bench docs prior
+.PHONY: setup demo test lint bench docs prior ink
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -23,10 +23,13 @@ lint: setup
 bench: setup
 	$(BIN)/python bench/prior.py
 	for name in $(FIGURES); do $(BIN)/python bench/figures.py $$name || exit 1; done
-	for name in classifiers floors population results speed soak estimate fuzz neighbour two_digits; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in classifiers floors population results speed soak estimate fuzz neighbour two_digits play; do $(BIN)/python bench/$$name.py || exit 1; done
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.commands.app utils docs --name ctrl --output docs/commands.md
 
 prior: setup
 	$(BIN)/python bench/build_digits.py
+
+ink: setup
+	$(BIN)/python bench/build_ink.py

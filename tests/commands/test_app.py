@@ -13,7 +13,7 @@ from ctrl_diffusion.commands.jobs import testbed
 def test_version_and_help(ctrl, ctrl_here):
     assert ctrl("--version").stdout.strip() == version("ctrl-diffusion")
     overview = ctrl_here("--help").stdout
-    for command in "demo classifier inspect train add sample evaluate compare export exact".split():
+    for command in "demo classifier inspect train add sample play evaluate compare export exact".split():
         assert command in overview
         text = ctrl_here(command, "--help").stdout
         assert "Example: ctrl " + command in " ".join(text.split())

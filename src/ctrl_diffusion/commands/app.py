@@ -22,6 +22,7 @@ from .export import export
 from .inspect import inspect
 from .line.options import CTRL, OTHER
 from .line.terminal import spell_output
+from .play import play
 from .sample import sample
 from .train import train
 
@@ -84,6 +85,7 @@ COMMANDS = {
     add: "ctrl add runs/ink --data photos --control slant --out runs/both",
     inspect: "ctrl inspect my-pipeline",
     sample: "ctrl sample runs/demo --set ink=3 --class 7 -n 16 --out sevens",
+    play: "ctrl play runs/demo",
     evaluate: "ctrl evaluate runs/demo -n 2000 --out figures.json",
     compare: "ctrl compare runs/demo --labels 50,100,200 --seeds 1,2,3 --out runs/compared",
     export: "ctrl export runs/texture texture-pipeline",

@@ -9,7 +9,7 @@ from .line.options import OTHER, Overwrite, Quiet, Seed, Trust, job_options
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, or ink, the one that ships.")],
     out: Annotated[Path, typer.Option(help="Folder for the images.")],
     set_: Annotated[list[str], typer.Option("--set", help="CONTROL=VALUE; left out, the prior's own.")] = [],  # noqa: B006
     class_: Annotated[

@@ -34,6 +34,8 @@ from ..system.progress import Phase, silent
 from .config import Config, ControlSettings
 from .folder import RunFolder
 
+INK = Path(__file__).parent / "ink"  # the run that ships with the package: ink on the embedded digits
+EMBEDDED_RUN = "ink"  # its name, where no folder has it
 PROBE_PATHS = 160  # of all (c, y) together, at least
 
 
@@ -58,6 +60,11 @@ def configured(prior: Prior, config: Config, prompts: list[str] | None = None, b
     if ranks.sharded():
         shard(prior.denoiser, config.device)
     return prior.placed(config.device, config.mixed_precision, config.vae_tiling)
+
+
+def find_run(folder: str | Path) -> Path:
+    """Return the embedded run's folder for its name, unless there is a folder of that name; else the folder itself."""
+    return INK if str(folder) == EMBEDDED_RUN and not Path(folder).exists() else Path(folder)
 
 
 def times_of(prior: Prior, config: Config, steps: int) -> Times:
@@ -284,7 +291,7 @@ class Run:
         `trust` runs code that the folder names, of a p̂ on a network of one's own. A ValueError says that there is no
         such folder, no run, or a run that did not finish.
         """
-        folder = RunFolder(folder)
+        folder = RunFolder(find_run(folder))
         if not folder.path.is_dir():
             raise ValueError(f"there is no folder {folder}. Make a run with: ctrl train … --out {folder}")
         if not folder.config.is_file():

@@ -1,0 +1,1 @@
+"""The page of `ctrl play`, on which a control is turned by hand."""
