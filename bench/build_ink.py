@@ -17,7 +17,7 @@ from ctrl_diffusion.run.run import INK
 from ctrl_diffusion.system.progress import JobOptions
 
 SETTINGS = {
-    "seed": 0, "rank": 16, "weighted": {"updates": 500, "renoising": 125}, "adjoint": {"updates": 400},
+    "seed": 0, "rank": 16, "adjoint": {"updates": 800},
     "evaluation": {"prior_samples": 1000, "paths": 1000, "sweep_paths": 100},
 }  # fmt: skip
 KEPT = ("config.yaml", "classifier", "control", "metrics.json")
