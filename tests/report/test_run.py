@@ -8,7 +8,7 @@ from ctrl_diffusion.exact.races import Picture
 from ctrl_diffusion.exact.task import GROWING
 from ctrl_diffusion.report.classifier import write_classifier_report
 from ctrl_diffusion.report.run import sweep_figure
-from ctrl_diffusion.report.style import distinct_endings
+from ctrl_diffusion.report.style import distinct_endings, stacked
 from ctrl_diffusion.report.testbed import write_exact_report
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.run.metrics import SweepPoint
@@ -26,6 +26,14 @@ from ctrl_diffusion.run.metrics import SweepPoint
 )
 def test_prompts_are_distinct_endings_by_the_words_they_do_not_share(names, expected):
     assert distinct_endings(names.split("|")) == expected.split("|")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [("7", ["7"]), ("", [""]), ("fifty three", ["fifty", "three"]), ("dark blue old boots", ["dark", "blue ol…"])],
+)
+def test_a_column_has_its_words_below_each_other(name, lines):
+    assert stacked(name).split("\n") == lines
 
 
 def test_the_page_of_the_races_shows_how_the_gap_grows(tmp_path):

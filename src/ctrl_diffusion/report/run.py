@@ -22,7 +22,7 @@ from ..run.run import Run
 from .classifier import confusion_figure
 from .held_out import HeldOut, gaps_figure
 from .pictures import PictureSamples, columns_of
-from .style import CTRL, QUIET, STYLE, distinct_endings, embedded, headline, render, shortened, show_grid
+from .style import CTRL, QUIET, STYLE, distinct_endings, embedded, headline, render, shortened, show_grid, stacked
 
 
 class ClassRow(NamedTuple):
@@ -38,8 +38,9 @@ class ClassRow(NamedTuple):
 
 def grid_figure(pictures: dict[str, Tensor], rows: list[str], columns: list[str], label: str) -> Figure:
     """Draw one grid per title, side by side; columns are the prior's classes, rows the control's."""
+    height = 0.6 + 0.15 * max(name.count("\n") for name in columns)  # of title and names
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2 * len(pictures), 0.52 * len(rows) + 0.6), layout="constrained")
+        figure = Figure(figsize=(5.2 * len(pictures), 0.52 * len(rows) + height), layout="constrained")
         for axes, (title, x) in zip(np.ravel(figure.subplots(1, len(pictures))), pictures.items(), strict=True):
             show_grid(axes, x, len(rows), rows, columns, title)
             axes.set_ylabel(label)
@@ -207,7 +208,7 @@ def write_report(
     column_names = [""] * columns_of(run)
     if classes is not None:
         endings = distinct_endings([run.prior.class_names[c] for c in classes[:10]])
-        column_names = [shortened(name, 8) for name in endings]
+        column_names = [stacked(name) for name in endings]
     pictures = {f"Prior, which ignores {control}": samples.prior, "CTRL, same noise": samples.ctrl}
     axes = f"{control} requested", "measured by the ruler" if run.accuracy_by == "ruler" else "seen by the judge"
     figures = {

@@ -55,6 +55,13 @@ def shortened(text: str, most: int = 12) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def stacked(text: str, lines: int = 2, most: int = 8) -> str:
+    """Put the words of a label below each other, the last line shortened, to fit a narrow column."""
+    words = text.split()
+    rows = [*words[: lines - 1], *([" ".join(words[lines - 1 :])] if words[lines - 1 :] else [])]
+    return "\n".join(shortened(row, most) for row in rows)
+
+
 def distinct_endings(names: Sequence[str]) -> list[str]:
     """Leave out the words that all names begin with, as prompts do: an axis has room for few."""
     words = [name.split() for name in names]
