@@ -1,5 +1,6 @@
 """Certify a LoRA of any origin on its base: read everything, refuse what cannot be, measure, write and report."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,8 @@ def in_words(figures: dict[str, Any]) -> str:
     """Return the closing words: how far, how near to the exact conditional, and what a run of ours has at that KL."""
     kl = f"{figures['kl_nats']:.3g} ± {figures['kl_stderr']:.2g} nats"
     most = max(figures["kl_per_prompt"], key=lambda row: row["kl_nats"], default=None)
-    where = f", most for {most['name']} ({most['kl_nats']:.3g})" if most and len(figures["kl_per_prompt"]) > 1 else ""
+    several = len(figures["kl_per_prompt"]) > 1 and figures["kl_nats"] > 0
+    where = f", most for {most['name']} ({most['kl_nats']:.3g})" if several else ""
     lines = [f"KL from the base: {kl} a sample{where}."]
     if aim := figures.get("aim"):
         best = figures["best_score"]
@@ -238,4 +240,4 @@ def in_words(figures: dict[str, Any]) -> str:
             f"The run at {row['kl_nats']:.3g} nats (strength {row['strength']:.3g}{same}): "
             f"{gap_line(row['certificate'])}; mean {row['score']:.3g}."
         )
-    return "\n".join(lines).replace("-", "−")
+    return re.sub(r"(?<!\w)-(?=\d)", "−", "\n".join(lines))  # not the hyphens of names

@@ -44,7 +44,15 @@ def converted(
         raise ValueError(
             f"{source}: the converter of diffusers' {pipeline} {lost}. Save the LoRA with diffusers' names."
         ) from error
-    return groups, [f"its names were converted by diffusers' {pipeline}"]
+    notes = [f"its names were converted by diffusers' {pipeline}"]
+    lacking = sum(ALPHA not in pair for pair in pairs.values())
+    if lacking == len(pairs):
+        return groups, notes  # a header may name it
+    if lacking:
+        notes.append(f"it names no alpha for {lacking} of its layers: scale 1 is taken, as diffusers does")
+    for parts in groups.values():
+        parts[ALPHA] = torch.tensor(float(len(parts[DOWN])))  # it is multiplied in: scale 1
+    return groups, notes
 
 
 def squared_norm(down: Tensor, up: Tensor) -> float:

@@ -86,7 +86,7 @@ def grouped(source: str, tensors: dict[str, Tensor], layers: Iterable[str]) -> d
         else:
             groups[path][kind] = tensor
     if unmapped:
-        raise Unmapped(source, unmapped, len(tensors))
+        raise Unmapped(source, sorted(unmapped), len(tensors))  # a file keeps them in no order
     return groups
 
 

@@ -28,16 +28,18 @@ class AdaptedDenoiser(Denoiser):
         self.base, self.schedule, self.shape, self.start = base, base.schedule, base.shape, base.start
         layers = layers_of(base.network)
         self._sums = [
-            (layers[layer]._parameters, name, self._sum(getattr(layers[layer], name), delta, strength))
+            (layers[layer]._parameters, name,
+             self._sum(getattr(layers[layer], name), delta, layers[layer].weight, strength))
             for name, deltas in (("weight", adapter.weights), ("bias", adapter.biases))
             for layer, delta in deltas.items()
-        ]
+        ]  # fmt: skip
         self.eval()
 
     @staticmethod
     @torch.no_grad()
-    def _sum(parameter: Tensor, delta: Tensor, strength: float) -> Tensor:
-        return parameter + strength * delta.to(parameter)
+    def _sum(parameter: Tensor | None, delta: Tensor, weight: Tensor, strength: float) -> Tensor:
+        change = strength * delta.to(weight)
+        return change if parameter is None else parameter + change  # a layer without a bias is given one
 
     @property
     def prior(self) -> Denoiser:

@@ -76,8 +76,8 @@ def read_adapter(path: Path, network: nn.Module, pipeline: str = "") -> Adapter:
             assumed += alpha is None
             scale = settings.scale(rank if alpha is None else alpha, rank)
             weights[layer] = scale * product(parts[DOWN], parts[UP], module.weight, where)
-            if UP_BIAS in parts:
-                biases[layer] = scale * shift(parts[UP_BIAS], module, where)
+            if UP_BIAS in parts and parts[UP_BIAS].any():  # PEFT writes one for every layer, ours but one of zeros
+                biases[layer] = scale * added(parts[UP_BIAS], module, where)
         if FULL in parts:
             weights[layer] = weights.get(layer, 0) + fitted(parts[FULL], module.weight, where)
         if BIAS in parts:
@@ -164,6 +164,13 @@ def fitted(delta: Tensor, weight: Tensor, where: str) -> Tensor:
         shapes = " and the base ".join(" × ".join(map(str, shape)) for shape in (delta.shape, weight.shape))
         raise ValueError(f"{where} has {shapes}: it was made for another base. Name that one.")
     return delta.view(weight.shape)
+
+
+def added(delta: Tensor, module: nn.Module, where: str) -> Tensor:
+    """Return what is added to a layer's output, which need not have a bias; refuse (ValueError) another width."""
+    if isinstance(getattr(module, "bias", None), Tensor):
+        return shift(delta, module, where)
+    return fitted(delta, module.weight.flatten(1)[:, 0], where)  # (out,)
 
 
 def shift(delta: Tensor, module: nn.Module, where: str) -> Tensor:
