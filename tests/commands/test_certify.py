@@ -1,4 +1,4 @@
-"""`ctrl certify`: a LoRA on the digits, on a text model, beside a run, and what is refused before anything is sampled."""
+"""`ctrl certify`: on the digits, on a text model, beside a run, and what is refused before anything is sampled."""
 
 import json
 import shutil
@@ -57,7 +57,8 @@ def test_a_lora_of_zeros_is_said_to_go_nowhere(ctrl_here, loras, tmp_path):
 
 def test_a_lora_is_held_against_a_run_and_its_classifier(ctrl_here, loras, quick_run, tmp_path):
     """The run's chain, p̂ and γ, and the run beside it at a strength with the same KL; the same bytes by the seed."""
-    command = ("certify", "digits", "--lora", loras / "some.safetensors", "--run", quick_run, "--value", "4", "-n", 40)
+    command = ("certify", "digits", "--lora", loras / "some.safetensors", "--run", quick_run, "--value", "4", "-n", 20)
+    command = (*command, "--class", 3, "--class", 5)
     for name in ("a", "b"):
         done = ctrl_here(*command, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
@@ -66,11 +67,12 @@ def test_a_lora_is_held_against_a_run_and_its_classifier(ctrl_here, loras, quick
     assert figures["aim"] == {"kind": "classifier", "name": "ink", "value": "4", "gamma": 1.0}
     assert figures["kl_nats"] > 0
     assert figures["chain"]["steps"] == 6
-    assert len(figures["kl_per_prompt"]) == 10
+    assert len(figures["kl_per_prompt"]) == 2
     certificate = figures["certificate"]
-    assert len(certificate["pairs"]["objective_nats"]) == 10
-    # J is the mean reward less the KL, whose estimate on paths has the noise of log w
-    assert abs(figures["score"] - figures["kl_nats"] - certificate["objective_nats"]) < 1.0
+    assert len(certificate["pairs"]["objective_nats"]) == 2
+    # J is the mean reward less log p_g/p_pre, of the same expectation as the KL and of variance 2 KL on a path
+    noise = (2 * figures["kl_nats"] / figures["samples"]) ** 0.5
+    assert abs(figures["score"] - figures["kl_nats"] - certificate["objective_nats"]) < 4 * noise
     rows = figures["run"]["rows"]
     assert rows[-1]["strength"] == 1.0
     assert "The run at" in done.stdout
@@ -121,7 +123,7 @@ BAD = {
     "γ below 0": ([*RULE, "--gamma", -1], "--gamma -1: must be above 0"),
     "no value": (["--classifier", "CLASSIFIER"], "--value is missing"),
     "value of nothing": (["--value", 4], "Name its folder with --classifier"),
-    "another value": (["--classifier", "CLASSIFIER", "--value", "blue"], "--value: ink: must be one of 1, 2, 3, 4"),
+    "another value": (["--classifier", "CLASSIFIER", "--value", "blue"], "--value: ink must be one of 1, 2, 3, 4"),
     "no rule": (["--rule", "nowhere:rule"], "the rule nowhere:rule: ModuleNotFoundError"),
     "a failing rule": (["--rule", "os.path:join"], "the rule os.path:join failed on an image"),
     "another class": (["--class", "elephant"], "--class must be one of the prior's 10 classes"),

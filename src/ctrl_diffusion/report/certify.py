@@ -63,7 +63,7 @@ def prompts_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     rows = sorted(rows, key=lambda row: -row["kl_nats"])[:LISTED]
     y = range(len(rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 0.24 * len(rows) + 0.8), layout="constrained")
+        figure = Figure(figsize=(9, 0.22 * len(rows) + 0.8), layout="constrained")
         axes = figure.subplots()
         kl, error = ([row[key] for row in rows] for key in ("kl_nats", "kl_stderr"))
         axes.barh(y, kl, xerr=[2 * each for each in error], color=CTRL, height=0.7, error_kw={"linewidth": 0.8})

@@ -172,9 +172,8 @@ def test_the_names_of_sdxls_first_code_are_converted(pipelines, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_base_with_a_lora_says_what_diffusers_says_with_it(pipelines, tmp_path, family):
     """`load_lora_weights` of the stock pipeline on the same file; and the base itself is as it was before."""
-    base = Prior.from_pipeline(
-        copy.deepcopy(pipelines[family]), FAMILIES[family], (32, 32) if family == "Flux" else None
-    )
+    size = (32, 32) if family == "Flux" else None
+    base = Prior.from_pipeline(copy.deepcopy(pipelines[family]), FAMILIES[family], size)
     guidance = 3.5 if family == "Flux" else 1.0
     prior = base.with_prompts(["a seven", "two"], guidance)
     network = prior.denoiser.network
@@ -184,7 +183,7 @@ def test_the_base_with_a_lora_says_what_diffusers_says_with_it(pipelines, tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         stock.load_lora_weights(tmp_path, weight_name=path.name)
-    theirs = Prior.from_pipeline(stock, FAMILIES[family], (32, 32) if family == "Flux" else None)
+    theirs = Prior.from_pipeline(stock, FAMILIES[family], size)
     theirs = theirs.with_prompts(["a seven", "two"], guidance).denoiser
     x_t = torch.randn(2, *prior.denoiser.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -209,7 +208,7 @@ def narrower(tensors):
 
 ONE = torch.ones(2, 2)
 BAD = {
-    "text encoder": (with_keys(lora_te_text_model_encoder__lora_down__weight=ONE), "also changes a text encoder (1 of 3"),
+    "text encoder": (with_keys(lora_te_text_model_encoder__lora_down__weight=ONE), "also changes a text encoder (1"),
     "text encoder of PEFT": (with_keys(text_encoder__q_proj__lora_A__weight=ONE), "text_encoder.q_proj.lora_A.weight"),
     "unmapped": (
         with_keys(**{f"unet__nowhere_{i}__lora_A__weight": ONE for i in range(5)}),

@@ -82,8 +82,6 @@ def certify_job(request: Request, out: Path, options: JobOptions = DEFAULT) -> d
     chain = chain_of(request)
     prior = run.prior if run else open_prior(request.pipeline, request.size)
     adapter = read_adapter(request.lora, prior.denoiser.network, prior.pipeline)  # before any prompt is encoded
-    for note in adapter.notes:
-        options.say(f"{request.lora.name}: {note}")
     names, drawn = conditions_of(request, prior, run, options)
     if not run:
         chain = completed(chain, request, prior, names)
@@ -93,6 +91,8 @@ def certify_job(request: Request, out: Path, options: JobOptions = DEFAULT) -> d
     rival = run and Rival(run, int(run.policy.controls[run.name].space.label_of(request.value, run.name)))
     base = Base(prior, run.times if run else times_of(prior, chain, chain.steps),
                 conditions_on(prior, classes, aim, drawn), request.n, request.seed)  # fmt: skip
+    for note in adapter.notes:
+        options.say(f"{request.lora.name}: {note}")
     denoiser = AdaptedDenoiser(prior.denoiser, adapter, request.strength)
     figures = {
         "base": request.pipeline, "lora": {**adapter.metrics(), "strength": request.strength},
