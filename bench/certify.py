@@ -1,6 +1,6 @@
 """Tune a LoRA by its reward alone and certify it at some lengths: bench/results/certify.json (minutes).
 
-python bench/certify.py RUN        (RUN: a run of `make demo`)
+python bench/certify.py [RUN]        (a run of `ctrl demo`; left out, it trains one first)
 
 The update is that of DRaFT-K (Clark et al. 2024), AlignProp's (Prabhudesai et al. 2024) with a fixed truncation: sample
 a chain, differentiate the reward through its last K steps, and ascend. There is no KL. The base, the chain and p̂ are
@@ -23,13 +23,14 @@ from rich.progress import track
 from ctrl_diffusion.chain.rollout import read_out
 from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.commands.jobs.certify import Request, certify_job
+from ctrl_diffusion.commands.jobs.demo import demo_job
 from ctrl_diffusion.prior.prior import open_prior
 from ctrl_diffusion.run.run import Run
 from ctrl_diffusion.system.files import write_tensors
 from ctrl_diffusion.system.progress import JobOptions
 
 VALUE, RANK, RATE, BATCH, K = "4", 4, 1e-3, 32, 2
-LENGTHS = (30, 100, 300)  # updates at which it is saved
+LENGTHS = (30, 50, 70, 100)  # updates at which it is saved
 PATHS = 800  # over the ten digits
 
 
@@ -76,8 +77,10 @@ def about(figures: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    folder = Path(sys.argv[1])
     with TemporaryDirectory() as scratch:
+        folder = Path(sys.argv[1] if sys.argv[1:] else f"{scratch}/run")
+        if not sys.argv[1:]:
+            demo_job({}, folder)
         files = tune(Run.load(folder), Path(scratch))
         rows = []
         for update, file in zip(LENGTHS, files, strict=True):
@@ -86,7 +89,8 @@ def main() -> None:
             rows.append(row_of(update, figures))
             write("certify", {
                 "value": VALUE, "steps": figures["chain"]["steps"], "through": K, "rank": RANK, "rate": RATE,
-                "batch": BATCH, "prior_score": figures["prior_score"], "rows": rows,
+                "batch": BATCH, "prior_score": figures["prior_score"], "trained": about(figures["run"]["rows"][-1]),
+                "rows": rows,
             })  # fmt: skip
 
 
