@@ -125,6 +125,31 @@ def test_the_names_of_a_lora_do_not_matter(pipelines, tmp_path, family, names):
     assert expected.ranks == (RANK,)
 
 
+def test_alpha_is_read_from_the_header_of_diffusers(pipelines, tmp_path):
+    """Of all layers, of one by its pattern, and 1 of a file without any, which is said."""
+    network = network_of(pipelines["SD 1"])
+    tensors = peft(drawn(network), network)
+    read_ = {}
+    for name, about in {"none": {}, "all": {"unet.lora_alpha": 3.0}, "one": {"unet.lora_alpha": 3.0,
+                        "unet.alpha_pattern": {"attn1.to_q": 5.0}}}.items():  # fmt: skip
+        header = {"lora_adapter_metadata": json.dumps({"unet.r": RANK, **about})} if about else {}
+        read_[name] = read(written(tmp_path / name, tensors, **header), pipelines["SD 1"], "SD 1")
+    assert "scale 1 is taken" in read_["none"].notes[0]
+    assert read_["all"].notes == ("its scale is that of its header",)
+    for layer, delta in read_["none"].weights.items():
+        torch.testing.assert_close(read_["all"].weights[layer], 3 / RANK * delta)
+        alpha = 5 if layer.endswith("attn1.to_q") else 3
+        torch.testing.assert_close(read_["one"].weights[layer], alpha / RANK * delta)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("{", "is damaged"), ("[1]", "must be settings by name, got list")])
+def test_a_damaged_header_is_refused_in_a_line(pipelines, tmp_path, text, reason):
+    network = network_of(pipelines["SD 1"])
+    path = written(tmp_path, peft(drawn(network), network), lora_adapter_metadata=text)
+    with pytest.raises(ValueError, match=rf"lora.safetensors: lora_adapter_metadata in its header {reason}"):
+        read(path, pipelines["SD 1"], "SD 1")
+
+
 def flux_of_its_authors(matrices):
     """Kohya's names of Flux's first code, whose q, k and v are one matrix; A is shared, so B is stacked."""
     names = {"attn.to": "img_attn_qkv", "attn.add": "txt_attn_qkv"}

@@ -134,17 +134,28 @@ class Settings:
 def settings_of(path: Path, header: dict[str, str]) -> tuple[Settings, str]:
     """Read a file's settings and say where they are from; empty if there are none."""
     if text := header.get(METADATA):
-        values = json.loads(text)
+        values = parsed(text, f"{path}: {METADATA} in its header")
         for prefix in ("unet.", "transformer."):
             values = {key.removeprefix(prefix): value for key, value in values.items()}
         return Settings(values), "its header"
     beside = path.parent / CONFIG
     if path.name == "adapter_model.safetensors" and beside.is_file():
-        values = json.loads(beside.read_text(encoding="utf-8"))
+        values = parsed(beside.read_text(encoding="utf-8"), str(beside))
         if values.get("use_dora") or values.get("bias", "none") != "none":
             raise ValueError(f"{beside}: DoRA and trained biases (bias: {values.get('bias')}) are not read.")
         return Settings(values), str(beside)
     return Settings({}), ""
+
+
+def parsed(text: str, where: str) -> dict[str, Any]:
+    """Return the settings in JSON text; refuse (ValueError) any other text."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is damaged: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be settings by name, got {type(values).__name__}.")
+    return values
 
 
 def product(down: Tensor, up: Tensor, weight: Tensor, where: str) -> Tensor:
