@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ctrl_diffusion.report.certify import LISTED, Grid, most_steps, write_certify_report
+from ctrl_diffusion.report.certify import LISTED, Grid, digits_of, most_steps, write_certify_report
 
 
 def figures(prompts=2, aim=False, kl=0.5):
@@ -64,3 +64,8 @@ def test_a_lora_of_nothing_has_a_page(tmp_path):
     text = page(tmp_path, figures(kl=0.0))
     assert "0.00 ± 0.02" in text
     assert "steps have half of it" not in text
+
+
+@pytest.mark.parametrize(("error", "expected"), [(None, 2), (0.0, 2), (12.0, 2), (0.05, 3), (0.00012, 5), (1e-9, 6)])
+def test_a_score_is_shown_to_two_digits_of_its_error(error, expected):
+    assert digits_of(error) == expected

@@ -1,5 +1,6 @@
 """Report how far a LoRA goes from its base: pictures of its KL and samples, and a page."""
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,7 @@ def grid_figure(grid: Grid) -> Figure:
     most = 14 if columns <= AT_ONCE else 6
     names = [shortened(name, most) for name in distinct_endings(list(grid.names))]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(7.0, 0.86 * columns), 0.5 * grid.rows + 0.8), layout="constrained")
+        figure = Figure(figsize=(max(9.0, 0.86 * columns), 0.5 * grid.rows + 0.8), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, (title, x) in zip(
             panels, {"The base": grid.prior, "With the LoRA, same noise": grid.lora}.items(), strict=True
@@ -88,7 +89,13 @@ def write_certify_report(folder: Path, figures: dict[str, Any], grid: Grid, comm
     render(
         folder / "report.html", "certify.html", images=images, f=figures, rows=lines, listed=LISTED, command=command,
         name=Path(figures["lora"]["file"]).name, version=version("ctrl-diffusion"), share=most_steps(figures),
+        digits=digits_of(figures.get("score_stderr")),
     )  # fmt: skip
+
+
+def digits_of(error: float | None) -> int:
+    """Return how many decimals show a score of some standard error: to two digits of the error, two to six."""
+    return min(6, max(2, 1 - math.floor(math.log10(error)))) if error else 2
 
 
 def most_steps(figures: dict[str, Any]) -> tuple[int, int] | None:
