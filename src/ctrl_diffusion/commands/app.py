@@ -13,6 +13,7 @@ import typer
 from ..system.launch import read_launch, set_threads
 from ..system.progress import Interrupted
 from .add import add
+from .certify import certify
 from .classifier import classifier
 from .compare import compare
 from .demo import demo
@@ -89,6 +90,7 @@ COMMANDS = {
     evaluate: "ctrl evaluate runs/demo -n 2000 --out figures.json",
     compare: "ctrl compare runs/demo --labels 50,100,200 --seeds 1,2,3 --out runs/compared",
     export: "ctrl export runs/texture texture-pipeline",
+    certify: "ctrl certify my-pipeline --lora style.safetensors --prompts prompts.txt --out runs/style",
     exact: "ctrl exact --quick --out runs/exact",
 }
 for command, example in COMMANDS.items():

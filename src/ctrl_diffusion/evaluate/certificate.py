@@ -363,7 +363,7 @@ def warn_of_uncertified(
     if few := rarest(conditions, counts):
         message = (
             f"log Z is not certified for {int((counts < ENOUGH).sum())} of {conditions.pairs} (c, y), which too few of "
-            f"{members} prior samples have: {few}. Raise evaluation.prior_samples."
+            f"{members} prior samples have: {few}. Raise evaluation.prior_samples (ctrl certify: -n)."
         )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     if above.any():
@@ -371,7 +371,7 @@ def warn_of_uncertified(
         message = (
             f"log Z from the policy's paths is above the prior's for {int(above.sum())} of {conditions.pairs} (c, y) "
             f"({names}), by up to {float(difference[above].max()):.3f} nats: the larger is nearer, and nothing is "
-            "certified there. Raise evaluation.prior_samples."
+            "certified there. Raise evaluation.prior_samples (ctrl certify: -n)."
         )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 

@@ -1,0 +1,1 @@
+"""LoRA files of any origin, read onto a prior and measured."""
