@@ -1,24 +1,31 @@
-"""Tune a LoRA by its reward alone and certify it at some lengths: bench/results/certify.json (minutes).
+"""Tune LoRAs by their reward alone and certify them at some lengths: bench/results/certify.json (half an hour).
 
-python bench/certify.py [RUN]        (a run of `ctrl demo`; left out, it trains one first)
+python bench/certify.py [digits [RUN]]            (a run of `ctrl demo`; left out, it trains one first)
+python bench/certify.py alignprop [EXAMPLE]       (a folder of examples/text_digits.py; left out, it is made first)
 
+`alignprop` tunes with trl's AlignProp, in the environment of bench/speed.py, for bright pictures. `digits` is our own:
 The update is that of DRaFT-K (Clark et al. 2024), AlignProp's (Prabhudesai et al. 2024) with a fixed truncation: sample
 a chain, differentiate the reward through its last K steps, and ascend. There is no KL. The base, the chain and p̂ are
-the run's, the reward is log p̂(ink = 4 | x), the LoRA is PEFT's on the queries, keys and values. trl's own trainer takes
-Stable Diffusion alone. Each LoRA is saved as diffusers does and read by `ctrl certify`, the run beside it.
+the run's, the reward is log p̂(ink = 4 | x), the LoRA is PEFT's on the queries, keys and values. Each LoRA is saved as
+diffusers does and read by `ctrl certify`, the run beside it.
 """
 
+import csv
+import subprocess
 import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from shutil import copytree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from evidence import write
+from evidence import ROOT, read, write
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from PIL import Image, ImageStat
 from rich.progress import track
+from speed import peer
 
 from ctrl_diffusion.chain.rollout import read_out
 from ctrl_diffusion.chain.transition import transition
@@ -32,6 +39,8 @@ from ctrl_diffusion.system.progress import JobOptions
 VALUE, RANK, RATE, BATCH, K = "4", 4, 1e-3, 32, 2
 LENGTHS = (30, 50, 70, 100)  # updates at which it is saved
 PATHS = 800  # over the ten digits
+PERCENT, GUIDANCE = 0.2, 1.001  # γ of a percent of brightness; that of bench/peer.py
+PEER_BATCH, PEER_STEPS, PEER_LENGTHS = 8, 20, (10, 20, 40)  # the last are updates
 
 
 def tune(run: Run, folder: Path) -> list[Path]:
@@ -62,6 +71,34 @@ def tune(run: Run, folder: Path) -> list[Path]:
     return files
 
 
+def brightness(image: Image.Image) -> float:
+    """Return the mean of all pixels in percent of white."""
+    return ImageStat.Stat(image.convert("L")).mean[0] / 2.55
+
+
+def measure_alignprop(example: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Tune a LoRA on the example's pipeline by AlignProp; return its figures against `brightness` at each length."""
+    prompts, rows = scratch / "prompts.txt", []
+    with (example / "photos" / "metadata.csv").open(encoding="utf-8") as file:
+        prompts.write_text("\n".join(sorted({row["prompt"] for row in csv.DictReader(file)})), encoding="utf-8")
+    # transformers 4 reads the tokenizer that version 5 wrote by its fast class alone
+    base = Path(copytree(example / "pipeline", scratch / "pipeline"))
+    index = base / "model_index.json"
+    index.write_text(index.read_text(encoding="utf-8").replace('"CLIPTokenizer"', '"CLIPTokenizerFast"'), "utf-8")
+    for updates in track(PEER_LENGTHS, description="AlignProp"):
+        out = scratch / f"{updates}-updates"
+        python, script, *_ = peer(example, "lora", PEER_BATCH, PEER_STEPS)
+        arguments = [base, "lora", PEER_BATCH, PEER_STEPS, prompts, updates, out]
+        subprocess.run([python, script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+        request = Request(
+            str(example / "pipeline"), out / "pytorch_lora_weights.safetensors", prompt_file=prompts,
+            guidance=GUIDANCE, steps=PEER_STEPS, rule="certify:brightness", gamma=PERCENT, n=PATHS,
+        )  # fmt: skip
+        figures = certify_job(request, scratch / str(updates), JobOptions(trust=True))
+        rows.append({"updates": updates, "prior_score": figures["prior_score"], **about(figures)})
+    return rows
+
+
 def row_of(update: int, figures: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one LoRA, and of the run at its KL."""
     beside = figures["run"]["rows"][0]  # at the LoRA's KL
@@ -75,23 +112,35 @@ def about(figures: dict[str, Any]) -> dict[str, Any]:
     return own | {name: figures["certificate"][name] for name in names}
 
 
+def measure_digits(folder: Path, scratch: Path) -> dict[str, Any]:
+    """Tune a LoRA on the digits and return its figures at each length, those of a run of ours at its KL beside them."""
+    rows, files = [], tune(Run.load(folder), scratch)
+    for update, file in zip(LENGTHS, files, strict=True):
+        request = Request("digits", file, run=folder, value=VALUE, n=PATHS)
+        figures = certify_job(request, scratch / str(update), JobOptions())
+        rows.append(row_of(update, figures))
+    return {
+        "value": VALUE, "steps": figures["chain"]["steps"], "through": K, "rank": RANK, "rate": RATE,
+        "batch": BATCH, "prior_score": figures["prior_score"], "trained": about(figures["run"]["rows"][-1]),
+        "rows": rows,
+    }  # fmt: skip
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
+    part = sys.argv[1] if sys.argv[1:] else "digits"
+    given = Path(sys.argv[2]) if sys.argv[2:] else None
     with TemporaryDirectory() as scratch:
-        folder = Path(sys.argv[1] if sys.argv[1:] else f"{scratch}/run")
-        if not sys.argv[1:]:
-            demo_job({}, folder)
-        files = tune(Run.load(folder), Path(scratch))
-        rows = []
-        for update, file in zip(LENGTHS, files, strict=True):
-            request = Request("digits", file, run=folder, value=VALUE, n=PATHS)
-            figures = certify_job(request, Path(scratch) / str(update), JobOptions())
-            rows.append(row_of(update, figures))
-            write("certify", {
-                "value": VALUE, "steps": figures["chain"]["steps"], "through": K, "rank": RANK, "rate": RATE,
-                "batch": BATCH, "prior_score": figures["prior_score"], "trained": about(figures["run"]["rows"][-1]),
-                "rows": rows,
-            })  # fmt: skip
+        folder = given or Path(scratch) / "made"
+        if part == "alignprop":
+            if not given:
+                subprocess.run([sys.executable, ROOT / "examples" / "text_digits.py", "--out", folder], check=True)
+            figures = {"alignprop": measure_alignprop(folder, Path(scratch))}
+        else:
+            if not given:
+                demo_job({}, folder)
+            figures = measure_digits(folder, Path(scratch))
+        write("certify", {**read("certify", {}), **figures})
 
 
 if __name__ == "__main__":

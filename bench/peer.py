@@ -1,6 +1,7 @@
 """Run AlignProp or DDPO of trl 0.22.2, the last release that has them, in an environment of its own.
 
-python bench/peer.py FOLDER alignprop|ddpo BATCH STEPS        (a contender of bench/speed.py)
+python bench/peer.py FOLDER alignprop|ddpo BATCH STEPS                   (a contender of bench/speed.py)
+python bench/peer.py FOLDER lora BATCH STEPS PROMPTS UPDATES OUT         (AlignProp's LoRA for bench/certify.py)
 
 AlignProp differentiates the reward through every step of the chain, each call of the network checkpointed; it has no
 KL, no second network and no control. DDPO rolls out and takes a step of its surrogate at every step of the chain.
@@ -10,12 +11,18 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import PartialState
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import get_peft_model_state_dict
 from race import CLASSES, GUIDANCE, PROMPTS, Brightness, serve
 from trl import AlignPropConfig, AlignPropTrainer, DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+HARDLY = 1.001  # guidance: its pipeline fails without any
 
 
 def prompt() -> tuple[str, dict]:
@@ -52,11 +59,34 @@ def ddpo(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, f
     return lambda: trainer.step(0, 0)
 
 
+def tune(folder: str, batch: int, steps: int, prompts: Path, updates: int, out: Path) -> None:
+    """Tune a LoRA by AlignProp to make images bright, and save it as diffusers does."""
+    texts = prompts.read_text(encoding="utf-8").splitlines()
+    pipeline = DefaultDDPOStableDiffusionPipeline(folder, use_lora=True)
+    with TemporaryDirectory() as logs:
+        config = AlignPropConfig(
+            sample_num_steps=steps, sample_guidance_scale=HARDLY, sample_eta=1.0, train_batch_size=batch,
+            train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=0,
+            train_learning_rate=1e-3, mixed_precision="no", log_with=None, save_freq=10**6,
+            project_kwargs={"logging_dir": logs},
+        )  # fmt: skip
+        trainer = AlignPropTrainer(
+            config, lambda images, *_: (images.mean((1, 2, 3)), {}), lambda: (random.choice(texts), {}), pipeline
+        )
+        for update in range(updates):
+            trainer.step(update, 0)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.sd_pipeline.unet))
+    StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=layers)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     folder, trainer, batch, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.manual_seed(0)
+    random.seed(0)
     PartialState()  # trl logs before it has one
+    if trainer == "lora":
+        return tune(folder, batch, steps, Path(sys.argv[5]), int(sys.argv[6]), Path(sys.argv[7]))
     pipeline = DefaultDDPOStableDiffusionPipeline(folder, use_lora=True)
     with TemporaryDirectory() as logs:
         serve({"alignprop": alignprop, "ddpo": ddpo}[trainer](pipeline, batch, steps, logs))
