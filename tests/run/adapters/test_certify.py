@@ -12,6 +12,8 @@ from ctrl_diffusion.chain.transition import step_coefficients
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
+from ctrl_diffusion.exact.lattice import LatticeChain
+from ctrl_diffusion.exact.task import RADIUS, Task
 from ctrl_diffusion.prior.network import NetworkDenoiser
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.run.adapters.aim import Aim
@@ -103,6 +105,39 @@ def test_a_linear_lora_goes_as_far_as_its_closed_form_says(kind, strength):
         # of a Gaussian with spread s² the tilt of KL k has mean √(2k) s above; 20,000 samples show few nats of it
         most = float(before.mean @ SLOPE) + math.sqrt(2 * figures["kl_nats"] * spread)
         assert figures["best_score"] is None or figures["best_score"] == pytest.approx(most, rel=0.05)
+
+
+class Bent(NetworkDenoiser):
+    """The testbed's mixture with a linear layer of zeros added to its x̂: a LoRA of that layer bends it."""
+
+    def __init__(self, mixture):
+        super().__init__(Linear(), None, mixture.schedule, "sample", mixture.shape)
+        torch.nn.init.zeros_(self.network.linear.weight)
+        self.mixture = mixture
+
+    def forward(self, x_t, t, c=None):
+        linear = self.network.linear
+        return self.mixture(x_t, t, c) + nn.functional.linear(x_t, linear.weight.to(x_t), linear.bias.to(x_t))
+
+
+@pytest.mark.parametrize("schedule", ["vp", "flow"])
+def test_on_the_lattice_a_known_perturbation_has_its_kl(schedule):
+    """On a prior that is not Gaussian the KL of every step is a sum over a lattice, without samples."""
+    task = Task(schedule, "logistic", steps=8)
+    lora = Adapter("lora", {"linear": 0.3 * W1}, {"linear": B1}, (2,), 6)
+    exact, sampled = (Bent(task.prior(dtype)) for dtype in (torch.float64, torch.float32))
+    cond = {"c": torch.tensor([1])}
+    lattice = LatticeChain(exact, task.times, RADIUS, task.spread, cond=cond)
+    steps = list(lattice.steps(AdaptedDenoiser(exact, lora)))
+    kl = lattice.outcome(steps, torch.zeros(len(lattice.x_0), dtype=torch.float64)).kl_steps
+    conditions = Conditions(cond, {"slope": 1}, names={"slope": ("high",)})
+    base = Base(Prior(sampled, None, {}), task.times, conditions, 20_000, 0)
+    figures = certify_lora(base, AdaptedDenoiser(sampled, lora))
+    assert float(kl.sum()) > 0.1
+    for row, expected in zip(figures["kl_per_step"], kl.tolist(), strict=True):
+        # sixteen figures in all: four standard errors and half
+        assert abs(row["kl_nats"] - expected) < 4.5 * row["kl_stderr"]
+        assert row["kl_stderr"] < 0.05 * expected  # 20,000 paths, of a spread of a few times the mean
 
 
 @pytest.mark.parametrize("kl", [0.05, 0.5, 1.5, 9.0])
