@@ -2,8 +2,6 @@
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 DIGIT, INK, SLANT = "digit", "ink", "slant"
@@ -13,12 +11,16 @@ UPRIGHT = (0, 1, 2, 3, 4, 5, 8, 9)  # digits that lean either way
 
 def digits() -> tuple[Tensor, Tensor]:
     """Return scikit-learn's 1,797 digits: x (1797, 1, 8, 8) in [−1, 1], white ink on black, and c (1797,) in 0..9."""
+    from sklearn.datasets import load_digits
+
     x, c = load_digits(return_X_y=True)
     return torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(c)
 
 
 def split() -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of `digits()` the prior is trained on, and the rows it never sees."""
+    from sklearn.model_selection import train_test_split
+
     c = digits()[1].numpy()
     return train_test_split(np.arange(len(c)), test_size=300, stratify=c, random_state=0)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ..system.files import atomic
@@ -114,6 +113,8 @@ class LabelledImages:
 
     def split(self, column: str, shares: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> list["LabelledImages"]:
         """Split into disjoint parts by shares of the whole, stratified by a column; the last takes the rest."""
+        from sklearn.model_selection import train_test_split
+
         self.check_classes(column)
         y, rest, parts = self.strata(column).numpy(), np.arange(len(self)), []
         for share in shares[:-1]:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..control.conditions import Conditions
 from .judge import Observation
@@ -24,6 +23,8 @@ NEIGHBOURS = 5
 
 def frechet_distance(real: Tensor, samples: Tensor) -> float:
     """Compute the Fréchet distance (Heusel et al. 2017) between two sets of features (n, F) and (m, F)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     network = nn.Identity()  # the features were computed already
     network.num_features = width = real.shape[1]
     metric = FrechetInceptionDistance(feature=network, input_img_size=(width,), normalize=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor
 
 from ..control.conditions import Conditions
@@ -157,6 +156,8 @@ def stratified_error(values: Tensor, pairs: int, clusters: int = 1) -> float:
 
 def score_samples(samples: Observation, conditions: Conditions) -> Score:
     """Score P · n samples, n for each pair (c, y) in turn."""
+    from sklearn.metrics import confusion_matrix, f1_score
+
     pair = conditions.all(len(samples.features) // conditions.pairs)
     targets, _ = conditions.of(pair)
     features = samples.features.view(conditions.pairs, -1, samples.features.shape[1])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from .scorer import Architecture, Scorer
@@ -131,6 +130,8 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None,
     Minimises n · NLL + ½ (log T/spread)². A few dozen examples that happen to be all right would alone send T to 0, and
     a reward that steep is a promise nobody checked; the prior on log T keeps it near the fit's own scale.
     """
+    from scipy.optimize import minimize_scalar
+
     score = classifier.scores(x, c)
 
     def objective(log_temperature: float) -> float:

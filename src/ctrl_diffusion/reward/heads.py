@@ -8,11 +8,9 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import r2_score
 from torch import Tensor
 from torch.distributions import Categorical as Distribution
 from torch.distributions import Normal
-from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
 
 from ..data.labels import LabelSpace
 from ..data.names import is_number
@@ -56,6 +54,8 @@ class Head:
 
     def figures(self, log_prob: Tensor, density: Normal | None, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
         """Measure log p̂ (n, K), or its density (n,), at labels y (n,): the rest of a `ClassifierReport`."""
+        from torchmetrics.functional.classification import multiclass_auroc, multiclass_calibration_error
+
         p, counts = log_prob.exp(), y.bincount(minlength=self.classes)
         chance = float(Distribution(probs=counts / len(y)).entropy())
         if c is not None:
@@ -120,6 +120,8 @@ class Gaussian(Head):
         return losses if reduction == "none" else getattr(losses, reduction)()
 
     def figures(self, log_prob: Tensor, density: Normal, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
+        from sklearn.metrics import r2_score
+
         nominal, empirical = coverage(density, y)
         nearest, true = (place.round().clamp(0, self.classes - 1) for place in (density.mean, y))
         return {

@@ -17,7 +17,6 @@ figure is reported as what it is. Examples that p̂ was fitted on make it smalle
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import chi2
 from torch import Tensor
 
 
@@ -37,6 +36,8 @@ class Dependence:
 
 def dependence(log_p: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Dependence:
     """Measure what two labels y (n,) of the same examples share beyond log p̂₁ (n, K₁) and log p̂₂ (n, K₂) in nats."""
+    from scipy.stats import chi2
+
     base = (log_p[0][:, :, None] + log_p[1][:, None, :]).double()  # (n, K₁, K₂)
     n, first, second = base.shape
     cell = y[0] * second + y[1]

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Generator, Tensor
 
 from ..chain.paths import PriorPaths
@@ -37,6 +35,9 @@ def predicted(features: Tensor, p_end: Tensor, generator: Generator) -> Tensor:
 
     A label that is never drawn on the other paths gets log 1/n, and so do all if only one is.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     rows, y = features.numpy(), torch.multinomial(p_end, 1, generator=generator).squeeze(1).numpy()
     least = np.log(1 / len(y))
     log_q = np.full(p_end.shape, least)

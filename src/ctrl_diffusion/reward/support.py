@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from sklearn.covariance import LedoitWolf
 from torch import Tensor
 
 from ..system.files import read_tensors, write_tensors
@@ -34,6 +33,8 @@ class Support:
     @classmethod
     def fit(cls, features: Tensor) -> "Support":
         """Estimate it from features (n, F) of the fitting part."""
+        from sklearn.covariance import LedoitWolf
+
         mean, std = features.mean(0), features.std(0)
         if not std.max() > 0:  # all images are alike: whatever differs from them lies outside
             return cls(mean, torch.eye(len(mean)).to(mean), torch.tensor(math.inf))

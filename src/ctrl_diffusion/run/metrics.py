@@ -8,7 +8,6 @@ from platform import python_version
 from typing import Any
 
 import torch
-from sklearn.metrics import r2_score
 from torch import Tensor
 
 from ..evaluate.evaluation import Evaluation
@@ -155,6 +154,8 @@ def last_climb(records: Sequence[dict[str, Any]]) -> Climb | None:
 
 def scale_metrics(requested: Tensor, measured: Tensor) -> dict[str, float]:
     """Say how samples follow the places requested on a scale, (n,) and (n,), in levels."""
+    from sklearn.metrics import r2_score
+
     error, r2 = measured - requested, r2_score(requested.numpy(), measured.numpy())
     mean, rms = float(error.mean()), float(error.square().mean().sqrt())
     return {"samples": len(requested), "r2": r2, "mean_error_levels": mean, "root_mean_square_error_levels": rms}
