@@ -55,6 +55,7 @@ def test_a_lora_of_zeros_is_said_to_go_nowhere(ctrl_here, loras, tmp_path):
     assert written == {"certify.json", "report.html", "grid.png", "steps.png", "prompts.png"}
 
 
+@pytest.mark.filterwarnings("ignore:log Z is not certified")  # of ten samples
 def test_a_lora_is_held_against_a_run_and_its_classifier(ctrl_here, loras, quick_run, tmp_path):
     """The run's chain, p̂ and γ, and the run beside it at a strength with the same KL; the same bytes by the seed."""
     command = ("certify", "digits", "--lora", loras / "some.safetensors", "--run", quick_run, "--value", "4", "-n", 20)
@@ -81,6 +82,7 @@ def test_a_lora_is_held_against_a_run_and_its_classifier(ctrl_here, loras, quick
     assert page.count("data:image/png;base64,") == 3
 
 
+@pytest.mark.filterwarnings("ignore:log Z is not certified")  # of ten samples
 def test_a_rule_rates_the_images(ctrl_here, loras, tmp_path):
     command = ("certify", "digits", "--lora", loras / "some.safetensors", "--out", tmp_path / "out", *SHORT)
     rule = "ctrl_diffusion.data.rules:jpeg_kilobytes"

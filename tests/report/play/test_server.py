@@ -58,7 +58,9 @@ def test_runs_of_two_priors_are_not_compared(open_session, finished):
 def test_an_interrupt_ends_the_page_without_a_traceback(sent):
     pytest.importorskip("gradio", reason=HOW)
     command = [sys.executable, "-m", "ctrl_diffusion", "play", "--no-browser", "--port", str(free_port())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a shell's job in the background ignores Ctrl-C, and so would its children
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL), **pipes)
     assert "the page is at http://127.0.0.1:" in process.stdout.readline()
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
