@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -35,15 +36,23 @@ def reward(images: torch.Tensor, *_: object) -> tuple[torch.Tensor, dict]:
     return Brightness().log_prob(2 * images - 1).gather(1, y).squeeze(1), {}
 
 
-def alignprop(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, folder: str) -> Callable[[], None]:
-    """Return a function that makes one update through all steps of the chain."""
+def alignprop_trainer(
+    pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, folder: str, **options: Any
+) -> AlignPropTrainer:
+    """Return a trainer through all steps of the chain; `options` are its reward, prompt, guidance and rate."""
     config = AlignPropConfig(
-        sample_num_steps=steps, sample_guidance_scale=GUIDANCE, sample_eta=1.0, train_batch_size=batch,
+        sample_num_steps=steps, sample_guidance_scale=options["guidance"], sample_eta=1.0, train_batch_size=batch,
         train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=0,
-        train_learning_rate=1e-5, mixed_precision="no", log_with=None, save_freq=10**6,
+        train_learning_rate=options["rate"], mixed_precision="no", log_with=None, save_freq=10**6,
         project_kwargs={"logging_dir": folder},
     )  # fmt: skip
-    trainer = AlignPropTrainer(config, reward, prompt, pipeline)
+    return AlignPropTrainer(config, options["reward"], options["prompt"], pipeline)
+
+
+def alignprop(pipeline: DefaultDDPOStableDiffusionPipeline, batch: int, steps: int, folder: str) -> Callable[[], None]:
+    """Return a function that makes one update through all steps of the chain."""
+    options = {"reward": reward, "prompt": prompt, "guidance": GUIDANCE, "rate": 1e-5}
+    trainer = alignprop_trainer(pipeline, batch, steps, folder, **options)
     return lambda: trainer.step(0, 0)
 
 
@@ -64,15 +73,10 @@ def tune(folder: str, batch: int, steps: int, prompts: Path, updates: int, out: 
     texts = prompts.read_text(encoding="utf-8").splitlines()
     pipeline = DefaultDDPOStableDiffusionPipeline(folder, use_lora=True)
     with TemporaryDirectory() as logs:
-        config = AlignPropConfig(
-            sample_num_steps=steps, sample_guidance_scale=HARDLY, sample_eta=1.0, train_batch_size=batch,
-            train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=0,
-            train_learning_rate=1e-3, mixed_precision="no", log_with=None, save_freq=10**6,
-            project_kwargs={"logging_dir": logs},
+        trainer = alignprop_trainer(
+            pipeline, batch, steps, logs, guidance=HARDLY, rate=1e-3,
+            reward=lambda images, *_: (images.mean((1, 2, 3)), {}), prompt=lambda: (random.choice(texts), {}),
         )  # fmt: skip
-        trainer = AlignPropTrainer(
-            config, lambda images, *_: (images.mean((1, 2, 3)), {}), lambda: (random.choice(texts), {}), pipeline
-        )
         for update in range(updates):
             trainer.step(update, 0)
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.sd_pipeline.unet))

@@ -331,7 +331,7 @@ def test_what_was_read_is_one_line_of_bounded_length(tmp_path):
     counts = ", ".join(f"{7 if letter == 'f' else 8} × {letter}" for letter in letters[:10])
     assert data.about == (
         f"{tmp_path / 'metadata.csv'}: 95 of 96 rows (1 × missing labels left out); images in the column file_name; "
-        f"digit: {counts}, and 2 more; ink: a scale, 0.054 … 0.903."
+        f"digit: {counts} and 2 more; ink: a scale, 0.054 … 0.903."
     )  # 5 % of 94 steps are 4.7, from 0.04 towards 0.06
 
 

@@ -23,6 +23,7 @@ class Numbers(Strict):
 
 def test_a_line_names_the_first_of_many():
     assert some_of(["a", "b"], 2) == "a, b"
+    assert some_of(["a", "b", "c"], 2) == "a, b and 1 more"
     assert some_of(["a", "b", "c", "d"], 2, "; ") == "a; b; and 2 more"
     with pytest.raises(ValueError, match="values") as error:
         Numbers.from_values({"values": "9" * 10_000})

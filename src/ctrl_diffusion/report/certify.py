@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluate.verdict import gap_line
-from .style import CTRL, STYLE, distinct_endings, embedded, headline, render, shortened, show_grid
+from .run import grid_figure
+from .style import CTRL, STYLE, distinct_endings, embedded, headline, render, shortened, stacked
 
 LISTED = 20  # prompts in the picture
-AT_ONCE = 6  # columns whose names have room
 
 
 class Grid(NamedTuple):
@@ -25,21 +25,6 @@ class Grid(NamedTuple):
     lora: Tensor
     rows: int
     names: Sequence[str]  # of the columns
-
-
-def grid_figure(grid: Grid) -> Figure:
-    """Draw the samples of the base and, from the same noise, those with the LoRA."""
-    columns = len(grid.names)
-    most = 14 if columns <= AT_ONCE else 6
-    names = [shortened(name, most) for name in distinct_endings(list(grid.names))]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(9.0, 0.86 * columns), 0.5 * grid.rows + 0.8), layout="constrained")
-        panels = figure.subplots(1, 2)
-        for axes, (title, x) in zip(
-            panels, {"The base": grid.prior, "With the LoRA, same noise": grid.lora}.items(), strict=True
-        ):
-            show_grid(axes, x, grid.rows, [""] * grid.rows, names, title)
-    return figure
 
 
 def steps_figure(steps: Sequence[dict[str, float]]) -> Figure:
@@ -78,10 +63,15 @@ def prompts_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def write_certify_report(folder: Path, figures: dict[str, Any], grid: Grid, command: str) -> None:
     """Write the pictures and a self-contained report.html of the figures of certify.json."""
-    drawn = {"grid": grid_figure(grid), "steps": steps_figure(figures["kl_per_step"])}
+    pictures = {"The base": grid.prior, "With the LoRA, same noise": grid.lora}
+    columns = [stacked(name) for name in distinct_endings(grid.names)]
+    drawings = {
+        "grid": grid_figure(pictures, [""] * grid.rows, columns, ""),
+        "steps": steps_figure(figures["kl_per_step"]),
+    }
     if len(figures["kl_per_prompt"]) > 1:
-        drawn["prompts"] = prompts_figure(figures["kl_per_prompt"])
-    images = {name: embedded(folder / f"{name}.png", figure) for name, figure in drawn.items()}
+        drawings["prompts"] = prompts_figure(figures["kl_per_prompt"])
+    images = {name: embedded(folder / f"{name}.png", figure) for name, figure in drawings.items()}
     rows = [("this LoRA", 1, figures)] if "aim" in figures else []
     for row in figures.get("run", {}).get("rows", ()):
         rows.append(("the run", row["strength"], row))

@@ -20,7 +20,10 @@ def one_line(message: object, most: int | None = None) -> str:
 
 def some_of(texts: Sequence[str], most: int = 10, separator: str = ", ") -> str:
     """Join texts, of many the first, and say how many more there are."""
-    return separator.join([*texts[:most], *([f"and {len(texts) - most} more"] if len(texts) > most else [])])
+    joined = separator.join(texts[:most])
+    if len(texts) <= most:
+        return joined
+    return f"{joined}{' ' if separator == ', ' else separator}and {len(texts) - most} more"
 
 
 @contextmanager

@@ -70,8 +70,8 @@ class Request:
         if self.prompts and self.prompt_file:
             raise ValueError("--prompts is a file of prompts, in place of --prompt. Give one of them.")
         of_run = {"steps": self.steps, "guidance": self.guidance, "size": self.size}
-        if self.run and (given := [name for name, value in of_run.items() if value is not None]):
-            raise ValueError(f"--{given[0]} is that of the run, whose certificate is of its chain. Leave it out.")
+        if self.run and (chosen := [name for name, value in of_run.items() if value is not None]):
+            raise ValueError(f"--{chosen[0]} is that of the run, whose certificate is of its chain. Leave it out.")
 
 
 def certify_job(request: Request, out: Path, options: JobOptions = DEFAULT) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def opened_run(request: Request, options: JobOptions) -> Run:
 def chain_of(request: Request) -> Config:
     """Return the settings of a base's chain, those of `ctrl train` where the request has none; none of a training."""
     values = {"steps": request.steps, "guidance": request.guidance, "size": request.size, "seed": request.seed}
-    given = {name: value for name, value in values.items() if value is not None}
-    return Config.from_values({"prior": request.pipeline, "control": "lora", "data": "-", **given}, "options")
+    chosen = {name: value for name, value in values.items() if value is not None}
+    return Config.from_values({"prior": request.pipeline, "control": "lora", "data": "-", **chosen}, "options")
 
 
 def completed(chain: Config, request: Request, prior: Prior, names: Sequence[str]) -> Config:
@@ -231,8 +231,8 @@ def in_words(figures: dict[str, Any]) -> str:
         bound = "" if best is None else f", at most {best:.3g} at this KL"
         score = f"its mean is {figures['score']:.3g} ± {figures['score_stderr']:.2g}"
         score += f" (base {figures['prior_score']:.3g}{bound})"
-        asked = f"rating {aim['name']}" if aim["kind"] == "rule" else f"log p̂ of {aim['name']} = {aim['value']}"
-        lines.append(f"From the base tilted by the {asked}: {gap_line(figures['certificate'])}; {score}.")
+        goal = f"rating {aim['name']}" if aim["kind"] == "rule" else f"log p̂ of {aim['name']} = {aim['value']}"
+        lines.append(f"From the base tilted by the {goal}: {gap_line(figures['certificate'])}; {score}.")
     if run := figures.get("run"):
         row = run["rows"][0]
         same = "" if run["same_kl"] else ", the most that was tried"

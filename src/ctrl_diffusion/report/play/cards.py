@@ -84,8 +84,7 @@ def share_note(pictures: Sequence[Picture]) -> str:
 def drawing_html(session: Session, drawing: Drawing) -> str:
     """Show the prior and the control side by side."""
     n, request = drawing.request.n, drawing.request
-    wanted = ", ".join(f"{name} {text}" for name, text in request.texts.items())
-    title = f"With the control: {wanted}" if wanted else "With the control: nothing asked"
+    title = f"With the control: {request.in_words}"
     return (
         "<div class='sides'>"
         + side_html("Without the control", share_note(drawing.prior), drawing.prior, n, "prior")

@@ -29,7 +29,7 @@ def draw_both(
 ) -> Iterator[list[Drawing]]:
     """Yield the drawings of two runs as they grow, the first and then the second; raises as `Session.draw` does."""
     comparable(*sessions)
-    requests = [Request.checked(session.run, given) for session, given in zip(sessions, values, strict=True)]
+    requests = [Request.checked(session.run, row) for session, row in zip(sessions, values, strict=True)]
     drawings = [Drawing(request) for request in requests]
     for i, session in enumerate(sessions):
         for drawing in session.draw(requests[i], stop):
@@ -41,12 +41,10 @@ def both_html(sessions: tuple[Session, Session], drawings: list[Drawing]) -> str
     """Show what the two controls make of the same noise, and what to download of each."""
     sides, downloads = [], []
     for session, drawing in zip(sessions, drawings, strict=True):
-        wanted = ", ".join(f"{name} {text}" for name, text in drawing.request.texts.items()) or "nothing asked"
-        sides.append(
-            side_html(f"{session.name}: {wanted}", share_note(drawing.ctrl), drawing.ctrl, drawing.request.n, "ctrl")
-        )
+        title, pictures = f"{session.name}: {drawing.request.in_words}", drawing.ctrl
+        sides.append(side_html(title, share_note(pictures), pictures, drawing.request.n, "ctrl"))
         if drawing.finished:
-            downloads.append(downloads_html(drawing.ctrl, [drawing.request.command(session.run, session.folder)]))
+            downloads.append(downloads_html(pictures, [drawing.request.command(session.run, session.folder)]))
     return f"<div class='sides'>{''.join(sides)}</div>{''.join(downloads)}"
 
 

@@ -45,9 +45,9 @@ class Inputs(NamedTuple):
         labels = [component for components in self.labels.values() for component in components]
         return labels + [component for component in self[1:] if component is not None]
 
-    def values(self, given: Sequence[Any]) -> dict[str, Any]:
+    def values(self, contents: Sequence[Any]) -> dict[str, Any]:
         """Return a request's values from those of the components, in their order."""
-        rest = iter(given)
+        rest = iter(contents)
         labels = {}
         for name, components in self.labels.items():
             value, *null = (next(rest) for _ in components)
@@ -97,21 +97,21 @@ def more_inputs(session: Session, n: int, most: int, shared: bool = False) -> di
     `shared` leaves out what differs between runs: γ and the steps.
     """
     run = session.run
-    made: dict[str, Any] = {"gamma": None, "steps": None}
+    components: dict[str, Any] = {"gamma": None, "steps": None}
     about = "0 the model alone, 1 as trained"
-    made["strength"] = gr.Slider(0, SHOWN_STRENGTH, value=1, step=0.05, label="strength", info=about)
+    components["strength"] = gr.Slider(0, SHOWN_STRENGTH, value=1, step=0.05, label="strength", info=about)
     if (gammas := run.config.trained_gammas) and not shared:
-        made["gamma"] = gr.Slider(
+        components["gamma"] = gr.Slider(
             min(gammas), max(gammas), value=run.config.gamma, step=0.05, label="γ", info="how much the label counts"
         )
-    made["n"] = gr.Slider(1, most, value=min(n, most), step=1, label="how many")
+    components["n"] = gr.Slider(1, most, value=min(n, most), step=1, label="how many")
     with gr.Accordion("Noise and steps", open=False, elem_classes="drawer"):
-        made["same"] = gr.Checkbox(True, label="same noise each time")
-        made["seed"] = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MOST_SEED)
+        components["same"] = gr.Checkbox(True, label="same noise each time")
+        components["seed"] = gr.Number(0, label="seed", precision=0, minimum=0, maximum=MOST_SEED)
         if not shared:
             steps, most = run.config.steps, most_steps(run)
-            made["steps"] = gr.Slider(1, most, value=steps, step=1, label="steps", info=f"{steps} as trained")
-    return made
+            components["steps"] = gr.Slider(1, most, value=steps, step=1, label="steps", info=f"{steps} as trained")
+    return components
 
 
 def buttons() -> tuple[gr.Button, gr.Button]:
@@ -134,17 +134,17 @@ def connect(
     seed, status, pictures = parts["seed"], parts["status"], parts["pictures"]
     inputs = [*inputs, gr.Number(0, visible=False)]
 
-    def drawn(request: gr.Request, *given: Any) -> Iterator[tuple[Any, Any, Any]]:
-        *given, turn = given
+    def draw_request(request: gr.Request, *contents: Any) -> Iterator[tuple[Any, Any, Any]]:
+        *contents, turn = contents
         stop = visitors.begin(f"{request.session_hash} {tab}", turn if isinstance(turn, (int, float)) else 0)
-        asked, last = values(given), None
-        if asked.pop("same") is not True:
-            asked["seed"] = secrets.randbelow(MOST_SEED + 1)
+        request_values, last = values(contents), None
+        if request_values.pop("same") is not True:
+            request_values["seed"] = secrets.randbelow(MOST_SEED + 1)
         try:
-            for last in draw(asked, stop):
+            for last in draw(request_values, stop):
                 if stop.is_set():
                     raise Stopped
-                yield asked["seed"], *last
+                yield request_values["seed"], *last
         except Stopped:
             words = "<p class='words' role='status'>Stopped. Draw begins again.</p>"
             # gradio sends the last that is yielded once more at the end: of an older drawing that must be nothing
@@ -154,13 +154,13 @@ def connect(
             yield gr.skip(), error_html(error), gr.skip()
 
     options = {"inputs": inputs, "outputs": [seed, status, pictures], "js": COUNT, **HIDDEN}
-    gr.on([parts["go"].click, seed.submit, *(component.input for component in changing)], drawn, **options)
+    gr.on([parts["go"].click, seed.submit, *(component.input for component in changing)], draw_request, **options)
 
     def stopped(request: gr.Request) -> None:
         visitors.stop(f"{request.session_hash} {tab}")
 
     parts["stop"].click(stopped, **HIDDEN)
-    return {"fn": drawn, **options}
+    return {"fn": draw_request, **options}
 
 
 def run_tab(visitors: Visitors, session: Session, place: int) -> dict[str, Any]:
@@ -220,8 +220,8 @@ def sweep_of(visitors: Visitors, session: Session, place: int) -> None:
             pictures = gr.HTML("", elem_classes="pictures")
     inputs = Inputs({}, c, **more)
 
-    def values(given: Sequence[Any]) -> dict[str, Any]:
-        return {"rows": given[0], "columns": given[1], **inputs.values(given[2:])}
+    def values(contents: Sequence[Any]) -> dict[str, Any]:
+        return {"rows": contents[0], "columns": contents[1], **inputs.values(contents[2:])}
 
     def draw(values: dict[str, Any], stop: Event) -> Iterator[tuple[str, Any]]:
         sweep = grid_of(session, values.pop("rows"), values.pop("columns"), values)
@@ -252,9 +252,9 @@ def compare_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
         with gr.Column(scale=1, min_width=260, elem_classes="left"):
             with gr.Column(elem_classes="first"):
                 for side, words in enumerate(("left", "right")):
-                    which, made = run_choice(sessions, side, words)
+                    which, labels_of_runs = run_choice(sessions, side, words)
                     chosen.append(which)
-                    labels.append(made)
+                    labels.append(labels_of_runs)
                 c = condition_input(sessions[0])
                 go, stop = buttons()
             with gr.Column(elem_classes="rest"):
@@ -264,26 +264,29 @@ def compare_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
             status = gr.HTML("<p class='words'>Press Draw to compare.</p>", elem_classes="status")
             pictures = gr.HTML("", elem_classes="pictures")
     inputs = Inputs({}, c, **more)
-    each = [[component for made in side for group in made.values() for component in group] for side in labels]
+    each = [
+        [component for by_control in side for group in by_control.values() for component in group] for side in labels
+    ]
 
-    def values(given: Sequence[Any]) -> dict[str, Any]:
-        shared, rest = inputs.values(given[: len(inputs.components)]), list(given[len(inputs.components) :])
-        asked = []
+    def values(contents: Sequence[Any]) -> dict[str, Any]:
+        shared, rest = inputs.values(contents[: len(inputs.components)]), list(contents[len(inputs.components) :])
+        sides = []
         for name, side in zip((rest.pop(0), rest.pop(0)), labels, strict=True):
             by_run = [
-                Inputs(made, *[None] * 7).values([rest.pop(0) for g in made.values() for _ in g]) for made in side
+                Inputs(by_control, *[None] * 7).values([rest.pop(0) for group in by_control.values() for _ in group])
+                for by_control in side
             ]
-            asked.append((name, by_run))
-        return {**shared, "asked": asked}
+            sides.append((name, by_run))
+        return {**shared, "sides": sides}
 
     def draw(values: dict[str, Any], stop: Event) -> Iterator[tuple[str, Any]]:
-        pair, given = [], []
-        for name, by_run in values.pop("asked"):
+        pair, rows = [], []
+        for name, by_run in values.pop("sides"):
             if name not in names:
                 raise ValueError(f"there is no run {str(name)[:40]!r} on this page.")
             pair.append(sessions[names.index(name)])
-            given.append({**values, "labels": by_run[names.index(name)]["labels"], "steps": pair[-1].run.config.steps})
-        for drawings in draw_both(tuple(pair), tuple(given), stop):
+            rows.append({**values, "labels": by_run[names.index(name)]["labels"], "steps": pair[-1].run.config.steps})
+        for drawings in draw_both(tuple(pair), tuple(rows), stop):
             pictures = both_html(tuple(pair), drawings) if drawings[0].prior else gr.skip()
             yield both_status(tuple(pair), drawings), pictures
 

@@ -85,6 +85,11 @@ class Request:
             seed=number("seed", values["seed"], 0, MOST_SEED, whole=True),
         )
 
+    @property
+    def in_words(self) -> str:
+        """The labels asked for, such as "ink 4, slant left"."""
+        return ", ".join(f"{name} {text}" for name, text in self.texts.items()) or "nothing asked"
+
     def cond(self, run: Run) -> dict[str, Tensor]:
         """Return the prior's conditions of the n samples, as `ctrl sample` chooses them; a new prompt is encoded."""
         if run.prior.classes is None:

@@ -79,11 +79,12 @@ def sweep_html(session: Session, sweep: Sweep) -> str:
         body.append(f"<tr><th scope='row'>{escape(name)}</th>{row}</tr>")
     corner = f"{escape(sweep.names[0])} ↓ &nbsp; {escape(sweep.names[1])} →"
     table = f"<table><thead><tr><th>{corner}</th>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    finished = len(sweep.cells) == len(sweep.requests)
+    shown = f"<div class='sweep'>{table}</div>"
+    if len(sweep.cells) < len(sweep.requests):
+        return shown
     pictures = [picture for cell in sweep.cells for picture in cell]
     commands = [request.command(session.run, session.folder) for request in sweep.requests]
-    each = sweep.requests[0].n
-    return f"<div class='sweep'>{table}</div>" + (downloads_html(pictures, commands, across * each) if finished else "")
+    return shown + downloads_html(pictures, commands, across * sweep.requests[0].n)
 
 
 def cell_html(pictures: Sequence[Picture]) -> str:

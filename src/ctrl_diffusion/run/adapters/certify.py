@@ -90,14 +90,14 @@ def measure(
     return Distance(x_0, kl, log_ratio, rewards)
 
 
-def distance_metrics(base: Base, found: Distance) -> dict[str, Any]:
+def distance_metrics(base: Base, distance: Distance) -> dict[str, Any]:
     """Return KL in all, step by step and condition by condition, by the names certify.json uses."""
     steps, groups = [], base.conditions.groups
     for i, (t, _) in enumerate(pairwise(base.times)):
-        kl, error = base.mean(found.kl[:, i])
+        kl, error = base.mean(distance.kl[:, i])
         steps.append({"t": t, "sigma": float(base.prior.denoiser.schedule(t)[1]), "kl_nats": kl, "kl_stderr": error})
-    each = found.kl.sum(1).double().view(groups, -1)
-    total, error = base.mean(found.kl.sum(1))
+    each = distance.kl.sum(1).double().view(groups, -1)
+    total, error = base.mean(distance.kl.sum(1))
     return {
         "kl_nats": total, "kl_stderr": error, "kl_per_step": steps,
         "kl_per_prompt": [
@@ -108,16 +108,16 @@ def distance_metrics(base: Base, found: Distance) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def certificate_of(base: Base, table: Tensor, found: Distance, aim: Aim) -> Certificate:
+def certificate_of(base: Base, table: Tensor, distance: Distance, aim: Aim) -> Certificate:
     """Certify a policy's paths against the prior's rewards (G, M, 1) by `certify`.
 
     A rating has no known bound as log p̂ has, 0: the largest seen stands for it while hits are counted. A constant in
     the reward shifts J and log Z alike, and is added again.
     """
-    shift = 0.0 if aim.bounded else float(torch.maximum(table.max(), found.rewards.max()))
+    shift = 0.0 if aim.bounded else float(torch.maximum(table.max(), distance.rewards.max()))
     gamma = aim.gamma if aim.bounded else 1.0
-    kl = found.kl.sum(1)
-    result = certify(base.conditions, table - shift, found.rewards - shift, kl, found.log_ratio, gamma)
+    kl = distance.kl.sum(1)
+    result = certify(base.conditions, table - shift, distance.rewards - shift, kl, distance.log_ratio, gamma)
     if not shift:
         return result
     pairs = replace(result.pairs, **{name: getattr(result.pairs, name) + shift for name in SHIFTED})
@@ -125,16 +125,16 @@ def certificate_of(base: Base, table: Tensor, found: Distance, aim: Aim) -> Cert
     return replace(result, pairs=pairs, **shifted)
 
 
-def certificate_metrics(base: Base, table: Tensor, found: Distance, aim: Aim) -> dict[str, Any]:
+def certificate_metrics(base: Base, table: Tensor, distance: Distance, aim: Aim) -> dict[str, Any]:
     """Return the certificate and the mean of log p̂, or of the rating, by the names certify.json uses.
 
     Beside it stands the most that any policy with the same KL has, by the prior's samples, where these show it.
     """
-    score, error = base.mean(found.rewards / aim.gamma)
+    score, error = base.mean(distance.rewards / aim.gamma)
     return {
         "score": score, "score_stderr": error,
-        "best_score": best_score(table / aim.gamma, float(found.kl.sum(1).mean())),
-        "certificate": certificate_of(base, table, found, aim).metrics(),
+        "best_score": best_score(table / aim.gamma, float(distance.kl.sum(1).mean())),
+        "certificate": certificate_of(base, table, distance, aim).metrics(),
     }  # fmt: skip
 
 
@@ -175,9 +175,9 @@ class Rival:
         strength, reached = self.strength_at(base, kl, phase)
         rows = []
         for w in dict.fromkeys((strength, 1.0)):
-            found = self.measure(base, aim, w, f"paths of the run at strength {w:.3g}", phase)
-            total, error = base.mean(found.kl.sum(1))
-            figures = certificate_metrics(base, table, found, aim)
+            distance = self.measure(base, aim, w, f"paths of the run at strength {w:.3g}", phase)
+            total, error = base.mean(distance.kl.sum(1))
+            figures = certificate_metrics(base, table, distance, aim)
             rows.append({"strength": w, "kl_nats": total, "kl_stderr": error, **figures})
         return {"same_kl": reached, "rows": rows}
 
@@ -210,13 +210,13 @@ def certify_lora(
     base: Base, denoiser: Denoiser, aim: Aim | None = None, rival: Rival | None = None, phase: Phase = silent
 ) -> dict[str, Any]:
     """Measure a LoRA on its base, against an aim if there is one; return the figures of certify.json."""
-    found = measure(base, denoiser, aim, "paths of the LoRA", phase)
-    figures = {"samples": len(found.x_0), **distance_metrics(base, found)}
+    distance = measure(base, denoiser, aim, "paths of the LoRA", phase)
+    figures = {"samples": len(distance.x_0), **distance_metrics(base, distance)}
     if aim:
         table = rewards_of_prior(base, aim, phase)
         figures |= {"aim": aim.metrics(), "prior_samples": table.shape[1] * base.conditions.groups}
         figures["prior_score"] = float(table.mean()) / aim.gamma
-        figures |= certificate_metrics(base, table, found, aim)
+        figures |= certificate_metrics(base, table, distance, aim)
         if rival:
             figures["run"] = rival.metrics(base, table, aim, figures["kl_nats"], phase)
     return finite_or_none(figures)

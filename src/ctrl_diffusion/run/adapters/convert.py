@@ -25,16 +25,16 @@ def converted(
         pairs.setdefault(stem, {})[kind or ""] = (key, tensor)
     if loader is None or any(set(pair) - {ALPHA} != {DOWN, UP} for pair in pairs.values()):
         raise error
-    given, before = {}, 0.0
+    matrices, before = {}, 0.0
     for pair in pairs.values():
         (down_key, down), (up_key, up) = pair[DOWN], pair[UP]
         scale = float(pair[ALPHA][1]) / len(down) if ALPHA in pair else 1.0
-        given |= {down_key: down, up_key: scale * up}
+        matrices |= {down_key: down, up_key: scale * up}
         before += squared_norm(down, scale * up)
     config = {"unet_config": network.config} if pipeline.startswith("StableDiffusion") else {}
     try:
         with quiet():
-            result = loader(given, **config)
+            result = loader(matrices, **config)
         groups = grouped(source, result[0] if isinstance(result, tuple) else result, layers_of(network))
     except Exception as reason:  # each converter has its own
         raise error from reason

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from ...system.files import some_of
+
 DOWN, UP, ALPHA, UP_BIAS, FULL, BIAS = "down", "up", "alpha", "bias of up", "full", "bias"
 ENDINGS = {
     r"\.lora_A(\.\w+)?\.weight|\.lora_down\.weight|\.lora(_linear_layer)?\.down\.weight|_lora\.down\.weight": DOWN,
@@ -40,9 +42,8 @@ class Unmapped(ValueError):
     """Report keys of a file that mean no layer of the network."""
 
     def __init__(self, source: str, keys: list[str], of: int) -> None:
-        more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
         super().__init__(
-            f"{source}: {len(keys)} of its {of} keys mean no layer of this model ({', '.join(keys[:SHOWN])}{more}). "
+            f"{source}: {len(keys)} of its {of} keys mean no layer of this model ({some_of(keys, SHOWN)}). "
             "Name the base that it was made for."
         )
         self.keys = keys

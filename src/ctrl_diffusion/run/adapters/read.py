@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...prior.parts import PICKLES
-from ...system.files import one_line, read_tensors
+from ...system.files import one_line, read_tensors, some_of
 from .convert import converted
-from .names import ALPHA, BIAS, DOWN, FULL, UP, UP_BIAS, Unmapped, check_kind, grouped, layers_of, split
+from .names import ALPHA, BIAS, DOWN, FULL, SHOWN, UP, UP_BIAS, Unmapped, check_kind, grouped, layers_of, split
 
 METADATA, CONFIG = "lora_adapter_metadata", "adapter_config.json"  # of diffusers in the header, of PEFT beside the file
 
@@ -52,9 +52,8 @@ def read_adapter(path: Path, network: nn.Module, pipeline: str = "") -> Adapter:
     source = str(path)
     check_kind(source, tensors)
     if not any(split(key)[1] in (DOWN, UP, FULL, BIAS) for key in tensors):
-        raise ValueError(
-            f"{source} is no LoRA: none of its {len(tensors)} tensors has the name of one ({first(tensors)})."
-        )
+        names = some_of(list(tensors), SHOWN) or "it is empty"
+        raise ValueError(f"{source} is no LoRA: none of its {len(tensors)} tensors has the name of one ({names}).")
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source} is damaged: {key} has numbers that are not finite.")
@@ -88,11 +87,6 @@ def read_adapter(path: Path, network: nn.Module, pipeline: str = "") -> Adapter:
         notes.append(f"its scale is that of {named}")
     count = sum(tensor.numel() for tensor in tensors.values())
     return Adapter(source, weights, biases, tuple(sorted(ranks)), count, tuple(notes))
-
-
-def first(names: Sequence[str]) -> str:
-    """Return the first three names in words."""
-    return ", ".join(list(names)[:3]) or "it is empty"
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
