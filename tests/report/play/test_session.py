@@ -5,6 +5,7 @@ import shlex
 import time
 import zipfile
 from threading import Event, Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +106,36 @@ def test_the_prior_is_drawn_once_for_all_labels(open_session, monkeypatch):
     assert [p.right for p in first.prior] != [p.right for p in second.prior]
     drawn(session, seed=1)
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("made", ["both", "scaled", "other"])
+def test_what_is_drawn_ahead_is_what_the_page_asks_first(open_session, request, monkeypatch, made):
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from ctrl_diffusion.report.play.page import page
+
+    session = open_session(request.getfixturevalue(made))
+    session.draw_ahead(Event())
+    monkeypatch.delattr("ctrl_diffusion.report.play.session.rollout")  # nothing is left to sample
+    (load,) = (fn for fn in page([session], Visitors()).fns.values() if fn.targets[0][1] == "load")
+    *_, (seed, _, pictures) = load.fn(SimpleNamespace(session_hash="a"), *(part.value for part in load.inputs))
+    assert seed == 0
+    assert "downloads" in pictures
+
+
+def test_drawing_ahead_ends_with_the_page(open_session, worker):
+    session, stop = open_session(), Event()
+    stop.set()
+    session.draw_ahead(stop)
+    worker.close()
+    session.draw_ahead(Event())
+    assert not any(session.kept.values())
+
+
+def test_few_pieces_are_kept(open_session):
+    session = open_session()
+    for seed in range(18):
+        drawn(session, seed=seed, n=1, steps=1)
+    assert {kind: len(pieces) for kind, pieces in session.kept.items()} == {"prior": 16, "ctrl": 4}
 
 
 def test_marks_are_the_rulers(open_session):

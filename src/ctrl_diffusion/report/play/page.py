@@ -11,12 +11,12 @@ import gradio as gr
 from ...data.labels import LabelSpace
 from .cards import drawing_html, error_html, headline_html, legend_html, status_html
 from .compare import both_html, both_status, draw_both
-from .request import MOST_SEED, Request, most_pictures, most_steps
+from .request import FIRST_PICTURES, MOST_SEED, Request, most_pictures, most_steps
 from .session import Session
 from .sweep import MOST_EACH, STRENGTH, draw_sweep, grid_of, sweep_html, sweep_status
 from .worker import Stopped, Visitors
 
-MOST_BUTTONS, FIRST_PICTURES = 10, 16  # values of a control that are shown as buttons; pictures at first
+MOST_BUTTONS = 10  # values of a control that are shown as buttons
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple", "concurrency_limit": None}
 SHOWN_STRENGTH = 2.0  # the sweep of a report ends there
 # the last input of what draws counts a visitor's requests, which may be heard in another order

@@ -13,6 +13,7 @@ from ...data.labels import NULL
 from ...run.run import Run
 
 MOST_PICTURES, MOST_NUMBERS = 64, 2**23  # of one drawing: pictures, and the numbers of all of them
+FIRST_PICTURES = 16
 MOST_STRENGTH, MOST_SEED = 4.0, 2**32 - 1
 TIMES_STEPS = 4  # more steps than trained, at most
 MOST_LETTERS, MOST_PROMPTS = 500, 32  # of a prompt, and of prompts that a page has added to a run
@@ -84,6 +85,20 @@ class Request:
             steps=number("steps", values["steps"], 1, most_steps(run), whole=True),
             seed=number("seed", values["seed"], 0, MOST_SEED, whole=True),
         )
+
+    @classmethod
+    def first(cls, run: Run) -> "Request":
+        """Return what a page asks before anybody turned anything: the last label of each control."""
+        values = {
+            "labels": {name: control.space.values[-1] for name, control in run.policy.controls.items()},
+            "c": None,
+            "n": min(FIRST_PICTURES, most_pictures(run)),
+            "strength": 1,
+            "gamma": run.config.gamma if run.config.trained_gammas else None,
+            "steps": run.config.steps,
+            "seed": 0,
+        }
+        return cls.checked(run, values)
 
     @property
     def in_words(self) -> str:

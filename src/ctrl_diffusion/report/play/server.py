@@ -1,11 +1,13 @@
 """Serve the page on this machine, and nothing but the page."""
 
+import inspect
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 from ...run.run import EMBEDDED_RUN, INK
@@ -83,6 +85,24 @@ def theme() -> Any:
     return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=mono)
 
 
+@contextmanager
+def without_stubs() -> Iterator[None]:
+    """Keep gradio from writing type stubs beside its own files, which takes a third of its import's time.
+
+    It writes one for every class whose file `inspect.getfile` knows, and none where that raises OSError.
+    """
+    known = inspect.getfile
+
+    def unknown(_: Any) -> str:
+        raise OSError("no file")
+
+    inspect.getfile = unknown
+    try:
+        yield
+    finally:
+        inspect.getfile = known
+
+
 def launch(
     sessions: Sequence[Session], port: int, share: bool = False, browser: bool = False
 ) -> tuple[Any, str, Visitors]:
@@ -90,7 +110,8 @@ def launch(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, and later
     own = [os.environ.get("NO_PROXY", ""), HOST, "localhost"]  # gradio asks itself for a page at the start
     os.environ["NO_PROXY"] = ",".join(filter(None, own))
-    import gradio as gr  # noqa: F401 — after the line above
+    with without_stubs():
+        import gradio as gr  # noqa: F401 — after the lines above
     from starlette.middleware import Middleware
 
     from .page import page
@@ -116,9 +137,11 @@ def serve(
 ) -> None:  # fmt: skip
     """Open the page of some runs, and serve it until an interrupt; raises ValueError as `check_play` and `Run.load`."""
     check_play(runs, port)
-    worker = Worker()
+    worker, stop = Worker(), Event()
     try:
-        blocks, address, visitors = launch(load_sessions(runs, worker, trust), port, share, browser)
+        sessions = load_sessions(runs, worker, trust)
+        Thread(target=sessions[0].draw_ahead, args=(stop,), daemon=True).start()  # while gradio begins
+        blocks, address, visitors = launch(sessions, port, share, browser)
         try:
             say(f"the page is at {address} — Ctrl-C ends it")
             Event().wait()
@@ -128,4 +151,5 @@ def serve(
     except KeyboardInterrupt:
         say("ended")
     finally:
+        stop.set()
         worker.close()

@@ -3,6 +3,8 @@
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,10 +22,10 @@ from ...run.folder import RunFolder
 from ...run.run import Run, find_run
 from .readings import Picture, read
 from .request import Request
-from .worker import Step, Worker
+from .worker import Step, Stopped, Worker
 
 MICRO, MICRO_NUMBERS = 16, 2**14  # of a piece of work: samples, and the numbers of all of them
-KEPT = 16  # pieces of the prior that are kept
+KEPT = {"prior": 16, "ctrl": 4}  # pieces that are kept: a prior is shown beside every label
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Session:
     def __init__(self, run: Run, folder: str, worker: Worker, metrics: dict[str, Any] | None = None) -> None:
         self.run, self.folder, self.worker, self.metrics = run, folder, worker, metrics
         self.name = Path(folder).absolute().name
-        self.kept: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()  # only the worker's thread touches it
+        # only the worker's thread touches them
+        self.kept: dict[str, OrderedDict[tuple, tuple[Tensor, Tensor]]] = {kind: OrderedDict() for kind in KEPT}
 
     @classmethod
     def load(cls, folder: Path, worker: Worker, trust: bool = False) -> "Session":
@@ -85,6 +88,12 @@ class Session:
                     drawing = replace(drawing, now=(len(drawing.prior) + len(drawing.ctrl)) / (2 * request.n))
                 yield drawing
 
+    def draw_ahead(self, stop: Event) -> None:
+        """Draw what the page asks first, before it asks, unless `stop` is set; its pieces are kept."""
+        with suppress(Stopped, CancelledError):
+            for _ in self.draw(Request.first(self.run), stop):
+                pass
+
     def following(self, drawing: Drawing, work: Any, stop: Event, steps_of_all: int) -> Iterator[Drawing]:
         """Do a piece of work; yield the drawing with the share that is done meanwhile, and return the result."""
         progress = self.worker.do(work, stop)
@@ -100,27 +109,29 @@ class Session:
         self, kind: str, request: Request, noise: list[Tensor], cond: dict[str, Tensor], labels: dict[str, Tensor],
         rows: slice, step: Step,
     ) -> list[Picture]:  # fmt: skip
-        """Sample and read some rows of a request, of the prior or of the control; what the prior drew is kept."""
+        """Sample and read some rows of a request, of the prior or of the control; the last pieces are kept."""
         run = self.run
-        key = request.seed, request.steps, request.n, rows.start, *(cond["c"].tolist() if cond else ())
-        is_prior = kind == "prior" or not request.labels or request.strength == 0
-        if is_prior and key in self.kept:
-            self.kept.move_to_end(key)
-            return read(run, *self.kept[key], cond, labels)
+        if kind == "ctrl" and (not request.labels or request.strength == 0):
+            kind = "prior"
+        kept = self.kept[kind]
+        asked = () if kind == "prior" else (*request.labels.items(), request.strength, request.gamma)
+        key = request.seed, request.steps, request.n, rows.start, asked, *(cond["c"].tolist() if cond else ())
+        if key in kept:
+            kept.move_to_end(key)
+            return read(run, *kept[key], cond, labels)
 
         def at_state(_: int, x_t: Tensor) -> Tensor:
             step()
             return x_t
 
         options = {"cond": cond, "noise": noise[1:], "at_state": at_state}
-        if not is_prior:
+        if kind == "ctrl":
             options |= {"labels": labels, "strength": request.strength}
             options |= {} if request.gamma is None else {"gamma": request.gamma}
         with run.policy.frozen():
             x_0 = rollout(run.policy, noise[0], run.times_of(request.steps), **options).x_0.cpu()
         images = run.images(x_0)
-        if is_prior:
-            self.kept[key] = x_0, images
-            while len(self.kept) > KEPT:
-                self.kept.popitem(last=False)
+        kept[key] = x_0, images
+        while len(kept) > KEPT[kind]:
+            kept.popitem(last=False)
         return read(run, x_0, images, cond, labels)

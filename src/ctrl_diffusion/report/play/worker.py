@@ -29,7 +29,7 @@ class Worker:
     def do(self, work: Callable[[Step], Result], stop: Event) -> Generator[int, None, Result]:
         """Yield now and then how many steps are done, and return what the work returns.
 
-        Work calls its argument at every step. Raises Stopped soon after `stop` is set.
+        Work calls its argument at every step. Raises Stopped soon after `stop` is set, and of a closed worker.
         """
         steps = 0
 
@@ -39,7 +39,10 @@ class Worker:
                 raise Stopped
             steps += 1
 
-        future = self.pool.submit(work, step)
+        try:
+            future = self.pool.submit(work, step)
+        except RuntimeError:  # the worker is closed
+            raise Stopped from None
         try:
             while not wait([future], TICK).done:
                 if stop.is_set() and future.cancel():
