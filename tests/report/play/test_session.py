@@ -4,6 +4,7 @@ import io
 import shlex
 import time
 import zipfile
+from dataclasses import replace
 from threading import Event, Thread
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from ctrl_diffusion.report.play.cards import downloads_html, drawing_html, pixel
 from ctrl_diffusion.report.play.readings import Picture, certificate_sentence, tally
 from ctrl_diffusion.report.play.request import Request
 from ctrl_diffusion.report.play.session import Session
-from ctrl_diffusion.report.play.sweep import STRENGTH, draw_sweep, grid_of, sweep_html
+from ctrl_diffusion.report.play.sweep import STRENGTH, Sweep, draw_sweep, grid_of, sweep_html
 from ctrl_diffusion.report.play.worker import Stopped, Visitors, Worker
 from ctrl_diffusion.run.run import INK
 
@@ -199,6 +200,12 @@ def test_a_grid_has_one_noise_and_the_prior_at_strength_0(open_session):
         assert (pixels(cell) == prior).all()  # no label
     assert not (pixels(rows[4][2]) == prior).all()
     assert sweep_html(session, whole).count("<td>") == 25
+
+
+def test_a_grid_is_sent_cell_by_cell_in_its_first_row_then_row_by_row():
+    sweep = Sweep(["a", "b", "c"], ["1", "2"], ("y", "z"), [None] * 6)
+    shown = [replace(sweep, cells=((),) * done).shown for done in range(7)]
+    assert shown == [True, True, True, False, True, False, True]
 
 
 def test_visitors_take_turns(worker):

@@ -1,6 +1,7 @@
 """How far a LoRA goes, against closed forms, against nothing, and against a control of ours in a file."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from ctrl_diffusion.exact.task import RADIUS, Task
 from ctrl_diffusion.prior.network import NetworkDenoiser
 from ctrl_diffusion.prior.prior import DIGITS, Prior
 from ctrl_diffusion.run.adapters.aim import Aim
-from ctrl_diffusion.run.adapters.certify import Base, best_score, certify_lora, measure
+from ctrl_diffusion.run.adapters.certify import HALVINGS, MOST_STRENGTH, Base, Rival, best_score, certify_lora, measure
 from ctrl_diffusion.run.adapters.policy import AdaptedDenoiser
 from ctrl_diffusion.run.adapters.read import Adapter, read_adapter
 from ctrl_diffusion.run.programs.files import write_files
@@ -198,3 +199,26 @@ def test_our_own_file_goes_as_far_as_our_control(tmp_path, program, guidance):
     torch.testing.assert_close(theirs.kl, ours.kl, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(theirs.log_ratio, ours.log_ratio, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(theirs.x_0, ours.x_0, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kl", "strength", "reached"), [(0.3, 0.3, True), (2.5, 2.5, True), (9.0, MOST_STRENGTH, False)]
+)
+def test_the_strength_of_a_kl_is_searched_under_one_bar(monkeypatch, kl, strength, reached):
+    """Where the KL is the strength itself; a bracket of at most 3 is halved."""
+    bars = []
+
+    def phase(what, total):
+        bars.append([total, 0])
+        return lambda n=1, note="": bars[-1].__setitem__(1, bars[-1][1] + n)
+
+    def linear(self, base, aim, w, purpose, phase, repeats):
+        phase(purpose, 3 * repeats)(3 * repeats)
+        return SimpleNamespace(kl=torch.full((5, 2), w / 2))
+
+    monkeypatch.setattr(Rival, "measure", linear)
+    base = SimpleNamespace(repeats=16, conditions=SimpleNamespace(pairs=3))
+    found = Rival(None, 0).strength_at(base, kl, phase)
+    assert found == (pytest.approx(strength, abs=3 / 2 ** (HALVINGS + 1)), reached)
+    ((total, done),) = bars
+    assert total == done

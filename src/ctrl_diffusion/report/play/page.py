@@ -226,7 +226,7 @@ def sweep_of(visitors: Visitors, session: Session, place: int) -> None:
     def draw(values: dict[str, Any], stop: Event) -> Iterator[tuple[str, Any]]:
         sweep = grid_of(session, values.pop("rows"), values.pop("columns"), values)
         for grown in draw_sweep(session, sweep, stop):
-            yield sweep_status(grown), sweep_html(session, grown)
+            yield sweep_status(grown), sweep_html(session, grown) if grown.shown else gr.skip()
 
     parts = {"seed": inputs.seed, "status": status, "pictures": pictures, "go": go, "stop": stop}
     connect(visitors, f"sweep {place}", draw, [rows, columns, *inputs.components], values, parts, [])

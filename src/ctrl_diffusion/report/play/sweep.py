@@ -27,6 +27,15 @@ class Sweep:
     left_out: int = 0  # values of both axes that have no row or column
     cells: tuple[tuple[Picture, ...], ...] = ()
 
+    @property
+    def shown(self) -> bool:
+        """Whether to send what is drawn so far: the first row cell by cell, the others row by row.
+
+        A table is sent whole each time, so that one for every cell would weigh the square of the cells.
+        """
+        done, across = len(self.cells), len(self.columns)
+        return done <= across or done % across == 0
+
 
 def axis(session: Session, name: str) -> tuple[list[Any], list[str], int]:
     """Return the values of an axis, null first, their names, and how many values are left out of it."""

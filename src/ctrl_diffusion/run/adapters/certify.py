@@ -190,16 +190,24 @@ class Rival:
 
     def strength_at(self, base: Base, kl: float, phase: Phase) -> tuple[float, bool]:
         """Return the strength whose KL is so many nats, and whether there is one up to the largest tried."""
-        repeats = max(2, base.repeats // PILOT)
-
-        def kl_at(w: float) -> float:
-            return float(self.measure(base, None, w, "strength of the run", phase, repeats).kl.sum(1).mean())
-
         if kl == 0:
             return 0.0, True
-        low, high = (0.0, 1.0) if kl_at(1.0) >= kl else (1.0, MOST_STRENGTH)
-        if high == MOST_STRENGTH and kl_at(high) < kl:
-            return high, False
+        repeats = max(2, base.repeats // PILOT)
+        paths_each = base.conditions.pairs * repeats
+        advance = phase("search of the run's strength", (HALVINGS + 2) * paths_each)
+
+        def kl_at(w: float) -> float:
+            purpose = "strength of the run"  # names the noise: the same at every strength
+            return float(self.measure(base, None, w, purpose, lambda *_: advance, repeats).kl.sum(1).mean())
+
+        if kl_at(1.0) >= kl:
+            low, high = 0.0, 1.0
+            advance(paths_each)  # the largest need not be tried
+        else:
+            low, high = 1.0, MOST_STRENGTH
+            if kl_at(high) < kl:
+                advance(HALVINGS * paths_each)
+                return high, False
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if kl_at(middle) >= kl else (middle, high)
