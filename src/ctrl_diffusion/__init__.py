@@ -3,11 +3,51 @@
 import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from importlib.metadata import version
 from types import CodeType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__version__ = version("ctrl-diffusion")
+if TYPE_CHECKING:  # the same names for type checkers and editors, which run no code
+    from .chain.denoise import Denoiser
+    from .chain.paths import paths
+    from .commands.jobs.train import resume_job, train_job
+    from .control.conditions import Conditions
+    from .control.lora import LoRAControl
+    from .control.policy import Policy
+    from .data.labelled import LabelledImages
+    from .data.read import read_images
+    from .evaluate.certificate import Certificate, certify
+    from .evaluate.resample import exact_samples
+    from .guide.classifier_guidance import ClassifierGuidance
+    from .guide.free_guidance import FreeGuidance
+    from .guide.noisy import fit_noisy
+    from .guide.particles import TDS, FeynmanKac
+    from .guide.reconstruction import DPS, MPGD
+    from .guide.selection import BestOf, Importance, Rejection
+    from .learn.adjoint import Adjoint
+    from .learn.backprop import Backprop
+    from .learn.contrast import Contrast
+    from .learn.fit import fit
+    from .learn.labelled import Labelled
+    from .learn.ppo import PPO
+    from .learn.weighted import Weighted
+    from .prior.network import as_denoiser
+    from .prior.prior import Prior
+    from .reward.classifiers import fit_panel
+    from .reward.classifiers import fit_panel as fit_judges
+    from .reward.fit import (
+        calibrate,
+        fit_classifier,
+        report_classifier,
+    )
+    from .reward.panel import Panel
+    from .reward.panel import Panel as Judges
+    from .reward.reward import Reward, prior_table
+    from .reward.scorer import Classifier, Estimator
+    from .reward.support import Support
+    from .run.config import Config
+    from .run.run import Run
+
+__version__ = "0.1.0"
 
 # where the public names live; loaded on first use, so that `ctrl --help` does not wait for torch
 _MODULES = {
@@ -30,7 +70,18 @@ _MODULES = {
     "resume_job": "commands.jobs.train", "train_job": "commands.jobs.train",
     "Judges": "reward.panel:Panel", "fit_judges": "reward.classifiers:fit_panel",  # names of 0.1
 }  # fmt: skip
-__all__ = sorted(_MODULES)
+__all__ = [
+    "DPS", "MPGD", "PPO", "TDS", "Adjoint", "Backprop", "BestOf", "Certificate", "Classifier", "ClassifierGuidance",
+    "Conditions", "Config", "Contrast", "Denoiser", "Estimator", "FeynmanKac", "FreeGuidance", "Importance",
+    "Judges", "Labelled", "LabelledImages", "LoRAControl", "Panel", "Policy", "Prior", "Rejection", "Reward", "Run",
+    "Support", "Weighted", "as_denoiser", "calibrate", "certify", "exact_samples", "fit", "fit_classifier",
+    "fit_judges", "fit_noisy", "fit_panel", "paths", "prior_table", "read_images", "report_classifier",
+    "resume_job", "train_job",
+]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """What README and docs say holds: examples run, links lead somewhere, names are where they are said to be."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -94,3 +95,17 @@ def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page):
 def test_public_names_are_where_they_are_said_to_be(name):
     module, _, attribute = ctrl_diffusion._MODULES[name].partition(":")
     assert getattr(ctrl_diffusion, name) is getattr(import_module(f"ctrl_diffusion.{module}"), attribute or name)
+
+
+def test_type_checkers_see_the_public_names():
+    """The imports under TYPE_CHECKING, the table of lazy ones and `__all__` say the same."""
+    tree = ast.parse(Path(ctrl_diffusion.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }  # fmt: skip
+    table = {name: place.partition(":") for name, place in ctrl_diffusion._MODULES.items()}
+    assert seen == {name: (module, attribute or name) for name, (module, _, attribute) in table.items()}
+    assert set(seen) == set(ctrl_diffusion.__all__) <= set(dir(ctrl_diffusion))
+    assert ctrl_diffusion.__version__ == version("ctrl-diffusion")

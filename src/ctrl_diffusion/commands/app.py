@@ -4,12 +4,12 @@ import logging
 import os
 import signal
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..system.launch import read_launch, set_threads
 from ..system.progress import Interrupted
 from .add import add
@@ -60,7 +60,7 @@ def show_warning(message: Warning | str, category: type, filename: str, *_: obje
 def show_version(value: bool) -> None:
     """Print the version and stop."""
     if value:
-        typer.echo(version("ctrl-diffusion"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

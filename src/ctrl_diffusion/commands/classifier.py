@@ -25,6 +25,9 @@ def classifier(
     quiet: opt.Quiet = opt.OTHER,
 ) -> None:
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
+    from .line.places import check_places
+
+    check_places({"data": data, "prior": prior}, None, [])
     from ..run.config import Config
     from .jobs.train import classifier_job
 

@@ -39,6 +39,8 @@ def train(
     quiet: opt.Quiet = opt.OTHER,
 ) -> None:
     """Add controls to a prior from labelled images, and certify them."""
+    from .line.places import check_places, check_resumable
+
     options: dict[str, Any] = {
         "prior": prior, "prompts": prompts, "hold_out": hold_out, "gamma": gamma, "kl_budget": kl,
         "steps": steps, "seed": seed,
@@ -46,6 +48,7 @@ def train(
         **opt.control_values(data, control, condition, classifier, skip_bad, image, missing),
     }  # fmt: skip
     if resume:
+        check_resumable(resume)
         others = (out, config, override, overwrite, quick, dry_run)
         if any(others) or any(value is not None for value in options.values()):
             raise ValueError(f"--resume takes everything but --time from {resume}. Leave the other options out.")
@@ -54,6 +57,7 @@ def train(
     options |= {"time": time, "updates": updates}
     if out is None and not dry_run:
         raise ValueError("--out is missing. Name the run folder, or a run to go on with by --resume.")
+    check_places(options, config, override)
     values = opt.read_values(options, config, override, trust)
     if dry_run:
         from .jobs.estimate import estimate_job, in_words

@@ -36,14 +36,19 @@ def open_table(source: str | Path, image: str | None = None) -> Table:
         if path.suffix.lower() == ".parquet":
             return read_parquet([path], str(path), image)
         return read_text_table(path, image)
-    if HUB.fullmatch(name):
-        subject = f"{name} is no folder or file here, and"
-        dataset = load(lambda datasets: datasets.load_dataset(name, split="train"), subject)
-        return read_dataset(dataset, name, None, image)
-    raise ValueError(
-        f"there is no folder or file {source}, and it is no OWNER/NAME of a dataset on the hub. If the data "
-        "were moved, say where to: --data, or data: (judge_data: of a judge) in the config."
-    )
+    check_source(source)
+    subject = f"{name} is no folder or file here, and"
+    dataset = load(lambda datasets: datasets.load_dataset(name, split="train"), subject)
+    return read_dataset(dataset, name, None, image)
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse (ValueError) what is no folder, no file and no name on the hub."""
+    if not Path(source).exists() and not HUB.fullmatch(str(source)):
+        raise ValueError(
+            f"there is no folder or file {source}, and it is no OWNER/NAME of a dataset on the hub. If the data "
+            "were moved, say where to: --data, or data: (judge_data: of a judge) in the config."
+        )
 
 
 def open_saved(path: Path, image: str | None) -> Table:

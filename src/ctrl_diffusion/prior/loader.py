@@ -3,16 +3,16 @@
 import inspect
 import json
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .families import FAMILIES
-from .parts import PICKLES, load_part, one_line, quiet, refusing
+from .parts import load_part, one_line, quiet, refusing
+from .source import is_here
 
 NO_PICKLE = {"use_safetensors": True}  # a pickle can run any code
 VARIANTS = ("fp16", "bf16", "non_ema")  # what is asked of the hub where no plain weights are
@@ -21,11 +21,8 @@ NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 
 def find_pipeline(source: str | Path) -> Path:
     """Return a pipeline's folder, downloaded from the hub if `source` is no path but OWNER/NAME; refuse any other."""
-    folder = Path(source)
-    if folder.exists() or not is_hub_id(str(source)):
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{folder} is no pipeline folder of diffusers: {no_pipeline(folder)}.")
-        return folder
+    if is_here(source):
+        return Path(source)
     reasons = []
     for variant in (None, *VARIANTS):
         try:
@@ -36,32 +33,6 @@ def find_pipeline(source: str | Path) -> Path:
             if "`safetensors` weights" not in str(error):  # those of a variant may be there
                 break
     raise ValueError(f"{source} is no folder here, and the hub does not give it: {reasons[0]}")
-
-
-def is_hub_id(name: str) -> bool:
-    """Return whether a name could be OWNER/NAME on the hub."""
-    with suppress(HFValidationError):
-        validate_repo_id(name)
-        return "/" in name
-    return False
-
-
-def no_pipeline(path: Path) -> str:
-    """Say what a path is that is no pipeline folder, and what to do."""
-    files = [path] if path.is_file() else sorted(path.glob("*.*"))
-    names = [file.name for file in files]
-    if path.name == "model_index.json" and path.is_file():
-        return "it is the index of one. Name the folder it is in"
-    if lora := next((name for name in names if name.startswith(("adapter_", "pytorch_lora"))), None):
-        return f"{lora} is of a LoRA. Load it into its pipeline, fuse_lora() and unload_lora_weights(), and save that"
-    if "config.json" in names:
-        return "it has a config.json, as one part of a pipeline has. Name the folder with the model_index.json above it"
-    if single := next((name for name in names if name.endswith((".safetensors", ".gguf", *PICKLES))), None):
-        convert = f'StableDiffusionPipeline, say, .from_single_file("{single}").save_pretrained(FOLDER)'
-        return f"{single} is a checkpoint in a single file. Write a folder once, by {convert}"
-    if "modular_model_index.json" in names:
-        return "it is a modular pipeline. Save its parts as one of the pipelines above with save_pretrained()"
-    return "it has no model_index.json"
 
 
 def read_index(folder: Path) -> dict[str, Any]:

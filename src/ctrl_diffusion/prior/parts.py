@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from .source import PICKLES
+
 LIBRARIES = ("diffusers", "transformers")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # what names of weights say of how a file was written, though all that the model needs may be there too
 ALTERED = {
     r"^base_model\.model\.": "saved from inside of PEFT's wrapper; save merge_and_unload() instead",

@@ -17,10 +17,8 @@ from .network import NetworkDenoiser, check_call
 from .parts import one_line, refusing
 from .precision import PRECISIONS
 from .scheduler import not_followed
+from .source import DIGITS, EMBEDDED
 from .text.prompted import Prompted, PromptStorage, TextFamily
-
-DIGITS = Path(__file__).parent / "digits"
-EMBEDDED = "digits"  # the prior that ships with the package, by name
 
 
 @dataclass

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from ..data.sources import HUB
 from ..learn.table import LEARNERS, check_learners
-from ..prior.prior import EMBEDDED
+from ..prior.source import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
 from ..system.files import one_line, write_text
 from ..system.progress import seconds_in

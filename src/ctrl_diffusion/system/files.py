@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+
+if TYPE_CHECKING:  # what reads no tensor does not wait for torch
+    from torch import Tensor
 
 
 def one_line(message: object, most: int | None = None) -> str:
@@ -45,19 +46,23 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, "Tensor"], about: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole, from tensors on any device; `about` goes into its header.
 
     The bytes are written by Python: when the library writes, a full disk raises no OSError, only the owner may read the
     file, and a kill leaves a temporary name of its own.
     """
+    from safetensors.torch import save
+
     on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic(path) as temporary:
         temporary.write_bytes(save(on_cpu, about))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
     """Read a safetensors file, on the CPU, by Python, whose OSError says why a file cannot be read."""
+    from safetensors.torch import load
+
     return load(path.read_bytes())
 
 

@@ -41,6 +41,7 @@ from ...system.files import atomic, write_json, write_text
 from ...system.folders import check_output, check_writable, clear, clear_unfinished, locked
 from ...system.progress import DEFAULT, Interrupted, JobOptions, Phase, seconds_in, silent, timed
 from ...system.tracking import Tracking, check_trackers
+from ..line.places import check_resumable
 from .sample import labelled
 
 
@@ -259,8 +260,7 @@ def resume_job(
         Interrupted, OSError: as `finish_training` does.
     """
     folder, options = RunFolder(folder), JobOptions(phase, trust, command=command)
-    if not folder.config.is_file():
-        raise ValueError(f"{folder} has no run to go on with: it has no config.yaml. Begin one with: ctrl train --out")
+    check_resumable(folder.path)
 
     def reserve() -> tuple[dict[str, Any] | None, bool]:
         """Lock the folder; return the metrics of a finished run, and whether training has begun."""

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...prior.parts import PICKLES
+from ...prior.source import PICKLES
 from ...system.files import one_line, read_tensors, some_of
 from .convert import converted
 from .names import ALPHA, BIAS, DOWN, FULL, SHOWN, UP, UP_BIAS, Unmapped, check_kind, grouped, layers_of, split
