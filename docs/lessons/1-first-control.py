@@ -1,0 +1,5 @@
+# %% [markdown]
+# # Your first control
+
+# %%
+print(1)
