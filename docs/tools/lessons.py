@@ -67,8 +67,9 @@ def cells_of(text: str) -> list[Cell]:
 
 
 def without_output(text: str) -> str:
-    """Return the page of a lesson that was not run: {expressions} stay as they are."""
-    return "\n\n".join(cell.text if cell.is_text else shown(cell) for cell in cells_of(text)) + "\n"
+    """Return the page of a lesson that was not run, with … for every {expression}."""
+    parts = [re.sub(r"{[^{}]+}", "…", cell.text) if cell.is_text else shown(cell) for cell in cells_of(text)]
+    return "\n\n".join(parts) + "\n"
 
 
 def shown(cell: Cell) -> str:
