@@ -17,8 +17,8 @@ test: setup
 	$(BIN)/pytest -n 2 --dist worksteal  # tests are of very unequal length
 
 lint: setup
-	$(BIN)/ruff check src tests bench examples
-	$(BIN)/ruff format --check src tests bench examples
+	$(BIN)/ruff check src tests bench examples docs/lessons docs/tools
+	$(BIN)/ruff format --check src tests bench examples docs/lessons docs/tools
 
 bench: setup
 	$(BIN)/python bench/prior.py
@@ -26,8 +26,13 @@ bench: setup
 	for name in classifiers floors population results speed soak estimate fuzz neighbour two_digits play certify startup; do $(BIN)/python bench/$$name.py || exit 1; done
 	$(BIN)/python bench/certify.py alignprop
 
-docs: setup
-	$(BIN)/typer ctrl_diffusion.commands.app utils docs --name ctrl --output docs/commands.md
+docs: .venv/docs
+	$(BIN)/typer ctrl_diffusion.commands.app utils docs --name ctrl --output docs/reference/commands.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
 
 prior: setup
 	$(BIN)/python bench/build_digits.py

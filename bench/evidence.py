@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "bench" / "results"
+PICTURES = DOCS / "pictures"
 
 
 def read(name: str, default: Any = None) -> Any:

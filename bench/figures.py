@@ -13,8 +13,8 @@ programs  what other programs' chain does with a control's LoRA file (half an ho
 exact   the testbed: every learner where the conditional is known (an hour)
 bias    the testbed: where each baseline's bias comes from (ten minutes)
 
-Figures go to bench/results/, pictures of the first seed to docs/. They depend on seed, versions and thread count;
-seconds and memory are this machine's.
+Figures go to bench/results/, pictures of the first seed to docs/pictures/. They depend on seed, versions and thread
+count; seconds and memory are this machine's.
 """
 
 import csv
@@ -34,7 +34,7 @@ import evidence
 import numpy as np
 import torch
 import yaml
-from evidence import DOCS, ROOT
+from evidence import PICTURES, ROOT
 from PIL import Image
 from rich import print_json
 from rich.console import Console
@@ -227,7 +227,7 @@ def program_rows(folder: Path, seed: int) -> Metrics:
 
 
 def print_programs(rows: list[Metrics]) -> None:
-    """Print the table of docs/models.md."""
+    """Print the table of docs/reference/models.md."""
     table = Table("chain", "ink as asked", "prior", "KL", "J", "gap")
     for row in rows:
         for name, chain in row["chains"].items():
@@ -244,7 +244,7 @@ def decimals(value: float | None, digits: int) -> str:
 
 
 def print_demo(rows: list[Metrics]) -> None:
-    """Print the tables of README and docs/controls.md."""
+    """Print the tables of README and docs/how-to/controls.md."""
     table = Table(*DEMO_COLUMNS.split())
     alone = Table(*ALONE_COLUMNS.split(), "s.e. from prior", "from target")
     for row in rows:
@@ -273,7 +273,7 @@ class Figures:
     Args:
         commands: run one after the other; {out} is a temporary folder, {seed} the seed.
         result: the file in bench/results/, and its figures: a function of folder and seed, or a file of the folder.
-        pictures: files of the temporary folder → files of docs/.
+        pictures: files of the temporary folder → files of docs/pictures/.
         seeds: a row of the file each; none: the file holds one job.
         prepare: writes into the temporary folder what the commands read.
         show: prints the rows; otherwise the entries of this name are printed.
@@ -381,7 +381,7 @@ def make(figures: Figures, seed: int, first: bool) -> None:
             subprocess.run([*PROGRAMS[program], *arguments], check=True)
         metrics = read_json(folder / source) if isinstance(source, str) else source(folder, seed)
         for name, picture in figures.pictures.items() if first else ():
-            shutil.copy(folder / name, DOCS / picture)
+            shutil.copy(folder / name, PICTURES / picture)
     if figures.seeds:
         rows = evidence.add_row(file, metrics)
     else:

@@ -1,4 +1,4 @@
-"""Compute what the discretised chain costs, on lattices: docs/floors.png, bench/results/floors.json (a minute).
+"""Compute what the discretised chain costs, on lattices: floors.png and floors.json (a minute).
 
 python bench/floors.py
 
@@ -15,7 +15,7 @@ demo  The ink demo. Ink is the mean of 64 pixels, so along the direction that ca
 import matplotlib
 import torch
 import torch.nn.functional as F
-from evidence import DOCS, write
+from evidence import PICTURES, write
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -124,7 +124,7 @@ def plot(axes: Axes, rows: list[Row], x: str, y: str, name: str, label: str, col
 
 
 def picture(rows: dict[str, list[Row]]) -> Figure:
-    """Draw docs/floors.png."""
+    """Draw docs/pictures/floors.png."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.1), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
@@ -150,7 +150,7 @@ def picture(rows: dict[str, list[Row]]) -> Figure:
 def main() -> None:
     rows = tables()
     write("floors", rows)
-    save_figure(DOCS / "floors.png", picture(rows))
+    save_figure(PICTURES / "floors.png", picture(rows))
     table = Table("steps", "power", "last σ", "floor (nats)", "accuracy", title="the ink demo")
     for row in rows["demo"]:
         numbers = (f"{row['floor_nats']:.3f}", f"{row['accuracy']:.3f}")

@@ -1,4 +1,4 @@
-"""Measure the page of `ctrl play`: docs/play.md, bench/results/play.json, and its two screenshots.
+"""Measure the page of `ctrl play`: docs/how-to/play.md, bench/results/play.json, and its two screenshots.
 
 python bench/play.py                     (some minutes on two quiet cores; needs Chromium)
 python bench/play.py first|redraw|weight|memory|screenshots …
@@ -29,7 +29,7 @@ from ctrl_diffusion.run.run import INK, Run
 from ctrl_diffusion.system.files import rounded
 
 HERE = Path(__file__).parent
-RESULTS, DOCS = HERE / "results" / "play.json", HERE.parent / "docs"
+RESULTS, PICTURES = HERE / "results" / "play.json", HERE.parent / "docs" / "pictures"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ROUNDS, CHANGES, REDRAWS, SETTLED = 3, 12, 500, 100
 FIRST = ".ctrl img.picture"
@@ -146,7 +146,7 @@ def memory(browser: Browser) -> dict[str, Any]:
 
 
 def screenshots(browser: Browser) -> dict[str, Any]:
-    """Write the two pictures of docs/play.md."""
+    """Write the two pictures of docs/how-to/play.md."""
     with served() as (address, _):
         for name, (width, height) in SHOTS.items():
             page = opened(browser, address, width, height)
@@ -154,7 +154,7 @@ def screenshots(browser: Browser) -> dict[str, Any]:
             change(page, "4")
             page.mouse.move(0, 0)
             page.wait_for_timeout(500)
-            page.screenshot(path=DOCS / name, full_page=True)
+            page.screenshot(path=PICTURES / name, full_page=True)
             page.close()
     return {"files": list(SHOTS)}
 

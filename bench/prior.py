@@ -1,7 +1,7 @@
 """Measure the embedded digits prior: does it draw the digit asked for, blur, or memorise?
 
-Writes bench/results/prior.json and docs/prior.png. Samples come from the 20-step chain. 300 real digits were never
-shown to the prior; distances to and from them are the yardsticks.
+Writes bench/results/prior.json and docs/pictures/prior.png. Samples come from the 20-step chain. 300 real digits were
+never shown to the prior; distances to and from them are the yardsticks.
 """
 
 import statistics
@@ -11,7 +11,7 @@ import evidence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from evidence import DOCS
+from evidence import PICTURES
 from rich import print_json
 
 from ctrl_diffusion.chain.noise import stream
@@ -97,7 +97,7 @@ def main() -> None:
     print_json(data=figures)
     evidence.write("prior", figures)
     order = np.arange(len(digit)).reshape(10, 200)[:, :12].ravel()
-    save_figure(DOCS / "prior.png", sheet_figure(samples[order], columns=12))
+    save_figure(PICTURES / "prior.png", sheet_figure(samples[order], columns=12))
 
 
 if __name__ == "__main__":

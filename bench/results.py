@@ -1,10 +1,10 @@
-"""Compare CTRL with the baselines on digits: docs/results.md.
+"""Compare CTRL with the baselines on digits: docs/why/results.md.
 
 python bench/results.py [ink] [ink,slant]       (hours; both, side by side, if none is named)
-python bench/results.py page                    (write docs/results.md and its picture from bench/results/ again)
+python bench/results.py page                    (write docs/why/results.md and its picture from bench/results/ again)
 
 Trains a run for each on more labels than are compared (every seed draws its own from them), compares it with
-`ctrl compare`, and writes bench/results/results-*.json, the pictures and docs/results.md. An interrupted comparison
+`ctrl compare`, and writes bench/results/results-*.json, the pictures and docs/why/results.md. An interrupted comparison
 goes on: runs/results/ keeps every row and every fit.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import evidence
 import matplotlib
 import yaml
-from evidence import DOCS, RESULTS, ROOT
+from evidence import DOCS, PICTURES, RESULTS, ROOT
 from jinja2 import StrictUndefined, Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -86,14 +86,14 @@ def slug(task: str) -> str:
 
 
 def keep(task: str) -> None:
-    """Write bench/results/results-TASK.json and copy the pictures of a comparison to docs/."""
+    """Write bench/results/results-TASK.json and copy the pictures of a comparison to docs/pictures/."""
     folder = RUNS / task / "compared"
     comparison = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     kept = {key: comparison[key] for key in ("about", "prior", "real", "chosen", "cells", "left_out")}
     kept["against"] = differences(comparison["rows"], comparison["chosen"])
     evidence.write(slug(task), {**kept, "rows": averaged(comparison["rows"], comparison["chosen"])})
     for picture in ("pareto", "labels"):
-        shutil.copy(folder / f"{picture}.png", DOCS / f"{slug(task)}-{picture}.png")
+        shutil.copy(folder / f"{picture}.png", PICTURES / f"{slug(task)}-{picture}.png")
 
 
 def differences(rows: list[dict[str, Any]], chosen: dict[str, Any]) -> list[dict[str, Any]]:
@@ -271,19 +271,19 @@ def pooled(results: list[dict[str, Any]], method: str, name: str, strength: floa
 
 
 def page() -> str:
-    """Return docs/results.md: the overview, what it says, then every table."""
+    """Return docs/why/results.md: the overview, what it says, then every table."""
     results = [evidence.read(slug(task)) for task in TASKS]
     parts = [
         "# Results: CTRL and the baselines on digits",
         overview_table(results),
         "Every method at the setting that trials chose; means over three seeds, further down ± half of the 95 % "
         "interval. Made by `python bench/results.py`; [how it is compared](baselines.md#comparing).",
-        "![Accuracy, diversity and gap against the number of labels](results.png)",
+        "![Accuracy, diversity and gap against the number of labels](../pictures/results.png)",
         summary(results),
     ]
     for (task, about), result in zip(TASKS.items(), results, strict=True):
         parts.append(f"## {about['title']}")
-        parts.append(f"![Accuracy against diversity and fidelity]({slug(task)}-pareto.png)")
+        parts.append(f"![Accuracy against diversity and fidelity](../pictures/{slug(task)}-pareto.png)")
         parts.append(difference_tables(result))
         counts = sorted({row["labels"] for row in result["rows"]})
         for n, exact in zip(counts, exact_accuracy(result), strict=True):
@@ -298,8 +298,8 @@ def page() -> str:
 
 
 def picture() -> Figure:
-    """Draw docs/results.png: accuracy, diversity and gap against the number of labels, a column for each task; CTRL as
-    trained and at its chosen strength."""
+    """Draw docs/pictures/results.png: accuracy, diversity and gap against the number of labels, a column for each task;
+    CTRL as trained and at its chosen strength."""
     figures = {"accuracy": "accuracy", "diversity_ratio": "diversity", "gap_nats": "nats from the conditional, at most"}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 8), layout="constrained")
@@ -342,8 +342,8 @@ def main() -> None:
         raise SystemExit(1)
     for task in tasks:
         keep(task)
-    save_figure(DOCS / "results.png", picture())
-    write_text(DOCS / "results.md", page())
+    save_figure(PICTURES / "results.png", picture())
+    write_text(DOCS / "why" / "results.md", page())
 
 
 if __name__ == "__main__":

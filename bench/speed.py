@@ -1,4 +1,4 @@
-"""Measure where the time of an update goes, and the time of others: docs/performance.md, bench/results/speed.json.
+"""Measure where the time of an update goes, and the time of others: docs/why/performance.md, bench/results/speed.json.
 
 python bench/speed.py                    (half an hour on one quiet thread; makes the peer's environment the first time)
 python bench/speed.py share_of_limit|vs_reference|vs_trl|vs_before|growth|processes|time_to_gap|traces|options …

@@ -5,7 +5,8 @@ python bench/two_digits.py --work runs/two-digits     (ten minutes for the examp
 A reader of single digits, an SVM fitted on the digits the pipeline was trained on and moved as they were, reads the
 left and the right half of a picture. It is measured on the labelled images, which show digits neither has seen. Samples
 of all prompts come from the chain the controls are trained on, 20 steps, and from the saved pipeline as diffusers
-samples it, 25 steps. Writes bench/results/two-digits.json, and docs/two-digits.png, a sample of the chain a number.
+samples it, 25 steps. Writes bench/results/two-digits.json, and docs/pictures/two-digits.png, a sample of the chain a
+number.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import evidence
 import numpy as np
 import torch
-from evidence import DOCS, ROOT
+from evidence import PICTURES, ROOT
 from PIL import Image
 from rich import print_json
 from sklearn.model_selection import train_test_split
@@ -135,12 +136,12 @@ def make_example(work: Path) -> None:
 
 
 def measure_prior(work: Path) -> dict[str, Any]:
-    """Read labelled images and samples, and count the ink of samples; write docs/two-digits.png."""
+    """Read labelled images and samples, and count the ink of samples; write docs/pictures/two-digits.png."""
     reader, (x, number) = fit_reader(), labelled(work / "photos")
     wanted = torch.arange(100).repeat_interleave(EACH)
     chain, pipeline = (sample(work / "pipeline", wanted) for sample in (chain_samples, pipeline_samples))
     guided = pipeline_samples(work / "pipeline", wanted[::2], 2.0)
-    save_sheet(DOCS / "two-digits.png", chain[::EACH])
+    save_sheet(PICTURES / "two-digits.png", chain[::EACH])
     return {
         "labelled_images": agreement(read_numbers(reader, x), number),
         "chain": agreement(read_numbers(reader, chain), wanted),

@@ -84,7 +84,7 @@ def test_rejection_is_exact_and_particles_make_up_for_it(found):
 
 
 def test_what_one_sample_costs(found):
-    """Prior and p̂, forwards and back: the table of docs/baselines.md."""
+    """Prior and p̂, forwards and back: the table of docs/why/baselines.md."""
     _, rows = found
     n, kinds = rows[0]["steps"], ("network_evaluations", "classifier_evaluations")
     kinds += ("gradient_evaluations", "classifier_gradients")

@@ -27,7 +27,7 @@ def test_many_particles_converge_to_the_chains_target(schedule, name):
     """Of R runs the mean of x_0 has the error of one run over √R; a run's error falls like 1/√particles.
 
     The reward is mild: where it is steep, weights of TDS are so heavy-tailed that no error estimate means anything
-    (docs/baselines.md).
+    (docs/why/baselines.md).
     """
     prior = GaussianMixture(torch.tensor([[-1.0], [0.8]], dtype=DOUBLE), 0.4, schedule)
     likelihood, times, w = Logistic(torch.ones(1, dtype=DOUBLE), steepness=1.0), schedule.times(8, 0.1), 1.5

@@ -54,7 +54,7 @@ def test_the_example_of_all_parts_runs(demo):
         '(data, "ink")': '(data, "ink", settings=FAST)',
     }  # fmt: skip
     names = {"FAST": ClassifierSettings(updates=200)}
-    exec(code_of("docs/python.md", shorter.items()), names)
+    exec(code_of("docs/how-to/python.md", shorter.items()), names)
     assert names["sevens"].shape == (16, 1, 8, 8)
     assert names["certificate"].gap > 0
     assert (demo / "my-control" / "control.safetensors").is_file()
@@ -80,10 +80,10 @@ def test_the_command_reference_is_the_codes_own(tmp_path):
         pytest.skip(f"written with typer {pinned}")
     command = [sys.executable, "-m", "typer", "ctrl_diffusion.commands.app", "utils", "docs", "--name", "ctrl"]
     subprocess.run([*command, "--output", str(tmp_path / "commands.md")], check=True, capture_output=True)
-    assert (tmp_path / "commands.md").read_text() == (ROOT / "docs" / "commands.md").read_text()
+    assert (tmp_path / "commands.md").read_text() == (ROOT / "docs" / "reference" / "commands.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))])
 def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):

@@ -57,7 +57,7 @@ def read_out(denoiser: Denoiser, x_end: Tensor, t_end: float, **cond: Tensor) ->
 class Checkpointed(torch.autograd.Function):
     """Take a step of a chain that keeps its state and noise alone and is recomputed on the way back.
 
-    As `torch.utils.checkpoint` does, but without a hook on every tensor that a network saves (docs/performance.md),
+    As `torch.utils.checkpoint` does, but without a hook on every tensor that a network saves (docs/why/performance.md),
     without a graph on the way there, and on the way back with the graph of one evaluation at a time, the prior's first.
     """
 

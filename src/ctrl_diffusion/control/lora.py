@@ -144,7 +144,7 @@ class LoRAControl(Control):
 
     @contextmanager
     def _merged(self) -> Iterator[None]:
-        """Compute (W + BA)x inside: the same, but with many rows to a layer far fewer products (docs/lab-notes.md)."""
+        """Compute (W + BA)x inside: the same, but for many rows far fewer products (docs/why/lab-notes.md)."""
         parameters = [layer.get_base_layer()._parameters for layer in self._layers]
         weights = [p["weight"] for p in parameters]
         try:

@@ -12,7 +12,7 @@ The martingale term u·z changes no expectation but removes the noise: for the o
 path from x_i in the limit of small steps, and so is its gradient (sticking the landing, Roeder et al. 2017).
 
 The *lean* adjoint of the paper drops all terms in u, a_i = (∂mean_pre,i/∂x_i)ᵀ a_{i+1}: half the cost of a rollout, the
-optimum only in the limit of small steps, and several times the variance when p̂ is steep (docs/lab-notes.md).
+optimum only in the limit of small steps, and several times the variance when p̂ is steep (docs/why/lab-notes.md).
 
 Adjoints are heavy-tailed: each is clipped per sample and step, else a few paths would dominate the update.
 """

@@ -8,7 +8,7 @@ w ≡ 1, and subtracted. `contrast` learns from the prior's own paths, where the
 
 The weight 1/σ_t² makes the loss the squared error of v, for diffusion and flow alike. The weights of the forward KL in
 nats have the same solution, but put nearly all of the loss on late steps, where y is long decided and only noise is
-left to learn (docs/lab-notes.md).
+left to learn (docs/why/lab-notes.md).
 """
 
 from collections.abc import Iterator

@@ -45,7 +45,7 @@ class SweepPoint:
 
 @dataclass
 class RunMetrics:
-    """Hold the contents of metrics.json, which docs/report.md explains."""
+    """Hold the contents of metrics.json, which docs/reference/report.md explains."""
 
     learned: bool  # whether J is above that of the untrained control
     verdict: dict[str, Any]

@@ -304,9 +304,9 @@ class Pace:
     The rate of a stage that `follows` its probes falls as 1 / (1 + taken / HALVED), by no count of updates, while they
     gain (`ProbeHistory.flat`). Once they do not, or the limit of its updates is near, it decays to zero and the stage
     ends. At a constant rate the noise of the weights holds back what is learned, also of averaged ones, and a plateau
-    says only that the rate is too high (docs/lab-notes.md). Another stage has a rate that decays as a cosine over all
-    of its updates, and ends early where its probes stand still. The first learner goes on from the best control at half
-    the rate where J has fallen, one that comes after it ends. Without a patience no probe counts.
+    says only that the rate is too high (docs/why/lab-notes.md). Another stage has a rate that decays as a cosine over
+    all of its updates, and ends early where its probes stand still. The first learner goes on from the best control at
+    half the rate where J has fallen, one that comes after it ends. Without a patience no probe counts.
     """
 
     training: TrainingState

@@ -47,7 +47,7 @@ def test_euler_a_of_k_diffusion(program, steps):
     high = place.ceil().long()
     sigmas = ((1 - (place - low)) * ratios[low].log() + (place - low) * ratios[high].log()).exp()
     sigmas = torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
-    # both begin with noise of the same size here; A1111's is 0.2 % smaller (docs/models.md)
+    # both begin with noise of the same size here; A1111's is 0.2 % smaller (docs/reference/models.md)
     x = noise[0] * (1 + sigmas[0] ** 2).sqrt()
     path = ours(program, "euler_a", steps, noise)
     for i in range(steps):
