@@ -17,8 +17,8 @@ test: setup
 	$(BIN)/pytest -n 2 --dist worksteal  # tests are of very unequal length
 
 lint: setup
-	$(BIN)/ruff check src tests bench examples
-	$(BIN)/ruff format --check src tests bench examples
+	$(BIN)/ruff check src tests bench examples docs/tools
+	$(BIN)/ruff format --check src tests bench examples docs/tools
 
 bench: setup
 	$(BIN)/python bench/prior.py
@@ -28,6 +28,7 @@ bench: setup
 
 docs: setup
 	$(BIN)/typer ctrl_diffusion.commands.app utils docs --name ctrl --output docs/commands.md
+	$(BIN)/python docs/tools/pages.py
 
 prior: setup
 	$(BIN)/python bench/build_digits.py
