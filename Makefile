@@ -28,6 +28,7 @@ bench: setup
 
 docs: .venv/docs
 	$(BIN)/typer ctrl_diffusion.commands.app utils docs --name ctrl --output docs/reference/commands.md
+	$(BIN)/python docs/tools/pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/docs: .venv/ready

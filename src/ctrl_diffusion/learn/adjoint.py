@@ -95,14 +95,24 @@ class Adjoint(Revisiting):
     """Learn by adjoint matching; arguments as of `Revisiting`, adjoints and means are kept with the paths."""
 
     class Settings(LearnerSettings):
+        """Hold the settings of `Adjoint`.
+
+        Args:
+            regressed: steps of each path that one update regresses. Cost: its time and memory in proportion.
+            reuse: updates from one rollout. Saves time; the paths grow older.
+            clip: largest norm of std_i a_{i+1}, the control that one sample may demand of a step.
+            lean: carry the adjoint back through the prior's chain only. Saves half of that; exact in the limit of small
+                steps alone.
+        """
+
         kept_states: ClassVar[int] = 4  # states and noise; adjoints and the prior's means
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
         lr_adapter: float = Field(1.5e-3, gt=0)
-        regressed: int = Field(5, ge=1)  # steps of each path that one update regresses
-        reuse: int = Field(4, ge=1)  # updates from one rollout
-        clip: float = Field(10.0, gt=0)  # largest norm of std_i a_{i+1}, the control one sample may demand of a step
-        lean: bool = False  # go back through the prior's chain only
+        regressed: int = Field(5, ge=1)
+        reuse: int = Field(4, ge=1)
+        clip: float = Field(10.0, gt=0)
+        lean: bool = False
 
         def rows_kept(self, micro: int | None) -> int:
             # regressed steps of the policy; or one step of prior and policy, as the adjoint is carried back

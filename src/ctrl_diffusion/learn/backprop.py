@@ -29,11 +29,18 @@ class Backprop(OnPolicy):
     """Learn by backpropagation, one rollout an update; arguments as of `OnPolicy`."""
 
     class Settings(LearnerSettings):
+        """Hold the settings of `Backprop`.
+
+        Args:
+            clip: largest norm of std_i ∇J after step i, the control that one path may demand of it.
+            through: last steps that the reward's gradient reaches; null for all.
+        """
+
         kept_states: ClassVar[int] = 2  # states and noise
         updates: int = Field(200, ge=1)
         batch: int = Field(64, ge=1)
-        clip: float = Field(10.0, gt=0)  # largest norm of std_i ∇J after step i, the control one path may demand of it
-        through: int | None = Field(None, ge=1)  # last steps that the reward's gradient reaches; None for all
+        clip: float = Field(10.0, gt=0)
+        through: int | None = Field(None, ge=1)
 
         def evaluations(self, steps: int) -> Evaluations:
             return Evaluations(2 * steps, 2 * steps)  # policy and prior, each once more on the way back

@@ -60,9 +60,16 @@ class Contrast(Learner):
     """
 
     class Settings(CachedSettings):
+        """Hold the settings of `Contrast`.
+
+        Args:
+            states: states kept of each path of the prior, each with x̂; of a shorter chain all. Cost: memory, twice that
+                of x_0 for each state.
+        """
+
         batch: int = Field(64, ge=1)
         lr_adapter: float = Field(4e-3, gt=0)
-        states: int = Field(40, ge=1)  # of each path
+        states: int = Field(40, ge=1)
 
         def numbers_kept(self, steps: int) -> int:
             return self.cache * (1 + 2 * min(self.states, steps))

@@ -70,13 +70,21 @@ class PPO(Revisiting):
     """Learn by proximal policy optimisation; arguments as of `Revisiting`."""
 
     class Settings(LearnerSettings):
+        """Hold the settings of `PPO`.
+
+        Args:
+            surrogates: steps of each path that one update learns from. Cost: its time and memory in proportion.
+            reuse: updates from one rollout. Saves time; the paths grow older.
+            clip: ε; probability ratios beyond 1 ± ε gain nothing.
+        """
+
         kept_states: ClassVar[int] = 2  # states and noise
         updates: int = Field(800, ge=1)
         batch: int = Field(160, ge=1)
         lr_adapter: float = Field(5e-4, gt=0)
-        surrogates: int = Field(5, ge=1)  # steps of each path that one update learns from
-        reuse: int = Field(8, ge=1)  # updates from one rollout
-        clip: float = Field(0.2, gt=0, lt=1)  # ε; ratios beyond 1 ± ε gain nothing
+        surrogates: int = Field(5, ge=1)
+        reuse: int = Field(8, ge=1)
+        clip: float = Field(0.2, gt=0, lt=1)
 
         def rows_kept(self, micro: int | None) -> int:
             transitions = self.batch * self.surrogates

@@ -41,12 +41,20 @@ class Evaluations(NamedTuple):
 
 
 class LearnerSettings(Strict):
-    """Hold a learner's settings, and derive from them what an update costs."""
+    """Hold a learner's settings, and derive from them what an update costs.
+
+    Args:
+        updates: gradient steps; of the first learner of a run that follows its probes (`decay`) at most so many. Cost:
+            time in proportion.
+        batch: samples an update, or paths a rollout. Cost: time in proportion; memory too, which `micro_batch` bounds.
+        lr_embedding: peak learning rate of the label's embedding.
+        lr_adapter: peak learning rate of the LoRA adapter.
+    """
 
     kept_states: ClassVar[int] = 0  # tensors like x_t that are kept of each step of each path
     updates: int = Field(ge=1)
-    batch: int = Field(ge=1)  # samples an update, or paths a rollout
-    lr_embedding: float = Field(1e-2, gt=0)  # peak learning rates of the two groups of parameters
+    batch: int = Field(ge=1)
+    lr_embedding: float = Field(1e-2, gt=0)
     lr_adapter: float = Field(1e-3, gt=0)
 
     @field_validator("batch")
@@ -83,11 +91,16 @@ class LearnerSettings(Strict):
 
 
 class CachedSettings(LearnerSettings):
-    """Hold the settings of a learner that draws samples of the prior once and regresses on them."""
+    """Hold the settings of a learner that draws samples of the prior once and regresses on them.
+
+    Args:
+        cache: samples of the prior for each of its conditions; of a population in all. Cost: so many chains of the
+            prior before the first update, and memory for them.
+    """
 
     updates: int = Field(700, ge=1)
     lr_embedding: float = Field(5e-2, gt=0)
-    cache: int = Field(1000, ge=1)  # samples of the prior for each of its conditions
+    cache: int = Field(1000, ge=1)
 
     @property
     def drawn(self) -> int:

@@ -53,9 +53,16 @@ class Weighted(Learner):
     """
 
     class Settings(CachedSettings):
+        """Hold the settings of `Weighted`.
+
+        Args:
+            renoising: updates at w ≡ 1 that come first and whose effect is subtracted; 0 for none. Cost: time of as
+                many updates, and two evaluations more for each later sample.
+        """
+
         batch: int = Field(128, ge=1)
         lr_adapter: float = Field(2e-3, gt=0)
-        renoising: int = Field(175, ge=0)  # updates at w ≡ 1 that come first; 0 for none
+        renoising: int = Field(175, ge=0)
 
         def stages(self, name: str) -> dict[str, Self]:
             first = self.model_copy(update={"updates": self.renoising, "renoising": 0})

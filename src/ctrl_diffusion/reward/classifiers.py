@@ -40,19 +40,36 @@ def checked_head(name: str) -> str:
 
 
 class ClassifierSettings(Strict):
-    """Describe p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen."""
+    """Describe p̂(y | x) and the judge; "auto" takes what calibrates best on data the fit has not seen.
+
+    Args:
+        head: of classes: "categorical", or "ordinal" for ordered ones; a scale has its own. Cost: "auto" fits each.
+        grid: cells a side that features are averaged over: 1 for textures and amounts, 4 for shapes. Cost: "auto" fits
+            several.
+        depth: convolutions before the features are averaged. Cost: "auto" fits several.
+        augment: changes of x that keep y.
+        updates: gradient steps of a fit. Cost: time in proportion.
+        balanced: give every class the same weight; p̂ stays the posterior under the data's own frequencies.
+        early_stopping: keep p̂'s best epoch on the calibration part instead of the last.
+        conditional: fit p̂(y | x, c), for a y whose meaning depends on c; needs the column of c.
+        backbone: a folder or hub id of a frozen vision network; grid, depth and augment are not used then. Cost: its
+            forward pass for every reward, and its gradient for `adjoint` and `backprop`.
+        factory: "module:function" that makes the network, from K and (C, H, W).
+        latents: p̂ takes a latent model's latents: no decoder in training, which saves its time and memory; the judge
+            takes images.
+    """
 
     head: Annotated[str, AfterValidator(checked_head)] = "auto"
     grid: Literal["auto"] | PositiveInt = "auto"
     depth: Literal["auto"] | PositiveInt = "auto"
     augment: Literal["none", "shift", "any_side_up", "half_turn"] = "shift"
     updates: int = Field(1500, ge=1)
-    balanced: bool = False  # every class weighs the same; p̂ stays the posterior under the data's own frequencies
-    early_stopping: bool = False  # keep p̂'s best epoch on the calibration part instead of the last
-    conditional: bool = False  # p̂(y | x, c), for a y whose meaning depends on c; needs the column of c
-    backbone: str | None = None  # a folder or hub id, see `Frozen`; grid, depth and augment are not used then
-    factory: str | None = None  # "module:function" that makes the network, from K and (C, H, W)
-    latents: bool = False  # p̂ takes a latent model's latents: no decoder in training; the judge takes images
+    balanced: bool = False
+    early_stopping: bool = False
+    conditional: bool = False
+    backbone: str | None = None
+    factory: str | None = None
+    latents: bool = False
 
     @model_validator(mode="after")
     def one_kind(self) -> "ClassifierSettings":

@@ -40,10 +40,10 @@ class EvaluationSettings(Strict):
     """Say how much is sampled to probe, certify and report a control.
 
     Args:
-        prior_samples: samples of the prior for each of its conditions.
-        paths: paths of the policy, over all (c, y), on which the certificate is computed.
-        probes: how often the control is measured during the training of a learner.
-        sweep_paths: paths for each strength and each number of steps in the report.
+        prior_samples: samples of the prior for each of its conditions. Cost: so many chains of the prior for each c.
+        paths: paths of the policy, over all (c, y), on which the certificate is computed. Cost: so many chains.
+        probes: how often the control is measured during the training of a learner. Cost: a few chains each.
+        sweep_paths: paths for each strength and each number of steps in the report. Cost: eight times as many chains.
     """
 
     prior_samples: int = Field(1000, ge=8)
@@ -56,7 +56,7 @@ class ControlSettings(Strict):
     """Describe one control and its labelled images.
 
     Args:
-        name: of y. NAME:COLUMN names its column as well, NAME:COLUMN=TAG the tag too, NAME:MODULE:FUNCTION a rule.
+        name: the name. NAME:COLUMN names its column as well, NAME:COLUMN=TAG the tag too, NAME:MODULE:FUNCTION a rule.
         column: the column of y, if its name is another; or a rule that computes y from the image (`data/rules.py`).
         tag: makes y "no" or "yes": whether the column, a list of tags, has this one. For multi-label data give several.
         kind: "scale" for numbers that are requested by value; "auto" treats more than 64 different numbers as a scale.
@@ -71,7 +71,7 @@ class ControlSettings(Strict):
         ruler: a built-in measure of the true y; null lets a judge measure it, fitted on labels of its own.
         classifier_from: a folder that `ctrl classifier` wrote; null fits a classifier.
         settled_from: a run that has trained this control already; its control is loaded and not trained further.
-        classifier: how p̂ and the judge are fitted.
+        classifier: how p̂ and the judge are fitted; see its keys.
         interval: noise levels (σ_off, σ_on) between which the control speaks; outside the chain is the prior's. "auto"
             measures where y is decided, and the figures are written in its place; "none" is everywhere.
     """
@@ -115,54 +115,60 @@ class Config(Strict):
         unconditional: use a class-conditional prior by its null class only.
         prompts: the conditions c of a prior that is given text, or a file of them, one a line; null: those in the data.
             Of more than 64 a run keeps a file.
-        guidance: scale of such a prior's classifier-free guidance; null for the pipeline's default, 1 for none.
+        guidance: scale of such a prior's classifier-free guidance; null for the pipeline's default, 1 for none. Cost:
+            twice the network's evaluations, unless it is 1.
         negative_prompt: the prompt that guidance leads away from.
-        size: (height, width) of the images, for a prior of any size; null for the size it was trained on.
+        size: (height, width) of the images, for a prior of any size; null for the size it was trained on. Cost: time
+            and memory at least in proportion to the pixels.
         controls: the controls, trained together.
         classes: the prior's classes or, by number, prompts that are trained or held out; "all" for all; null for an
             unconditional prior.
         hold_out: of these, what is kept out of training and certified apart: how many, or which. With any, or more than
             64 classes, those trained on are a population, of which figures are of 64. null is a tenth of more than 64.
         weights: how often each of `classes`, in order, is drawn in training as a population; null for equally often.
-        seed: of every random number; the same seed gives the same bytes.
+        seed: seed of every random number; the same seed gives the same bytes.
         gamma: γ, the weight of log p̂ in the reward; 1 aims at the posterior itself.
         gammas: other γ that the control is trained for as well, such as [0.5, 1, 2, 4]: sampling takes any between the
-            smallest and the largest. Half of the training is at `gamma`. null for `gamma` alone.
+            smallest and the largest. Half of the training is at `gamma`. null for `gamma` alone. Cost: a certificate
+            for each.
         kl_budget: nats the target may lie away from the prior; γ is lowered until it does. null keeps γ. A warning says
             where too few prior samples count to measure it: they show log(samples/30) nats at most.
-        steps: steps of the chain that is trained and certified.
+        steps: steps of the chain that is trained and certified. Cost: time of sampling and certifying in proportion.
         sigma_end: noise level at which the chain ends and x_0 is read out.
         time_power: spacing of the chain's times; a larger power puts more steps near the end.
         focus: noise levels (low, high) that get a number of times as many of the steps, at the cost of all others;
             "auto" takes those where the controls speak, and the figures are written in its place.
-        device: of all computation; "auto" takes a CUDA accelerator if there is one.
+        device: where all is computed; "auto" takes a CUDA accelerator if there is one.
         mixed_precision: autocast of the prior's network in training and sampling. Probes and the certificate use
             float32, since the difference of two predictions is mostly rounding in bfloat16.
-        micro_batch: samples in the network at once while a gradient is kept; null for the whole batch. Saves memory.
-        offload: keep the paths that `adjoint` and `ppo` learn from in CPU memory, except those of a micro-batch.
+        micro_batch: samples in the network at once while a gradient is kept; null for the whole batch. Cost: memory in
+            proportion; the smaller, the slower.
+        offload: keep the paths that `adjoint` and `ppo` learn from in CPU memory, except those of a micro-batch. Cost:
+            copies from and to the accelerator, whose memory it saves.
         vae_tiling: decode large images in tiles; the pixels differ slightly from those decoded at once.
-        rank: rank of a control's LoRA adapter.
+        rank: rank of a control's LoRA adapter. Cost: memory of weights and optimiser, and size of the file.
         lora_alpha: the adapter's scale is lora_alpha / rank; null for 1.
         lora_targets: names, or endings of names, of the layers that get an adapter; null for those of the model family.
-        learners: the learners, trained one after the other.
-        time: such as 30m, for training the controls, without p̂ and measuring; turned into `budget` and the updates of
-            each learner when training begins.
-        updates: of all learners together, shared in proportion to theirs when training begins.
+        learners: the learners, trained one after the other. Cost: time of each.
+        time: time such as 30m for training the controls, without p̂ and measuring; turned into `budget` and the updates
+            of each learner when training begins.
+        updates: updates of all learners together, shared in proportion to theirs when training begins.
         budget: the network's evaluations that `time` bought; what a learner leaves of its share goes to the next.
-        more: updates of further stages of the last learner, as `ctrl train --resume RUN --time 1h` adds them.
+        more: updates of each further stage of the last learner, as `ctrl train --resume RUN --time 1h` adds them.
         ema_decay: decay of the exponential moving average of the weights.
-        decay: of the first learner's rate. "probes" lowers it slowly, whatever its updates, while J or reward of
+        decay: how the first learner's rate falls. "probes" lowers it slowly, whatever its updates, while J or reward of
             averaged weights gain over the last `patience` probes, and lets it decay to zero once they do not, or once
             the updates are nearly used up, which are a limit then. "cosine" lets it decay over all updates, as do the
             rates of other learners, and so does a patience of null.
-        patience: in probes, see `decay`; at a cosine, stop a learner when J and reward of its last `patience` probes
-            are on average no higher than of as many before (`state.ProbeHistory` derives the default). One that comes
-            after another also stops when its first probes are all worse than what it began with. null never stops any
-            early.
+        patience: probes that gain nothing, see `decay`; at a cosine, stop a learner when J and reward of its last
+            `patience` probes are on average no higher than of as many before (`state.ProbeHistory` derives the
+            default). One that comes after another also stops when its first probes are all worse than what it began
+            with. null never stops any early.
         max_skipped: non-finite batches in turn that may be skipped; one more stops the learner at its best control.
         checkpoint: updates between saved states; a state that a signal saves is at most a tenth as many updates old.
+            Cost: a file with optimiser and averaged weights each time.
         track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.
-        contrast, weighted, adjoint, backprop, ppo: settings of each learner.
+        contrast, weighted, adjoint, backprop, ppo: settings of a learner.
         evaluation: how much is sampled to probe, certify and report.
     """
 
