@@ -17,6 +17,7 @@ from .certify import certify
 from .classifier import classifier
 from .compare import compare
 from .demo import demo
+from .doctor import doctor
 from .evaluate import evaluate
 from .exact import exact
 from .export import export
@@ -85,6 +86,7 @@ COMMANDS = {
     train: "ctrl train --prior mine --data photos --control texture --out run",
     add: "ctrl add runs/ink --data photos --control slant --out runs/both",
     inspect: "ctrl inspect my-pipeline",
+    doctor: "ctrl doctor --prior my-pipeline --data photos --control texture",
     sample: "ctrl sample runs/demo --set ink=3 --class 7 -n 16 --out sevens",
     play: "ctrl play runs/demo",
     evaluate: "ctrl evaluate runs/demo -n 2000 --out figures.json",

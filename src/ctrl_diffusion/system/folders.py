@@ -7,10 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
+from filelock import FileLock, Timeout
 
 LOCK = ".lock"
 
@@ -66,24 +63,29 @@ def locked(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise FileNotFoundError  # the job before removed it after this one opened it
-        except (BlockingIOError, FileNotFoundError):
-            file.seek(0)
-            holder = f"another job (process {file.read().strip()})"
-            raise ValueError(f"{holder} is writing {folder}. Wait for it, or choose another --out.") from None
-        except OSError as error:
-            warnings.warn(f"{folder} cannot be locked ({error}): see that no other job writes it.", stacklevel=3)
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)  # for the error above, of other jobs
-        try:
-            yield
-        finally:
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{holder(path)} is writing {folder}. Wait for it, or choose another --out.") from None
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be locked ({error}): see that no other job writes it.", stacklevel=3)
+    with suppress(OSError):  # Windows lets nobody write what is locked
+        path.write_text(f"{os.getpid()}\n", encoding="utf-8")  # for the error above, of other jobs
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file: there the release does
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # they are not empty
-                for path in made:
-                    path.rmdir()
+        lock.release()
+        with suppress(OSError):  # they are not empty
+            for empty in made:
+                empty.rmdir()
+
+
+def holder(path: Path) -> str:
+    """Name the job that holds a lock, by its process where the file can be read."""
+    with suppress(OSError):
+        if number := path.read_text(encoding="utf-8").strip():
+            return f"another job (process {number})"
+    return "another job"

@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
+
+from .machine import cores, quota
 
 STANDARD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # rank, size, rank on this host, size on this host: the variables that accelerate looks for, launcher by launcher
@@ -26,7 +27,6 @@ PLATFORM = (*dict.fromkeys(size for _, size, *_ in LAUNCHERS.values()), "SLURM_N
 # OpenMP's threads wait in a busy loop for the next parallel region, and keep a neighbour, or each other, from the core
 PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # of libgomp, and of Intel's and LLVM's libraries
 SPINNING = {*PASSIVE, "GOMP_SPINCOUNT"}  # by any of these a user decides
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Launch(NamedTuple):
@@ -97,43 +97,9 @@ def standard_environment(launch: Launch) -> Iterator[None]:
         os.environ.update(before)
 
 
-def quota(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the cores that the control groups of this process, of version 1 or 2, grant it; None for no limit."""
-    try:
-        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError):
-        return None
-    shares = []
-    for _, controllers, path in lines:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        # version 2 names no controllers: it has a single tree, at the root
-        top = root / (controllers if (root / controllers).is_dir() else "cpu")
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):  # a limit above holds below
-            shares += quota_of(folder)
-            if folder == top:
-                break
-    return min(shares, default=None)
-
-
-def quota_of(folder: Path) -> list[float]:
-    """Return the cores that one control group grants, or nothing."""
-    try:
-        if (folder / "cpu.max").is_file():  # version 2: "200000 100000", or "max 100000"
-            granted, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-        else:
-            files = "cpu.cfs_quota_us", "cpu.cfs_period_us"
-            granted, period = ((folder / name).read_text(encoding="utf-8").strip() for name in files)
-        cores = int(granted) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):  # none, or no limit
-        return []
-    return [cores] if cores > 0 else []
-
-
 def thread_count(local_size: int, granted: float | None) -> int | None:
     """Return how many threads a process has cores for; None where OpenMP's own count, by affinity, is right."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = cores()
     count = max(1, int(min(affinity, affinity if granted is None else granted)) // local_size)
     return count if count < affinity else None
 

@@ -1,7 +1,6 @@
 """Estimate what a training takes: run its code for a few updates, and count the samples drawn beside them."""
 
 import math
-import sys
 import time
 import warnings
 from dataclasses import replace
@@ -34,6 +33,7 @@ from ...run.stages import ADDED, between_probes, budgeted, probe_paths, stages_o
 from ...run.state import BestControl, TrainingState
 from ...system import ranks
 from ...system.checkpoint import Checkpoints
+from ...system.machine import most_needed
 from ...system.progress import DEFAULT, JobOptions, Phase, silent
 from .inspect import MEGABYTE, calls, evaluations, measure_kept
 
@@ -246,19 +246,6 @@ def memory(run: Run, config: Config, job: PreparedTraining) -> dict[str, float]:
 def cached_numbers(config: Config) -> int:
     """Count the tensors like x_0 that a learner keeps of the prior's samples for each condition, at most."""
     return max(getattr(config, name).numbers_kept(config.steps) for name in config.learners)
-
-
-def most_needed() -> int:
-    """Return the peak memory of this process in bytes; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.is_file() else ():
-        if line.startswith("VmHWM"):  # getrusage may report the peak of the parent process
-            return 1024 * int(line.split()[1])
-    try:
-        import resource
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def in_words(estimates: dict[str, Any]) -> str:
