@@ -78,7 +78,7 @@ axis.grid(visible=True)
 # %% [markdown]
 # The scale goes from {low:.2f} to {high:.2f}, the central 90 % of the labels; beyond that there is nothing to learn
 # from. What was asked for explains R² = {r2:.2f} of what was drawn. With the whole training on all ten digits it is
-# [0.97](../how-to/data.md#labels).
+# [nearly all](../how-to/data.md#labels).
 #
 # A slider of one digit, from the same noise:
 
