@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from lessons import Lesson, cells_of, without_output
 from markdown_it import MarkdownIt
+from typer.main import get_command
 
 import ctrl_diffusion
-from ctrl_diffusion.commands.app import COMMANDS
+from ctrl_diffusion.commands.app import app
 from ctrl_diffusion.run.config import Config, ControlSettings
 
 ROOT = Path(__file__).parents[2]
@@ -47,18 +48,37 @@ def test_a_lesson_names_only_public_things(cells):
                 assert not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr == "__file__"
 
 
-def test_a_lessons_commands_and_settings_exist(cells):
-    text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
-    helps = {part.split("`")[0]: part for part in text.split("\n## `ctrl ")[1:]}
-    for command, *words in commands_of(cells):
-        assert command in {function.__name__ for function in COMMANDS}
-        assert all(f"`{word}" in helps[command] or f", {word} " in helps[command] for word in words if word[:2] == "--")
-        for key in (words[i + 1].split("=")[0] for i, word in enumerate(words) if word == "-o"):
-            model = Config
-            for name in key.split("."):
-                fields = model.model_fields | (ControlSettings.model_fields if model is Config else {})
-                assert name in fields, key
-                model = fields[name].annotation
+def test_a_lessons_commands_have_these_options(cells):
+    commands = get_command(app).commands
+    for name, *words in commands_of(cells):
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+
+
+def exists(key):
+    """Whether a config has a key such as adjoint.clip, or controls.0.classifier.updates."""
+    model = Config
+    for name in key.split("."):
+        fields = {} if isinstance(model, tuple) else model.model_fields
+        if model is Config:  # a single control is written without the list
+            fields = {**ControlSettings.model_fields, **fields}
+        if name not in fields and not name.isdigit():
+            return False
+        model = ControlSettings if name in ("controls", "0") else fields[name].annotation
+    return True
+
+
+@pytest.mark.parametrize("page", [*(ROOT / "docs").rglob("*.md"), *LESSONS], ids=lambda path: path.stem)
+def test_settings_that_a_page_gives_exist(page):
+    keys = re.findall(r"-o ([a-z_.0-9]+)=", page.read_text(encoding="utf-8"))
+    assert [key for key in keys if not exists(key)] == []
+
+
+def test_the_map_from_other_tools_names_settings_that_exist():
+    text = (ROOT / "docs" / "why" / "from-elsewhere.md").read_text(encoding="utf-8")
+    keys = re.findall(r"`((?:adjoint|backprop|ppo)\.[a-z_]+)`", text)
+    assert len(keys) > 5
+    assert [key for key in keys if not exists(key)] == []
 
 
 def test_the_text_of_a_lesson_types_no_figure_by_hand(cells):
