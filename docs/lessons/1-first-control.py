@@ -20,7 +20,7 @@
 # %% [markdown]
 # Three things happened. A *classifier* p̂(y | x) was fitted on the 500 labels and calibrated. A *control*, a small
 # adapter beside the frozen model, was trained so that samples are what p̂ calls y and stay as near to the model's own
-# samples as they can. Then the result was measured.
+# samples as they can. Then the result was measured. A warning, where there is one, names what a longer training mends.
 #
 # ## Look at it
 

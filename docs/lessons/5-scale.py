@@ -78,7 +78,7 @@ axis.grid(visible=True)
 # %% [markdown]
 # The scale goes from {low:.2f} to {high:.2f}, the central 90 % of the labels; beyond that there is nothing to learn
 # from. What was asked for explains R² = {r2:.2f} of what was drawn. With the whole training on all ten digits it is
-# [0.97](../how-to/data.md#labels).
+# [nearly all](../how-to/data.md#labels).
 #
 # A slider of one digit, from the same noise:
 
@@ -95,8 +95,9 @@ for axis, value, image in zip(axes, amounts, row, strict=True):
     axis.axis("off")
 
 # %% [markdown]
-# The slider reads in the label's own units: 0.3 is asked for and 0.3 is drawn, within the scatter of the plot above.
-# That scatter is p̂'s, in part: a classifier that cannot tell 0.30 from 0.31 does not ask for the difference.
+# The slider reads in the label's own units: where {asked[100]:.2f} is asked for, {measured[90:110].mean():.2f} is drawn on
+# average. The scatter of the plot above is p̂'s, in part: a classifier that cannot tell two amounts apart does not ask
+# for the difference.
 #
 # What certifies it: nine levels divide the scale, and the certificate is for these; between them the control is
 # interpolated ([labelled data](../how-to/data.md#labels)).

@@ -96,6 +96,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to files outside docs/ into their names, since only the repository has them."""
+    config.extra.setdefault("sentences", {})[page.file.src_uri] = first_sentence(markdown)
 
     def named(link: re.Match[str]) -> str:
         target = Path(config.docs_dir, page.file.src_uri).parent / link["path"]
@@ -115,23 +116,22 @@ def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
     return nav
 
 
-def first_sentence(page: Page) -> str:
+def first_sentence(markdown: str) -> str:
     """Return the first sentence of a page's first paragraph, as plain text on one line."""
-    text = re.sub(r"^(?:#.*|```.*?```|!\[.*|<.*|\|.*)$", "", page.markdown or "", flags=re.M | re.S)
-    paragraph = next((part for part in re.split(r"\n\s*\n", text) if part.strip()), "")
-    plain = re.sub(r"!?\[([^\]]+)\]\([^)]+\)", r"\1", " ".join(paragraph.split()))
-    return re.split(r"(?<=[.:?!])\s", plain)[0]
+    text = re.sub(r"^```.*?^```$", "", markdown, flags=re.M | re.S)
+    blocks = (block.strip() for block in re.split(r"\n\s*\n", text))
+    paragraph = next((block for block in blocks if block and block[0] not in "#!<|:-"), "")
+    plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", " ".join(paragraph.split()))
+    return re.split(r"(?<=[.?!])\s", plain)[0]
 
 
 def on_post_build(config: MkDocsConfig) -> None:
     """Write llms.txt: what the project is, and a line for each page."""
-    lines = [f"# {config.site_name}", "", f"> {config.site_description}"]
-    section = None
+    lines, section = [f"# {config.site_name}", "", f"> {config.site_description}"], ""
     for page in config.extra["pages"]:
-        title = page.parent.title if page.parent else None
-        if title and title != section:
+        title = page.ancestors[-1].title if page.ancestors else "Home"
+        if title != section:
             section = title
             lines += ["", f"## {section}", ""]
-        if title:
-            lines.append(f"- [{page.title}]({page.url}): {first_sentence(page)}")
+        lines.append(f"- [{page.title}]({page.url}): {config.extra['sentences'][page.file.src_uri]}")
     Path(config.site_dir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

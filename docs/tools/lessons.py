@@ -165,7 +165,10 @@ class Lesson:
 
 
 def output_of(command: str) -> str:
-    """Run a command of `ctrl` or Python with this interpreter and return what it wrote; an error says its end."""
+    """Run a command of `ctrl` or Python with this interpreter; return what it wrote, without progress bars.
+
+    An exit code other than 0 raises RuntimeError with the end of the output.
+    """
     program, *arguments = shlex.split(command)
     module = {"ctrl": ["-m", "ctrl_diffusion"], "python": []}[program]
     arguments = [str(ROOT / argument) if argument.startswith("examples/") else argument for argument in arguments]
@@ -175,7 +178,7 @@ def output_of(command: str) -> str:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{command}: exit code {done.returncode}\n{textwrap.indent(done.stdout[-2000:], '  ')}")
-    return done.stdout
+    return "".join(line for line in done.stdout.splitlines(keepends=True) if "━" not in line)
 
 
 def main() -> None:
@@ -187,6 +190,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.chdir(folder)
+        sys.path.insert(0, folder)  # for modules that a lesson writes
         page = Lesson(path, out).page()
         os.chdir(ROOT)
     (out / "page.md").write_text(page, encoding="utf-8")

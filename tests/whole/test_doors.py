@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,6 +96,26 @@ def test_a_learner(photos, tmp_path, row):
         train_job({**TINY, "data": photos, "learners": ["shrimk"]}, tmp_path / "other")
     with pytest.raises(ValueError, match="wieght"):
         train_job({**TINY, "data": photos, "learners": ["shrink"], "shrink": {"wieght": 2.0}}, tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_the_learner_of_the_page_on_learners(photos, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "own-learner.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    for long, short in [
+        ('"updates": 200', '"updates": 2, "batch": 8'),
+        ("runs/demo/data", photos),
+        ("runs/plain", "run"),
+    ]:
+        assert long in code
+        code = code.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    names = {"TINY": TINY}
+    try:
+        exec(code.replace("train_job(settings |", "train_job(TINY | settings |"), names)
+    finally:
+        LEARNERS.pop("plain", None)
+    assert [stage["stage"] for stage in names["metrics"]["training"]["stages"]] == ["plain"]
 
 
 class Nudge(Control):
