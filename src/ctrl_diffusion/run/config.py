@@ -118,7 +118,7 @@ class Config(Strict):
     Args:
         prior: a pipeline folder, a pipeline on the hub, or "digits", the embedded model.
         unconditional: use a class-conditional prior by its null class only.
-        prompts: conditions c of a prior of text, or their file, one a line; null: those in the data. Over 64 make a file.
+        prompts: conditions c of a prior of text, or their file, one a line; null: the data's. Over 64 make a file.
         guidance: scale of classifier-free guidance; null for the pipeline's, 1 for none. Cost: twice the evaluations.
         negative_prompt: the prompt that guidance leads away from.
         size: (height, width) of the images, for a prior of any size; null for its own. Cost: time and memory.
