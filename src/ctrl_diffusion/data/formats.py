@@ -13,6 +13,7 @@ from .names import normal
 from .tables import Fault, Table, checked_header, image_column, path_inside
 
 Rows = tuple[list[str], list[dict[str, Any]], dict[int, Fault]]  # the columns, the rows, and what is wrong with which
+NUL = "\ufdd0"  # stands for \0, which the csv module of Python 3.10 refuses; no text has it, by Unicode's own rule
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -62,7 +63,7 @@ def read_csv(file: TextIO, path: Path, notes: list[str], doubts: list[str]) -> R
     Its separator is the comma, or the semicolon or tab if the header has no comma and only one of these. Raises
     ValueError if quotes are wrong, since nobody can say where a row ends then.
     """
-    lines = iter(file)
+    lines = (line.replace("\0", NUL) for line in file)
     opening: list[str] = []
     while not (opening and opening[-1].strip()) and (line := next(lines, None)) is not None:
         opening.append(line)
@@ -77,7 +78,7 @@ def read_csv(file: TextIO, path: Path, notes: list[str], doubts: list[str]) -> R
     faults: dict[int, Fault] = {}
     begin, spread = 0, []
     try:
-        for fields in reader:
+        for fields in ([field.replace(NUL, "\0") for field in row] for row in reader):
             lines_read, begin = (begin + 1, reader.line_num), reader.line_num
             if not any(field.strip() for field in fields):
                 continue  # a blank line, or the commas a spreadsheet leaves below a table
