@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIGURES := demo digit ink,slant add scale unseen own text programs exact bias
 
-.PHONY: setup demo test lint bench docs prior ink
+.PHONY: setup demo test lint types release bench docs prior ink
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -19,6 +19,12 @@ test: setup
 lint: setup
 	$(BIN)/ruff check src tests bench examples docs/lessons docs/tools
 	$(BIN)/ruff format --check src tests bench examples docs/lessons docs/tools
+
+types: setup
+	$(BIN)/mypy  # about a minute and a half of one core; what did not change is quick the next time
+
+release: setup
+	.ci/release
 
 bench: setup
 	$(BIN)/python bench/prior.py

@@ -162,8 +162,8 @@ def api_page() -> str:
         for path, names in values.items():
             anchors = "".join(f'<a id="ctrl_diffusion.{name}"></a>' for name in names)
             own = path.rpartition(".")[2]
-            also = "".join(f" Also found as `{name}`, its name in 0.1." for name in names if name != own)
-            parts.append(f"{anchors}**`{own}`**{also}\n\n::: {path}\n")
+            also = "".join(f"Also found as `{name}`, its name in 0.1." for name in names if name != own)
+            parts.append(f"{anchors}{also}\n\n::: {path}\n")
     return "\n".join(parts)
 
 

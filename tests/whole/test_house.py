@@ -29,8 +29,8 @@ LAW = {
 }
 # lines of each wing: what it has now and a little
 LINES = {
-    "system": 1000, "chain": 735, "data": 1500, "prior": 2190, "control": 930, "reward": 1650, "learn": 1370,
-    "guide": 750, "evaluate": 1520, "exact": 1370, "run": 4300, "report": 2420, "commands": 3450,
+    "system": 1000, "chain": 735, "data": 1680, "prior": 2190, "control": 930, "reward": 1700, "learn": 1390,
+    "guide": 750, "evaluate": 1520, "exact": 1370, "run": 4320, "report": 2420, "commands": 3450,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)

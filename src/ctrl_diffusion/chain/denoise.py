@@ -10,7 +10,7 @@ With x_t = α x_0 + σ ε, every prediction in use is a linear view of x̂:
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,16 @@ class Denoiser(nn.Module):
     schedule: Schedule
     shape: tuple[int, ...]  # of one x, without the batch
     start: float = 1.0  # the first time of its chains
+    loss_scale: float = 1.0  # above 1 if its network computes in float16
 
-    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """Return x̂ (B, *) for x_t (B, *) at time t, a number or (B,), under conditions of B rows each."""
         raise NotImplementedError
+
+    if TYPE_CHECKING:  # a module's call is untyped
+
+        def __call__(self, x_t: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+            """Return what `forward` does."""
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +68,7 @@ class Denoiser(nn.Module):
         """Promise that inside no trained parameter changes and no gradient of one is needed."""
         yield
 
-    def speaks(self, t: float, **control: Any) -> bool:
+    def speaks(self, t: float, labels: Any = None, strength: float = 1.0, gamma: Any = None) -> bool:
         """Return whether x̂ may depend on what is trained at time t; of a policy, under labels and at a strength."""
         return True
 
@@ -86,4 +92,4 @@ class Denoiser(nn.Module):
 
 def loss_scale(denoiser: Denoiser) -> float:
     """Return the loss scale of a denoiser's prior: above 1 if its network computes in float16."""
-    return getattr(denoiser.prior, "loss_scale", 1.0)
+    return denoiser.prior.loss_scale

@@ -29,4 +29,4 @@ def normal(
 def stream(seed: int, purpose: str) -> torch.Generator:
     """Return an independent random stream for a purpose."""
     state = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return torch.Generator().manual_seed(int(state[0]) >> 1)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,15 +60,15 @@ def paths(
     """
 
     def simulate(rows: slice, noise: list[Tensor]) -> tuple[Tensor, ...]:
-        control = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
+        control: dict[str, Any] = {"labels": rows_of(labels, rows), "strength": strength} if labels else {}
         if labels and gamma is not None:
             control["gamma"] = gamma[rows] if isinstance(gamma, Tensor) and gamma.ndim else gamma
         options = {"compare": compare, "cond": rows_of(cond or {}, rows), "noise": noise[1:], **control}
         with denoiser.frozen():
             path = rollout(denoiser, noise[0], times, eta, **options)
-        zeros = torch.zeros(len(path.x_0))
-        kl, log_ratio = (path.kl.sum(0), path.log_ratio.sum(0)) if compare else (zeros, zeros)
-        return path.x_0.cpu(), kl.cpu(), log_ratio.cpu()
+        zeros = torch.zeros(len(path.end))
+        kl, log_ratio = (zeros if each is None else each.sum(0).cpu() for each in (path.kl, path.log_ratio))
+        return path.end.cpu(), kl, log_ratio
 
     return Paths(*in_batches(denoiser, n, len(times), generator, simulate, batch, progress, len(Paths._fields)))
 
@@ -115,7 +115,8 @@ def in_batches(
 
     Return each of its `results`, which a rank without a batch cannot count, for all n paths on every rank.
     """
-    batches, lists = parts(n, batch or default_batch(denoiser)), [[] for _ in range(results)]
+    batches = parts(n, batch or default_batch(denoiser))
+    lists: list[list[Tensor]] = [[] for _ in range(results)]
     rank_batches = batches[ranks.rank_slice(len(batches))]
     for rows in batches:
         shape = (rows.stop - rows.start, *denoiser.shape)

@@ -31,6 +31,12 @@ class Trajectory:
     kl: Tensor | None = None  # (N, B), KL of each step against the prior's in nats; None if not compared
     log_ratio: Tensor | None = None  # (N, B), log p_g/p_pre of each step, same expectation as kl; None if not compared
 
+    @property
+    def end(self) -> Tensor:
+        """x_0 of a path that was read out."""
+        assert self.x_0 is not None
+        return self.x_0
+
     def to(self, device: torch.device) -> "Trajectory":
         """Move states and noise, which are nearly all of it, to another device."""
         return replace(self, x=self.x.to(device), z=self.z.to(device))
@@ -45,8 +51,8 @@ class Trajectory:
             values = [value for part in parts if (value := getattr(part, name)) is not None]
             return torch.cat(values, dim) if values else None
 
-        rows = {name: joined(name, 1) for name in ("x", "z", "kl", "log_ratio")}
-        return cls(parts[0].times, x_0=joined("x_0", 0), **rows)
+        x, z = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("x", "z"))
+        return cls(parts[0].times, x, z, joined("x_0", 0), joined("kl", 1), joined("log_ratio", 1))
 
 
 def read_out(denoiser: Denoiser, x_end: Tensor, t_end: float, **cond: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ class Checkpointed(torch.autograd.Function):
 def rollout(
     denoiser: Denoiser, x_1: Tensor, times: Times, eta: float = 1.0, generator: torch.Generator | None = None,
     compare: bool = False, read: bool = True, cond: dict[str, Tensor] | None = None,
-    at_state: Callable[[int, Tensor], Tensor] | None = None, noise: Sequence[Tensor] | None = None, **control,
+    at_state: Callable[[int, Tensor], Tensor] | None = None, noise: Sequence[Tensor] | None = None, **control: Any,
 ) -> Trajectory:  # fmt: skip
     """Simulate from noise to data.
 
@@ -135,7 +141,7 @@ def rollout(
         speaks = denoiser.speaks(t, **control)
         step, prior_step = partial(controlled, t=t, s=s), partial(prior, t=t, s=s) if compare and speaks else None
         if torch.is_grad_enabled():
-            x_t, u = Checkpointed.apply(step, prior_step, x_t, z, *(trained if speaks else ()))
+            x_t, u = Checkpointed.apply(step, prior_step, x_t, z, *(trained if speaks else ()))  # type: ignore[no-untyped-call]
         else:
             x_t, u = step(x_t, z, prior_step(x_t).mean if prior_step else None)
         states.append(x_t)

@@ -6,8 +6,9 @@ path; nothing downstream needs to know which one it has. Coefficients are float6
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,10 @@ class Schedule(ABC):
             raise ValueError(f"sigma_end must lie between 0 and the first σ, got {sigma_end}. Try 0.1.")
         high = bisect(lambda t: float(self(self.shifted(t))[1]) >= sigma_end, 0.0, start)
         first, last = start ** (1 / power), high ** (1 / power)
-        ends = [self.fraction(sigma, start, high, power) for sigma in focus[1::-1]] if focus else []
-        places = (i / steps if focus is None else denser(i / steps, *ends, focus[2]) for i in range(steps + 1))
+        places: Iterable[float] = (i / steps for i in range(steps + 1))
+        if focus is not None:
+            begin, end = (self.fraction(sigma, start, high, power) for sigma in focus[1::-1])
+            places = (denser(place, begin, end, focus[2]) for place in places)
         even = ((first + (last - first) * place) ** power for place in places)
         grid = tuple(self.snap(self.shifted(t)) for t in even)
         if len(set(grid)) <= steps:
@@ -77,7 +80,7 @@ class Schedule(ABC):
             return float(sigma <= float(self(self.shifted(end))[1]))
         t = bisect(lambda t: float(self(self.shifted(t))[1]) >= sigma, end, start)
         first, last = start ** (1 / power), end ** (1 / power)
-        return (first - t ** (1 / power)) / (first - last)
+        return float((first - t ** (1 / power)) / (first - last))
 
     def latest(self, alpha: float) -> float:
         """Return the time nearest to where α falls to `alpha`; 1 if it never does."""
@@ -170,7 +173,9 @@ def coefficients(function: Callable[..., tuple[Tensor, ...]], like: Tensor, *arg
 
 
 @lru_cache(maxsize=2**12)
-def _cached(function: Callable, arguments: tuple, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _cached(
+    function: Callable[..., Iterable[Tensor]], arguments: tuple[Any, ...], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
     """Return coefficients in the device and precision in which they are needed."""
     with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a gradient
         return [value.to(device, dtype) for value in function(*arguments)]

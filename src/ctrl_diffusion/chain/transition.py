@@ -16,7 +16,7 @@ std is the same for prior and policy. Then with the whitened control u = (mean_g
 in nats, summed over dimensions, never averaged.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Gaussian(NamedTuple):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density in nats, summed over dimensions: (B,)."""
-        log_density = torch.distributions.Normal(self.mean, self.std, validate_args=False).log_prob(x)
+        log_density: Tensor = torch.distributions.Normal(self.mean, self.std, validate_args=False).log_prob(x)
         return log_density.flatten(1).sum(1)
 
     def control(self, prior: "Gaussian") -> Tensor:
@@ -77,7 +77,7 @@ def step(schedule: Schedule, x_hat: Tensor, x_t: Tensor, t: Tensor | float, s: T
 
 
 def transition(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor | float, s: Tensor | float, eta: float = 1.0, **cond: Tensor
+    denoiser: Denoiser, x_t: Tensor, t: Tensor | float, s: Tensor | float, eta: float = 1.0, **cond: Any
 ) -> Gaussian:
     """Return p(x_s | x_t), of x_t (B, *), of a prior's or policy's reverse process.
 

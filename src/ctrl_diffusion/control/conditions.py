@@ -112,7 +112,8 @@ class Conditions:
     @cached_property
     def choice(self) -> Tensor:
         """The number of the choice of controls that are not null, for each of the K labels: (K,)."""
-        return (self.combinations != NULL).unique(dim=0, return_inverse=True)[1]
+        choice: Tensor = (self.combinations != NULL).unique(dim=0, return_inverse=True)[1]
+        return choice
 
     @cached_property
     def choices(self) -> list[Tensor]:

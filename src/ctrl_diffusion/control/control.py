@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chain.denoise import Denoiser
 from ..data.labels import NULL, LabelSpace
 from ..system.files import write_text
 from .plain import PlainLoRA
@@ -111,7 +110,7 @@ class Control(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: str | Path, denoiser: Denoiser) -> "Control":
+    def load(cls, folder: str | Path, denoiser: Any) -> "Control":
         """Attach a saved control to the prior it was trained on, with `read_about`."""
 
     def write_about(self, folder: str | Path, kind: str, *arguments: str) -> None:
@@ -155,9 +154,10 @@ class Control(nn.Module, ABC):
         """Return rows (B, width) of a table for labels y: the last, zero, for null; interpolated between levels."""
         y = y.to(table.weight.device, non_blocking=True)
         if not y.is_floating_point():
-            return table(torch.where(y == NULL, self.size, y))
+            rows: Tensor = table(torch.where(y == NULL, self.size, y))
+            return rows
         low = y.clamp(0, self.size - 2).long()
-        between = torch.lerp(table(low), table(low + 1), (y - low).to(table.weight)[:, None])
+        between: Tensor = torch.lerp(table(low), table(low + 1), (y - low).to(table.weight)[:, None])
         return torch.where((y == NULL)[:, None], 0.0, between)
 
     def new_gamma_tables(self, width: int) -> nn.ModuleList:

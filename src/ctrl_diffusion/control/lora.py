@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -44,7 +45,7 @@ class LoRAControl(Control):
         self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
         # modules are named after it, and a module cannot be called "type" or have a dot in its name
         self.adapter = "control_" + re.sub(r"\W", "_", name)
-        self._prior = (denoiser,)  # not a registered child: the prior owns its network
+        self._site, self._prior = denoiser.site, (denoiser,)  # not a registered child: the prior owns its network
         if self._own_layers():
             raise ValueError(f"this prior already carries a control {name!r}. Load the prior again for another one.")
         with torch.random.fork_rng(devices=[]):
@@ -71,7 +72,7 @@ class LoRAControl(Control):
 
     def _inject(self) -> None:
         """Put the adapter into the network; leave those of other controls as they are."""
-        network, targets = self._prior[0].network, self.targets or self._prior[0].site.targets
+        network, targets = self._prior[0].network, self.targets or self._site.targets
         names = [key for key, _ in network.named_modules()]
         for target in self.targets or ():
             if not any(f".{key}".endswith(f".{target}") for key in names):
@@ -87,7 +88,7 @@ class LoRAControl(Control):
         for p, requires_grad in others:  # peft freezes every adapter but the newest
             p.requires_grad_(requires_grad)
 
-    def _add_shift(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _add_shift(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self._shift is None:
             return output
         # a guided network is called with every row twice, without and with the prompt: the control acts on both
@@ -178,15 +179,17 @@ class LoRAControl(Control):
 
     def _tables(self) -> dict[str, nn.Embedding]:
         """Return the embedding tables by their names in a file."""
-        return {"table": self.table, **{f"table.gamma.{i}": table for i, table in enumerate(self.of_gamma, start=1)}}
+        of_gamma = (cast(nn.Embedding, table) for table in self.of_gamma)
+        return {"table": self.table, **{f"table.gamma.{i}": table for i, table in enumerate(of_gamma, start=1)}}
 
     def _state(self) -> dict[str, Tensor]:
         """Return the adapter's weights by the names of the network's layers."""
-        return get_peft_model_state_dict(self._prior[0].network, adapter_name=self.adapter)
+        state: dict[str, Tensor] = get_peft_model_state_dict(self._prior[0].network, adapter_name=self.adapter)
+        return state
 
     @torch.no_grad()
     def as_lora(self, y: float, gamma: float) -> PlainLoRA:
-        site, network = self._prior[0].site, self._prior[0].network
+        site, network = self._site, self._prior[0].network
         if not site.biased:
             where = ", ".join(site.embeddings[:1]) + (" and others" if len(site.embeddings) > 1 else "")
             raise ValueError(
@@ -194,12 +197,13 @@ class LoRAControl(Control):
                 "ordinary LoRA."
             )
         layer, state = network.get_submodule(site.biased), self._state()
-        halves = [
+        down, up = (
             {key.removesuffix(end): p.detach() for key, p in state.items() if key.endswith(end)}
             for end in (".lora_A.weight", ".lora_B.weight")
-        ]
+        )
         bias = self.embedded_at([self.table, *self.of_gamma], torch.tensor([y]), gamma)[0]
-        return PlainLoRA(*halves, (self.alpha or self.rank) / self.rank, site.biased, bias, tuple(layer.weight.shape))
+        scale, shape = (self.alpha or self.rank) / self.rank, cast(nn.Linear, layer).weight.shape
+        return PlainLoRA(down, up, scale, site.biased, bias, (shape[0], shape[1]))
 
     @torch.no_grad()
     def scale_as_lora(self, strength: float) -> None:

@@ -86,15 +86,17 @@ class Policy(Denoiser):
         if strength == 1.0 and all(group.active.all() for group in groups):
             return self.steered(x_t, t, labels, cond, gamma)
         needs_prior = strength != 1.0 or not all(group.active.any() for group in groups)
-        x_hat_pre = self.base(x_t, t, **cond) if needs_prior else None
+        x_hat_pre = self.base(x_t, t, **cond) if needs_prior else x_t
         parts = []
         for active, rows, _ in groups:
             if not active.any():
                 parts.append(x_hat_pre[rows])
                 continue
-            y = {name: y[rows] for (name, y), acts in zip(labels.items(), active, strict=True) if acts}
+            given = {name: y[rows] for (name, y), acts in zip(labels.items(), active, strict=True) if acts}
             t_rows, gamma_rows = (v[rows] if isinstance(v, Tensor) and v.ndim else v for v in (t, gamma))
-            x_hat = self.steered(x_t[rows], t_rows, y, {name: value[rows] for name, value in cond.items()}, gamma_rows)
+            x_hat = self.steered(
+                x_t[rows], t_rows, given, {name: value[rows] for name, value in cond.items()}, gamma_rows
+            )
             parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[rows], x_hat, strength))
         return torch.cat(parts)[torch.cat([group.positions for group in groups]).argsort()[: len(x_t)]]
 

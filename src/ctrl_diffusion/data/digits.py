@@ -25,7 +25,8 @@ def split() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.model_selection import train_test_split
 
     c = digits()[1].numpy()
-    return train_test_split(np.arange(len(c)), test_size=300, stratify=c, random_state=0)
+    trained, unseen = train_test_split(np.arange(len(c)), test_size=300, stratify=c, random_state=0)
+    return trained, unseen
 
 
 def on_paper(x: Tensor) -> Tensor:

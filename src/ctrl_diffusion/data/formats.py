@@ -13,13 +13,15 @@ from .names import normal
 from .tables import Fault, Table, checked_header, image_column, path_inside
 
 Rows = tuple[list[str], list[dict[str, Any]], dict[int, Fault]]  # the columns, the rows, and what is wrong with which
+NUL = "\ufdd0"  # stands for \0, which the csv module of Python 3.10 refuses; no text has it, by Unicode's own rule
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def read_text_table(path: Path, image: str | None) -> Table:
     """Read a CSV or JSON-lines file in UTF-8, whose paths are relative to its folder; `image` is their column."""
     reader = read_jsonl if path.suffix.lower() == ".jsonl" else read_csv
-    notes, doubts = [], []
+    notes: list[str] = []
+    doubts: list[str] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             columns, rows, faults = reader(file, path, notes, doubts)
@@ -61,7 +63,8 @@ def read_csv(file: TextIO, path: Path, notes: list[str], doubts: list[str]) -> R
     Its separator is the comma, or the semicolon or tab if the header has no comma and only one of these. Raises
     ValueError if quotes are wrong, since nobody can say where a row ends then.
     """
-    lines, opening = iter(file), []
+    lines = (line.replace("\0", NUL) for line in file)
+    opening: list[str] = []
     while not (opening and opening[-1].strip()) and (line := next(lines, None)) is not None:
         opening.append(line)
     header = "".join(opening)
@@ -75,7 +78,7 @@ def read_csv(file: TextIO, path: Path, notes: list[str], doubts: list[str]) -> R
     faults: dict[int, Fault] = {}
     begin, spread = 0, []
     try:
-        for fields in reader:
+        for fields in ([field.replace(NUL, "\0") for field in row] for row in reader):
             lines_read, begin = (begin + 1, reader.line_num), reader.line_num
             if not any(field.strip() for field in fields):
                 continue  # a blank line, or the commas a spreadsheet leaves below a table
@@ -103,7 +106,7 @@ def read_csv(file: TextIO, path: Path, notes: list[str], doubts: list[str]) -> R
 def read_jsonl(file: TextIO, path: Path, *_: list[str]) -> Rows:
     """Read the columns that occur in a file with one JSON object a line, its rows, and the faults of other lines."""
     columns: dict[str, None] = {}
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     faults: dict[int, Fault] = {}
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -192,7 +195,7 @@ def class_name(feature: Any, number: int | None) -> str | ValueError | None:
         return None
     if not 0 <= number < len(feature.names):
         return ValueError(f"{number} is none of its {len(feature.names)} classes")
-    return feature.names[number]
+    return str(feature.names[number])
 
 
 def holds_images(feature: Any) -> bool:

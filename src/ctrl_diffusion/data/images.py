@@ -171,5 +171,5 @@ def as_x(pixels: Tensor) -> Tensor | Images:
 def joined_x(parts: Sequence[Tensor | Images]) -> Tensor | Images:
     """Concatenate parts of one set of images."""
     if isinstance(parts[0], Images):
-        return Images(parts[0].pixels, torch.cat([part.rows for part in parts]))
-    return torch.cat(list(parts))
+        return Images(parts[0].pixels, torch.cat([part.rows for part in parts if isinstance(part, Images)]))
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])

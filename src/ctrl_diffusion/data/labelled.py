@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class LabelledImages:
 
     @classmethod
     def from_dataset(
-        cls, dataset: Sequence, names: Sequence[str], values: Mapping[str, Sequence[str]]
+        cls, dataset: Sequence[Any], names: Sequence[str], values: Mapping[str, Sequence[str]]
     ) -> "LabelledImages":
         """Read a map-style torch Dataset into memory; refuse (ValueError) other items, and labels that are no class.
 
@@ -69,8 +70,10 @@ class LabelledImages:
                 raise ValueError(f"{name} must be a class 0 … {len(values[name]) - 1}, got {got}.")
         return cls(torch.stack([row[0].float() for row in rows]), labels, {n: tuple(values[n]) for n in names})
 
-    def through(self, encode: Callable[[Tensor], Tensor]) -> "LabelledImages":
-        """Encode x (n, C, H, W), a few at a time; the labels stay."""
+    def through(self, encode: Callable[[Tensor], Tensor] | None) -> "LabelledImages":
+        """Encode x (n, C, H, W), a few at a time; the labels stay. None encodes nothing."""
+        if encode is None:
+            return self
         x = torch.cat([encode(self.x[rows]) for rows in torch.arange(len(self)).split(16)])
         return LabelledImages(x, self.labels, self.values, vectors=self.vectors)
 
@@ -124,9 +127,16 @@ class LabelledImages:
         return [*parts, self[rest]]
 
 
-def to_pixels(x: Tensor) -> np.ndarray:
+def to_pixels(x: Tensor | Images) -> np.ndarray:
     """Convert x (n, C, H, W) in [−1, 1] to bytes (n, H, W) or (n, H, W, C); values outside are clipped."""
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = (
+        (((x[:] if isinstance(x, Images) else x).clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
@@ -148,7 +158,8 @@ def write_imagefolder(folder: Path, data: LabelledImages) -> None:
 
 def warn_of_copies(source: str, data: LabelledImages, judge_data: LabelledImages | None = None) -> None:
     """Warn of images that occur twice, or in the judge's data too, whatever their files are called."""
-    digests, first = data.digests(), {}
+    digests = data.digests()
+    first: dict[bytes, int] = {}
     copies = [(first[d], row) for row, d in enumerate(digests, start=1) if first.setdefault(d, row) != row]
     if copies:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,7 @@ from .names import as_text, by_key, find, is_number
 NULL = -1
 LEVELS = 9
 Labels = dict[str, Tensor]
+Number = TypeVar("Number", Tensor, float)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class LabelSpace:
         """The numbers of a scale's first and last level."""
         return float(self.values[0]), float(self.values[-1])
 
-    def places(self, numbers: Tensor | float) -> Tensor | float:
+    def places(self, numbers: Number) -> Number:
         """Return where numbers (n,), or one, lie on the scale: 0 at its first level, K − 1 at its last."""
         first, last = self.ends
         return (numbers - first) / (last - first) * (self.size - 1)
@@ -64,7 +66,7 @@ class LabelSpace:
         if label == NULL:
             return ""
         if not self.scale:
-            return self.values[label]
+            return self.values[int(label)]
         first, last = self.ends
         return f"{first + label / (self.size - 1) * (last - first):.6g}"
 

@@ -3,9 +3,10 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -88,7 +89,7 @@ class Label:
             return space, space.places(torch.tensor([float(text) for text in texts]))
         if self.numbers is not None:
             # a class may have several names; the first is what it is called
-            first = {number: text for text, number in reversed(self.numbers.items())}
+            first = {number: text for text, number in reversed(list(self.numbers.items()))}
             space = LabelSpace(tuple(first[i] for i in range(len(first))))
             return space, torch.tensor([self.numbers[text] for text in texts])
         known = by_key(names)
@@ -121,11 +122,11 @@ class Tally:
         if picture.pages > 1:
             self.paged.append((row + 1, picture.pages))
         if picture.narrowed:
-            colours = picture.image.convert("RGB").getextrema()
+            colours = cast(Sequence[tuple[int, int]], picture.image.convert("RGB").getextrema())
             self.narrowed.append((row + 1, max(high for _, high in colours)))
-        if picture.image.mode == "I":
+        if picture.image.mode == "I" and levels:
             self.deep.append(row + 1)
-            low, high = picture.image.getextrema()
+            low, high = cast(tuple[int, int], picture.image.getextrema())
             if low < levels.black or high > levels.white:
                 self.clipped.append(row + 1)
 
@@ -163,8 +164,9 @@ class Tally:
         for text in (*self.table.doubts, *texts):
             warnings.warn(f"{name}: {text}", stacklevel=3)
 
-    def scaling(self, levels: Levels) -> str:
+    def scaling(self, levels: Levels | None) -> str:
         """Say what became black and white in deep images."""
+        assert levels is not None  # of any deep image
         beyond = f"; {len(self.clipped)} go beyond, first that of row {self.clipped[0]}" if self.clipped else ""
         values = f"{levels.black} … {levels.white} became black … white in all of them"
         return f"{len(self.deep)} of {self.table.rows} images have more than 8 bits ({values}{beyond})"
@@ -220,8 +222,8 @@ def read_images(
     if channels not in MODES:
         kinds = ", ".join(map(str, MODES))
         raise ValueError(f"the prior makes images of {channels} channels; image files have {kinds}.")
-    size, tally, first_rows = (width, height), Tally(table), {}
-    pixels, kept = blank(table.rows, height, width, channels), []
+    size, tally = (width, height), Tally(table)
+    pixels, kept, first_rows = blank(table.rows, height, width, channels), list[int](), dict[str, int]()
     advance = delayed(phase, "reading images", table.rows)
     for i in range(table.rows):
         try:
@@ -304,7 +306,7 @@ def shape_of(table: Table) -> tuple[int, int, int]:
 
 def find_levels(table: Table, row: int, phase: Phase) -> Levels:
     """Choose the levels of all images of more than 8 bits from a row on, the first that has one."""
-    extremes = []
+    extremes: list[int] = []
     advance = delayed(phase, "measuring images", table.rows - row)
     for i in range(row, table.rows):
         advance()
@@ -312,7 +314,7 @@ def find_levels(table: Table, row: int, phase: Phase) -> Levels:
             image = read_image(table, i, {}).image
         except BadRow:  # reported when the row is read
             continue
-        extremes += image.getextrema() if image.mode == "I" else ()
+        extremes += cast(tuple[int, int], image.getextrema()) if image.mode == "I" else ()
     return Levels.of_extremes(min(extremes), max(extremes))
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -35,7 +35,7 @@ def load_rule(name: str) -> Rule:
         raise ValueError(f"the rule {name}: {type(error).__name__}: {error}. Name it MODULE:FUNCTION.") from error
     if not callable(rule):
         raise ValueError(f"the rule {name}: {module} has no function {function!r}. Name it MODULE:FUNCTION.")
-    return rule
+    return cast(Rule, rule)
 
 
 def jpeg_kilobytes(image: Image.Image, quality: int = 95) -> float:

@@ -103,7 +103,7 @@ def read_parquet(files: Sequence[Path], name: str, image: str | None) -> Table:
 
 def read_shards(folder: Path, shards: list[Path], image: str | None) -> Table:
     """Read the Parquet files of a folder, in the order of their names, of several splits those for training."""
-    splits = {shard: re.match("[a-z]*", shard.stem.lower())[0] for shard in shards}
+    splits = {shard: "".join(re.findall("^[a-z]*", shard.stem.lower())) for shard in shards}
     splits = {shard: split if split in (*TRAIN, *OTHERS) else "" for shard, split in splits.items()}
     chosen, notes = shards, []
     if len(set(splits.values())) > 1:

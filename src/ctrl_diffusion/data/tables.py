@@ -30,7 +30,7 @@ class Table:
     notes: list[str] = field(default_factory=list)  # which of several possible readings was taken
     doubts: list[str] = field(default_factory=list)  # what to warn of
     other: str | None = None  # the column that a label is in if none has its name
-    cache: tempfile.TemporaryDirectory | None = None  # what must live as long as the table
+    cache: tempfile.TemporaryDirectory[str] | None = None  # what must live as long as the table
 
     def texts(self, column: str) -> list[str]:
         """Return every row's label in a column, blank where there is none; a value that is no label is a fault."""

@@ -67,8 +67,8 @@ class Estimates(Generic[Value]):
 
     objective: Value  # J
     objective_stderr: Value
-    log_z: Value  # from independent samples of the prior; of a pair that is not certified the larger of both
-    log_z_stderr: Value
+    log_z: Value | None  # from independent samples of the prior; of a pair that is not certified the larger of both
+    log_z_stderr: Value | None
     log_z_policy: Value  # from the policy's paths
     log_z_policy_stderr: Value
     gap: Value | None  # log_z − objective, an upper bound of the KL between the policy's and the exact x_0
@@ -102,10 +102,12 @@ class Certificate(Estimates[float]):
         rests_on = [
             "prior" if a else "policy" if b else None for a, b in zip(self.certified, self.on_paths, strict=True)
         ]
-        on_paths, count = self.pairs, int(self.on_paths.sum())
-        error = float(on_paths.stderr[self.on_paths].square().sum().sqrt()) / count if count else None
-        error = error and cluster_error(on_paths.gap, self.breakdown.clusters, error, self.on_paths)
-        apart = {"pairs": count, "gap_nats": float(on_paths.gap[self.on_paths].mean()), "gap_stderr": error}
+        gap, stderr, count = self.pairs.gap, self.pairs.stderr, int(self.on_paths.sum())
+        assert gap is not None
+        assert stderr is not None
+        error = float(stderr[self.on_paths].square().sum().sqrt()) / count if count else None
+        error = error and cluster_error(gap, self.breakdown.clusters, error, self.on_paths)
+        apart = {"pairs": count, "gap_nats": float(gap[self.on_paths].mean()), "gap_stderr": error}
         return {
             **{key: getattr(self, name) for name, key in KEYS.items()},
             "ess_prior_fraction": self.ess_prior,
@@ -324,6 +326,8 @@ def broken_down(
 ) -> Breakdown:  # fmt: skip
     """Break a certificate's pairs (P,) down by condition, whose c is fixed, and by label, over the c."""
     shape, clusters = (conditions.groups, conditions.classes), clusters_of(conditions)
+    assert pairs.gap is not None
+    assert pairs.stderr is not None
     gap, stderr, j_stderr, unseen, certified = (
         t.view(shape) for t in (pairs.gap, pairs.stderr, pairs.objective_stderr, unseen, certified)
     )

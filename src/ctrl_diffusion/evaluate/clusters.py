@@ -92,4 +92,5 @@ class Breakdown:
         rows = zip(self.conditions, gaps, errors, self.certified.sum(1).tolist(), strict=True)
         keys = "name", "gap_nats", "gap_stderr", "certified"
         conditions = [dict(zip(keys, row, strict=True)) for row in rows]
-        return finite_or_none({"labels": labels, "conditions": conditions})
+        figures: dict[str, list[dict[str, Any]]] = finite_or_none({"labels": labels, "conditions": conditions})
+        return figures

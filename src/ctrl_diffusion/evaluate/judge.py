@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from ..chain.codec import Codec
 from ..chain.rows import parts, rows_of
 from ..control.conditions import Conditions
 from ..data.labels import Labels
-from ..reward.reward import Embedded
-from ..reward.scorer import Classifier, Scorer
+from ..reward.reward import Conditioned, Embedded
+from ..reward.scorer import Scorer
 
 Ruler = Callable[[Tensor], Tensor]
 MOST_SIDE = 32  # of images whose pixels are compared
@@ -29,14 +30,15 @@ class Observation:
     outside: Tensor | None  # (n,), 1 outside the region p̂ was fitted on; None if that is not known
 
     def __getitem__(self, rows: Tensor) -> "Observation":
-        tensors = (None if t is None else t[rows] for t in (self.features, self.adheres, self.outside))
-        return Observation(rows_of(self.labels, rows), rows_of(self.judge_labels, rows), *tensors)
+        adheres, outside = (None if t is None else t[rows] for t in (self.adheres, self.outside))
+        labels, judge_labels = rows_of(self.labels, rows), rows_of(self.judge_labels, rows)
+        return Observation(labels, judge_labels, self.features[rows], adheres, outside)
 
     @classmethod
     def cat(cls, batches: "list[Observation]") -> "Observation":
         """Join the observations of batches."""
 
-        def joined(values: list) -> Labels | Tensor | None:
+        def joined(values: list[Any]) -> Any:
             if isinstance(values[0], dict):
                 return {name: torch.cat([value[name] for value in values]) for name in values[0]}
             return None if values[0] is None else torch.cat(values)
@@ -60,8 +62,8 @@ class SecondOpinion:
     """
 
     rulers: dict[str, Ruler]
-    reader: Classifier | None = None
-    judges: dict[str, Scorer | Embedded] = field(default_factory=dict)
+    reader: Scorer | None = None
+    judges: dict[str, Scorer | Conditioned] = field(default_factory=dict)
     outside: Callable[[Tensor, Tensor], Tensor] | None = None
     codec: Codec = field(default_factory=Codec)
     device: torch.device | None = None
@@ -106,8 +108,8 @@ class SecondOpinion:
             log_p = judge.log_prob(images, *(each.to(images.device) for each in condition))
             judge_labels[name] = log_p.argmax(1).cpu()
         labels = {**judge_labels, **{name: ruler(images.cpu()) for name, ruler in self.rulers.items()}}
-        reads = self.reader and bool((number >= 0).all())
-        adheres = (self.reader.log_prob(images).argmax(1).cpu() == number).float() if reads else None
+        reader = self.reader if bool((number >= 0).all()) else None
+        adheres = (reader.log_prob(images).argmax(1).cpu() == number).float() if reader else None
         outside = self.outside and self.outside(x_0, images).float().cpu()
         return Observation(labels, judge_labels, self.features(images).cpu(), adheres, outside)
 
@@ -116,4 +118,4 @@ class SecondOpinion:
         if self.reader:
             return self.reader.features(x)
         size = [min(side, MOST_SIDE) for side in x.shape[2:]]
-        return (x if [*x.shape[2:]] == size else F.adaptive_avg_pool2d(x, size)).flatten(1)
+        return (x if [*x.shape[2:]] == size else F.adaptive_avg_pool2d(x, (size[0], size[1]))).flatten(1)

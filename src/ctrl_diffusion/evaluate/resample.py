@@ -1,6 +1,7 @@
 """Draw exact samples by importance resampling of the policy's paths."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +50,14 @@ def exact_samples(
     cond = cond or {}
     pairs = equal_rows(labels, cond)
     pools = [max(POOL * len(rows), SMALLEST_POOL) for rows in pairs]
-    advance, x_0, smallest = phase("paths to resample", sum(pools)), None, 1.0
+    advance, smallest = phase("paths to resample", sum(pools)), 1.0
+    x_0 = torch.empty(0)
     for rows, pool in zip(pairs, pools, strict=True):
         y, c = ({name: row[rows[:1]].expand(pool) for name, row in values.items()} for values in (labels, cond))
-        options = {"compare": True, "progress": advance, "gamma": gamma}
+        options: dict[str, Any] = {"compare": True, "progress": advance, "gamma": gamma}
         x, _, log_ratio = paths(denoiser, pool, times, generator, c, y, strength, **options)
         r = reward(x, y, c)
-        log_w = ranks.broadcast(lambda r=r: r) - log_ratio
+        log_w = ranks.broadcast(r.clone) - log_ratio
         if not log_w.isfinite().all():
             raise ValueError("exact sampling: a path's reward or weight is not finite. Check p̂ and the control.")
         if (count := float(hits(r.view(1, -1, 1)))) < ENOUGH:  # whose weights may be even for all that
@@ -72,7 +74,7 @@ def exact_samples(
                 f"exact sampling: only {smallest:.2%} of the policy's paths count under their weights, too few to draw "
                 "from. Train the control further, or sample without --exact."
             )
-        x_0 = x.new_empty(sum(map(len, pairs)), *x.shape[1:]) if x_0 is None else x_0
+        x_0 = x_0 if len(x_0) else x.new_empty(sum(map(len, pairs)), *x.shape[1:])
         x_0[rows] = x[w.multinomial(len(rows), replacement=True, generator=generator)]
     if smallest < WARNED_SHARE:
         message = (

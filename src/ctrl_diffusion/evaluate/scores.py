@@ -52,7 +52,9 @@ class Score(Figures):
 
     def metrics(self) -> dict[str, float | None]:
         """Return the figures alone, None for those that are not known."""
-        return finite_or_none({figure.name: getattr(self, figure.name) for figure in fields(Figures)})
+        figures: dict[str, float | None]
+        figures = finite_or_none({figure.name: getattr(self, figure.name) for figure in fields(Figures)})
+        return figures
 
 
 @dataclass
@@ -95,7 +97,8 @@ class Nulled:
         """Return the figures by the names metrics.json uses."""
         lists = {name: {kind: t.tolist() for kind, t in value.items()} for name, value in vars(self).items()}
         distances = {f"stderrs_from_{kind}": self.stderrs_from(kind) for kind in ("prior", "target")}
-        return finite_or_none({**lists, **distances})
+        figures: dict[str, Any] = finite_or_none({**lists, **distances})
+        return figures
 
 
 def weighted_diversity(features: Tensor, weights: Tensor) -> Tensor:

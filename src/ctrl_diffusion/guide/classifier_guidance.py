@@ -6,6 +6,7 @@ Algorithm 2 moves ε̂ by −σ_t ∇ log p̂, which is the same; algorithm 1 mo
 order in the step. γ is the classifier's scale of the paper, which is no tilt by p̂(y | x_0)^γ unless γ = 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -31,7 +32,7 @@ class At:
 
     def __init__(self, likelihood: NoisyLikelihood, t: Tensor | float) -> None:
         self.conditional = getattr(likelihood, "conditional", False)
-        self.log_prob = partial(likelihood.log_prob, t=t)
+        self.log_prob: Callable[..., Tensor] = partial(likelihood.log_prob, t=t)
         if hasattr(likelihood, "log_prob_at"):
             self.log_prob_at = partial(likelihood.log_prob_at, t=t)
 

@@ -10,6 +10,7 @@ the labels were independent given x_t as they are given x_0.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .method import Target
@@ -25,6 +26,7 @@ class FreeGuidance(Guidance):
     def x_hat(self, target: Target, x_t: Tensor, t: Tensor | float) -> Tensor:
         policy, labels, cond, w = target.denoiser, target.labels, target.cond, target.strength
         if self.together or len(labels) == 1:
-            return policy(x_t, t, labels, w, **cond)
+            return policy(x_t, t, labels=labels, strength=w, **cond)
         x_hat = policy.prior(x_t, t, **cond)
-        return x_hat + w * sum(policy(x_t, t, {name: y}, **cond) - x_hat for name, y in labels.items())
+        effects = (policy(x_t, t, labels={name: y}, **cond) - x_hat for name, y in labels.items())
+        return x_hat + w * sum(effects, start=torch.zeros(()).to(x_hat))

@@ -45,9 +45,9 @@ class Samples:
 
 
 @contextmanager
-def counted(denoiser: Denoiser, reward: RewardFunction) -> Iterator[tuple[Counter, RewardFunction]]:
+def counted(denoiser: Denoiser, reward: RewardFunction) -> Iterator[tuple[Counter[str], RewardFunction]]:
     """Count rows that go through the prior or the yielded reward, forwards and backwards, by the names of `Cost`."""
-    rows: Counter = Counter()
+    rows: Counter[str] = Counter()
 
     def count(kind: str, backward: str, output: Tensor) -> None:
         n = len(output)

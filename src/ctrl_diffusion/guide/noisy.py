@@ -66,7 +66,7 @@ def fit_noisy(
         options = (architecture.head, architecture.balanced, architecture.conditions)
         return Scorer(nn.Sequential(*layers), WIDTH, classes, *options)
 
-    watch = None
+    watch: tuple[Tensor, ...] | None = None
     if held_out:
         x_held, *labels = (row.repeat_interleave(VIEWS, dim=0) for row in held_out)
         with torch.random.fork_rng(devices=[]):  # an augmentation draws from the global generator
@@ -76,5 +76,5 @@ def fit_noisy(
     clean = with_clock(x, 0.0, schedule)
     classifier = fit_classifier(clean, y, classes, network, noisy_recipe, c, watch, seed, progress)
     if watch:  # VIEWS of one example count as one example against the prior on the temperature
-        calibrate(classifier, *watch, spread=0.5 / VIEWS**0.5)
+        calibrate(classifier, watch[0], watch[1], watch[2] if len(watch) > 2 else None, 0.5 / VIEWS**0.5)
     return NoisyClassifier(classifier, schedule)

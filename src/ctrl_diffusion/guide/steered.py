@@ -8,7 +8,8 @@ the denoiser of the conditional itself if p(y | x_t) is the truth and w = 1.
 """
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +70,10 @@ class Steered(Denoiser):
     def prior(self) -> Denoiser:
         return self.base.prior
 
-    def frozen(self) -> AbstractContextManager[None]:
-        return self.base.frozen()
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        with self.base.frozen():
+            yield
 
     def forward(
         self, x_t: Tensor, t: Tensor | float, labels: Labels | None = None, strength: float = 1.0, **cond: Tensor

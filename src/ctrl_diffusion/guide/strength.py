@@ -42,7 +42,7 @@ class Knob:
         count = max((len(scores) for scores in tried.values() if scores), default=0)
         bests = [self.best(tried, criterion) for criterion in range(count)]
         ends = (min(tried), max(tried)) if tried else ()
-        return [value for value in bests if value in ends and value != self.off]
+        return [value for value in bests if value is not None and value in ends and value != self.off]
 
     def wider(self, tried: Mapping[float, Scores | None]) -> float | None:
         """Return the next value to try, half of the smallest or twice the largest; None if every best lies inside.

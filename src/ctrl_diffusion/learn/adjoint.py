@@ -19,7 +19,7 @@ Adjoints are heavy-tailed: each is clipped per sample and step, else a few paths
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -57,7 +57,7 @@ class Adjoints(NamedTuple):
 
 def adjoints_of(
     policy: Policy, path: Trajectory, reward_gradient: Tensor, labels: Labels, cond: dict[str, Tensor],
-    eta: float = 1.0, clip: float = float("inf"), lean: bool = False, first: int = 0, **gamma: Tensor,
+    eta: float = 1.0, clip: float = float("inf"), lean: bool = False, first: int = 0, **gamma: Any,
 ) -> Adjoints:  # fmt: skip
     """Carry a_N (B, *), the reward's gradient at the last state, back along a path of the policy to step `first`.
 
@@ -86,7 +86,9 @@ def adjoints_of(
 
     for i in reversed(range(first, len(path.times) - 1)):
         with torch.set_grad_enabled(i > first):  # the adjoint before the first step is not needed
-            a = back(i)
+            earlier = back(i)
+        if earlier is not None:
+            a = earlier
     share = sum(torch.stack(longer).cpu().tolist()) / len(longer)
     return Adjoints(torch.stack(adjoints[::-1]), torch.stack(means[::-1]), share)
 
@@ -124,6 +126,7 @@ class Adjoint(Revisiting):
             adjoints = steps if self.lean else 2 * steps
             return Evaluations(math.ceil(steps / self.reuse), math.ceil(adjoints / self.reuse) + self.regressed)
 
+    settings: Settings
     differentiates = True
 
     def __call__(
@@ -138,7 +141,7 @@ class Adjoint(Revisiting):
                 step = revisit(policy, rollout, visit, self.eta)
                 u = (step.mean - means[at].to(policy.device)) / step.std
                 loss = half_square(u - step.std * adjoints[at].to(policy.device)).sum()
-                metrics = {"kl": len(steps) * (half_square(u.detach()).sum() / transitions)}
+                metrics: dict[str, float | Tensor] = {"kl": len(steps) * (half_square(u.detach()).sum() / transitions)}
                 if visit.last:
                     metrics |= {"reward": self.weight * rewards.mean(), "clipped": clipped}
                 yield Step(len(steps) * (loss / transitions), metrics, visit.last, visit.whole)
@@ -154,8 +157,13 @@ class Adjoint(Revisiting):
                 batches = list(self.fresh_paths(policy, conditions, generator, read=False))  # read out below
             for path, _, labels, cond, gamma in batches:
                 r, gradient = reward_gradient(policy, path, reward, labels, cond, **gamma)
-                options = self.eta, settings.clip, settings.lean, first
-                result = adjoints_of(policy, path, gradient, labels, cond, *options, **gamma)
+                options: dict[str, Any] = {
+                    "eta": self.eta,
+                    "clip": settings.clip,
+                    "lean": settings.lean,
+                    "first": first,
+                }
+                result = adjoints_of(policy, path, gradient, labels, cond, **{**options, **gamma})
                 rewards.append(r)
                 adjoints.append(result.adjoints.to(device))
                 means.append(result.means.to(device))

@@ -45,6 +45,7 @@ class Backprop(OnPolicy):
         def evaluations(self, steps: int) -> Evaluations:
             return Evaluations(2 * steps, 2 * steps)  # policy and prior, each once more on the way back
 
+    settings: Settings
     differentiates = True
 
     def __call__(
@@ -74,10 +75,14 @@ class Backprop(OnPolicy):
             clipped.clear()
             batches = self.fresh_paths(policy, conditions, generator, compare=True, at_state=at_state)
             for path, pair, labels, cond, gamma in batches:
-                rewards, kl = reward(path.x_0, labels, cond, **gamma), path.kl.sum(0)
+                assert path.kl is not None  # compared
+                rewards, kl = reward(path.end, labels, cond, **gamma), path.kl.sum(0)
                 check_gradient(rewards)
                 rows += len(pair)
                 last = rows == self.rows.stop - self.rows.start
-                metrics = {"reward": rewards.detach().sum() / self.batch, "clipped": share if last else 0.0}
+                metrics: dict[str, float | Tensor] = {
+                    "reward": rewards.detach().sum() / self.batch,
+                    "clipped": share if last else 0.0,
+                }
                 metrics["kl"] = kl.detach().sum() / self.batch
                 yield Step((kl - rewards).sum() / self.batch, metrics, last)

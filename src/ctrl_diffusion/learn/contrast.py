@@ -88,6 +88,7 @@ class Contrast(Learner):
     def from_settings(
         cls, settings: LearnerSettings, times: Times, prior_samples: PriorSampler, **options: Any
     ) -> Self:
+        assert isinstance(settings, Contrast.Settings)
         return cls(prior_samples(settings.cache, states=settings.states), times, **options, **dict(settings))
 
     def __call__(
@@ -142,7 +143,8 @@ def contrast(
     d, d_other = effect.split([len(first), len(differ)])
     share = torch.where(first == second, 1 - weight, 1.0).to(effect)  # a y' that is y has the effect of y
     own = half_square(d) - share * (d * r).sum(1)
-    return own.sum() + (weight[differ].to(effect) * (d_other * r[differ]).sum(1)).sum()
+    loss: Tensor = own.sum() + (weight[differ].to(effect) * (d_other * r[differ]).sum(1)).sum()
+    return loss
 
 
 class LabelTable(NamedTuple):

@@ -161,7 +161,7 @@ def accumulate(
     sums: Counter[str] = Counter()
     for part in parts:
         sums.update({name: float(value) for name, value in part.items()})  # a Counter adds up
-    metrics, parameters = ranks.all_reduce_metrics(sums), policy.trainable()
+    metrics, parameters = ranks.all_reduce_metrics(dict(sums)), policy.trainable()
     ranks.all_reduce_gradients(parameters)
     ranks.reshard(policy)
     if loss_scale(policy) != 1.0:

@@ -55,7 +55,7 @@ class OnPolicy(Learner):
     @property
     def weight(self) -> float:
         """Weight of a mean over this rank's rows in the mean over the batch."""
-        return (self.rows.stop - self.rows.start) / self.batch
+        return float(self.rows.stop - self.rows.start) / self.batch
 
     def storage(self, policy: Policy) -> torch.device:
         """Return the device that keeps the paths."""
@@ -72,8 +72,8 @@ class OnPolicy(Learner):
         for rows in parts(len(pair), self.micro):
             (labels, cond), row_gamma = conditions.of(pair[rows]), rows_of(gamma, rows)
             x_1, *noise = (z[rows].to(policy.device) for z in noises)
-            control = {"labels": labels, **row_gamma}
-            path = rollout(policy, x_1, self.times, self.eta, cond=cond, noise=noise, **control, **options)
+            options |= {"labels": labels, **row_gamma}
+            path = rollout(policy, x_1, self.times, self.eta, cond=cond, noise=noise, **options)
             yield Rollout(path.to(like.device), pair[rows], labels, cond, row_gamma)
 
 
@@ -88,6 +88,8 @@ class Visit(NamedTuple):
 
 class Revisiting(OnPolicy):
     """Share what learners need that keep the paths of a rollout for several updates, the setting `reuse`."""
+
+    settings: Any
 
     def storage(self, policy: Policy) -> torch.device:
         return torch.device("cpu") if self.offload else policy.device

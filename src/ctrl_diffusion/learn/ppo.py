@@ -37,6 +37,7 @@ from .step import Carried, Evaluations, LearnerSettings, Step, steps_to_learn
 
 def rewards_to_go(path: Trajectory, rewards: Tensor) -> Tensor:
     """Return G (N, B): the rewards (B,) less the log-ratios of this step and those after it."""
+    assert path.log_ratio is not None  # `roll_out` compares
     return rewards - path.log_ratio.flip(0).cumsum(0).flip(0)
 
 
@@ -93,6 +94,8 @@ class PPO(Revisiting):
         def evaluations(self, steps: int) -> Evaluations:
             return Evaluations(math.ceil(2 * steps / self.reuse), self.surrogates)
 
+    settings: Settings
+
     def __call__(
         self, policy: Policy, reward: Reward, conditions: Conditions, generator: Generator, carried: Carried = None
     ) -> Iterator[Step]:
@@ -104,7 +107,7 @@ class PPO(Revisiting):
             path, g = rollout.path, ranks.all_gather(rewards_to_go(rollout.path, rewards), dim=1)
             cell = ranks.all_gather(conditions.cell(rollout.pair, **rollout.gamma))
             advantage = baseline.advantages(g, cell, conditions.cells)[:, self.rows]
-            carried[:] = [baseline.mean]
+            carried[:] = [] if baseline.mean is None else [baseline.mean]
             for visit in self.visits(steps, settings.surrogates, generator):
                 at, after = (visit.step, visit.row), (visit.step + 1, visit.row)
                 step = revisit(policy, rollout, visit, self.eta)
@@ -112,8 +115,8 @@ class PPO(Revisiting):
                 log_rho = half_square(path.z[at].to(policy.device)) - half_square(noise)
                 gain = surrogate(log_rho, advantage[at], settings.clip).sum()
                 beyond = (log_rho.detach().exp() - 1).abs() > settings.clip
-                metrics = {"clipped": beyond.float().sum() / transitions}
-                if visit.last:
+                metrics: dict[str, float | Tensor] = {"clipped": beyond.float().sum() / transitions}
+                if visit.last and path.kl is not None:
                     metrics["reward"] = self.weight * rewards.mean()
                     metrics["kl"] = self.weight * path.kl.sum(0).mean()
                 yield Step(-len(steps) * (gain / transitions), metrics, visit.last, visit.whole)
@@ -125,5 +128,5 @@ class PPO(Revisiting):
         """Draw new paths; return them with their rewards (B,), and free the parts they were drawn in."""
         with policy.frozen():
             batches = list(self.fresh_paths(policy, conditions, generator, compare=True))
-            rewards = torch.cat([reward(b.path.x_0, b.labels, b.cond, **b.gamma) for b in batches])
+            rewards = torch.cat([reward(b.path.end, b.labels, b.cond, **b.gamma) for b in batches])
         return Rollout.from_parts(batches), rewards

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, overload
 
 import torch
 from pydantic import Field, field_validator
@@ -130,8 +130,14 @@ class Step:
 class PriorSampler(Protocol):
     """Draw samples of the prior, `members` for each condition in turn; of a population so many in all."""
 
-    def __call__(self, members: int, states: int = 0) -> Tensor | PriorPaths:
-        """Return x_0 (G · members, *), or paths with so many states of each."""
+    @overload
+    def __call__(self, members: int) -> Tensor:
+        """Return x_0 (G · members, *)."""
+        ...
+
+    @overload
+    def __call__(self, members: int, states: int) -> PriorPaths:
+        """Return paths with so many states of each."""
         ...
 
 

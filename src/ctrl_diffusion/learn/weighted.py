@@ -86,6 +86,7 @@ class Weighted(Learner):
     def from_settings(
         cls, settings: LearnerSettings, times: Times, prior_samples: PriorSampler, **options: Any
     ) -> Self:
+        assert isinstance(settings, Weighted.Settings)
         return cls(prior_samples(settings.cache), times, **options, **dict(settings))
 
     def at_even_weights(self) -> Self:

@@ -152,8 +152,9 @@ class Prior:
             if self.text is None:
                 some = ", ".join(list(self.names)[:10])
                 raise ValueError(f"must be one of the prior's {self.classes} classes ({some} …), got {name!r}.")
-            self.denoiser.call.add([name])
-            self.names[name], self.classes = self.classes, self.classes + 1
+            self._prompted().add([name])
+            count = self.classes or 0
+            self.names[name], self.classes = count, count + 1
             self.__dict__.pop("class_names", None)  # one more now
         return self.names[name]
 
@@ -169,7 +170,8 @@ class Prior:
     def prompt_storage(self) -> PromptStorage:
         """How much room this prior's prompts take once all are encoded, in memory or in the files of a cache."""
         each = self._prompted().bytes_each
-        return PromptStorage(self.classes, each, self.classes * each)
+        count = self.classes or 0
+        return PromptStorage(count, each, count * each)
 
     def _prompted(self) -> Prompted:
         """Return what looks prompts up; refuse a prior that has none."""
@@ -179,12 +181,13 @@ class Prior:
 
     def unconditional(self) -> "Prior":
         """Return the prior p(x) of a prior p(x | c): the same network under its null class, if it has one."""
-        if self.null is None:
+        null = self.null
+        if null is None:
             reason = "is unconditional already" if self.classes is None else "was not trained with a class for none"
             raise ValueError(f"unconditional: this prior {reason}. Leave it out.")
 
         def call(x_t: Tensor, timestep: Tensor) -> Tensor:
-            return self.denoiser.call(x_t, timestep, c=torch.full_like(timestep, self.null, dtype=torch.long))
+            return self.denoiser.call(x_t, timestep, c=torch.full_like(timestep, null, dtype=torch.long))
 
         return replace(self, denoiser=self.denoiser.with_call(call), classes=None, names={}, null=None)
 

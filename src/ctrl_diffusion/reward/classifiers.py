@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
@@ -172,13 +172,14 @@ class Fitter:
             embedding = part.vectors[self.condition].shape[1]
         elif self.condition:
             conditions = len(part.values[self.condition])
-        if settings.factory:
-            return lambda shape, classes: Own(settings.factory, classes, shape, settings.balanced)
-        if self.trunk:
+        factory, trunk = settings.factory, self.trunk
+        if factory:
+            return lambda shape, classes: Own(factory, classes, shape, settings.balanced)
+        if trunk:
             options = (choice.architecture.head, settings.balanced, conditions, nn.Identity(), embedding)
-            return lambda shape, classes: Backbone(self.trunk.source, shape[0], classes, *options)
-        given = {"conditions": conditions, "embedding": embedding}
-        return replace(choice.architecture, balanced=settings.balanced, **given)
+            return lambda shape, classes: Backbone(trunk.source, shape[0], classes, *options)
+        architecture = replace(choice.architecture, balanced=settings.balanced)
+        return replace(architecture, conditions=conditions, embedding=embedding)
 
     def fit(
         self, part: LabelledImages, inputs: tuple[Tensor, ...], choice: Choice, seed: int, advance: Advance,
@@ -206,7 +207,8 @@ class Fitter:
         fitting, calibration, held_out = (part.through(encode) if self.settings.latents else part for part in images)
         x, *labels = self.inputs(fitting)
         inputs, unseen = (self.trunk.fit(x) if self.trunk else x, *labels), self.inputs(calibration)
-        watch, fits = unseen if self.settings.early_stopping else None, []
+        watch = unseen if self.settings.early_stopping else None
+        fits: list[tuple[float, int, Scorer, Choice]] = []
         for choice in self.choices(fitting):
             classifier = self.fit(fitting, inputs, choice, self.seed, advance, watch)
             fits.append((calibrated_nll(classifier, *unseen), len(fits), classifier, choice))
@@ -214,15 +216,17 @@ class Fitter:
         classifier = self.finish(classifier)
         classifier.latent = self.settings.latents
         quality = report_classifier(classifier, *examples(held_out, self.control, self.condition))
-        shape, space = tuple(images[0].x.shape[1:]), held_out.space(self.control)
+        (_, *shape), space = images[0].x.shape, held_out.space(self.control)
         with torch.no_grad():
-            fitted, *unseen = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
-        support = Support.fit(fitted).calibrate(torch.cat(unseen))
+            fitted, *others = (classifier.evidence(part.x).cpu() for part in (fitting, calibration, held_out))
+        support = Support.fit(fitted).calibrate(torch.cat(others))
         settings = self.settings.model_dump()
-        return Panel(self.control, space, shape, classifier, quality, support=support, settings=settings), held_out
+        size = shape[0], shape[1], shape[2]
+        return Panel(self.control, space, size, classifier, quality, support=support, settings=settings), held_out
 
     def judge(self, part: LabelledImages, advance: Advance) -> Scorer:
         """Fit a judge as p̂ was chosen to be, uncalibrated."""
+        assert self.choice is not None  # `posterior` makes it
         return self.finish(self.fit(part, self.inputs(part), self.choice, self.seed + 1, advance))
 
 
@@ -248,7 +252,7 @@ def check_settings(
         raise ValueError(f"{control!r} is on a scale: classifier.balanced and classifier.factory are for classes.")
     if settings.conditional and condition is None:
         raise ValueError("classifier.conditional: p̂(y | x, c) needs the column of c. Name it with --condition.")
-    if settings.conditional and condition not in data.vectors:
+    if settings.conditional and condition and condition not in data.vectors:
         data.check_classes(condition)
     if settings.augment == "any_side_up" and data.x.shape[2] != data.x.shape[3]:
         raise ValueError("classifier.augment: any_side_up needs square images. Use shift or none.")
@@ -307,7 +311,7 @@ def fit_panel(
         parts = (*images[:2], *images[3:])
         x, c = joined_x([part.x for part in parts]), torch.cat([part.labels[condition] for part in parts])
         advance = phase(f"reader of {condition}", READER[1].epochs)
-        options = {"seed": seed, "progress": advance, "device": device}
+        options: dict[str, Any] = {"seed": seed, "progress": advance, "device": device}
         panel.reader = fit_classifier(x, c, len(panel.condition_values), *READER, **options).to(device)
         panel.reader_accuracy = accuracy(panel.reader, images[2], condition)
     return panel, held_out

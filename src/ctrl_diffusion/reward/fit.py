@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scorer import Architecture, Scorer
+from ..data.images import Images
+from .scorer import Architecture, EmbeddedFilm, Scorer
 
 OTHERS = 8  # images in place of each, to find what p̂(y | x, c) says without its own
 
@@ -37,7 +39,12 @@ class ClassifierReport:
 
 def any_side_up(x: Tensor) -> Tensor:
     """Mirror and turn x (n, C, H, H) by quarters at random, for labels that do not care: eight views of each."""
-    for swap in (lambda a: a.flip(-1), lambda a: a.flip(-2), lambda a: a.transpose(-1, -2)):
+    swaps: list[Callable[[Tensor], Tensor]] = [
+        lambda a: a.flip(-1),
+        lambda a: a.flip(-2),
+        lambda a: a.transpose(-1, -2),
+    ]
+    for swap in swaps:
         x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, swap(x), x)
     return x
 
@@ -73,7 +80,7 @@ class Recipe:
 
 
 def fit_classifier(
-    x: Tensor, y: Tensor, classes: int, network: Network | None = None, recipe: Recipe | None = None,
+    x: Tensor | Images, y: Tensor, classes: int, network: Network | None = None, recipe: Recipe | None = None,
     c: Tensor | None = None, watch: tuple[Tensor, ...] | None = None, seed: int = 0,
     progress: Callable[[], None] | None = None, device: torch.device | str = "cpu",
 ) -> Scorer:  # fmt: skip
@@ -96,7 +103,7 @@ def fit_classifier(
             counts = y.bincount(minlength=classifier.classes).clamp(min=1)
             classifier.log_frequency.copy_((counts / counts.sum()).log())
             weights = len(y) / (classifier.classes * counts)
-        if classifier.embedding:
+        if classifier.embedding and c is not None and isinstance(classifier.film, EmbeddedFilm):
             classifier.film.standardise(c)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         batches = -(-len(x) // recipe.batch)
@@ -106,7 +113,7 @@ def fit_classifier(
             for batch in torch.randperm(len(x)).chunk(batches):
                 inputs = x[batch] if recipe.augment is None else recipe.augment(x[batch])
                 score = classifier.scores(inputs, None if c is None else c[batch])
-                loss = classifier.head.nll(score, 1.0, y[batch].to(score.device), **classifier.head_weights)
+                loss = classifier.head.nll(score, 1.0, y[batch].to(score.device), "none", **classifier.head_weights)
                 # not the weighted mean: dividing by a batch's own weights would move the balance
                 loss = loss.mean() if weights is None else (weights[y[batch]].to(loss) * loss).mean()
                 optimizer.zero_grad()
@@ -124,7 +131,9 @@ def fit_classifier(
 
 
 @torch.no_grad()
-def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None, spread: float = 0.5) -> Scorer:
+def calibrate(
+    classifier: Scorer, x: Tensor | Images, y: Tensor, c: Tensor | None = None, spread: float = 0.5
+) -> Scorer:
     """Set the temperature from (x, y) or (x, y, c), n examples the fit has not seen.
 
     Minimises n · NLL + ½ (log T/spread)². A few dozen examples that happen to be all right would alone send T to 0, and
@@ -143,21 +152,25 @@ def calibrate(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None,
 
 
 @torch.no_grad()
-def calibrated_nll(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> float:
+def calibrated_nll(classifier: Scorer, x: Tensor | Images, y: Tensor, c: Tensor | None = None) -> float:
     """Calibrate on n examples and return the NLL there, in nats: scale alone must not decide between two fits."""
     calibrate(classifier, x, y, c)
     return float(classifier.nll(classifier.scores(x, c), classifier.temperature, y, "sum")) / len(y)
 
 
 @torch.no_grad()
-def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None = None) -> ClassifierReport:
+def report_classifier(classifier: Scorer, x: Tensor | Images, y: Tensor, c: Tensor | None = None) -> ClassifierReport:
     """Measure on (x, y) or (x, y, c), a split neither fit nor calibration has seen."""
     score, temperature = classifier.scores(x, c), classifier.temperature
     density = classifier.head.density(score.cpu(), temperature.cpu())
     counted = None if classifier.embedding else c  # y cannot be counted given an embedding that occurs once
-    figures = classifier.head.figures(classifier.log_prob_from(score, temperature).cpu(), density, y, counted)
+    figures: dict[str, Any] = classifier.head.figures(
+        classifier.log_prob_from(score, temperature).cpu(), density, y, counted
+    )
     if classifier.embedding:
-        figures["chance_nll"] = min(figures["chance_nll"], nll_of_other_images(classifier, x, y, c))
+        assert c is not None  # `scores` refuses none
+        others = nll_of_other_images(classifier, x, y, c)
+        figures["chance_nll"] = min(figures["chance_nll"] or math.inf, others)
     nll, uncalibrated = (float(classifier.nll(score, t, y, "mean")) for t in (temperature, 1.0))
     stderr = float(classifier.nll(score, temperature, y).std() / len(y) ** 0.5)
     return ClassifierReport(
@@ -165,7 +178,7 @@ def report_classifier(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor | None
     )
 
 
-def nll_of_other_images(classifier: Scorer, x: Tensor, y: Tensor, c: Tensor) -> float:
+def nll_of_other_images(classifier: Scorer, x: Tensor | Images, y: Tensor, c: Tensor) -> float:
     """Return the NLL in nats of y (n,) under what p̂ says of c alone, its mean over OTHERS of the other x (n, *)."""
     row, log_p = torch.arange(n := len(y)), []
     for shift in sorted({max(1, i * n // (OTHERS + 1)) for i in range(1, OTHERS + 1)}):

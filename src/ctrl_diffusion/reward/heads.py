@@ -45,6 +45,7 @@ class Head:
 
     def density(self, score: Tensor, temperature: Tensor | float) -> Normal | None:
         """Return p̂'s density (B,) over the scale; None if y is a class."""
+        return None
 
     def nll(
         self, score: Tensor, temperature: Tensor | float, y: Tensor, reduction: str = "none", **weights: Tensor
@@ -75,7 +76,7 @@ class Categorical(Head):
 
     name = "categorical"
 
-    def log_prob(self, score: Tensor, temperature: Tensor | float) -> Tensor:
+    def log_prob(self, score: Tensor, temperature: Tensor | float, **weights: Tensor) -> Tensor:
         return F.log_softmax(score / temperature, dim=1)
 
 
@@ -92,7 +93,8 @@ class Ordinal(Head):
     def weights(self) -> dict[str, Tensor]:
         return {"first_cut": torch.tensor(-1.0), "log_gaps": torch.zeros(self.classes - 2)}
 
-    def log_prob(self, score: Tensor, temperature: Tensor | float, first_cut: Tensor, log_gaps: Tensor) -> Tensor:
+    def log_prob(self, score: Tensor, temperature: Tensor | float, **weights: Tensor) -> Tensor:
+        first_cut, log_gaps = weights["first_cut"], weights["log_gaps"]
         cuts = torch.cat([first_cut[None], first_cut + log_gaps.exp().cumsum(0)])
         above = (score - cuts) / temperature  # logits of y > k
         # log(σ(a) − σ(b)) for a > b, as log σ(a) + log σ(−b) + log(1 − e^(b − a)): exact far in the tails
@@ -112,16 +114,20 @@ class Gaussian(Head):
         std = temperature * score[:, 1].clamp(-5, 5).exp()
         return Normal(score[:, 0], (std.square() + RESOLUTION**2).sqrt(), validate_args=False)
 
-    def log_prob(self, score: Tensor, temperature: Tensor | float) -> Tensor:
-        return self.density(score, temperature).log_prob(torch.arange(self.classes).to(score)[:, None]).T
+    def log_prob(self, score: Tensor, temperature: Tensor | float, **weights: Tensor) -> Tensor:
+        levels: Tensor = self.density(score, temperature).log_prob(torch.arange(self.classes).to(score)[:, None])
+        return levels.T
 
-    def nll(self, score: Tensor, temperature: Tensor | float, y: Tensor, reduction: str = "none") -> Tensor:
-        losses = -self.density(score, temperature).log_prob(y)
-        return losses if reduction == "none" else getattr(losses, reduction)()
+    def nll(
+        self, score: Tensor, temperature: Tensor | float, y: Tensor, reduction: str = "none", **weights: Tensor
+    ) -> Tensor:
+        losses: Tensor = -self.density(score, temperature).log_prob(y)
+        return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
 
-    def figures(self, log_prob: Tensor, density: Normal, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
+    def figures(self, log_prob: Tensor, density: Normal | None, y: Tensor, c: Tensor | None) -> dict[str, float | None]:
         from sklearn.metrics import r2_score
 
+        assert density is not None
         nominal, empirical = coverage(density, y)
         nearest, true = (place.round().clamp(0, self.classes - 1) for place in (density.mean, y))
         return {

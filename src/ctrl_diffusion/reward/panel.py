@@ -22,7 +22,7 @@ from ..system.files import read_tensors, undamaged, write_tensors
 from .backbone import Elsewhere, load_classifier
 from .fit import ClassifierReport
 from .heads import coverage
-from .scorer import Classifier, Scorer
+from .scorer import Scorer
 from .support import Support
 
 SUPPORT, JUDGE_IMAGES = "support.safetensors", "judge/images.safetensors"
@@ -40,7 +40,7 @@ class Panel:
     quality: ClassifierReport  # on held-out data, as the accuracies below
     judge: Scorer | None = None  # shares no label with p̂; None where a ruler measures y
     judge_accuracy: float | None = None
-    reader: Classifier | None = None  # of c; None if the data have no condition
+    reader: Scorer | None = None  # of c; None if the data have no condition
     reader_accuracy: float | None = None
     condition: str | None = None  # the column of c
     condition_values: tuple[str, ...] = ()
@@ -70,9 +70,10 @@ class Panel:
     @torch.no_grad()
     def outside(self, x: Tensor) -> Tensor:
         """Return whether each x (n, C, H, W), images or latents as p̂ takes them, lies outside the region: (n,)."""
+        assert self.support is not None, "no region is known"
         return self.support.outside(self.classifier.evidence(x).cpu())
 
-    def examples(self, data: LabelledImages) -> tuple[Tensor, ...]:
+    def examples(self, data: LabelledImages) -> tuple[Any, ...]:
         """Return (x, y), or (x, y, c) of p̂(y | x, c), of labelled images."""
         return examples(data, self.control, self.condition if self.classifier.conditional else None)
 
@@ -87,7 +88,9 @@ class Panel:
         """Return, of y on a scale, the central intervals of 10 … 90 % and the share of y each holds: two (9,)."""
         x, y, *c = self.examples(data)
         scores, temperature = self.classifier.scores(x, *c), self.classifier.temperature
-        return coverage(self.classifier.head.density(scores.cpu(), temperature.cpu()), y)
+        density = self.classifier.head.density(scores.cpu(), temperature.cpu())
+        assert density is not None, "y is not on a scale"
+        return coverage(density, y)
 
     def metrics(self) -> dict[str, Any]:
         """Return the figures by the names metrics.json uses."""
@@ -95,7 +98,12 @@ class Panel:
 
     def save(self, folder: Path) -> None:
         """Write the folder's weights and `classifier.json`."""
-        about = {"control": self.control, "values": self.values, "input": self.shape, "report": self.metrics()}
+        about: dict[str, Any] = {
+            "control": self.control,
+            "values": self.values,
+            "input": self.shape,
+            "report": self.metrics(),
+        }
         about |= {"condition": self.condition, "condition_values": self.condition_values, "latent": self.latent}
         self.classifier.save(folder, about | ({} if self.settings is None else {"settings": self.settings}))
         if self.support:
@@ -116,7 +124,9 @@ class Panel:
         with undamaged(folder, "Fit it again.", but=(Elsewhere,)):
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
             accuracies = {name: about["report"].pop(name) for name in ACCURACIES}
-            others = {name: load_classifier(folder / name, trust) for name in OTHERS if (folder / name).is_dir()}
+            others: dict[str, Any] = {
+                name: load_classifier(folder / name, trust) for name in OTHERS if (folder / name).is_dir()
+            }
             support = Support.load(folder / SUPPORT) if (folder / SUPPORT).is_file() else None
             images = read_tensors(folder / JUDGE_IMAGES)["digests"] if (folder / JUDGE_IMAGES).is_file() else None
             classifier = load_classifier(folder, trust)
@@ -129,6 +139,6 @@ class Panel:
             )  # fmt: skip
 
 
-def examples(data: LabelledImages, column: str, condition: str | None) -> tuple[Tensor, ...]:
+def examples(data: LabelledImages, column: str, condition: str | None) -> tuple[Any, ...]:
     """Return (x, y) of a column of labels, or with the column of a condition (x, y, c), c as p̂ is given it."""
     return data.x, data.labels[column], *([data.condition(condition)] if condition else [])

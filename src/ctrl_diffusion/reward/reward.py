@@ -1,8 +1,8 @@
 """Compute the reward γ log p̂(y | x_0), in nats; the rewards of independent controls add."""
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +25,18 @@ class Likelihood(Protocol):
     probability of a class, has its largest log as the attribute `bound`.
     """
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return log p(y | x) in nats (B, K) for x (B, *)."""
+    @property
+    def log_prob(self) -> Callable[..., Tensor]:
+        """Take x (B, *), and return log p(y | x) in nats (B, K)."""
+        ...
+
+
+class Density(Likelihood, Protocol):
+    """Describe p(y | x) of a y on a scale."""
+
+    @property
+    def log_prob_at(self) -> Callable[..., Tensor]:
+        """Take x (B, *) and places y (B,), and return log p(y | x) in nats (B,)."""
         ...
 
 
@@ -41,7 +51,7 @@ class Reward:
     """
 
     def __init__(
-        self, classifiers: dict[str, Likelihood], gamma: float = 1.0, codec: Codec | None = None,
+        self, classifiers: Mapping[str, Likelihood], gamma: float = 1.0, codec: Codec | None = None,
         device: torch.device | None = None,
     ) -> None:  # fmt: skip
         if gamma < 0:
@@ -69,7 +79,8 @@ class Reward:
         for name, x in self.views(x_0, labels).items():
             y = labels[name].to(x.device)
             if y.is_floating_point():  # places on a scale
-                rewards = self.gamma * self.classifiers[name].log_prob_at(x, y, **self.conditions_of(name, x, cond))
+                density = cast(Density, self.classifiers[name])
+                rewards = self.gamma * density.log_prob_at(x, y, **self.conditions_of(name, x, cond))
             else:
                 rewards = self.table(name, x, cond).gather(1, y.clamp(min=0)[:, None]).squeeze(1)
             total = total + torch.where(y == NULL, 0.0, rewards).to(total)
@@ -128,7 +139,7 @@ class Conditioned:
 
     def log_prob_at(self, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
         """Return log p̂(y | x, c) in nats at places y (B,) on a scale: (B,); raise as `log_prob` does."""
-        return self.likelihood.log_prob_at(x, y, self.translated(c))
+        return cast(Density, self.likelihood).log_prob_at(x, y, self.translated(c))
 
     def translated(self, c: Tensor) -> Tensor:
         """Return what the likelihood is given of the prior's classes c (B,)."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.images import Images
 from ..system.files import read_tensors, write_json, write_tensors
 from .heads import HEADS
 
@@ -26,6 +27,9 @@ class EmbeddedFilm(nn.Module):
     A dimension in which the embeddings of the labels' c hardly differ would see every difference of another c, so it is
     measured in a hundredth of the largest deviation at least.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
@@ -42,7 +46,8 @@ class EmbeddedFilm(nn.Module):
         self.std.copy_(std.clamp(min=0.01 * float(std.max())) if std.max() > 0 else torch.ones_like(std))
 
     def forward(self, c: Tensor) -> Tensor:
-        return self.linear((c - self.mean) / self.std / math.sqrt(len(self.mean)))
+        scale: Tensor = self.linear((c - self.mean) / self.std / math.sqrt(len(self.mean)))
+        return scale
 
 
 class Scorer(nn.Module):
@@ -64,6 +69,9 @@ class Scorer(nn.Module):
     borrowed: str | tuple[str, ...] = ()  # prefixes of the names of weights that `save` leaves out
     shape: dict[str, Any]  # the arguments that make it again
     described: str
+    temperature: Tensor  # ()
+    log_frequency: Tensor  # (K,), of a balanced fit
+    film: nn.Embedding | EmbeddedFilm  # of p̂(y | x, c)
 
     def __init__(
         self, trunk: nn.Module, width: int, classes: int, head: str = "categorical", balanced: bool = False,
@@ -84,21 +92,21 @@ class Scorer(nn.Module):
             self.register_buffer("log_frequency", torch.zeros(classes))
         self.register_buffer("temperature", torch.ones(()))
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor | Images) -> Tensor:
         """Return features (B, F) of x (B, C, H, W) in [−1, 1], whose rows are read a few at a time."""
         return self.in_parts(self.trunk, x)
 
-    def evidence(self, x: Tensor) -> Tensor:
+    def evidence(self, x: Tensor | Images) -> Tensor:
         """Return what `Support` measures distances in: (B, E), the features unless an earlier layer keeps more of x."""
         return self.features(x)
 
-    def in_parts(self, trunk: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def in_parts(self, trunk: Callable[[Tensor], Tensor], x: Tensor | Images) -> Tensor:
         """Apply a trunk to x (B, C, H, W), no more pixels at once than fit."""
         few = max(1, min(self.at_once, PIXELS_AT_ONCE // math.prod(x.shape[2:])))
         parts = x.split(few) if isinstance(x, Tensor) else (x[rows] for rows in torch.arange(len(x)).split(few))
         return torch.cat([trunk(part.to(self.temperature.device)) for part in parts])
 
-    def scores(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+    def scores(self, x: Tensor | Images, c: Tensor | None = None) -> Tensor:
         """Return raw scores (B, head.outputs) of x, given c (B,), or its embedding (B, F), for p̂(y | x, c).
 
         Raises ValueError for a wrong c.
@@ -106,11 +114,12 @@ class Scorer(nn.Module):
         features = self.features(x)
         if (c is not None) != self.conditional:
             raise ValueError("this is p̂(y | x, c): give c." if self.conditional else "this is p̂(y | x): leave c out.")
-        if self.conditional:
+        if c is not None:
             self.check_condition(c)
             scale, shift = self.film(c.to(features.device)).chunk(2, dim=1)
             features = features * (1 + scale) + shift
-        return self.score(features)
+        score: Tensor = self.score(features)
+        return score
 
     def check_condition(self, c: Tensor) -> None:
         """Refuse (ValueError) c that are no numbers of the labels' classes, or no embeddings of their length."""
@@ -118,10 +127,10 @@ class Scorer(nn.Module):
             if c.ndim != 2 or c.shape[1] != self.embedding:
                 got = " × ".join(map(str, c.shape))
                 raise ValueError(f"p̂(y | x, c) is given c by embeddings of length {self.embedding}, got {got} numbers.")
-        elif not 0 <= c.min() <= c.max() < self.film.num_embeddings:
+        elif isinstance(self.film, nn.Embedding) and not 0 <= c.min() <= c.max() < self.film.num_embeddings:
             raise ValueError(f"c must lie in 0 … {self.film.num_embeddings - 1}, got {c.unique().tolist()}.")
 
-    def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor | Images, c: Tensor | None = None) -> Tensor:
         """Return log p̂(y | x) or log p̂(y | x, c) in nats (B, K); raises as `scores` does."""
         return self.log_prob_from(self.scores(x, c), self.temperature)
 
@@ -201,8 +210,9 @@ class Classifier(Scorer):
         layer = "1 convolution" if depth == 1 else f"{depth} convolutions"
         self.described = f"{layer}, average pooling to {grid} × {grid}, head: {head}"
 
-    def evidence(self, x: Tensor) -> Tensor:
+    def evidence(self, x: Tensor | Images) -> Tensor:
         # the layer after the pooling learns to drop what does not decide y, and with it what tells an image from noise
+        assert isinstance(self.trunk, nn.Sequential)
         return self.in_parts(self.trunk[:-2], x)
 
 

@@ -63,7 +63,8 @@ class Support:
 
     def distance(self, features: Tensor) -> Tensor:
         """Return distances (n,) from the mean of the fitting part, in standard deviations."""
-        return ((features - self.mean) @ self.whitening).norm(dim=1)
+        distance: Tensor = ((features - self.mean) @ self.whitening).norm(dim=1)
+        return distance
 
     def outside(self, features: Tensor) -> Tensor:
         """Return whether each of features (n, F) lies beyond the border: (n,)."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import (
@@ -19,7 +19,12 @@ from pydantic import (
 from typing_extensions import Self
 
 from ..data.sources import HUB
+from ..learn.adjoint import Adjoint
+from ..learn.backprop import Backprop
+from ..learn.contrast import Contrast
+from ..learn.ppo import PPO
 from ..learn.table import LEARNERS, check_learners
+from ..learn.weighted import Weighted
 from ..prior.source import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
 from ..system.files import one_line, write_text
@@ -113,13 +118,10 @@ class Config(Strict):
     Args:
         prior: a pipeline folder, a pipeline on the hub, or "digits", the embedded model.
         unconditional: use a class-conditional prior by its null class only.
-        prompts: the conditions c of a prior that is given text, or a file of them, one a line; null: those in the data.
-            Of more than 64 a run keeps a file.
-        guidance: scale of such a prior's classifier-free guidance; null for the pipeline's default, 1 for none. Cost:
-            twice the network's evaluations, unless it is 1.
+        prompts: conditions c of a prior of text, or their file, one a line; null: the data's. Over 64 make a file.
+        guidance: scale of classifier-free guidance; null for the pipeline's, 1 for none. Cost: twice the evaluations.
         negative_prompt: the prompt that guidance leads away from.
-        size: (height, width) of the images, for a prior of any size; null for the size it was trained on. Cost: time
-            and memory at least in proportion to the pixels.
+        size: (height, width) of the images, for a prior of any size; null for its own. Cost: time and memory.
         controls: the controls, trained together.
         classes: the prior's classes or, by number, prompts that are trained or held out; "all" for all; null for an
             unconditional prior.
@@ -141,17 +143,14 @@ class Config(Strict):
         device: where all is computed; "auto" takes a CUDA accelerator if there is one.
         mixed_precision: autocast of the prior's network in training and sampling. Probes and the certificate use
             float32, since the difference of two predictions is mostly rounding in bfloat16.
-        micro_batch: samples in the network at once while a gradient is kept; null for the whole batch. Cost: memory in
-            proportion; the smaller, the slower.
-        offload: keep the paths that `adjoint` and `ppo` learn from in CPU memory, except those of a micro-batch. Cost:
-            copies from and to the accelerator, whose memory it saves.
+        micro_batch: samples in the network at once under a gradient; null for all. Cost: memory in proportion.
+        offload: keep the paths of `adjoint` and `ppo` in CPU memory, except those of a micro-batch. Cost: copies.
         vae_tiling: decode large images in tiles; the pixels differ slightly from those decoded at once.
         rank: rank of a control's LoRA adapter. Cost: memory of weights and optimiser, and size of the file.
         lora_alpha: the adapter's scale is lora_alpha / rank; null for 1.
         lora_targets: names, or endings of names, of the layers that get an adapter; null for those of the model family.
         learners: the learners, trained one after the other. Cost: time of each.
-        time: time such as 30m for training the controls, without p̂ and measuring; turned into `budget` and the updates
-            of each learner when training begins.
+        time: time such as 30m for training alone; becomes `budget` and the updates of each learner at the start.
         updates: updates of all learners together, shared in proportion to theirs when training begins.
         budget: the network's evaluations that `time` bought; what a learner leaves of its share goes to the next.
         more: updates of each further stage of the last learner, as `ctrl train --resume RUN --time 1h` adds them.
@@ -161,12 +160,11 @@ class Config(Strict):
             the updates are nearly used up, which are a limit then. "cosine" lets it decay over all updates, as do the
             rates of other learners, and so does a patience of null.
         patience: probes that gain nothing, see `decay`; at a cosine, stop a learner when J and reward of its last
-            `patience` probes are on average no higher than of as many before (`state.ProbeHistory` derives the
-            default). One that comes after another also stops when its first probes are all worse than what it began
-            with. null never stops any early.
+            `patience` probes are on average no higher than before (`state.ProbeHistory` derives the default). One that
+            comes after another also stops when its first probes are all worse than what it began with. null never
+            stops.
         max_skipped: non-finite batches in turn that may be skipped; one more stops the learner at its best control.
-        checkpoint: updates between saved states; a state that a signal saves is at most a tenth as many updates old.
-            Cost: a file with optimiser and averaged weights each time.
+        checkpoint: updates between saved states; one that a signal saves is at most a tenth as old. Cost: a file each.
         track: trackers that receive the figures of training: tensorboard, wandb or any other that accelerate supports.
         contrast, weighted, adjoint, backprop, ppo: settings of a learner.
         evaluation: how much is sampled to probe, certify and report.
@@ -209,11 +207,11 @@ class Config(Strict):
     max_skipped: int = Field(5, ge=0)
     checkpoint: int = Field(50, ge=1)
     track: list[str] = Field(default_factory=list)
-    contrast: LEARNERS["contrast"].Settings = LEARNERS["contrast"].Settings()
-    weighted: LEARNERS["weighted"].Settings = LEARNERS["weighted"].Settings()
-    adjoint: LEARNERS["adjoint"].Settings = LEARNERS["adjoint"].Settings()
-    backprop: LEARNERS["backprop"].Settings = LEARNERS["backprop"].Settings()
-    ppo: LEARNERS["ppo"].Settings = LEARNERS["ppo"].Settings()
+    contrast: Contrast.Settings = Contrast.Settings()
+    weighted: Weighted.Settings = Weighted.Settings()
+    adjoint: Adjoint.Settings = Adjoint.Settings()
+    backprop: Backprop.Settings = Backprop.Settings()
+    ppo: PPO.Settings = PPO.Settings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @field_validator("mixed_precision", mode="before")
@@ -252,13 +250,14 @@ class Config(Strict):
     def from_values(cls, values: Any, source: str = "settings") -> Self:
         """Check values, which may have a single control without the list; raises ValueError as `Strict` does."""
         # a learner that a package elsewhere added to LEARNERS has a group of settings like ours
-        added = {name: (row.Settings, row.Settings()) for name, row in LEARNERS.items() if name not in cls.model_fields}
-        whole = create_model("Config", __base__=cls, **added) if added else cls
-        config = super(Config, whole).from_values(list_controls(values), source)
+        rows: dict[str, Any] = {name: row.Settings for name, row in LEARNERS.items() if name not in cls.model_fields}
+        added: dict[str, Any] = {name: (group, group()) for name, group in rows.items()}
+        whole: Any = create_model("Config", __base__=cls, **added) if added else cls
+        config: Any = super(Config, whole).from_values(list_controls(values), source)
         names = config.names
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{source}: two controls are named {twice.pop()!r}. Name every control once.")
-        return config
+        return cast(Self, config)
 
     @property
     def names(self) -> list[str]:
@@ -356,7 +355,8 @@ def with_key(values: Any, keys: list[str], value: Any) -> Any:
 
 def named_code(values: Any) -> set[str]:
     """Return the code that settings name and that is not ours, each MODULE:FUNCTION; it would run."""
-    controls, code = list_controls(values).get("controls") if isinstance(values, dict) else None, set()
+    controls: Any = list_controls(values).get("controls") if isinstance(values, dict) else None
+    code: set[str] = set()
     for row in map(split_names, controls) if is_list_of_groups(controls) else ():  # else the config refuses it
         classifier = row.get("classifier")
         factory = classifier.get("factory") if isinstance(classifier, dict) else None
@@ -365,7 +365,9 @@ def named_code(values: Any) -> set[str]:
     return code
 
 
-def check_code(values: Any, options: dict, trust: bool, source: Path | None, overrides: Sequence[str] = ()) -> None:
+def check_code(
+    values: Any, options: dict[str, Any], trust: bool, source: Path | None, overrides: Sequence[str] = ()
+) -> None:
     """Refuse settings that would run code, unless `trust` is set or the command line (`options`, `-o`) names it."""
     foreign = [] if trust else sorted(named_code(values) - named_code(options))
     foreign = [code for code in foreign if not any(text.endswith((f"={code}", f":{code}")) for text in overrides)]

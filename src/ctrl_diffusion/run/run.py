@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..chain.noise import stream
 from ..chain.paths import paths
 from ..chain.rollout import Times
 from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
+from ..control.control import Control
 from ..control.kinds import load_control
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
@@ -136,7 +138,7 @@ class Run:
         """Return p̂ of the prior's c: it counts c among the classes it was fitted on, or is given its embedding."""
         if getattr(likelihood, "embedding", 0):  # one that is brought along may know of none
             return Embedded(likelihood, self.prior.embedding_of)
-        return Among(likelihood, self.known_classes) if likelihood.conditional else likelihood
+        return Among(likelihood, self.known_classes or ()) if likelihood.conditional else likelihood
 
     def images(self, x: Tensor) -> Tensor:
         """Decode samples x (n, *) of a latent model: (n, C, H, W) on the CPU; other samples are images already."""
@@ -149,21 +151,25 @@ class Run:
         return SecondOpinion(
             {control.name: self.ruler_of(control) for control in self.config.controls if control.ruler},
             next((panel.reader for panel in self.panels.values() if panel.reader), None),
-            {name: self.judge_of(panel) for name, panel in self.panels.items() if panel.judge},
+            {name: judge for name, panel in self.panels.items() if (judge := self.judge_of(panel))},
             self.is_outside if all(panel.support for panel in self.panels.values()) else None,
             self.prior.codec,
             self.prior.denoiser.device,
             self.known_classes,
         )
 
-    def judge_of(self, panel: Panel) -> Scorer | Conditioned:
-        """Return the judge of a control, which takes the prior's c where it is given an embedding."""
-        return self.conditioned(panel.judge) if getattr(panel.judge, "embedding", 0) else panel.judge
+    def judge_of(self, panel: Panel) -> Scorer | Conditioned | None:
+        """Return the judge of a control, if it has one; it takes the prior's c where it is given an embedding."""
+        judge = panel.judge
+        embedded = bool(getattr(judge, "embedding", 0))
+        return self.conditioned(judge) if judge and embedded else judge
 
     def ruler_of(self, settings: ControlSettings) -> Ruler:
         """Return the ruler of a control's classes; on a scale it finds the nearest level."""
         space = self.policy.controls[settings.name].space
-        return (lambda x: space.nearest(self.measure_scale(settings, x))) if space.scale else RULERS[settings.ruler]
+        if space.scale or not settings.ruler:
+            return lambda x: space.nearest(self.measure_scale(settings, x))
+        return RULERS[settings.ruler]
 
     def measure_scale(self, settings: ControlSettings, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Measure where images x (n, C, H, W), of conditions c (n,), lie on a control's scale (n,).
@@ -173,9 +179,13 @@ class Run:
         panel = self.panels[settings.name]
         if settings.ruler:
             return panel.space.places(MEASURES[settings.ruler](x))
-        condition = [self.conditioned(panel.judge).translated(c)] if panel.judge.conditional else []
-        scores = panel.judge.scores(x.to(self.prior.denoiser.device), *condition)
-        return panel.judge.head.density(scores, panel.judge.temperature).mean.cpu()
+        judge = panel.judge
+        assert judge is not None  # what no ruler measures has one
+        view = self.conditioned(judge)
+        condition = view.translated(c) if isinstance(view, Conditioned) and c is not None else None
+        density = judge.head.density(judge.scores(x.to(self.prior.denoiser.device), condition), judge.temperature)
+        assert density is not None  # of y on a scale
+        return density.mean.cpu()
 
     def is_outside(self, x_0: Tensor, images: Tensor) -> Tensor:
         """Return whether each sample (n, *), with its image, lies outside the region some p̂ was fitted on: (n,)."""
@@ -195,23 +205,24 @@ class Run:
     @cached_property
     def known_classes(self) -> Sequence[int] | None:
         """The prior's classes that are trained on or held out, as p̂(y | x, c) and the reader of c number them."""
-        return range(self.prior.classes) if self.config.classes == "all" else self.config.classes
+        return range(self.prior.classes or 0) if self.config.classes == "all" else self.config.classes
 
     @cached_property
     def split(self) -> ConditionSplit | None:
         """Which of the prior's conditions c are trained on and which are not; None of an unconditional prior."""
-        config = self.config
-        if config.classes is None:
+        hold_out, known = self.config.hold_out, self.known_classes
+        if known is None:
             return None
-        if config.hold_out is None:  # enumerated, also more than a few in a run that was made before populations
-            every = list(self.known_classes)
+        if hold_out is None:  # enumerated, also more than a few in a run that was made before populations
+            every = list(known)
             return ConditionSplit(every, [], False, every, [])
-        return ConditionSplit.of(self.known_classes, config.hold_out, config.seed)
+        assert not isinstance(hold_out, int)  # `prepare` writes which, in place of how many
+        return ConditionSplit.of(known, hold_out, self.config.seed)
 
     @property
     def classes(self) -> list[int] | None:
         """The conditions c that figures and pictures are of: those trained on, or of a population a sample of these."""
-        return self.split and self.split.measured
+        return self.split.measured if self.split else None
 
     @property
     def conditions(self) -> Conditions:
@@ -233,7 +244,7 @@ class Run:
         conditions = self.conditions_on(self.names, trained)
         arguments = conditions.cond, conditions.controls, fixed, self.config.trained_gammas, conditions.names
         weights = dict(zip(self.known_classes or (), self.config.weights or (), strict=False))
-        drawn = torch.tensor([weights[c] for c in trained]) if weights else None
+        drawn = torch.tensor([weights[c] for c in trained or ()]) if weights else None
         return replace(Conditions.for_training(*arguments, pooled), weights=drawn)
 
     @property
@@ -250,7 +261,7 @@ class Run:
         classes, class_names = self.classes if classes is None else classes, self.prior.class_names
         cond = {} if classes is None else {"c": torch.tensor(classes)}
         controls = {name: self.policy.controls[name] for name in names}
-        value_names = {"c": [class_names[c] for c in classes]} if cond else {}
+        value_names: dict[str, Sequence[str]] = {} if classes is None else {"c": [class_names[c] for c in classes]}
         value_names |= {name: control.values for name, control in controls.items()}
         sizes = {name: control.size for name, control in controls.items()}
         drawn = bool(self.split and self.split.pooled)
@@ -268,7 +279,8 @@ class Run:
     @classmethod
     def start(cls, config: Config, prior: Prior, panels: dict[str, Panel]) -> "Run":
         """Begin a run: its controls are untrained, except those that were trained in another run and stay fixed."""
-        controls, gammas = [], config.trained_gammas
+        controls: list[Control] = []
+        gammas = config.trained_gammas
         lora = {"rank": config.rank, "alpha": config.lora_alpha, "targets": config.lora_targets}
         for i, control in enumerate(config.controls):
             name = control.name
@@ -279,7 +291,12 @@ class Run:
                 controls.append(load_control(folder, prior.denoiser).fix())
             else:
                 interval = None if isinstance(control.interval, str) else control.interval
-                settings = {"seed": config.seed + i, "scale": panels[name].space.scale, "interval": interval, **lora}
+                settings: dict[str, Any] = {
+                    "seed": config.seed + i,
+                    "scale": panels[name].space.scale,
+                    "interval": interval,
+                    **lora,
+                }
                 settings["gammas"] = (min(gammas), max(gammas)) if gammas else None
                 controls.append(LoRAControl(name, panels[name].values, prior.denoiser, **settings))
         return cls(config, prior, Policy(prior.denoiser, *controls), panels)
@@ -291,21 +308,21 @@ class Run:
         `trust` runs code that the folder names, of a p̂ on a network of one's own. A ValueError says that there is no
         such folder, no run, or a run that did not finish.
         """
-        folder = RunFolder(find_run(folder))
-        if not folder.path.is_dir():
-            raise ValueError(f"there is no folder {folder}. Make a run with: ctrl train … --out {folder}")
-        if not folder.config.is_file():
-            raise ValueError(f"{folder} is not a run folder: it has no config.yaml. Make one with: ctrl train")
-        config = folder.read_config("prior").with_(device=device)
-        if missing := [part for part in ("classifier", "control") if not (folder.path / part).is_dir()]:
-            lacks = f"{folder} is an unfinished run: it lacks {', '.join(missing)}"
-            raise ValueError(f"{lacks}. Go on with: ctrl train --resume {folder}")
-        panels = {name: Panel.load(folder.classifier(name), trust) for name in config.names}
+        files = RunFolder(find_run(folder))
+        if not files.path.is_dir():
+            raise ValueError(f"there is no folder {files}. Make a run with: ctrl train … --out {files}")
+        if not files.config.is_file():
+            raise ValueError(f"{files} is not a run folder: it has no config.yaml. Make one with: ctrl train")
+        config = files.read_config("prior").with_(device=device)
+        if missing := [part for part in ("classifier", "control") if not (files.path / part).is_dir()]:
+            lacks = f"{files} is an unfinished run: it lacks {', '.join(missing)}"
+            raise ValueError(f"{lacks}. Go on with: ctrl train --resume {files}")
+        panels = {name: Panel.load(files.classifier(name), trust) for name in config.names}
         prior = configured(open_prior(config.prior, config.size), config)
-        controls = [load_control(folder.control(name), prior.denoiser) for name in config.names]
+        controls = [load_control(files.control(name), prior.denoiser) for name in config.names]
         run = cls(config, prior, Policy(prior.denoiser, *controls), panels)
-        if folder.metrics.is_file():
-            run.prior_outside = folder.read_metrics()["prior"].get("outside_support")
+        if files.metrics.is_file():
+            run.prior_outside = files.read_metrics()["prior"].get("outside_support")
         return run
 
     def save_controls(self, folder: RunFolder) -> None:
@@ -352,13 +369,13 @@ class Run:
         counts = {len(rows) for rows in (*labels.values(), *([] if c is None else [c]))}
         if len(counts) != 1:
             raise ValueError(f"c and y must be equally many, got {' and '.join(map(str, sorted(counts)))}.")
-        if c is not None and (c.min() < 0 or c.max() >= classes):
+        if c is not None and classes is not None and (c.min() < 0 or c.max() >= classes):
             raise ValueError(f"c must lie in 0 … {classes - 1}, got {int(c.min())} … {int(c.max())}.")
         generator = generator or stream(self.config.seed, "sample")
         times = self.times_of(steps) if steps else self.times
         cond, n = {} if c is None else {"c": c}, counts.pop()
         if exact:
-            with self.policy.base.full_precision():  # or the weights would be those of rounding errors
+            with cast(Any, self.policy.base).full_precision():  # or the weights would be those of rounding errors
                 arguments = self.reward_at(gamma), times, generator, labels, cond, strength, phase
                 x_0, _ = exact_samples(self.policy, *arguments, gamma)
         else:

@@ -71,9 +71,11 @@ def undamaged(folder: Path, advice: str, but: tuple[type[Exception], ...] = ()) 
     """Turn read errors inside into one ValueError saying the folder is damaged; re-raise PermissionError and `but`."""
     try:
         yield
-    except (PermissionError, *but):
+    except PermissionError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, but):
+            raise
         raise ValueError(f"{folder} is damaged: {one_line(error)}. {advice}") from error
 
 

@@ -66,9 +66,10 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def seconds_in(text: str) -> float:
     """Read a time such as 90s, 30m or 1h30m; raise ValueError for another text."""
     match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
+    parts = match.groups() if match else ()
     try:
-        seconds = sum(float(n) * unit for n, unit in zip(match.groups(), UNITS.values(), strict=True) if n)
-    except (AttributeError, ValueError):
+        seconds = sum([float(n) * unit for n, unit in zip(parts, UNITS.values(), strict=False) if n], start=0.0)
+    except ValueError:
         seconds = 0.0
     if not seconds > 0:
         raise ValueError(f"{text!r} is no time. Give one such as 90s, 30m, 1h or 1h30m.")

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -79,7 +79,7 @@ def sharded() -> bool:
 
 def is_main() -> bool:
     """Return whether this is rank 0, which writes files and talks to the user."""
-    return state().is_main_process
+    return bool(state().is_main_process)
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def broadcast(make: Callable[[], T]) -> T:
     """Call `make` on rank 0 alone and return its result, on the CPU, or raise its error on every rank."""
     if world_size() == 1:
         return make()
-    result: list = [None, None]
+    result: list[Any] = [None, None]
     if is_main():
         try:
             with alone():
@@ -145,7 +145,7 @@ def broadcast(make: Callable[[], T]) -> T:
     state().wait_for_everyone()
     if result[1] is not None:
         raise result[1]
-    return result[0]
+    return cast(T, result[0])
 
 
 def any_rank(flag: bool) -> bool:
@@ -181,5 +181,5 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def reshard(network: nn.Module) -> None:
     """Free the gathered weights of a sharded network, which FSDP keeps where a step is recomputed on the way back."""
     for module in network.modules() if sharded() else ():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        if callable(free := getattr(module, "reshard", None)):
+            free()

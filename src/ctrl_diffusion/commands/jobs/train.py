@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...control.conditions import MOST_ENUMERATED
 from ...data.labelled import LabelledImages, write_imagefolder
 from ...prior.prior import open_prior
@@ -64,8 +66,10 @@ def classifier_job(
         prompts = prompts_of([settings])
         model = model.with_prompts(prompts, cache=out.absolute().parent if len(prompts) > MOST_ENUMERATED else None)
     inputs = read_inputs(settings, model, options)
+    assert inputs.data is not None  # no earlier classifier or run stands for it
     inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None, model)
     inputs.report(options.say)
+    assert inputs.data is not None
     panel, held_out = fit_panel(
         inputs.data, name, condition, settings=settings.classifier, seed=seed, phase=options.phase,
         judge_data=inputs.judge_data, encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
@@ -142,7 +146,8 @@ def start_training(
 
     The folder stays untouched until every p̂ is fitted and accepted; from then on the run can be resumed at any moment.
     """
-    config, seconds = quick(job.config) if options.quick else job.config, {}
+    config = quick(job.config) if options.quick else job.config
+    seconds: dict[str, float] = {}
     with timed(seconds, "classifier"):
         panels, held_out = fit_panels(job, config, options.phase)
     dependence = dependences(job.inputs, panels, job.prior)
@@ -170,15 +175,17 @@ def fit_panels(
     The main rank fits for all: fits on accelerators are not alike to the bit, and ranks that decide differently would
     wait for each other for ever.
     """
-    device, held_out = job.prior.denoiser.device, {}
+    device = job.prior.denoiser.device
+    held_out: dict[str, LabelledImages] = {}
 
     def fit(inputs: ControlInputs) -> Panel:
         name, settings = inputs.name, config.settings_of(inputs.name)
+        assert inputs.data is not None  # of a control whose p̂ is not brought along
         panel, held_out[name] = fit_panel(
             inputs.data, name, settings.condition, bool(settings.ruler), settings.classifier, config.seed, phase,
             inputs.judge_data, encoder_of(job.prior), device, read=inputs.unread is None,
         )  # fmt: skip
-        return panel.to("cpu")
+        return panel.to(torch.device("cpu"))
 
     panels = {inputs.name: inputs.panel or ranks.broadcast(partial(fit, inputs)).to(device) for inputs in job.inputs}
     return panels, held_out
@@ -190,9 +197,10 @@ def write_start(
 ) -> None:  # fmt: skip
     """Clear a run folder, and write all that training needs: settings, classifiers, and last the start record."""
     folder.clear(data=demo_data is not None)
-    for name in DATA_FOLDERS if demo_data else ():
-        shutil.copytree(demo_data / name, folder.path / name)
-    if isinstance(run.config.prompts, str):
+    if demo_data:
+        for name in DATA_FOLDERS:
+            shutil.copytree(demo_data / name, folder.path / name)
+    if isinstance(run.config.prompts, str) and job.prompts is not None:
         write_text(folder.prompts, "".join(f"{prompt}\n" for prompt in job.prompts))
     run.config.write(folder.config)
     start.fixed = fixed_settings(run.config)
@@ -230,7 +238,7 @@ def train_and_report(run: Run, folder: RunFolder, phase: Phase, tracking: Tracki
     with timed(start.seconds, "sample"):
         measurements = Measurements.from_run(run, phase)
         labels, cond = run.conditions.of(run.conditions.all(1))
-        samples = labelled(run, run.sample(labels, **cond), labels, cond)
+        samples = labelled(run, run.sample(labels, cond.get("c")), labels, cond)
         ranks.broadcast(lambda: write_imagefolder(folder.samples, samples))
         pictures = PictureSamples.from_run(run, measurements.evaluation)
 
@@ -259,39 +267,39 @@ def resume_job(
         ValueError: there is no run in it, another job is at it, or what it needs is not as it was.
         Interrupted, OSError: as `finish_training` does.
     """
-    folder, options = RunFolder(folder), JobOptions(phase, trust, command=command)
-    check_resumable(folder.path)
+    files, options = RunFolder(folder), JobOptions(phase, trust, command=command)
+    check_resumable(files.path)
 
     def reserve() -> tuple[dict[str, Any] | None, bool]:
         """Lock the folder; return the metrics of a finished run, and whether training has begun."""
-        check_writable(folder.path)
-        stack.enter_context(locked(folder.path))
-        if folder.is_finished:
-            folder.clear_checkpoint()  # which a kill may have left half removed
-            return folder.read_metrics(), True
-        clear_unfinished(folder.path)
-        return None, folder.has_begun
+        check_writable(files.path)
+        stack.enter_context(locked(files.path))
+        if files.is_finished:
+            files.clear_checkpoint()  # which a kill may have left half removed
+            return files.read_metrics(), True
+        clear_unfinished(files.path)
+        return None, files.has_begun
 
     with ExitStack() as stack, ranks.main_warns():
         metrics, has_begun = ranks.broadcast(reserve)
         if metrics:
             return metrics
         unread = () if has_begun else ("data", "judge_data", "classifier_from")
-        config = folder.read_config("prior", "settled_from", *unread)
+        config = files.read_config("prior", "settled_from", *unread)
         check_trackers(config.track)
         if not has_begun:
-            check_code(config.model_dump(), {}, trust, folder.config)
+            check_code(config.model_dump(), {}, trust, files.config)
             try:
-                job = prepare(config.model_dump(), options, beside=folder.path.parent)
-                return start_training(job, folder, options)
+                job = prepare(config.model_dump(), options, beside=files.path.parent)
+                return start_training(job, files, options)
             except KeyboardInterrupt:
                 raise Interrupted("interrupted before training began: the same command goes on.") from None
         check_batches(config)
-        ranks.broadcast(lambda: folder.check_unchanged(config))
-        panels = {name: Panel.load(folder.classifier(name), trust) for name in config.names}
-        ranks.broadcast(folder.clear_results)
+        ranks.broadcast(lambda: files.check_unchanged(config))
+        panels = {name: Panel.load(files.classifier(name), trust) for name in config.names}
+        ranks.broadcast(files.clear_results)
         prior = configured(open_prior(config.prior, config.size), config)
-        return finish_training(Run.start(config, prior, panels), folder, phase)
+        return finish_training(Run.start(config, prior, panels), files, phase)
 
 
 def extend_job(
@@ -310,19 +318,19 @@ def extend_job(
     """
     if bool(time) == bool(updates):
         raise ValueError("give either --time or --updates to go on with a finished run.")
-    folder = RunFolder(folder)
+    files = RunFolder(folder)
 
     def reserve() -> None:
-        if not folder.is_finished:
+        if not files.is_finished:
             raise ValueError(
-                f"{folder} is no finished run. Finish it first: ctrl train --resume {folder}, without --time"
+                f"{files} is no finished run. Finish it first: ctrl train --resume {files}, without --time"
             )
-        check_writable(folder.path)
-        stack.enter_context(locked(folder.path))
+        check_writable(files.path)
+        stack.enter_context(locked(files.path))
 
     with ExitStack() as stack, ranks.main_warns():
         ranks.broadcast(reserve)
-        run, training, start = reopen(folder, options)
+        run, training, start = reopen(files, options)
         config, last = run.config, run.config.learners[-1]
         settings = getattr(config, last)
         if time:
@@ -331,10 +339,10 @@ def extend_job(
         run.config = config.with_(more=[*config.more, updates])
         check_trackers(config.track)
         training.update({})  # from here on an interruption leaves a run to resume
-        ranks.broadcast(lambda: folder.write_start(start))
-        ranks.broadcast(lambda: run.config.write(folder.config))
-        ranks.broadcast(folder.clear_results)
-        return finish_training(run, folder, options.phase)
+        ranks.broadcast(lambda: files.write_start(start))
+        ranks.broadcast(lambda: run.config.write(files.config))
+        ranks.broadcast(files.clear_results)
+        return finish_training(run, files, options.phase)
 
 
 def reopen(folder: RunFolder, options: JobOptions) -> tuple[Run, TrainingState, StartRecord]:
@@ -346,8 +354,8 @@ def reopen(folder: RunFolder, options: JobOptions) -> tuple[Run, TrainingState, 
             loaded.policy.controls[control.name].fix()
     kept, repeats = loaded.policy.snapshot(), probe_repeats(loaded)
     run = Run.start(config, configured(open_prior(config.prior, config.size), config), loaded.panels)
-    for name, control in run.policy.controls.items():
-        control.interval = loaded.policy.controls[name].interval
+    for name, trained in run.policy.controls.items():
+        trained.interval = loaded.policy.controls[name].interval
     *records, record = map(json.loads, folder.log.read_text(encoding="utf-8").splitlines())
     best = BestControl(run.policy, probe(run, repeats).figures["J"])
     with run.policy.holding(kept):
