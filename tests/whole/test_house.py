@@ -30,7 +30,7 @@ LAW = {
 # lines of each wing: what it has now and a little
 LINES = {
     "system": 1000, "chain": 735, "data": 1500, "prior": 2190, "control": 930, "reward": 1650, "learn": 1300,
-    "guide": 750, "evaluate": 1520, "exact": 1370, "run": 4270, "report": 2350, "commands": 3450,
+    "guide": 750, "evaluate": 1770, "exact": 1370, "run": 4270, "report": 2400, "commands": 3450,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)
