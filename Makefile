@@ -29,7 +29,7 @@ release: setup
 bench: setup
 	$(BIN)/python bench/prior.py
 	for name in $(FIGURES); do $(BIN)/python bench/figures.py $$name || exit 1; done
-	for name in classifiers floors population results speed soak estimate fuzz neighbour two_digits play certify startup; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in classifiers floors population results speed soak estimate fuzz neighbour two_digits play certify startup labels; do $(BIN)/python bench/$$name.py || exit 1; done
 	$(BIN)/python bench/certify.py alignprop
 
 docs: .venv/docs

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("xla:0")  # a type that torch knows and does not try to start
+MPS = torch.device("mps:0")  # Apple's, which has no float64
+place = DEVICE  # the one that is open
 aten = torch.ops.aten
 MOVES = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
@@ -33,7 +35,7 @@ class There(torch.Tensor):
 
     @property
     def device(self):
-        return DEVICE
+        return place
 
     def __repr__(self):
         return f"There({self.here!r})"
@@ -54,13 +56,19 @@ def run(func, args, kwargs):
                 f"{func}: tensors on two devices, one of them the CPU's of shape {tuple(wrong[0].shape)}."
             )
     asked = kwargs.get("device")  # of zeros_like and its kin torch fills in where it thinks the tensor is
-    to_there = bool(there) or (asked is not None and torch.device(asked).type == DEVICE.type)
+    to_there = bool(there) or (asked is not None and torch.device(asked).type == place.type)
     if func is aten._conj.default:  # a view that in here nothing resolves
         func = aten._conj_physical.default
     inner = tree_map(lambda t: t.here if isinstance(t, There) else t, (args, kwargs))
     if asked is not None:
         inner[1]["device"] = torch.device("cpu")
     found = func(*inner[0], **inner[1])
+    if (
+        to_there
+        and place.type == MPS.type
+        and any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(found))
+    ):
+        raise TypeError(f"{func}: MPS has no float64.")
     if func._schema.is_mutable:  # what was changed in place is what is given back
         return args[0] if func._schema.returns else None
     return tree_map(lambda t: There(t) if isinstance(t, torch.Tensor) and to_there else t, found)
@@ -73,19 +81,21 @@ def to(self, *args, **kwargs):
     """`Tensor.to`, which torch itself would take a tensor there for one of the CPU's by."""
     given = (*args, *kwargs.values())
     like = next((a for a in given if isinstance(a, torch.Tensor)), self)
-    place = torch.device(next((a for a in given if isinstance(a, (str, torch.device))), like.device))
+    goal = torch.device(next((a for a in given if isinstance(a, (str, torch.device))), like.device))
     kind = next((a for a in given if isinstance(a, torch.dtype)), like.dtype)
-    if DEVICE.type not in (place.type, self.device.type):
+    if place.type not in (goal.type, self.device.type):
         return TO(self, *args, **kwargs)
-    if place.type == self.device.type:
+    if goal.type == self.device.type:
         return TO(self, kind)
     if self.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("a gradient would have to pass from one device to another.")
-    return There(TO(self, kind)) if place.type == DEVICE.type else TO(self.here, kind)
+    if goal.type == MPS.type and kind == torch.float64:
+        raise TypeError("MPS has no float64.")
+    return There(TO(self, kind)) if goal.type == place.type else TO(self.here, kind)
 
 
 class Elsewhere(TorchDispatchMode):
-    """Within, tensors can be made on `DEVICE`."""
+    """Within, tensors can be made on the device that is open."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
@@ -104,11 +114,13 @@ def pad_sequence(sequences, batch_first=False, padding_value=0.0, padding_side="
     return torch.stack(padded, 0 if batch_first else 1)
 
 
-def open_device(monkeypatch):
-    """Let tensors and modules be moved to `DEVICE` until the test ends; to be entered as well."""
+def open_device(monkeypatch, device=DEVICE):
+    """Let tensors and modules be moved to a device until the test ends; to be entered as well."""
+    monkeypatch.setitem(globals(), "place", device)
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: to(self, "cpu"))
     monkeypatch.setattr(torch._C._nn, "pad_sequence", pad_sequence)
-    monkeypatch.setattr(torch, DEVICE.type, SimpleNamespace(), raising=False)  # checkpoints ask for its module
+    if not hasattr(torch, device.type):
+        monkeypatch.setattr(torch, device.type, SimpleNamespace(), raising=False)  # checkpoints ask for its module
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     return Elsewhere()

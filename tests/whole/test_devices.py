@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from elsewhere import DEVICE, There, open_device
+from elsewhere import DEVICE, MPS, There, open_device
 from pipelines import BUILDERS, LARGE, saved
 
 from ctrl_diffusion.chain.paths import paths
@@ -67,6 +67,13 @@ def elsewhere(monkeypatch):
         yield
 
 
+@pytest.fixture
+def mps(monkeypatch):
+    """Apple's device, which refuses float64."""
+    with open_device(monkeypatch, MPS):
+        yield
+
+
 def job(folder, device, learner, only=None):
     """A small whole job: control and figures; the control may speak at one step only."""
     prior = Prior.from_pretrained(folder, (32, 32) if folder.name in LARGE else None)
@@ -111,6 +118,20 @@ def test_every_learner_works_elsewhere_as_on_the_cpu(folder, elsewhere, learner,
     found, expected = (job(folder("DDPM"), device, learner, only) for device in (DEVICE, "cpu"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("learner", [name for name in LEARNERS if "offloaded" not in name])
+def test_every_learner_works_without_float64_on_mps(folder, mps, learner):
+    found, expected = (job(folder("DDPM"), device, learner) for device in ("mps", "cpu"))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_float64_on_mps_is_noticed(mps):
+    with pytest.raises(TypeError, match="no float64"):
+        torch.zeros(2, dtype=torch.float64).to("mps")
+    with pytest.raises(TypeError, match="no float64"):
+        torch.zeros(2).to("mps").double()
 
 
 @pytest.mark.parametrize("learner", ["adjoint", "ppo"])
@@ -173,6 +194,12 @@ def test_every_family_works_elsewhere_as_on_the_cpu(folder, elsewhere, name):
     found, expected = (job(folder(name), device, "adjoint") for device in (DEVICE, "cpu"))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["DPS", "TDS", "rejection"])
+def test_baselines_work_without_float64_on_mps(folder, mps, name):
+    found, expected = (guided(folder("DDPM"), device, name) for device in ("mps", "cpu"))
+    assert torch.equal(found.x_0, expected.x_0)
 
 
 def test_what_is_left_behind_is_noticed(elsewhere):

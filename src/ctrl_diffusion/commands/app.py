@@ -82,7 +82,7 @@ def root(
 # each command with an example, in the order of `ctrl --help`
 COMMANDS = {
     demo: "ctrl demo --out runs/demo --seed 0",
-    classifier: "ctrl classifier photos --control texture --prior my-pipeline --out runs/texture-classifier",
+    classifier: "ctrl classifier photos --control texture --prior mine --out p-hat",
     train: "ctrl train --prior mine --data photos --control texture --out run",
     add: "ctrl add runs/ink --data photos --control slant --out runs/both",
     inspect: "ctrl inspect my-pipeline",

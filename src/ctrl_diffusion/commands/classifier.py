@@ -17,6 +17,7 @@ def classifier(
     config: Annotated[Path | None, typer.Option(help="Settings: those of the control, and size.")] = None,
     override: opt.Override = [],  # noqa: B006
     seed: opt.ConfigSeed = None,
+    curve: Annotated[bool, typer.Option("--curve", help="How good by the number of labels; extrapolated.")] = False,
     skip_bad: opt.SkipBad = False,
     image: opt.Image = None,
     missing: opt.Missing = None,
@@ -36,7 +37,7 @@ def classifier(
     values = opt.read_values(options, config, override, trust) | {"prior": "-", "prompts": None}  # not used
     settings = Config.from_values(values, str(config or "settings"))
     with opt.job_options(quiet, trust, overwrite) as job:
-        panel = classifier_job(settings.controls[0], out, prior, settings.seed, job, settings.size)
+        panel = classifier_job(settings.controls[0], out, prior, settings.seed, job, settings.size, curve)
     report = panel.quality
     if not quiet:
         typer.echo(

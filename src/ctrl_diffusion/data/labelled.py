@@ -116,6 +116,10 @@ class LabelledImages:
 
     def split(self, column: str, shares: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0) -> list["LabelledImages"]:
         """Split into disjoint parts by shares of the whole, stratified by a column; the last takes the rest."""
+        return [self[rows] for rows in self.split_rows(column, shares, seed)]
+
+    def split_rows(self, column: str, shares: Sequence[float], seed: int = 0) -> list[np.ndarray]:
+        """Return the rows of each part of such a split."""
         from sklearn.model_selection import train_test_split
 
         self.check_classes(column)
@@ -123,8 +127,8 @@ class LabelledImages:
         for share in shares[:-1]:
             size = max(len(np.unique(y)), round(share * len(self)))
             part, rest = train_test_split(rest, train_size=size, stratify=y[rest], random_state=seed)
-            parts.append(self[part])
-        return [*parts, self[rest]]
+            parts.append(part)
+        return [*parts, rest]
 
 
 def to_pixels(x: Tensor | Images) -> np.ndarray:

@@ -12,8 +12,9 @@ from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from ..data.labelled import LabelledImages
+from ..evaluate.learning_curve import LOSSES, LearningCurve
 from ..reward.panel import Panel
-from .style import CTRL, QUIET, STYLE, embedded, headline, render, shortened
+from .style import CTRL, QUIET, STYLE, embedded, headline, plain_ticks, render, shortened
 
 
 def diagonal_figure(
@@ -74,13 +75,38 @@ def confusion_figure(confusion: Tensor, values: Sequence[str], rows: str, column
     return figure
 
 
-def write_classifier_report(folder: Path, panel: Panel, held_out: LabelledImages) -> None:
-    """Write reliability.png, confusion.png and a self-contained report.html about p̂."""
+def curve_figure(curve: LearningCurve) -> Figure:
+    """Plot each figure against the number of labels: measured with its error, its law, and extrapolated."""
+    titles = {"nll": "NLL (nats)", "accuracy": "accuracy", "target": "target it would allow"}
+    n = np.geomspace(curve.labels[0], curve.beyond[-1], 100)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.9), layout="constrained")
+        for axes, (name, series) in zip(figure.subplots(1, len(titles)), curve.series.items(), strict=True):
+            style = {"color": CTRL, "marker": "o", "markersize": 3.5, "linewidth": 0, "elinewidth": 1.2, "capsize": 2}
+            axes.errorbar(curve.labels, series.mean, yerr=series.error, label="measured", **style)
+            if not series.doubt:
+                loss = series.law(n)
+                axes.plot(n, loss if LOSSES[name] > 0 else 1 - loss, color=QUIET, linewidth=1.2, zorder=0)
+                expected, low, high = np.array(series.beyond).T
+                error = [np.maximum(0, expected - low), np.maximum(0, high - expected)]
+                axes.errorbar(curve.beyond, expected, yerr=error, **{**style, "color": "#777", "marker": "s"})
+            axes.set_xscale("log")
+            axes.set(xlabel="labels")
+            plain_ticks(axes.xaxis)
+            headline(axes, titles[name])
+    return figure
+
+
+def write_classifier_report(
+    folder: Path, panel: Panel, held_out: LabelledImages, curve: LearningCurve | None = None
+) -> None:
+    """Write reliability.png, confusion.png, curve.png if there is a curve, and a self-contained report.html about p̂."""
     y, log_p, space = held_out.labels[panel.control], panel.log_prob(held_out), panel.space
     confusion = confusion_matrix(space.nearest(y), log_p.argmax(1), labels=range(space.size), normalize="true")
     axes = (f"true {panel.control}", "classifier says", "Held-out data, %")
     reliability = intervals_figure(*panel.intervals(held_out)) if space.scale else reliability_figure(log_p.exp(), y)
     confusions = confusion_figure(torch.from_numpy(confusion), space.values, *axes)
     figures = {"reliability": reliability, "confusion": confusions}
+    figures |= {"curve": curve_figure(curve)} if curve else {}
     images = {name: embedded(folder / f"{name}.png", figure) for name, figure in figures.items()}
-    render(folder / "report.html", "classifier.html", images=images, panel=panel, held_out=len(held_out))
+    render(folder / "report.html", "classifier.html", images=images, panel=panel, held_out=len(held_out), curve=curve)

@@ -24,9 +24,12 @@ from ..system.folders import check_output, clear
 from ..system.tracking import TRACKED
 from .config import Config
 
+CURVE = "curve.json"  # of how good p̂ is by the number of labels
 PAGES = ("reliability.png", "confusion.png", "report.html")  # about a classifier
 # the last file of each list marks a folder of that kind
-CLASSIFIER_FILES = ("judge", "reader", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json")
+CLASSIFIER_FILES = (
+    "judge", "reader", CURVE, "curve.png", *PAGES, "support.safetensors", "classifier.safetensors", "classifier.json",
+)  # fmt: skip
 PROMPTS = "prompts.txt"
 CHECKPOINT, DATA_FOLDERS = "checkpoint", ("data", "judge_data")  # the latter of a demo
 RESULTS = (

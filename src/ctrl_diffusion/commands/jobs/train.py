@@ -13,6 +13,7 @@ import torch
 
 from ...control.conditions import MOST_ENUMERATED
 from ...data.labelled import LabelledImages, write_imagefolder
+from ...evaluate.learning_curve import learning_curve
 from ...prior.prior import open_prior
 from ...report.classifier import write_classifier_report
 from ...report.pictures import PictureSamples
@@ -21,7 +22,7 @@ from ...reward.classifiers import fit_panel
 from ...reward.panel import Panel
 from ...run.config import Config, ControlSettings, check_code, check_present, list_controls
 from ...run.defaults import quick
-from ...run.folder import CLASSIFIER_FILES, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
+from ...run.folder import CLASSIFIER_FILES, CURVE, DATA_FOLDERS, KEPT, RunFolder, StartRecord, fixed_settings
 from ...run.measure import Measurements, find_intervals, lower_gamma, probe
 from ...run.metrics import RunMetrics
 from ...run.prepare import (
@@ -49,12 +50,13 @@ from .sample import labelled
 
 def classifier_job(
     settings: ControlSettings, out: Path, prior: str | None = None, seed: int = 0, options: JobOptions = DEFAULT,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None, curve: bool = False,
 ) -> Panel:  # fmt: skip
     """Fit p̂, the judge, and the reader of a condition on labelled images, and report them in the folder `out`.
 
     Settings are as for a training; a ruler or an earlier classifier is ignored. With a prior (a pipeline folder) images
-    are read at its `size`, (height, width) if it can make several; else they keep their own.
+    are read at its `size`, (height, width) if it can make several; else they keep their own. With `curve` p̂ is also
+    fitted on growing shares of the labels, into curve.json (`learning_curve`).
     """
     check_output(out, CLASSIFIER_FILES[-1], options.overwrite)
     if size and not prior:
@@ -70,14 +72,21 @@ def classifier_job(
     inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None, model)
     inputs.report(options.say)
     assert inputs.data is not None
+    given = {"seed": seed, "phase": options.phase, "encode": encoder_of(model)}
+    given["device"] = model.denoiser.device if model else "cpu"
     panel, held_out = fit_panel(
-        inputs.data, name, condition, settings=settings.classifier, seed=seed, phase=options.phase,
-        judge_data=inputs.judge_data, encode=encoder_of(model), device=model.denoiser.device if model else "cpu",
-        read=inputs.unread is None,
+        inputs.data, name, condition, settings=settings.classifier, judge_data=inputs.judge_data,
+        read=inputs.unread is None, **given,
     )  # fmt: skip
+    judged = inputs.judge_data is not None
+    measured = learning_curve(inputs.data, panel, judged, **given, say=options.say) if curve else None
     clear(out, CLASSIFIER_FILES)
     panel.save(out)
-    write_classifier_report(out, panel, held_out)
+    if measured:
+        write_json(out / CURVE, measured.as_dict())
+    write_classifier_report(out, panel, held_out, measured)
+    if measured:
+        options.say(f"learning curve of {name}:\n{measured.in_words()}")
     return panel
 
 
