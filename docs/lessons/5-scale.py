@@ -95,9 +95,9 @@ for axis, value, image in zip(axes, amounts, row, strict=True):
     axis.axis("off")
 
 # %% [markdown]
-# The slider reads in the label's own units: where {asked[100]:.2f} is asked for, {measured[90:110].mean():.2f} is drawn on
-# average. The scatter of the plot above is p̂'s, in part: a classifier that cannot tell two amounts apart does not ask
-# for the difference.
+# The slider reads in the label's own units: where {asked[100]:.2f} is asked for, {measured[90:110].mean():.2f} is
+# drawn on average. The scatter of the plot above is p̂'s, in part: a classifier that cannot tell two amounts apart
+# does not ask for the difference.
 #
 # What certifies it: nine levels divide the scale, and the certificate is for these; between them the control is
 # interpolated ([labelled data](../how-to/data.md#labels)).

@@ -174,6 +174,7 @@ def visit(browser, request):
     """A page of a browser's window, and what it complained of or asked other hosts for."""
     context = browser.new_context(viewport={"width": request.param, "height": WIDTHS[request.param]})
     page, faults = context.new_page(), []
+    page.set_default_timeout(300_000)  # a busy machine is no fault of the page
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
