@@ -61,7 +61,7 @@ from ctrl_diffusion import Run
 
 run = Run.load("runs/amount")
 space = run.panels["amount"].space
-low, high = float(space.names[0]), float(space.names[-1])
+low, high = space.ends
 asked = torch.linspace(low, high, 200)
 c = torch.tensor([0, 3]).repeat(100)
 x = run.sample(y=space.places(asked), c=c, generator=torch.Generator().manual_seed(0))  # (200, 1, 8, 8) in [−1, 1]

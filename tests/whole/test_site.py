@@ -200,7 +200,7 @@ def test_the_search_finds_a_word(visit, built):
     page.goto((built / "index.html").as_uri())
     if page.viewport_size["width"] < 1000:
         page.click("label[for=__search].md-header__button")
-    page.fill("input.md-search__input", "certificate")
+    page.locator("input.md-search__input").press_sequentially("certificate")
     page.wait_for_selector(".md-search-result__item")
     assert "certificate" in page.inner_text(".md-search-result__list").lower()
     assert not faults
