@@ -36,10 +36,10 @@ print(*Path("photos/metadata.csv").read_text(encoding="utf-8").splitlines()[:4],
 
 # %%
 # !ctrl train --prior digits --data photos --control amount --condition digit --out runs/amount --quiet \
-# !    -o classes=[0,3] -o learners=[weighted,adjoint] -o classifier.updates=1500 -o weighted.updates=120 \
-# !    -o weighted.renoising=30 -o weighted.cache=600 -o adjoint.updates=100 -o adjoint.batch=48 \
-# !    -o evaluation.prior_samples=600 -o evaluation.paths=400 -o evaluation.sweep_paths=20 \
-# !    -o evaluation.probes=2
+# !    -o classes=[0,3] -o learners=[weighted,adjoint] -o classifier.updates=1000 -o classifier.grid=1 \
+# !    -o classifier.depth=1 -o weighted.updates=120 -o weighted.renoising=30 -o weighted.cache=600 \
+# !    -o adjoint.updates=80 -o adjoint.batch=48 -o evaluation.prior_samples=600 -o evaluation.paths=400 \
+# !    -o evaluation.sweep_paths=20 -o evaluation.probes=2
 
 # %% [markdown]
 # ## Ask for amounts
