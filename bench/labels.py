@@ -1,4 +1,4 @@
-"""Hold p̂ extrapolated to more labels against what they bring: docs/how-to/how-many-labels.md, bench/results/labels.json.
+"""Hold p̂ extrapolated to more labels against what they bring: bench/results/labels.json.
 
 python bench/labels.py                   (a minute on a quiet core)
 

@@ -9,7 +9,7 @@
 # ## Train it
 #
 # The labels are classes of stroke weight ("ink"), from 1, light, to 4, heavy. To keep this lesson short only three
-# digits are trained, with few updates; `ctrl demo` without the last lines trains all ten, in ten minutes.
+# digits are trained, with few updates; `ctrl demo` without any `-o` trains all ten, in ten minutes.
 
 # %%
 # !ctrl demo --out runs/first --quiet -o classes=[1,3,7] -o classifier.updates=1500 -o weighted.updates=80 \
@@ -27,8 +27,7 @@
 # %% The digits 1, 3, 7 without and with the control, a row for each ink
 from PIL import Image
 
-picture = Image.open("runs/first/grid.png")
-picture.resize((picture.width // 2, picture.height // 2))
+Image.open("runs/first/grid.png")
 
 # %% [markdown]
 # Each column starts from the same noise on the left, where the model draws alone, and on the right, where it is asked

@@ -9,7 +9,7 @@
 # command** and put your two folders in the place of `textures/pipeline` and `textures/photos` below.
 
 # %%
-# !python examples/textures.py --out textures --updates 500 --width 16
+# !python examples/textures.py --out textures --updates 300 --width 16
 
 # %% [markdown]
 # ## What has to be there
@@ -34,11 +34,12 @@ print(*Path("textures/photos/metadata.csv").read_text(encoding="utf-8").splitlin
 #
 # ## First the classifier
 #
-# The labels say what you want; the control will only be as good as the classifier that learns it from them. So fit
-# that first, it takes seconds:
+# The labels say what you want; the control will only be as good as the classifier that learns it from them. So fit that
+# first, it takes a minute. The second line fixes what it would otherwise choose by trying, to save this page some time:
 
 # %%
-# !ctrl classifier textures/photos --control texture --prior textures/pipeline --out runs/classifier --quiet
+# !ctrl classifier textures/photos --control texture --prior textures/pipeline --out runs/classifier --quiet \
+# !    -o classifier.updates=300 -o classifier.grid=4 -o classifier.depth=2
 
 # %%
 import json

@@ -54,9 +54,10 @@ print(f"{half} images with ink, {len(rows) - half} others with slant")
 
 # %%
 # !ctrl train --prior digits --data ink-labels --control ink --condition digit --out runs/ink --quiet \
-# !    -o learners=[weighted,adjoint] -o classifier.updates=600 -o weighted.updates=80 -o weighted.renoising=20 \
-# !    -o weighted.cache=400 -o adjoint.updates=60 -o adjoint.batch=48 -o evaluation.prior_samples=400 \
-# !    -o evaluation.paths=400 -o evaluation.sweep_paths=20 -o evaluation.probes=2
+# !    -o learners=[weighted,adjoint] -o classifier.updates=600 -o classifier.grid=4 -o classifier.depth=1 \
+# !    -o weighted.updates=80 -o weighted.renoising=20 -o weighted.cache=400 -o adjoint.updates=60 \
+# !    -o adjoint.batch=48 -o evaluation.prior_samples=400 -o evaluation.paths=400 -o evaluation.sweep_paths=20 \
+# !    -o evaluation.probes=2
 
 # %% [markdown]
 # ## The second, added
@@ -66,9 +67,10 @@ print(f"{half} images with ink, {len(rows) - half} others with slant")
 
 # %%
 # !ctrl add runs/ink --data slant-labels --control slant --condition digit --out runs/both --quiet \
-# !    -o learners=[weighted,adjoint] -o classifier.updates=600 -o weighted.updates=80 -o weighted.renoising=20 \
-# !    -o weighted.cache=400 -o adjoint.updates=60 -o adjoint.batch=48 -o evaluation.prior_samples=400 \
-# !    -o evaluation.paths=400 -o evaluation.sweep_paths=20 -o evaluation.probes=2
+# !    -o learners=[weighted,adjoint] -o classifier.updates=600 -o classifier.grid=4 -o classifier.depth=1 \
+# !    -o weighted.updates=80 -o weighted.renoising=20 -o weighted.cache=400 -o adjoint.updates=60 \
+# !    -o adjoint.batch=48 -o evaluation.prior_samples=400 -o evaluation.paths=400 -o evaluation.sweep_paths=20 \
+# !    -o evaluation.probes=2
 
 # %%
 import json

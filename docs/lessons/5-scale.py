@@ -36,10 +36,10 @@ print(*Path("photos/metadata.csv").read_text(encoding="utf-8").splitlines()[:4],
 
 # %%
 # !ctrl train --prior digits --data photos --control amount --condition digit --out runs/amount --quiet \
-# !    -o classes=[0,3] -o learners=[weighted,adjoint] -o classifier.updates=1500 -o weighted.updates=120 \
-# !    -o weighted.renoising=30 -o weighted.cache=600 -o adjoint.updates=100 -o adjoint.batch=48 \
-# !    -o evaluation.prior_samples=600 -o evaluation.paths=400 -o evaluation.sweep_paths=20 \
-# !    -o evaluation.probes=2
+# !    -o classes=[0,3] -o learners=[weighted,adjoint] -o classifier.updates=1000 -o classifier.grid=1 \
+# !    -o classifier.depth=1 -o weighted.updates=120 -o weighted.renoising=30 -o weighted.cache=600 \
+# !    -o adjoint.updates=80 -o adjoint.batch=48 -o evaluation.prior_samples=600 -o evaluation.paths=400 \
+# !    -o evaluation.sweep_paths=20 -o evaluation.probes=2
 
 # %% [markdown]
 # ## Ask for amounts
@@ -61,7 +61,7 @@ from ctrl_diffusion import Run
 
 run = Run.load("runs/amount")
 space = run.panels["amount"].space
-low, high = float(space.names[0]), float(space.names[-1])
+low, high = space.ends
 asked = torch.linspace(low, high, 200)
 c = torch.tensor([0, 3]).repeat(100)
 x = run.sample(y=space.places(asked), c=c, generator=torch.Generator().manual_seed(0))  # (200, 1, 8, 8) in [−1, 1]
@@ -95,9 +95,9 @@ for axis, value, image in zip(axes, amounts, row, strict=True):
     axis.axis("off")
 
 # %% [markdown]
-# The slider reads in the label's own units: where {asked[100]:.2f} is asked for, {measured[90:110].mean():.2f} is drawn
-# on average. The scatter of the plot above is p̂'s, in part: a classifier that cannot tell two amounts apart does not
-# ask for the difference.
+# The slider reads in the label's own units: where {asked[100]:.2f} is asked for, {measured[90:110].mean():.2f} is
+# drawn on average. The scatter of the plot above is p̂'s, in part: a classifier that cannot tell two amounts apart
+# does not ask for the difference.
 #
 # What certifies it: nine levels divide the scale, and the certificate is for these; between them the control is
 # interpolated ([labelled data](../how-to/data.md#labels)).

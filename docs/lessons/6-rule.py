@@ -59,10 +59,11 @@ with open("drawings/metadata.csv", "w", newline="", encoding="utf-8") as file:
 # one needs `--trust`.
 
 # %%
-# !ctrl train --prior digits --data drawings --control where:my_rules:half --out runs/where -o unconditional=true \
-# !    -o learners=[weighted,adjoint] -o classifier.updates=600 -o weighted.updates=100 -o weighted.renoising=20 \
-# !    -o weighted.cache=800 -o adjoint.updates=60 -o adjoint.batch=32 -o evaluation.prior_samples=800 \
-# !    -o evaluation.paths=400 -o evaluation.sweep_paths=20 -o evaluation.probes=2
+# !ctrl train --prior digits --data drawings --control where:my_rules:half --out runs/where \
+# !    -o unconditional=true -o learners=[weighted,adjoint] -o classifier.updates=600 -o classifier.grid=4 \
+# !    -o classifier.depth=1 -o weighted.updates=100 -o weighted.renoising=20 -o weighted.cache=800 \
+# !    -o adjoint.updates=60 -o adjoint.batch=32 -o evaluation.prior_samples=800 -o evaluation.paths=400 \
+# !    -o evaluation.sweep_paths=20 -o evaluation.probes=2
 
 # %%
 import json

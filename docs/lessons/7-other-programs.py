@@ -10,7 +10,7 @@
 # text encoder. After so short a training its drawings are rough.
 
 # %%
-# !python examples/text_digits.py --out text --autoencoder 60 --updates 300
+# !python examples/text_digits.py --out text --autoencoder 60 --updates 200
 
 # %% [markdown]
 # Two prompts, and labels of ink from 1 to 4. The training is short too: what a file does does not depend on that.
@@ -23,9 +23,9 @@ Path("prompts.txt").write_text("a handwritten zero\na handwritten one\n", encodi
 # %%
 # !ctrl train --prior text/pipeline --data text/photos --control ink --condition prompt --prompts prompts.txt \
 # !    --out runs/text --quiet -o guidance=1.0 -o rank=8 -o steps=16 -o focus=none -o interval=none \
-# !    -o learners=[weighted,adjoint] -o classifier.updates=400 -o weighted.updates=80 -o weighted.renoising=20 \
-# !    -o weighted.cache=300 -o adjoint.updates=40 -o adjoint.batch=32 -o evaluation.prior_samples=300 \
-# !    -o evaluation.paths=200 -o evaluation.sweep_paths=16 -o evaluation.probes=2
+# !    -o learners=[weighted,adjoint] -o classifier.updates=400 -o classifier.grid=1 -o classifier.depth=1 \
+# !    -o weighted.updates=40 -o weighted.renoising=10 -o weighted.cache=200 -o adjoint.updates=20 -o adjoint.batch=32 \
+# !    -o evaluation.prior_samples=200 -o evaluation.paths=120 -o evaluation.sweep_paths=16 -o evaluation.probes=2
 
 # %% [markdown]
 # ## Export
@@ -99,9 +99,9 @@ sheet
 # `ctrl evaluate --as` measures the chain that the program runs:
 
 # %%
-# !ctrl evaluate runs/text -n 200 --prior-samples 300 --quiet --out ours.json
-# !ctrl evaluate runs/text -n 200 --prior-samples 300 --quiet --as comfyui --sampler euler_a --steps 16 --out \
-# !    comfyui.json
+# !ctrl evaluate runs/text -n 120 --prior-samples 200 --quiet --out ours.json
+# !ctrl evaluate runs/text -n 120 --prior-samples 200 --quiet --as comfyui --sampler euler_a --steps 16 \
+# !    --out comfyui.json
 
 # %%
 import json

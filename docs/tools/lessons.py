@@ -30,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 MARKER = re.compile(r"^# %%(?P<text> \[markdown\])?(?P<title>.*)$", re.M)
 COMMAND = "# !"
+WIDTH = 100  # of what a command writes
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,9 @@ class Lesson:
 
 
 def output_of(command: str) -> str:
-    """Run a command of `ctrl` or Python with this interpreter; return what it wrote, without progress bars.
+    """Run a command of `ctrl` or Python with this interpreter; return what it wrote, in lines of WIDTH letters.
 
-    An exit code other than 0 raises RuntimeError with the end of the output.
+    Progress bars are left out. An exit code other than 0 raises RuntimeError with the end of the output.
     """
     program, *arguments = shlex.split(command)
     module = {"ctrl": ["-m", "ctrl_diffusion"], "python": []}[program]
@@ -178,7 +179,10 @@ def output_of(command: str) -> str:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{command}: exit code {done.returncode}\n{textwrap.indent(done.stdout[-2000:], '  ')}")
-    return "".join(line for line in done.stdout.splitlines(keepends=True) if "━" not in line)
+    lines = (line for line in done.stdout.splitlines() if "━" not in line)
+    return "".join(
+        textwrap.fill(line, WIDTH, subsequent_indent="  ", replace_whitespace=False) + "\n" for line in lines
+    )
 
 
 def main() -> None:

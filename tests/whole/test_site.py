@@ -174,6 +174,7 @@ def visit(browser, request):
     """A page of a browser's window, and what it complained of or asked other hosts for."""
     context = browser.new_context(viewport={"width": request.param, "height": WIDTHS[request.param]})
     page, faults = context.new_page(), []
+    page.set_default_timeout(300_000)  # a busy machine is no fault of the page
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
@@ -199,7 +200,7 @@ def test_the_search_finds_a_word(visit, built):
     page.goto((built / "index.html").as_uri())
     if page.viewport_size["width"] < 1000:
         page.click("label[for=__search].md-header__button")
-    page.fill("input.md-search__input", "certificate")
+    page.locator("input.md-search__input").press_sequentially("certificate")
     page.wait_for_selector(".md-search-result__item")
     assert "certificate" in page.inner_text(".md-search-result__list").lower()
     assert not faults
