@@ -24,7 +24,7 @@ def main() -> None:
     data = labelled_digits("digit", SEED, LABELS)[0][0]
     panel, _ = fit_panel(data, "digit", settings=SETTINGS, seed=SEED)
     whole = learning_curve(data, panel, seed=SEED, draws=DRAWS, sizes=SIZES, say=print)
-    few = [row for row in whole.draws if row["labels"] <= LABELS / 4]
+    few = [row for row in whole.draws if row["labels"] in whole.labels[:-2]]
     law = LearningCurve.from_draws(few, whole.held_out)
     print(law.in_words(), "", whole.in_words(), sep="\n")
     rows = [
@@ -36,7 +36,7 @@ def main() -> None:
         for name, series in law.series.items() for n, each in zip(law.beyond, series.beyond, strict=True)
     ]  # fmt: skip
     about = {"labels": LABELS, "held_out": whole.held_out, "draws": DRAWS, "from": law.labels}
-    evidence.write("labels", {**about, "measured": rows, "extrapolated": expected})
+    evidence.write("labels", {**about, "measured": rows, "extrapolated": expected, "fits": whole.draws})
 
 
 if __name__ == "__main__":
