@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which run no 
     from .run.config import Config
     from .run.run import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # where the public names live; loaded on first use, so that `ctrl --help` does not wait for torch
 _MODULES = {
