@@ -3,24 +3,30 @@
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
 import numpy as np
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
+from ctrl_diffusion.data.letters.rulers import BASELINE, CAP, CHARACTERS, SIDE
+
 from .fonts import FontFile, licence_in
 
-CHARACTERS = ascii_uppercase + ascii_lowercase + digits
-SIDE, CAP, BASELINE = 32, 18, 24  # pixels: of the picture, of the height of capitals, of the rows above the baseline
 FINER = 6  # glyphs are drawn this much larger, and reduced
 MARGIN = 0.5  # pixels that stay empty at each border
-SERIF = {**dict.fromkeys(range(2, 11), "serif"), **dict.fromkeys(range(11, 16), "sans")}  # by bSerifStyle of panose
-STYLES = """thin hairline extralight ultralight light book regular roman normal medium semi demi semibold demibold bold
-extrabold ultrabold heavy black fat ultra extra italic oblique slanted condensed cond narrow wide expanded extended
-compressed caps sc smallcaps small osf lf tlf display disp text caption subhead headline titling poster deck micro pro
-std otf ttf type1 t1 mt ps nf gwf alt alternate x upright backslanted back slant it bd md lt rg sb xb""".split()
+# what a font may say of its serifs: bSerifStyle of panose, the class in sFamilyClass, a word of its name
+PANOSE = {**dict.fromkeys(range(2, 11), "serif"), **dict.fromkeys(range(11, 16), "sans")}
+CLASSES = {**dict.fromkeys((1, 2, 3, 4, 5, 7), "serif"), 8: "sans"}
+WORDS = {"sans": "sans", "grotesk": "sans", "gothic": "sans", "serif": "serif", "slab": "serif"}
+# words of style, which are no part of a family's name
+STYLES = re.compile(
+    r"thin|hairline|extralight|ultralight|light|book|regular|roman|normal|medium|semi|demi|semibold|demibold"
+    r"|bold|extrabold|ultrabold|heavy|black|fat|ultra|extra|italic|oblique|slanted|condensed|cond|narrow|wide"
+    r"|expanded|extended|compressed|caps|sc|smallcaps|small|osf|lf|tlf|display|disp|text|caption|subhead"
+    r"|headline|titling|poster|deck|micro|pro|std|otf|ttf|type1|t1|mt|ps|nf|gwf|alt|alternate|x|upright"
+    r"|backslanted|back|slant|it|bd|md|lt|rg|sb|xb"
+)
 
 
 @dataclass
@@ -44,8 +50,20 @@ class Face:
 def family_of(name: str) -> str:
     """Reduce a face's name to its family: lower case, no words of style, no numbers."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name.replace("_", " "))
-    kept = [word.lower() for word in words if word.lower() not in STYLES]
+    kept = [word.lower() for word in words if not STYLES.fullmatch(word.lower())]
     return " ".join(kept[:3]) or name.lower()
+
+
+def serif_of(os2: Any, name: str) -> str | None:
+    """Return whether a font says that it has serifs; None where it does not say, or contradicts itself."""
+    words = name.lower().replace("sans serif", "sans")
+    said = {kind for word, kind in WORDS.items() if word in words}
+    if os2 is not None:
+        said.add(CLASSES.get(os2.sFamilyClass >> 8))
+        if os2.panose.bFamilyType == 2:  # others count serifs by another table
+            said.add(PANOSE.get(os2.panose.bSerifStyle))
+    said.discard(None)
+    return said.pop() if len(said) == 1 else None
 
 
 def read_type1(file: FontFile) -> Face:
@@ -60,7 +78,7 @@ def read_type1(file: FontFile) -> Face:
     licence = file.licence or licence_in(f"{field('Notice')} {text[:1500]}")
     angle = -float(field("ItalicAngle")) if re.fullmatch(r"-?\d+\.?\d*", field("ItalicAngle")) else None
     family = family_of(field("FamilyName") or name)
-    return Face(str(file.path), file.package, name, family, licence, None, None, angle)
+    return Face(str(file.path), file.package, name, family, licence, serif_of(None, name), None, angle)
 
 
 def read_face(file: FontFile) -> Face | str:
@@ -72,9 +90,7 @@ def read_face(file: FontFile) -> Face | str:
             cmap = font.getBestCmap() or {}
             names = {i: font["name"].getDebugName(i) or "" for i in (1, 4, 13, 14, 16)}
             os2, post = font.get("OS/2"), font.get("post")
-            panose = getattr(os2, "panose", None)
-            latin = panose is not None and panose.bFamilyType == 2  # others count serifs by another table
-            serif = SERIF.get(panose.bSerifStyle) if latin else None
+            serif = serif_of(os2, f"{names[16] or names[1]} {names[4]}")
             weight, angle = getattr(os2, "usWeightClass", None), -post.italicAngle if post else None
     except Exception as error:  # fontTools has one for each table
         return f"cannot be read ({type(error).__name__})"

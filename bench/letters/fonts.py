@@ -9,29 +9,7 @@ from pathlib import Path
 
 TEXLIVE = "texlive-fonts-extra"
 # packages of Debian main whose faces have Latin letters
-PACKAGES = (
-    TEXLIVE,
-    *(
-        f"fonts-{name}"
-        for name in """
-3270 adf-accanthis adf-baskervald adf-berenis adf-gillius adf-ikarius adf-irianis adf-libris adf-mekanus adf-oldania
-adf-romande adf-solothurn adf-switzera adf-tribun adf-universalis adf-verana aenigma agave allerta anonymous-pro arapey
-averia-gwf averia-sans-gwf averia-serif-gwf b612 bebas-neue beteckna breip cabin cantarell cardo century-catalogue
-clear-sans cmu comfortaa comic-neue compagnon courier-prime croscore crosextra-caladea crosextra-carlito dancingscript
-dejavu-core dejavu-extra dkg-handwriting dosis dustin ebgaramond ecolier-court elstob engadget essays1743 eurofurence
-fantasque-sans fanwood firacode freefont-otf georgewilliams gfs-artemisia gfs-didot gfs-neohellenic gnutypewriter go
-goudybookletter hack havana hermit humor-sans inconsolata inter isabella jetbrains-mono johnsmith-induni junction
-junicode jura karla kaushanscript klee lato le-murmure league-mono league-spartan leckerli-one lemonada levien-museum
-liberation liberation2 lindenhill linex linuxlibertine lmodern lobster lobstertwo lyx manrope mplus national-park
-noto-core noto-extra noto-mono ocr-a ocr-b okolaks oldstandard open-sans opendin opendyslexic osifont oxygen paratype
-play prociono quattrocento quicksand radisnoir roadgeek roboto-slab roboto-unhinted routed-gothic rufscript sil-andika
-sil-charis sil-doulos sil-gentium-basic sil-gentiumplus sjfonts smc-manjari solide-mirage sora stix summersby texgyre
-tiresias tlwg-garuda-otf tlwg-kinnari-otf tlwg-laksaman-otf tlwg-loma-otf tlwg-mono-otf tlwg-norasi-otf
-tlwg-purisa-otf tlwg-sawasdee-otf tlwg-typewriter-otf tlwg-typist-otf tlwg-umpush-otf tlwg-waree-otf tomsontalks tuffy
-ubuntu-title unfonts-core uralic urw-base35 vollkorn yanone-kaffeesatz yrsa-rasa
-""".split()
-    ),
-)
+PACKAGES = tuple((Path(__file__).parent / "packages.txt").read_text(encoding="utf-8").splitlines())
 KINDS = (".otf", ".ttf", ".pfb")
 # what a licence is called in a copyright file or a font → its name here; the first that is found counts
 FREE = {
@@ -108,7 +86,7 @@ def copyright_licences(text: str) -> str:
 
 
 def font_files(folder: Path) -> list[FontFile]:
-    """List the font files of unpacked packages with their licences; Type 1 only where a folder's family has no other."""
+    """List the font files of unpacked packages with their licences; Type 1 only where a folder has no other."""
     files = []
     for root in sorted(folder.iterdir()):
         package, found = root.name, sorted(p for p in root.rglob("*") if p.suffix.lower() in KINDS and p.is_file())

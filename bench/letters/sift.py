@@ -59,7 +59,9 @@ def draws_two_alike(glyphs: np.ndarray) -> bool:
     flat = glyphs.reshape(len(glyphs), -1).astype(np.float32) / 255
     square = (flat**2).sum(1)
     distance = np.sqrt(np.maximum(square[:, None] + square[None] - 2 * flat @ flat.T, 0) / flat.shape[1])
-    close = [frozenset((CHARACTERS[i], CHARACTERS[j])) for i, j in zip(*np.nonzero(distance < 0.03), strict=True) if i < j]
+    close = [
+        frozenset((CHARACTERS[i], CHARACTERS[j])) for i, j in zip(*np.nonzero(distance < 0.03), strict=True) if i < j
+    ]
     return any(pair not in ALIKE for pair in close)
 
 
@@ -95,7 +97,7 @@ def distinct(distance: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def families(names: list[str], distance: np.ndarray) -> np.ndarray:
-    """Number families (n,): faces of one name, or of one design whatever their names, belong together."""
+    """Give each face the number of its family (n,): faces of one name, or of one design, belong together."""
     _, by_name = np.unique(names, return_inverse=True)
     first = {name: i for i, name in reversed(list(enumerate(by_name)))}
     pairs = [(i, first[name]) for i, name in enumerate(by_name)]

@@ -1,5 +1,7 @@
 """Train the letters prior in rounds: each goes on from the weights of the one before, with a seed of its own."""
 
+import copy
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-CLASSES = 62
+from ctrl_diffusion.data.letters.rulers import CHARACTERS
+
+CLASSES = len(CHARACTERS)
 UNLABELLED = 0.12  # share of the examples that have the null class instead of theirs
 WATCHED, EVERY = 512, 300  # held-out glyphs; seconds between checkpoints
 
@@ -47,7 +51,9 @@ def new_network() -> DiTTransformer2DModel:
     for layer in (*(block.norm1.linear for block in net.transformer_blocks), net.proj_out_1, net.proj_out_2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return net.eval()  # in train mode every block would drop the class on its own: the null class is drawn for all alike
+    return (
+        net.eval()
+    )  # in train mode every block would drop the class on its own: the null class is drawn for all alike
 
 
 def new_scheduler() -> DDPMScheduler:
@@ -117,9 +123,9 @@ class Training:
         self.step += 1
         return float(loss.detach())
 
-    def state(self) -> dict:
-        """Return all of it, to be written."""
-        return {
+    def save(self, path: Path) -> None:
+        """Write all of it, whole."""
+        state = {
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -127,9 +133,11 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
         }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a file that `state` was written to."""
+        """Go on from a file that was saved."""
         state = torch.load(path, weights_only=True)
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
@@ -150,8 +158,13 @@ def watched_loss(training: Training, held_out: Glyphs) -> float:
     return loss
 
 
-def train_round(net: nn.Module, part: Round, data: Glyphs, held_out: Glyphs, checkpoint: Path) -> nn.Module:
-    """Do a round, or the rest of one whose checkpoint is there, and return the network with the averaged weights."""
+def train_round(
+    net: nn.Module, part: Round, data: Glyphs, held_out: Glyphs, checkpoint: Path
+) -> tuple[nn.Module, dict[str, float]]:
+    """Do a round, or the rest of one whose checkpoint is there.
+
+    Returns the network with the averaged weights, and the minutes it took and the loss on held-out glyphs.
+    """
     training = Training(net, part)
     if checkpoint.is_file():
         training.load(checkpoint)
@@ -162,20 +175,26 @@ def train_round(net: nn.Module, part: Round, data: Glyphs, held_out: Glyphs, che
         if time.perf_counter() - written > EVERY or training.step == part.steps:
             written = time.perf_counter()
             training.seconds = written - start
-            torch.save(training.state(), checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)
-            held = watched_loss(training, held_out)
-            print(
-                f"train: step {training.step} of {part.steps}, {training.seconds / 60:.1f} min, loss "
-                f"{np.mean(recent):.4f}, held out {held:.4f}",
-                flush=True,
-            )
+            training.save(checkpoint)
+            minutes, held = training.seconds / 60, watched_loss(training, held_out)
+            where = f"step {training.step} of {part.steps}, {minutes:.1f} min"
+            print(f"train: {where}, loss {np.mean(recent):.4f}, held out {held:.4f}", flush=True)
             recent = []
+    minutes, held = training.seconds / 60, watched_loss(training, held_out)
     training.ema.copy_to(net.parameters())
-    return net.eval()
+    return net.eval(), {"minutes": round(minutes, 1), "held_out_loss": held}
 
 
-def save_pipeline(net: DiTTransformer2DModel, folder: Path, half: bool = True) -> None:
-    """Write the pipeline folder, by default with weights of half precision."""
-    net = net.half() if half else net
-    DiTPipeline(transformer=net, vae=None, scheduler=new_scheduler()).save_pretrained(folder)
+def load_network(folder: Path) -> DiTTransformer2DModel:
+    """Read the network of a pipeline folder, in full precision."""
+    return DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+
+
+def save_pipeline(net: DiTTransformer2DModel, folder: Path) -> None:
+    """Write the pipeline folder, the weights in half precision; the network stays as it is."""
+    half = copy.deepcopy(net).half()
+    DiTPipeline(transformer=half, vae=None, scheduler=new_scheduler()).save_pretrained(folder)
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    names = {str(number): character for number, character in enumerate(CHARACTERS)}
+    path.write_text(json.dumps({**index, "id2label": names}, indent=2) + "\n", encoding="utf-8")

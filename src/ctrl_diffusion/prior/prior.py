@@ -19,8 +19,8 @@ from .precision import PRECISIONS
 from .scheduler import not_followed
 from .text.prompted import Prompted, PromptStorage, TextFamily
 
-DIGITS = Path(__file__).parent / "digits"
-EMBEDDED = "digits"  # the prior that ships with the package, by name
+DIGITS, LETTERS = (Path(__file__).parent / name for name in ("digits", "letters"))
+EMBEDDED = {"digits": DIGITS, "letters": LETTERS}  # the priors that ship with the package, by name
 
 
 @dataclass
@@ -192,10 +192,10 @@ class Prior:
 
 
 def pipeline_folder(name: str) -> Path:
-    """Return the folder of the embedded prior by its name, else of a pipeline, fetched from the hub if need be."""
-    return DIGITS if name == EMBEDDED else find_pipeline(name)
+    """Return the folder of an embedded prior by its name, else of a pipeline, fetched from the hub if need be."""
+    return EMBEDDED.get(name) or find_pipeline(name)
 
 
 def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:
-    """Open the embedded prior by its name, else a pipeline's folder or hub id."""
-    return Prior.from_pretrained(DIGITS if name == EMBEDDED else name, size)
+    """Open an embedded prior by its name, else a pipeline's folder or hub id."""
+    return Prior.from_pretrained(EMBEDDED.get(name, name), size)

@@ -111,7 +111,7 @@ class Config(Strict):
     A single control may be written without the list: `control: NAME`, with its other settings beside it.
 
     Args:
-        prior: a pipeline folder, a pipeline on the hub, or "digits", the embedded model.
+        prior: a pipeline folder, a pipeline on the hub, or "digits" or "letters", the embedded models.
         unconditional: use a class-conditional prior by its null class only.
         prompts: the conditions c of a prior that is given text, or a file of them, one a line; null: those in the data.
             Of more than 64 a run keeps a file.
@@ -371,7 +371,7 @@ def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str,
     """Return settings with every path in them changed, also those of the controls; a name on the hub is no path."""
     out = dict(values)
     for key in PATHS:
-        if isinstance(value := values.get(key), str) and value != EMBEDDED:
+        if isinstance(value := values.get(key), str) and value not in EMBEDDED:
             path = change(value)
             out[key] = value if HUB.fullmatch(value) and not Path(path).exists() else path
     if isinstance(values.get("classifier"), dict):
