@@ -1,6 +1,5 @@
 """Draw every face, in several processes, and write what could be drawn and why the rest could not."""
 
-import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,7 +28,7 @@ def face_of(file: FontFile) -> Drawn:
 def draw_faces(files: list[FontFile]) -> tuple[list[dict[str, Any]], np.ndarray, Counter]:
     """Return the rows and glyphs (n, 62, 32, 32) of the faces that could be drawn, and the others counted by reason."""
     rows, glyphs, left_out = [], [], Counter()
-    with ProcessPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
+    with ProcessPoolExecutor() as pool:
         for drawn in track(pool.map(face_of, files, chunksize=16), "drawing faces", total=len(files)):
             if isinstance(drawn, str):
                 left_out[drawn] += 1

@@ -1,5 +1,6 @@
 """Read a font file: what it says of itself, and its 62 glyphs as pictures."""
 
+import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ctrl_diffusion.data.letters.rulers import BASELINE, CAP, CHARACTERS, SIDE
 
 from .fonts import FontFile, licence_in
+
+logging.getLogger("fontTools").setLevel(logging.CRITICAL)  # it says of each font what is odd in it
 
 FINER = 6  # glyphs are drawn this much larger, and reduced
 MARGIN = 0.5  # pixels that stay empty at each border

@@ -32,7 +32,7 @@ class Round:
     warm_up: int = 200
 
 
-ROUNDS = (Round(steps=9000),)
+ROUNDS = (Round(steps=6500, lr=1.2e-3),)
 
 
 def new_network() -> DiTTransformer2DModel:
