@@ -73,9 +73,16 @@ def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 9) -> f
 
 
 def compared(reader: Scorer, real: Tensor, x: Tensor) -> dict[str, float]:
-    """Compute Fréchet distance, precision, recall and coverage against real letters, in the reader's features."""
-    real, x = reader.features(real), reader.features(x)
-    return {"frechet": frechet_distance(real, x), **manifolds(real, x)._asdict()}
+    """Compare letters with real ones, EACH of every letter in both.
+
+    The Fréchet distance is over the reader's features of all; precision, recall and coverage are over the pixels of one
+    letter at a time, means over letters, since a style is near to another only in the same letter.
+    """
+    shares = [manifolds(a.flatten(1), b.flatten(1)) for a, b in zip(real.split(EACH), x.split(EACH), strict=True)]
+    means = [sum(each) / len(shares) for each in zip(*shares, strict=True)]
+    names = ("precision", "recall", "coverage")
+    frechet = frechet_distance(reader.features(real), reader.features(x))
+    return {"frechet": frechet, **dict(zip(names, means, strict=True))}
 
 
 def measure(prior: Prior, reader: Scorer, faces: Faces) -> tuple[dict[str, Any], Tensor]:

@@ -1,5 +1,6 @@
 """Draw the labelled sets that ship with the package, and fit the judge of serif."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,15 +10,15 @@ from torch import Tensor
 
 from ctrl_diffusion.data.letters import rulers, sets
 from ctrl_diffusion.data.letters.rulers import CHARACTERS
-from ctrl_diffusion.reward.fit import Recipe, fit_classifier, shift
-from ctrl_diffusion.reward.scorer import Architecture, Scorer
+from ctrl_diffusion.reward.fit import Recipe, fit_classifier
+from ctrl_diffusion.reward.scorer import Classifier, Scorer
 
 from .reader import as_x
 
 LABELS, REAL_FACES = 500, 16  # of each set; faces of the real letters, all 62 of each
 TRIALS = 500  # deals of families to sets, of which the most even is kept
-JUDGE = Architecture(grid=4, depth=3, conditions=len(CHARACTERS))
-JUDGED = Recipe(epochs=8, batch=64, lr=3e-3, weight_decay=0.05, augment=shift)
+JUDGED = 6000  # letters of either class that the judge of serif is fitted on
+JUDGE = Recipe(epochs=10, batch=64, lr=4e-3, weight_decay=0.05)
 
 
 class Faces(NamedTuple):
@@ -124,11 +125,32 @@ def letters_with_serif(faces: Faces) -> tuple[Tensor, Tensor, Tensor]:
     return as_x(said.glyphs.reshape(-1, rulers.SIDE, rulers.SIDE)), y, c
 
 
+def draw_with_serif(faces: Faces, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw x, serif and letter of JUDGED letters of either class, large families less often."""
+    generator, parts = np.random.default_rng(seed), []
+    for label in range(len(sets.SERIFS)):
+        share = np.where(faces.serif == label, faces.weight, 0.0)
+        face, c = draw_labels(faces, JUDGED, share / share.sum(), generator)
+        parts.append((as_x(faces.glyphs[face, c]), torch.full((JUDGED,), label), torch.from_numpy(c)))
+    x, y, c = map(torch.cat, zip(*parts, strict=True))
+    return x, y, c
+
+
+def judge_network(shape: Sequence[int], classes: int) -> Classifier:
+    """Build the judge of serif given the letter: three convolutions."""
+    return Classifier(shape[0], classes, grid=4, depth=3, halvings=2, width=32, conditions=len(CHARACTERS))
+
+
 def fit_judge(faces: Faces, seed: int = 0) -> tuple[Scorer, dict[str, float]]:
-    """Fit the judge of serif on the judge part and return it with its accuracy on the test families."""
-    x, y, c = letters_with_serif(faces[faces.part == "judge"])
-    judge = fit_classifier(x, y, len(sets.SERIFS), JUDGE, JUDGED, c=c, seed=seed)
-    x, y, c = letters_with_serif(faces[faces.part == "test"])
+    """Fit the judge of serif on the judge and training parts; return it with its accuracy on the test families."""
+    x, y, c = draw_with_serif(faces[np.isin(faces.part, ("judge", "train"))], seed)
+    judge = fit_classifier(x, y, len(sets.SERIFS), judge_network, JUDGE, c=c, seed=seed)
+    test = faces[faces.part == "test"]
+    x, y, c = letters_with_serif(test)
     right = judge.log_prob(x, c).argmax(1) == y
     of_class = [float(right[y == label].float().mean()) for label in range(len(sets.SERIFS))]
-    return judge, {"letters": len(y), "accuracy": sum(of_class) / 2, **dict(zip(sets.SERIFS, of_class, strict=True))}
+    of_letter = [float(right[c == letter].float().mean()) for letter in range(len(CHARACTERS))]
+    worst = [CHARACTERS[i] for i in np.argsort(of_letter)[:8]]
+    of_face = right.view(-1, len(CHARACTERS)).float().mean(1).round()
+    figures = {"letters": len(y), "accuracy": sum(of_class) / 2, **dict(zip(sets.SERIFS, of_class, strict=True))}
+    return judge, {**figures, "faces_by_most_letters": float(of_face.mean()), "hardest": worst}
