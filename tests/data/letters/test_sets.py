@@ -9,6 +9,7 @@ from letters.fonts import FREE
 from ctrl_diffusion.data.letters import sets
 from ctrl_diffusion.data.letters.rulers import CHARACTERS, RULERS
 from ctrl_diffusion.data.letters.sets import REAL, SERIF, SETS, letters
+from ctrl_diffusion.reward.scorer import Classifier
 
 FONTS = Path(__file__).parents[3] / "bench" / "results" / "letters-fonts.json"
 
@@ -51,6 +52,14 @@ def test_a_label_on_a_scale_is_what_the_ruler_reads(name):
 
 def test_serif_has_both_classes_alike():
     assert letters(SERIF).y.bincount().tolist() == [250, 250]
+
+
+def test_the_judge_of_serif_reads_labels_it_was_not_fitted_on():
+    judge = Classifier.load(sets.JUDGE)
+    x, c, y, _ = letters(SERIF)
+    right = (judge.log_prob(x, c).argmax(1) == y).float().mean()
+    assert right > 0.8  # half by chance; some letters hardly have serifs
+    assert sum(file.stat().st_size for file in sets.JUDGE.iterdir()) <= 500_000
 
 
 def test_every_family_has_a_licence_that_is_free(table):
