@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIGURES := demo digit ink,slant add scale unseen own text programs exact bias
 
-.PHONY: setup demo test lint types release bench docs prior ink
+.PHONY: setup demo test lint types release bench docs prior letters ink
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -43,6 +43,9 @@ docs: .venv/docs
 
 prior: setup
 	$(BIN)/python bench/build_digits.py
+
+letters: setup
+	$(BIN)/python bench/build_letters.py
 
 ink: setup
 	$(BIN)/python bench/build_ink.py

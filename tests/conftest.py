@@ -14,7 +14,8 @@ import torch
 from filelock import FileLock
 
 from ctrl_diffusion.commands.app import main
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 
 torch.set_num_threads(1)
 

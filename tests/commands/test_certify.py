@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from ctrl_diffusion.commands.jobs import certify as job
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 
 
 def lora_on(network, path, scale):

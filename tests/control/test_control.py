@@ -12,7 +12,8 @@ from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
 from ctrl_diffusion.prior.network import as_denoiser
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 
 B = 6
 VALUES = ("1", "2", "3", "4")

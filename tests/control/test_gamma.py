@@ -13,7 +13,8 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 
 B, RANGE = 6, (0.25, 4.0)
 Y = torch.tensor([0, 1, 1, 0, 1, 0])

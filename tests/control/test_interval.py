@@ -13,7 +13,8 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 
 SCHEDULES = [Cosine(), RectifiedFlow(), VariancePreserving(torch.linspace(0.999, 0.005, 100))]
 B, FLOW = 6, RectifiedFlow()  # σ = t

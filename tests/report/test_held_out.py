@@ -9,7 +9,8 @@ from drawn import Drawn
 
 from ctrl_diffusion.commands.jobs.demo import labelled_digits
 from ctrl_diffusion.evaluate.evaluation import generalises
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 from ctrl_diffusion.report.classifier import write_classifier_report
 from ctrl_diffusion.report.held_out import BINS, HeldOut, gaps_figure
 from ctrl_diffusion.report.pictures import PictureSamples

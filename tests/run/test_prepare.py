@@ -12,7 +12,8 @@ from PIL import Image
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.data.labelled import LabelledImages, save_image, to_pixels, write_imagefolder
 from ctrl_diffusion.data.labels import LabelSpace
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.reward.panel import Panel
 from ctrl_diffusion.reward.scorer import Classifier

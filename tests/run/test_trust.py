@@ -77,7 +77,7 @@ def test_code_that_a_run_names_is_not_run_unless_it_is_trusted(code, ctrl_here, 
 
 
 def test_a_prior_that_is_a_pickle_is_not_loaded(tmp_path):
-    from ctrl_diffusion.prior.prior import DIGITS
+    from ctrl_diffusion.prior.source import DIGITS
 
     folder = shutil.copytree(DIGITS, tmp_path / "digits")
     (weights,) = (folder / "transformer").glob("*.safetensors")

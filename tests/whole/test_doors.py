@@ -32,7 +32,7 @@ from ctrl_diffusion.learn.table import LEARNERS
 from ctrl_diffusion.prior.families import FAMILIES
 from ctrl_diffusion.prior.family import Family
 from ctrl_diffusion.prior.network import ControlSite
-from ctrl_diffusion.prior.prior import DIGITS
+from ctrl_diffusion.prior.source import DIGITS
 from ctrl_diffusion.reward.heads import HEADS, Categorical
 from ctrl_diffusion.system.files import read_tensors, write_tensors
 

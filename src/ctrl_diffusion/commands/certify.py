@@ -9,7 +9,9 @@ from .line.options import OTHER, Overwrite, Quiet, Seed, Trust, job_options
 
 
 def certify(
-    pipeline: Annotated[str, typer.Argument(help="The base: a pipeline of diffusers, folder or hub id; or digits.")],
+    pipeline: Annotated[
+        str, typer.Argument(help="The base: a pipeline of diffusers, folder or hub id; or digits, letters.")
+    ],
     lora: Annotated[Path, typer.Option(help="The LoRA: a .safetensors file with PEFT's or kohya's names.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     strength: Annotated[float, typer.Option(help="Of the LoRA: scales its weights.")] = 1.0,

@@ -7,7 +7,7 @@ import typer
 
 
 def inspect(
-    prior: Annotated[str, typer.Argument(help="A pipeline of diffusers, folder or hub id; or digits.")],
+    prior: Annotated[str, typer.Argument(help="A pipeline of diffusers, folder or hub id; or digits, letters.")],
     size: Annotated[
         tuple[int, int] | None, typer.Option(metavar="HEIGHT WIDTH", help="Of the images, if it makes any size.")
     ] = None,

@@ -17,7 +17,7 @@ from .network import NetworkDenoiser, check_call
 from .parts import one_line, refusing
 from .precision import PRECISIONS
 from .scheduler import not_followed
-from .source import DIGITS, EMBEDDED
+from .source import EMBEDDED
 from .text.prompted import Prompted, PromptStorage, TextFamily
 
 
@@ -193,10 +193,10 @@ class Prior:
 
 
 def pipeline_folder(name: str) -> Path:
-    """Return the folder of the embedded prior by its name, else of a pipeline, fetched from the hub if need be."""
-    return DIGITS if name == EMBEDDED else find_pipeline(name)
+    """Return the folder of an embedded prior by its name, else of a pipeline, fetched from the hub if need be."""
+    return EMBEDDED.get(name) or find_pipeline(name)
 
 
 def open_prior(name: str, size: tuple[int, int] | None = None) -> Prior:
-    """Open the embedded prior by its name, else a pipeline's folder or hub id."""
-    return Prior.from_pretrained(DIGITS if name == EMBEDDED else name, size)
+    """Open an embedded prior by its name, else a pipeline's folder or hub id."""
+    return Prior.from_pretrained(EMBEDDED.get(name, name), size)

@@ -3,8 +3,8 @@
 from contextlib import suppress
 from pathlib import Path
 
-EMBEDDED = "digits"  # the prior that ships with the package, by name
-DIGITS = Path(__file__).parent / EMBEDDED
+DIGITS, LETTERS = (Path(__file__).parent / name for name in ("digits", "letters"))
+EMBEDDED = {"digits": DIGITS, "letters": LETTERS}  # the priors that ship with the package, by name
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -49,6 +49,6 @@ def no_pipeline(path: Path) -> str:
 
 
 def check_prior(name: str) -> None:
-    """Refuse (ValueError) what is neither the embedded prior, nor a pipeline's folder, nor a name on the hub."""
-    if name != EMBEDDED:
+    """Refuse (ValueError) what is neither an embedded prior, nor a pipeline's folder, nor a name on the hub."""
+    if name not in EMBEDDED:
         is_here(name)

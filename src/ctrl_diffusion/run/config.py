@@ -116,7 +116,7 @@ class Config(Strict):
     A single control may be written without the list: `control: NAME`, with its other settings beside it.
 
     Args:
-        prior: a pipeline folder, a pipeline on the hub, or "digits", the embedded model.
+        prior: a pipeline folder, a pipeline on the hub, or "digits" or "letters", the embedded models.
         unconditional: use a class-conditional prior by its null class only.
         prompts: conditions c of a prior of text, or their file, one a line; null: the data's. Over 64 make a file.
         guidance: scale of classifier-free guidance; null for the pipeline's, 1 for none. Cost: twice the evaluations.
@@ -379,7 +379,7 @@ def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str,
     """Return settings with every path in them changed, also those of the controls; a name on the hub is no path."""
     out = dict(values)
     for key in PATHS:
-        if isinstance(value := values.get(key), str) and value != EMBEDDED:
+        if isinstance(value := values.get(key), str) and value not in EMBEDDED:
             path = change(value)
             out[key] = value if HUB.fullmatch(value) and not Path(path).exists() else path
     if isinstance(values.get("classifier"), dict):

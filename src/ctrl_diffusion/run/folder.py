@@ -129,7 +129,7 @@ class RunFolder:
         groups = [("", config), *((f"controls.{i}.", control) for i, control in enumerate(config.controls))]
         for group, settings in groups:
             for key in needed:
-                path = getattr(settings, key, None)  # of a hub, or "digits", it is no absolute path
+                path = getattr(settings, key, None)  # of a hub, or embedded, it is no absolute path
                 if path and Path(path).is_absolute() and not Path(path).exists():
                     advice = f"If it has moved, write its new place after {key}: there."
                     raise ValueError(f"{self.config}: {group}{key}: {path} is not there. {advice}")

@@ -16,7 +16,8 @@ from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.exact.lattice import LatticeChain
 from ctrl_diffusion.exact.task import RADIUS, Task
 from ctrl_diffusion.prior.network import NetworkDenoiser
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 from ctrl_diffusion.run.adapters.aim import Aim
 from ctrl_diffusion.run.adapters.certify import HALVINGS, MOST_STRENGTH, Base, Rival, best_score, certify_lora, measure
 from ctrl_diffusion.run.adapters.policy import AdaptedDenoiser

@@ -34,7 +34,7 @@ def check_places(
     given = {key for key, _ in named}
     for key, place in named_places(values):
         if key in keys and key not in given:
-            elsewhere = place == EMBEDDED or HUB.fullmatch(place)
+            elsewhere = place in EMBEDDED or HUB.fullmatch(place)
             CHECKS[key](place if elsewhere else os.path.abspath(config.parent / place))
 
 
