@@ -2,10 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from tiny import TINY
+
+from ctrl_diffusion.commands.jobs import train
+from ctrl_diffusion.run.run import INK
 
 
 @pytest.mark.filterwarnings("ignore:log Z")
@@ -44,3 +48,10 @@ def test_a_control_added_later_leaves_the_run_as_it_was(ctrl_here, both, quick_r
         "ctrl: settings: two controls are named 'slant'. Name every control once.\n",
     )
     assert not (tmp_path / "third").exists()
+
+
+def test_a_control_is_added_to_the_run_that_ships_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train_with", lambda settings, out, options: settings)
+    settings = train.add_job("ink", {"data": "-", "control": "slant"}, tmp_path / "out")
+    assert [Path(control.get("settled_from", "")) for control in settings["controls"]] == [INK, Path()]

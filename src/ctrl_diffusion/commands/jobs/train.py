@@ -36,7 +36,7 @@ from ...run.prepare import (
     read_inputs,
     select_inputs,
 )
-from ...run.run import Run, configured
+from ...run.run import Run, configured, find_run
 from ...run.stages import budgeted, probe_repeats, speed_of, stages_of, train_in
 from ...run.state import BestControl, TrainingState
 from ...system import ranks
@@ -141,7 +141,7 @@ def add_job(run: str | Path, given: dict[str, Any], out: Path, options: JobOptio
     """
     RunFolder(out).check_free(options.overwrite)
     old = Run.load(run, trust=options.trust).config
-    fixed = [{**control.model_dump(), "settled_from": str(Path(run).resolve())} for control in old.controls]
+    fixed = [{**control.model_dump(), "settled_from": str(find_run(run).resolve())} for control in old.controls]
     given = list_controls(given)
     check_present(given)
     settings = {**given, **old.model_dump(include=KEPT), "controls": [*fixed, *given["controls"]]}
