@@ -404,3 +404,10 @@ def test_a_wrong_call_says_what_is_wrong(finished, tmp_path, given, message):
     assert pipe("two", controls={"dark": "no"}, output_type="pt").images.shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match=message):
         pipe(**({"prompt": "two"} | given))
+
+
+def test_the_run_that_ships_is_exported_by_its_name_without_a_picture(ctrl_here, tmp_path):
+    done = ctrl_here("export", "ink", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "ink has no grid.png" in done.stdout + done.stderr
+    assert "grid.png" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

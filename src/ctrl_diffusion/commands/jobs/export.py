@@ -23,7 +23,7 @@ from ...run.folder import RunFolder
 from ...run.programs.chains import SAMPLERS
 from ...run.programs.files import adapted_layers, write_files
 from ...run.programs.table import PROGRAMS, chosen
-from ...run.run import Run
+from ...run.run import Run, find_run
 from ...system.files import one_line, write_json, write_text
 from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
@@ -38,7 +38,7 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT, programs: Seq
     `options` are trust and overwriting.
     """
     check_output(out, INDEX, options.overwrite)
-    run = Run.load(folder, trust=options.trust)
+    run, files = Run.load(folder, trust=options.trust), RunFolder(find_run(folder))
     config = run.config
     prior = pipeline_folder(config.prior)
     index = json.loads((prior / INDEX).read_text(encoding="utf-8"))
@@ -60,8 +60,11 @@ def export(folder: Path, out: Path, options: JobOptions = DEFAULT, programs: Seq
         write_programs(out / OTHERS, run, index["_class_name"], able, options)
     for name, text in sources().items():
         write_text(out / f"{name}.py", text)
-    shutil.copy(RunFolder(folder).picture("grid"), out / "grid.png")
-    write_text(out / "README.md", model_card(folder, run, index["_class_name"], able))
+    if (grid := files.picture("grid")).is_file():
+        shutil.copy(grid, out / "grid.png")
+    else:
+        options.say(f"{folder} has no grid.png, and so the README of {out} has no picture")
+    write_text(out / "README.md", model_card(files, run, index["_class_name"], able))
     chain = {"steps", "sigma_end", "time_power", "gamma", "guidance", "negative_prompt", "size", "unconditional"}
     about = {
         **parts,
@@ -166,9 +169,9 @@ def flattened(path: Path) -> tuple[str, list[Path]]:
     return text, imported
 
 
-def model_card(folder: Path, run: Run, base: str, programs: Sequence[str]) -> str:
+def model_card(files: RunFolder, run: Run, base: str, programs: Sequence[str]) -> str:
     """Render the model card."""
-    metrics = RunFolder(folder).read_metrics()
+    metrics = files.read_metrics()
     classifiers = metrics["classifier"] if len(run.names) > 1 else {run.name: metrics["classifier"]}
     example = {name: control.values[-1] for name, control in run.policy.controls.items()}
     first = "" if run.prior.classes is None else f"class_labels={run.prior.class_names[0]!r}, "
@@ -177,7 +180,7 @@ def model_card(folder: Path, run: Run, base: str, programs: Sequence[str]) -> st
     return page(
         "card.md", run=run, base=base, metrics=metrics, classifiers=classifiers, controls=run.policy.controls,
         call=f"{first}controls={example}", certified=gap_line(metrics["certificate"]),
-        programs=", ".join(PROGRAMS[name].title for name in programs),
+        programs=", ".join(PROGRAMS[name].title for name in programs), has_grid=files.picture("grid").is_file(),
     )  # fmt: skip
 
 
