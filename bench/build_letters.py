@@ -116,7 +116,7 @@ def build_prior(work: Path) -> None:
 
 
 def build_quality(work: Path) -> None:
-    """Measure the prior; write bench/results/letters-prior.json and docs/letters-prior.png."""
+    """Measure the prior; write bench/results/letters-prior.json and docs/pictures/letters-prior.png."""
     faces = read_faces(work)
     figures, samples = quality.measure(Prior.from_pretrained(LETTERS), reader.load_reader(work / "reader.pt"), faces)
     print_json(data=figures)
