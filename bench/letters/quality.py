@@ -153,7 +153,7 @@ def sheet(x: Tensor) -> np.ndarray:
     return page
 
 
-def write_page(samples: Tensor, test: Faces, path: Path = DOCS / "letters-prior.png") -> None:
+def write_page(samples: Tensor, test: Faces, path: Path = DOCS / "pictures" / "letters-prior.png") -> None:
     """Write the first sample of each letter beside a real one of a family the prior has not seen."""
     first, beside = sheet(samples[::EACH]), sheet(pick(test, 1, 0))
     gap = np.full((first.shape[0], GAP), 255, np.uint8)
