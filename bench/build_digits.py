@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ctrl_diffusion.data.digits import digits, split
-from ctrl_diffusion.prior.prior import DIGITS
+from ctrl_diffusion.prior.source import DIGITS
 
 NULL_CLASS, UNLABELLED = 10, 0.4  # p(x) is harder than p(x | c): it gets many of the examples
 

@@ -25,7 +25,8 @@ from rich import print_json
 
 from ctrl_diffusion.commands.app import quiet_dependencies
 from ctrl_diffusion.data.letters import rulers, sets
-from ctrl_diffusion.prior.prior import LETTERS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import LETTERS
 
 CHECKED = 24  # upright faces of unseen families on which the rulers are checked
 Stage = Callable[[Path], None]

@@ -22,7 +22,8 @@ from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.digits import digits, split
 from ctrl_diffusion.data.labelled import to_pixels
 from ctrl_diffusion.evaluate.fidelity import frechet_distance, nearest_distance
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 from ctrl_diffusion.report.style import save_figure, sheet_figure
 from ctrl_diffusion.reward.classifiers import READER
 from ctrl_diffusion.reward.fit import fit_classifier

@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 
 from ctrl_diffusion import Prior, paths
-from ctrl_diffusion.prior.prior import DIGITS
+from ctrl_diffusion.prior.source import DIGITS
 
 prior = Prior.from_pretrained(DIGITS).denoiser
 c = torch.full((400,), 10)  # the model's null class: any digit
