@@ -9,6 +9,7 @@ import yaml
 
 from ...data.sources import HUB, check_source
 from ...prior.source import EMBEDDED, check_prior
+from ...system.launch import read_launch
 
 CHECKS = {"prior": check_prior, "data": check_source}
 
@@ -19,8 +20,11 @@ def check_places(
     """Refuse (ValueError) the first prior or dataset that is named and is not there; leave all else to the job.
 
     `options` are settings of the command line. Of a settings file only keys are looked at that they do not name, and
-    none beside `overrides`, which may replace any.
+    none beside `overrides`, which may replace any. Nothing is refused here where something else comes first: trackers,
+    or the other processes of several, which must all end alike.
     """
+    if options.get("track") or read_launch(os.environ).size > 1:
+        return
     named = list(named_places(options))
     for key, place in named:
         if key in keys:
