@@ -11,7 +11,7 @@ from .line import options as opt
 def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; --overwrite replaces a run.")] = None,
     resume: Annotated[Path | None, typer.Option(help="A run to go on with; a finished one with --time.")] = None,
-    prior: Annotated[str | None, typer.Option(help="Pipeline (folder, hub), digits, letters; text: --prompts.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Folder, hub id, digits, letters; text: --prompts.")] = None,
     data: opt.Datasets = [],  # noqa: B006
     control: opt.Controls = [],  # noqa: B006
     condition: opt.Conditions = [],  # noqa: B006
