@@ -29,7 +29,8 @@ from ctrl_diffusion.chain.transition import transition
 from ctrl_diffusion.data.digits import digits, ink
 from ctrl_diffusion.exact.lattice import LatticeChain
 from ctrl_diffusion.exact.mixtures import GaussianMixture, LinearGaussian, posterior
-from ctrl_diffusion.prior.prior import DIGITS, Prior
+from ctrl_diffusion.prior.prior import Prior
+from ctrl_diffusion.prior.source import DIGITS
 from ctrl_diffusion.report.style import CTRL, QUIET, STYLE, headline, save_figure
 
 SCHEDULES: dict[str, Schedule] = {"vp": Cosine(), "flow": RectifiedFlow()}
