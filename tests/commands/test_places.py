@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import yaml
 
 from ctrl_diffusion.commands.line.places import check_places
 
@@ -41,7 +41,6 @@ def imports_of(code, folder):
         (f"{TRAIN} --prior digits --data missing", "ctrl: there is no folder or file missing"),
         (f"{TRAIN} --dry-run --prior digits --data missing", "ctrl: there is no folder or file missing"),
         ("train --resume missing", "ctrl: missing has no run to go on with"),
-        ("add ink --control y --out o --data missing", "ctrl: there is no folder or file missing"),
         ("classifier missing --control y --out o", "ctrl: there is no folder or file missing"),
     ],
 )
@@ -58,33 +57,19 @@ def test_the_package_is_imported_without_torch_and_a_public_name_brings_it(tmp_p
     assert "torch" in imports_of("from ctrl_diffusion import Prior", tmp_path)[0]
 
 
-SETTLED = {"name": "old", "data": "missing", "settled_from": "run"}
-
-
-@pytest.mark.parametrize(
-    ("settings", "options", "overrides", "refused"),
-    [
-        ({"prior": "missing"}, {}, [], "/missing is no pipeline"),
-        ({"prior": "digits", "data": "missing"}, {}, [], "no folder or file .*/missing,"),
-        ({"controls": [{"name": "y", "data": "missing"}]}, {}, [], "no folder or file .*/missing,"),
-        ({"controls": [SETTLED]}, {}, [], None),
-        ({"prior": "owner/name", "data": "owner/name"}, {}, [], None),
-        ({"prior": "missing", "data": "missing"}, {"prior": "digits", "data": "here"}, [], None),
-        ({"prior": "missing"}, {}, ["prior=digits"], None),
-        ({"prior": 3, "controls": "none"}, {}, [], None),
-        ("no settings", {}, [], None),
-        ({}, {"controls": [{"data": "here"}, {"data": "missing"}]}, [], "no folder or file missing,"),
-    ],
-)
-def test_places_that_a_file_names_are_checked_where_they_would_be_read(
-    tmp_path, monkeypatch, settings, options, overrides, refused
-):
+@pytest.mark.parametrize("more", [{}, {"others": True}, {"out": "here"}, {"track": ["tensorboard"]}, {"size": "2"}])
+def test_what_the_job_looks_at_before_is_left_to_it(tmp_path, monkeypatch, more):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    (folder := tmp_path / "elsewhere").mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    if refused is None:
-        check_places(options, folder / "config.yaml", overrides)
+    options = {"prior": "owner/name", "controls": [{"data": "here"}, {"data": "missing"}], "track": more.get("track")}
+    if "size" in more:
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "0")
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            monkeypatch.setenv(name, more["size"])
+    asked = options, Path(more.get("out", "out")), "others" in more
+    if more:
+        check_places(*asked)
     else:
-        with pytest.raises(ValueError, match=refused):
-            check_places(options, folder / "config.yaml", overrides)
+        with pytest.raises(ValueError, match="no folder or file missing,"):
+            check_places(*asked)

@@ -32,15 +32,12 @@ def add(
     quiet: opt.Quiet = opt.OTHER,
 ) -> None:
     """Add a control to a finished run, whose own controls stay as they are."""
-    from .line.places import check_places
+    from ..run.folder import KEPT
+    from .jobs.train import add_job
 
     options = {"time": time, "updates": updates, "seed": seed}
     options |= {"learners": learner and learner.split(","), "track": track and track.split(",")}
     options |= opt.control_values(data, control, condition, classifier, skip_bad, image, missing)
-    check_places(options, config, override, keys=["data"])
-    from ..run.folder import KEPT
-    from .jobs.train import add_job
-
     for text in override:
         if (key := text.partition("=")[0]) in KEPT:
             raise ValueError(f"-o {text}: {key} is that of {run}, whose controls depend on it. Leave it out.")

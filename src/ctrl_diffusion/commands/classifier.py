@@ -28,7 +28,7 @@ def classifier(
     """Fit and calibrate p(y | x) on labelled images, and report how good it is."""
     from .line.places import check_places
 
-    check_places({"data": data, "prior": prior}, None, [])
+    check_places({"data": data, "prior": prior}, out, bool(config or override))
     from ..run.config import Config
     from .jobs.train import classifier_job
 

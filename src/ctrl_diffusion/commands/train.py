@@ -48,16 +48,16 @@ def train(
         **opt.control_values(data, control, condition, classifier, skip_bad, image, missing),
     }  # fmt: skip
     if resume:
-        check_resumable(resume)
         others = (out, config, override, overwrite, quick, dry_run)
         if any(others) or any(value is not None for value in options.values()):
             raise ValueError(f"--resume takes everything but --time from {resume}. Leave the other options out.")
+        check_resumable(resume)
         resume_training(resume, quiet, trust, time, updates)
         return
     options |= {"time": time, "updates": updates}
     if out is None and not dry_run:
         raise ValueError("--out is missing. Name the run folder, or a run to go on with by --resume.")
-    check_places(options, config, override)
+    check_places(options, out, bool(config or override))
     values = opt.read_values(options, config, override, trust)
     if dry_run:
         from .jobs.estimate import estimate_job, in_words
