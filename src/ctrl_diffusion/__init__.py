@@ -93,7 +93,7 @@ def __getattr__(name: str) -> Any:
 
 # modules of version 0.1 that documents, settings and scripts name, and where their contents live now
 _MOVED = {
-    "assets": "prior.prior", "cli": "commands.app", "denoise": "prior.network", "rules": "data.rules",
+    "assets": "prior.source", "cli": "commands.app", "denoise": "prior.network", "rules": "data.rules",
     "schedule": "chain.schedule",
 }  # fmt: skip
 
