@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline
 from diffusers.training_utils import EMAModel
+from embedded import new_scheduler, pixel_dit
 from rich.progress import track
 from torch import Tensor
 
@@ -41,23 +42,7 @@ def train(steps: int, batch: int = 128, lr: float = 2e-3) -> DiTPipeline:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     x, c = (a[split()[0]] for a in digits())
-    net = DiTTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
-        num_layers=4,
-        in_channels=1,
-        out_channels=1,
-        sample_size=8,
-        patch_size=4,
-        num_embeds_ada_norm=10,
-        norm_type="ada_norm_zero",
-    ).eval()  # in train mode every block would drop the class on its own: the null class is drawn below, for all alike
-    scheduler = DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
+    net, scheduler = pixel_dit(side=8, classes=10, heads=4, layers=4), new_scheduler()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
     ema = EMAModel(net.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     for i in track(range(steps), description="training the digits prior"):

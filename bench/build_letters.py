@@ -1,9 +1,9 @@
 """Rebuild the letters: `python bench/build_letters.py [STAGE …]`, all stages by default, each from what is there.
 
-fonts    download and unpack packages of Debian (1 GB; needs apt-get and dpkg-deb)
+fonts    download and unpack packages of Debian (0.8 GB; needs apt-get and dpkg-deb)
 glyphs   draw every face, leave out those that are no letters, split the rest by family
 labels   fit and check the rulers, write the labelled sets, fit the judge of serif
-train    train the prior on one thread, each round from the weights of the one before (two hours a round)
+train    train the prior on one thread, each round from the weights of the one before (an hour and a half)
 quality  measure the prior beside real letters, and draw a page of samples
 
 Files of work go to runs/letters; what ships is written into the package, and figures to bench/results.

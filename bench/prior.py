@@ -4,13 +4,11 @@ Writes bench/results/prior.json and docs/pictures/prior.png. Samples come from t
 never shown to the prior; distances to and from them are the yardsticks.
 """
 
-import statistics
-import time
-
 import evidence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from embedded import seconds_per_evaluation
 from evidence import PICTURES
 from rich import print_json
 
@@ -36,18 +34,6 @@ def fit_reader() -> Classifier:
     rows = torch.as_tensor(split()[0])
     x, c = (a[rows] for a in digits())
     return fit_classifier(x, c, 10, *READER)
-
-
-def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 50) -> float:
-    """Return the median seconds of one evaluation on one thread."""
-    x_t, c, seconds = torch.randn(batch, *prior.denoiser.shape), torch.arange(batch) % 10, []
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        for _ in range(repeats):
-            start = time.perf_counter()
-            prior.denoiser(x_t, 0.5, c=c)
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Measure how soon the command line answers: docs/performance.md, bench/results/startup.json.
+"""Measure how soon the command line answers: docs/why/performance.md, bench/results/startup.json.
 
 python bench/startup.py                  (a minute on a quiet core)
 

@@ -16,6 +16,7 @@ from .fonts import FontFile, licence_in
 
 logging.getLogger("fontTools").setLevel(logging.CRITICAL)  # it says of each font what is odd in it
 
+POINTS = 400  # of a font that is measured
 FINER = 6  # glyphs are drawn this much larger, and reduced
 MARGIN = 0.5  # pixels that stay empty at each border
 # what a font may say of its serifs: bSerifStyle of panose, the class in sFamilyClass, a word of its name
@@ -106,19 +107,31 @@ def read_face(file: FontFile) -> Face | str:
     )
 
 
+def large_font(path: Path | str) -> ImageFont.FreeTypeFont:
+    """Open a font at POINTS, to measure it."""
+    return ImageFont.truetype(str(path), POINTS, layout_engine=ImageFont.Layout.BASIC)
+
+
+def cap_height(font: ImageFont.FreeTypeFont) -> float:
+    """Return the height of a font's capitals in pixels, the median of those with a flat top."""
+    return float(np.median([-font.getbbox(character, anchor="ls")[1] for character in "EHITXZ"]))
+
+
+def font_of_size(path: Path | str, larger: int) -> ImageFont.FreeTypeFont:
+    """Open a font whose capitals are `larger` times CAP pixels high."""
+    large = large_font(path)
+    return large.font_variant(size=POINTS * CAP * larger / cap_height(large))
+
+
 def draw(path: Path | str) -> np.ndarray | str:
     """Draw the 62 glyphs of a font, (62, 32, 32) uint8, ink bright, or say why it cannot be.
 
     Capitals are CAP pixels high, all stand on one baseline, and each is centred on the width of its ink.
     """
     try:
-        large = ImageFont.truetype(str(path), 400, layout_engine=ImageFont.Layout.BASIC)
-        tops = [-large.getbbox(character, anchor="ls")[1] for character in "EHITXZ"]
-        cap = float(np.median(tops))
-        if not 80 <= cap <= 800:
+        if not 80 <= cap_height(large_font(path)) <= 800:
             return "has capitals of no height"
-        font = large.font_variant(size=400 * CAP * FINER / cap)
-        return draw_all(font)
+        return draw_all(font_of_size(path, FINER))
     except (OSError, ValueError, ZeroDivisionError, MemoryError) as error:
         return f"cannot be drawn ({type(error).__name__})"
 

@@ -89,14 +89,14 @@ def font_files(folder: Path) -> list[FontFile]:
     """List the font files of unpacked packages with their licences; Type 1 only where a folder has no other."""
     files = []
     for root in sorted(folder.iterdir()):
-        package, found = root.name, sorted(p for p in root.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
+        package, paths = root.name, sorted(p for p in root.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
         if package == TEXLIVE:
-            tags, better = texlive_licences(root), {p.parent.name for p in found if p.suffix.lower() != ".pfb"}
-            found = [p for p in found if p.suffix.lower() != ".pfb" or p.parent.name not in better]
-            named = {p: licence_in(tags.get(p.parent.name, "")) for p in found}
-            files += [FontFile(p, f"{package}/{p.parent.name}", named[p]) for p in found]
+            tags, better = texlive_licences(root), {p.parent.name for p in paths if p.suffix.lower() != ".pfb"}
+            paths = [p for p in paths if p.suffix.lower() != ".pfb" or p.parent.name not in better]
+            named = {p: licence_in(tags.get(p.parent.name, "")) for p in paths}
+            files += [FontFile(p, f"{package}/{p.parent.name}", named[p]) for p in paths]
             continue
         notices = sorted(root.glob("usr/share/doc/*/copyright*"))
         text = notices[0].read_bytes().decode("utf-8", "replace") if notices and notices[0].is_file() else ""
-        files += [FontFile(p, package, licence_in(copyright_licences(text))) for p in found]
+        files += [FontFile(p, package, licence_in(copyright_licences(text))) for p in paths]
     return files

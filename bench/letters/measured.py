@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from torch import Tensor
 
+from ctrl_diffusion.data.digits import moments
 from ctrl_diffusion.data.letters import rulers
 
-from .faces import CHARACTERS
+from .faces import CHARACTERS, font_of_size
 
 RIDGE, VIEWS = 10.0, 3  # weight decay of the correction of slants; shears of each picture it is fitted on
 STEEPEST = 15.0  # degrees: a face said to be upright that leans more is not fitted on
@@ -35,14 +36,14 @@ def fit_letter(paper: Tensor) -> tuple[float, np.ndarray, np.ndarray, float]:
 
     Each is sheared by VIEWS angles first: what a picture looks like once it is upright must not say whence it came.
     """
-    slopes = rulers.moments(paper).slope
+    slopes = moments(paper).slope
     lean = slopes.median()
     usual = (slopes - lean).atan().rad2deg().abs() < STEEPEST
     generator = torch.Generator().manual_seed(0)
     paper, own = paper[usual].repeat(VIEWS, 1, 1), (slopes - lean)[usual].repeat(VIEWS)
     by = torch.tan(torch.deg2rad(STEEPEST * (2 * torch.rand(len(paper), generator=generator) - 1)))
     paper = rulers.sheared(paper, by)
-    shape = rulers.reduced(rulers.sheared(paper, -(rulers.moments(paper).slope - lean))).double()
+    shape = rulers.reduced(rulers.sheared(paper, -(moments(paper).slope - lean))).double()
     own, centred = own.double(), shape - shape.mean(0)
     system = centred.mT @ centred + RIDGE * torch.eye(shape.shape[1], dtype=torch.float64)
     correction = torch.linalg.solve(system, centred.mT @ (own - own.mean()))
@@ -72,9 +73,7 @@ def write_expected(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def finely_measured(path: Path, letter: str) -> float:
     """Return the mean stroke width in cap heights of a letter drawn LARGER times as large."""
-    large = ImageFont.truetype(str(path), 400, layout_engine=ImageFont.Layout.BASIC)
-    cap = float(np.median([-large.getbbox(each, anchor="ls")[1] for each in "EHITXZ"]))
-    font = large.font_variant(size=400 * rulers.CAP * LARGER / cap)
+    font = font_of_size(path, LARGER)
     left, top, right, bottom = font.getbbox(letter, anchor="ls")
     canvas = Image.new("L", (right - left + 8, bottom - top + 8))
     ImageDraw.Draw(canvas).text((4 - left, 4 - top), letter, fill=255, font=font, anchor="ls")
@@ -85,9 +84,7 @@ def finely_measured(path: Path, letter: str) -> float:
 
 def drawn_at(path: Path, letter: str, shear: float = 0.0, stretch: float = 1.0) -> np.ndarray:
     """Draw a letter large, shear it by an angle and stretch it, and reduce it to the picture (32, 32) of a face."""
-    large = ImageFont.truetype(str(path), 400, layout_engine=ImageFont.Layout.BASIC)
-    cap = float(np.median([-large.getbbox(each, anchor="ls")[1] for each in "EHITXZ"]))
-    font = large.font_variant(size=400 * rulers.CAP * LARGER / cap)
+    font = font_of_size(path, LARGER)
     side, base = rulers.SIDE * LARGER, rulers.BASELINE * LARGER
     left, _, right, _ = font.getbbox(letter, anchor="ls")
     canvas = Image.new("L", (side, side))

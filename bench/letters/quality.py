@@ -1,13 +1,12 @@
 """Measure the letters prior beside real letters of families that it has not seen."""
 
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evidence import DOCS
+from embedded import seconds_per_evaluation
+from evidence import PICTURES
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -59,17 +58,6 @@ def nearness(x: Tensor, c: Tensor, training: Faces) -> Tensor:
         of_letter = c == letter
         distance[of_letter] = nearest_distance(x[of_letter], as_x(training.glyphs[:, letter]))
     return distance
-
-
-def seconds_per_evaluation(prior: Prior, batch: int = 64, repeats: int = 9) -> float:
-    """Return the median seconds of one evaluation of a batch."""
-    x_t, c, seconds = torch.randn(batch, *prior.denoiser.shape), torch.arange(batch) % len(CHARACTERS), []
-    with torch.no_grad():
-        for _ in range(repeats):
-            start = time.perf_counter()
-            prior.denoiser(x_t, 0.5, c=c)
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def compared(reader: Scorer, real: Tensor, x: Tensor) -> dict[str, float]:
@@ -130,7 +118,7 @@ def measure(prior: Prior, reader: Scorer, faces: Faces) -> tuple[dict[str, Any],
             }
             for name, ruler in rulers.RULERS.items()
         },
-        "milliseconds_per_64_on_one_thread": round(1000 * seconds_per_evaluation(prior), 1),
+        "milliseconds_per_64_on_one_thread": round(1000 * seconds_per_evaluation(prior, repeats=9), 1),
         "parameters": sum(p.numel() for p in prior.denoiser.network.parameters()),
     }
     return figures, samples
@@ -153,7 +141,7 @@ def sheet(x: Tensor) -> np.ndarray:
     return page
 
 
-def write_page(samples: Tensor, test: Faces, path: Path = DOCS / "pictures" / "letters-prior.png") -> None:
+def write_page(samples: Tensor, test: Faces, path: Path = PICTURES / "letters-prior.png") -> None:
     """Write the first sample of each letter beside a real one of a family the prior has not seen."""
     first, beside = sheet(samples[::EACH]), sheet(pick(test, 1, 0))
     gap = np.full((first.shape[0], GAP), 255, np.uint8)

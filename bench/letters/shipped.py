@@ -45,6 +45,11 @@ class Faces(NamedTuple):
         share = np.bincount(self.family)[self.family] ** -0.5
         return share / share.sum()
 
+    def weight_of(self, serif: int) -> np.ndarray:
+        """Return the share with which each face of a class of serif is drawn (n,), 0 for the others."""
+        share = np.where(self.serif == serif, self.weight, 0.0)
+        return share / share.sum()
+
 
 def deal(pool: Faces, seed: int = 0) -> np.ndarray:
     """Deal the families of the pool to the three sets: (n,) set names.
@@ -77,8 +82,7 @@ def labelled(name: str, faces: Faces, seed: int = 0) -> dict[str, np.ndarray]:
     if name == sets.SERIF:
         halves = []
         for label in range(len(sets.SERIFS)):
-            share = np.where(faces.serif == label, faces.weight, 0.0)
-            halves.append(draw_labels(faces, LABELS // 2, share / share.sum(), generator))
+            halves.append(draw_labels(faces, LABELS // 2, faces.weight_of(label), generator))
         face, c = (np.concatenate(each) for each in zip(*halves, strict=True))
         y = faces.serif[face].astype(np.int8)
     else:
@@ -129,8 +133,7 @@ def draw_with_serif(faces: Faces, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw x, serif and letter of JUDGED letters of either class, large families less often."""
     generator, parts = np.random.default_rng(seed), []
     for label in range(len(sets.SERIFS)):
-        share = np.where(faces.serif == label, faces.weight, 0.0)
-        face, c = draw_labels(faces, JUDGED, share / share.sum(), generator)
+        face, c = draw_labels(faces, JUDGED, faces.weight_of(label), generator)
         parts.append((as_x(faces.glyphs[face, c]), torch.full((JUDGED,), label), torch.from_numpy(c)))
     x, y, c = map(torch.cat, zip(*parts, strict=True))
     return x, y, c

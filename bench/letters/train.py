@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
+from embedded import new_scheduler, pixel_dit
 from torch import Tensor, nn
 
-from ctrl_diffusion.data.letters.rulers import CHARACTERS
+from ctrl_diffusion.data.letters.rulers import CHARACTERS, SIDE
 
 CLASSES = len(CHARACTERS)
 UNLABELLED = 0.12  # share of the examples that have the null class instead of theirs
@@ -37,33 +38,11 @@ ROUNDS = (Round(steps=6500, lr=1.2e-3),)
 
 def new_network() -> DiTTransformer2DModel:
     """Make the network: a DiT on pixels whose blocks begin as the identity."""
-    net = DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=24,
-        num_layers=6,
-        in_channels=1,
-        out_channels=1,
-        sample_size=32,
-        patch_size=4,
-        num_embeds_ada_norm=CLASSES,
-        norm_type="ada_norm_zero",
-    )
+    net = pixel_dit(side=SIDE, classes=CLASSES, heads=6, layers=6)
     for layer in (*(block.norm1.linear for block in net.transformer_blocks), net.proj_out_1, net.proj_out_2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return (
-        net.eval()
-    )  # in train mode every block would drop the class on its own: the null class is drawn for all alike
-
-
-def new_scheduler() -> DDPMScheduler:
-    """Make the noise schedule: squared cosine, v-prediction."""
-    return DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
+    return net
 
 
 class Glyphs:
