@@ -35,11 +35,11 @@ def add(
     from ..run.folder import KEPT
     from .jobs.train import add_job
 
-    options = {"time": time, "updates": updates, "seed": seed}
-    options |= {"learners": learner and learner.split(","), "track": track and track.split(",")}
-    options |= opt.control_values(data, control, condition, classifier, skip_bad, image, missing)
     for text in override:
         if (key := text.partition("=")[0]) in KEPT:
             raise ValueError(f"-o {text}: {key} is that of {run}, whose controls depend on it. Leave it out.")
+    options = {"time": time, "updates": updates, "seed": seed}
+    options |= {"learners": learner and learner.split(","), "track": track and track.split(",")}
+    options |= opt.control_values(data, control, condition, classifier, skip_bad, image, missing)
     values = opt.read_values(options, config, override, trust)
     opt.run_training(partial(add_job, run), values, out, quiet, trust=trust, overwrite=overwrite, quick=quick)

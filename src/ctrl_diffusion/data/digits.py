@@ -1,5 +1,7 @@
 """Read scikit-learn's digits, and measure their ink and slant."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,14 +41,28 @@ def ink(x: Tensor) -> Tensor:
     return on_paper(x).flatten(1).mean(1)
 
 
+class Moments(NamedTuple):
+    """Hold what the first two moments of ink (n, H, W) say, in pixels."""
+
+    right: Tensor  # (n,), centre, from the left border
+    up: Tensor  # (n,), centre, above the upper border, negative
+    slope: Tensor  # (n,), of ink's columns on its rows, pixels right per pixel up
+
+
+def moments(paper: Tensor) -> Moments:
+    """Compute the centre of ink (n, H, W), and the slope of its columns on its rows."""
+    height, width = paper.shape[1:]
+    up, right = torch.meshgrid(-torch.arange(height).to(paper), torch.arange(width).to(paper), indexing="ij")
+    total = paper.sum((1, 2)).clamp(min=1e-6)  # an empty sheet does not lean
+    centre_up, centre_right = ((paper * axis).sum((1, 2)) / total for axis in (up, right))
+    up, right = up - centre_up[:, None, None], right - centre_right[:, None, None]
+    slope = (paper * up * right).sum((1, 2)) / (paper * up * up).sum((1, 2)).clamp(min=1e-6)
+    return Moments(centre_right, centre_up, slope)
+
+
 def slant(x: Tensor) -> Tensor:
     """Return the slope (n,) of ink's columns on its rows, pixels right per pixel up, of x (n, C, H, W) in [−1, 1]."""
-    weight = on_paper(x).mean(1)
-    height, width = weight.shape[1:]
-    up, right = torch.meshgrid(-torch.arange(height).to(x), torch.arange(width).to(x), indexing="ij")
-    total = weight.sum((1, 2)).clamp(min=1e-6)  # an empty sheet does not lean
-    up, right = (axis - ((weight * axis).sum((1, 2)) / total)[:, None, None] for axis in (up, right))
-    return (weight * up * right).sum((1, 2)) / (weight * up * up).sum((1, 2)).clamp(min=1e-6)
+    return moments(on_paper(x).mean(1)).slope
 
 
 def ink_ruler(x: Tensor) -> Tensor:

@@ -133,14 +133,8 @@ class LabelledImages:
 
 def to_pixels(x: Tensor | Images) -> np.ndarray:
     """Convert x (n, C, H, W) in [−1, 1] to bytes (n, H, W) or (n, H, W, C); values outside are clipped."""
-    pixels = (
-        (((x[:] if isinstance(x, Images) else x).clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
+    images = x[:] if isinstance(x, Images) else x
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 

@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from datetime import date, time, timedelta
 from decimal import Decimal
 from numbers import Real
@@ -76,7 +76,7 @@ def in_order(texts: Iterable[str]) -> tuple[str, ...]:
     """Return the names of the classes in texts: in the order of numbers if all are, else of their characters."""
     names = spellings(texts)
     if all(map(is_number, names.values())):
-        return tuple(names[key] for key in sorted(names, key=cast(Callable[[Hashable], float], lambda key: key)))
+        return tuple(names[key] for key in sorted(cast(Iterable[float], names)))
     return tuple(sorted(names.values()))
 
 

@@ -157,13 +157,9 @@ class Adjoint(Revisiting):
                 batches = list(self.fresh_paths(policy, conditions, generator, read=False))  # read out below
             for path, _, labels, cond, gamma in batches:
                 r, gradient = reward_gradient(policy, path, reward, labels, cond, **gamma)
-                options: dict[str, Any] = {
-                    "eta": self.eta,
-                    "clip": settings.clip,
-                    "lean": settings.lean,
-                    "first": first,
-                }
-                result = adjoints_of(policy, path, gradient, labels, cond, **{**options, **gamma})
+                result = adjoints_of(
+                    policy, path, gradient, labels, cond, self.eta, settings.clip, settings.lean, first, **gamma
+                )
                 rewards.append(r)
                 adjoints.append(result.adjoints.to(device))
                 means.append(result.means.to(device))

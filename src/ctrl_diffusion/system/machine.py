@@ -70,8 +70,8 @@ def memory() -> tuple[int, int]:
     """Return the bytes of memory that are free for a new job, and all there are on this machine."""
     import psutil
 
-    found = psutil.virtual_memory()
-    return found.available, found.total
+    whole = psutil.virtual_memory()
+    return whole.available, whole.total
 
 
 def free_disk(folder: Path) -> int:

@@ -72,19 +72,19 @@ def without_folders(text: str, folders: Collection[str] = ()) -> str:
 
 def doctor_job(read: Callable[[], dict[str, Any]], trust: bool = False) -> Diagnosis:
     """Look at the machine, and at what the settings that `read` returns name: prior, data, or a whole training."""
-    found = Diagnosis(installed())
-    with found.checking():
+    diagnosis = Diagnosis(installed())
+    with diagnosis.checking():
         check_installed()
-    with found.checking():
-        found.facts |= hardware()
+    with diagnosis.checking():
+        diagnosis.facts |= hardware()
     with warnings.catch_warnings(record=True) as caught, TemporaryDirectory() as scratch:
         warnings.simplefilter("always")
-        with found.checking():
-            look(found, read(), JobOptions(trust=trust, say=found.notes.append), Path(scratch))
+        with diagnosis.checking():
+            look(diagnosis, read(), JobOptions(trust=trust, say=diagnosis.notes.append), Path(scratch))
     ours = Path(__file__).parents[2]
     said = [f"warning: {each.message}" for each in caught if ours in Path(each.filename).parents]
-    found.notes = list(dict.fromkeys([*found.notes, *said]))
-    return found
+    diagnosis.notes = list(dict.fromkeys([*diagnosis.notes, *said]))
+    return diagnosis
 
 
 def installed() -> dict[str, str]:
@@ -136,32 +136,32 @@ def hardware() -> dict[str, str]:
     return {"device": device, "threads": f"{torch.get_num_threads()} on {cores()} cores", **facts}
 
 
-def look(found: Diagnosis, values: Mapping[str, Any], options: JobOptions, scratch: Path) -> None:
+def look(diagnosis: Diagnosis, values: Mapping[str, Any], options: JobOptions, scratch: Path) -> None:
     """Add what is recognised of prior and data; of a whole training do what comes before anything is fitted."""
     from ...run.config import list_controls, map_paths
     from ...run.prepare import prepare
 
     def hide(place: str) -> str:
-        found.folders |= {str(Path(place).parent), str(Path(place).absolute().parent)}
+        diagnosis.folders |= {str(Path(place).parent), str(Path(place).absolute().parent)}
         return place
 
     values = list_controls(dict(values))
     map_paths(values, hide)
     controls = values.get("controls") or []
     if values.get("prior") and controls and all(row.get("name") and row.get("data") for row in controls):
-        found.whole = True
-        with found.checking():
+        diagnosis.whole = True
+        with diagnosis.checking():
             job = prepare(values, options, beside=scratch)
-            found.facts["prior"] = prior_in_words(job.prior, job.config.prior)
+            diagnosis.facts["prior"] = prior_in_words(job.prior, job.config.prior)
             for inputs in job.inputs:
                 if inputs.data:
-                    found.facts |= labels_in_words(inputs.data, inputs.name)
-            found.facts["training"] = f"{', '.join(job.config.learners)} at a chain of {job.config.steps} steps"
+                    diagnosis.facts |= labels_in_words(inputs.data, inputs.name)
+            diagnosis.facts["training"] = f"{', '.join(job.config.learners)} at a chain of {job.config.steps} steps"
             return
-    look_apart(found, values, options)
+    look_apart(diagnosis, values, options)
 
 
-def look_apart(found: Diagnosis, values: dict[str, Any], options: JobOptions) -> None:
+def look_apart(diagnosis: Diagnosis, values: dict[str, Any], options: JobOptions) -> None:
     """Add what is recognised of each prior and dataset by itself."""
     from ...data.sources import open_table
     from ...prior.prior import open_prior
@@ -169,20 +169,20 @@ def look_apart(found: Diagnosis, values: dict[str, Any], options: JobOptions) ->
     from ...run.prepare import read_inputs
 
     if name := values.get("prior"):
-        with found.checking():
-            found.facts["prior"] = prior_in_words(open_prior(name, values.get("size")), name)
+        with diagnosis.checking():
+            diagnosis.facts["prior"] = prior_in_words(open_prior(name, values.get("size")), name)
     for row in values.get("controls") or []:
         source, label = row.get("data"), row.get("name")
         if not source or row.get("settled_from"):
             continue
-        with found.checking():
+        with diagnosis.checking():
             table = open_table(source, row.get("image"))
-            found.facts["data"] = f"{Path(source).name}: {table.rows} rows; columns {', '.join(table.columns)}"
+            diagnosis.facts["data"] = f"{Path(source).name}: {table.rows} rows; columns {', '.join(table.columns)}"
             if label:
                 settings = Config.from_values({**values, "prior": "-", "prompts": None, "controls": [row]}).controls[0]
                 settings = settings.model_copy(update={"classifier_from": None})
                 data = read_inputs(settings, None, options).data
-                found.facts |= labels_in_words(data, settings.name)
+                diagnosis.facts |= labels_in_words(data, settings.name)
                 data.check_classes(settings.name)
 
 

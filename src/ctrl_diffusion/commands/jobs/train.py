@@ -71,15 +71,14 @@ def classifier_job(
     assert inputs.data is not None  # no earlier classifier or run stands for it
     inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None, model)
     inputs.report(options.say)
-    assert inputs.data is not None
-    given = {"seed": seed, "phase": options.phase, "encode": encoder_of(model)}
-    given["device"] = model.denoiser.device if model else "cpu"
+    shared = {"seed": seed, "phase": options.phase, "encode": encoder_of(model)}
+    shared["device"] = model.denoiser.device if model else "cpu"
     panel, held_out = fit_panel(
         inputs.data, name, condition, settings=settings.classifier, judge_data=inputs.judge_data,
-        read=inputs.unread is None, **given,
+        read=inputs.unread is None, **shared,
     )  # fmt: skip
     judged = inputs.judge_data is not None
-    measured = learning_curve(inputs.data, panel, judged, **given, say=options.say) if curve else None
+    measured = learning_curve(inputs.data, panel, judged, **shared, say=options.say) if curve else None
     clear(out, CLASSIFIER_FILES)
     panel.save(out)
     if measured:

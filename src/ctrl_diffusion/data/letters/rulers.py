@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from ..digits import on_paper
+from ..digits import moments, on_paper
 
 CHARACTERS = digits + ascii_uppercase + ascii_lowercase  # a digit is its own number as a class, too
 SIDE, CAP, BASELINE = 32, 18, 24  # pixels
@@ -42,24 +42,6 @@ def expected() -> Expected:
     """Read what is expected of each letter."""
     with np.load(EXPECTED) as arrays:
         return Expected(*(torch.from_numpy(arrays[name].astype(np.float32)) for name in Expected._fields))
-
-
-class Moments(NamedTuple):
-    """Hold what the first two moments of ink (n, 32, 32) say, in pixels."""
-
-    right: Tensor  # (n,), centre, from the left border
-    up: Tensor  # (n,), centre, above the upper border, negative
-    slope: Tensor  # (n,), of ink's columns on its rows, pixels right per pixel up
-
-
-def moments(paper: Tensor) -> Moments:
-    """Compute the centre of ink (n, 32, 32), and the slope of its columns on its rows."""
-    up, right = torch.meshgrid(-torch.arange(SIDE).to(paper), torch.arange(SIDE).to(paper), indexing="ij")
-    total = paper.sum((1, 2)).clamp(min=1e-6)
-    centre_up, centre_right = ((paper * axis).sum((1, 2)) / total for axis in (up, right))
-    up, right = up - centre_up[:, None, None], right - centre_right[:, None, None]
-    slope = (paper * up * right).sum((1, 2)) / (paper * up * up).sum((1, 2)).clamp(min=1e-6)
-    return Moments(centre_right, centre_up, slope)
 
 
 def sheared(paper: Tensor, by: Tensor) -> Tensor:
