@@ -84,7 +84,7 @@ print(f"both as asked: {controls['all_accuracy']:.2f} (target {controls['all_tar
 
 # %% [markdown]
 # Asked for together, both labels are right in {controls["all_accuracy"]:.0%} of the samples, where a perfect learner
-# with these two classifiers has {controls["all_target"]:.0%}, and the model alone about a quarter.
+# with these two classifiers has {controls["all_target"]:.0%}.
 #
 # ## One, the other, both, none
 #

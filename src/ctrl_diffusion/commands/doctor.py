@@ -8,7 +8,7 @@ from .line import options as opt
 
 
 def doctor(
-    prior: Annotated[str | None, typer.Option(help="Pipeline (folder, hub), or digits.")] = None,
+    prior: Annotated[str | None, typer.Option(help="Folder, hub id, digits, letters.")] = None,
     data: opt.Datasets = [],  # noqa: B006
     control: opt.Controls = [],  # noqa: B006
     condition: opt.Conditions = [],  # noqa: B006
