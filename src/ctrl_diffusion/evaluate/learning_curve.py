@@ -139,8 +139,8 @@ def fit_series(
     a, b, c = least_squares(POWERS, labels, moved, error, least)
     others = a[:, None] + b[:, None] * beyond ** -c[:, None]  # (MOVED, beyond)
     bounds = one + sign * np.quantile(others, INTERVAL if sign > 0 else INTERVAL[::-1], axis=0)
-    expected = one + sign * law(beyond)
-    rows = [tuple(map(float, row)) for row in zip(expected, *bounds, strict=True)]
+    expected = np.asarray(one + sign * law(beyond))
+    rows = [(float(each), float(low), float(high)) for each, low, high in zip(expected, *bounds, strict=True)]
     doubt = doubt_of(labels, loss, error, law, others[:, 0], sum(map(len, values)) - len(labels))
     return Series(name, (one + sign * loss).tolist(), error.tolist(), law, rows, doubt)
 

@@ -71,7 +71,8 @@ def classifier_job(
     assert inputs.data is not None  # no earlier classifier or run stands for it
     inputs = select_inputs(inputs, inputs.data.labels[condition].unique().tolist() if condition else None, model)
     inputs.report(options.say)
-    shared = {"seed": seed, "phase": options.phase, "encode": encoder_of(model)}
+    assert inputs.data is not None  # the classes that stay
+    shared: dict[str, Any] = {"seed": seed, "phase": options.phase, "encode": encoder_of(model)}
     shared["device"] = model.denoiser.device if model else "cpu"
     panel, held_out = fit_panel(
         inputs.data, name, condition, settings=settings.classifier, judge_data=inputs.judge_data,
