@@ -91,15 +91,18 @@ def first(browser: Browser) -> dict[str, Any]:
 
 
 def redraw(browser: Browser) -> dict[str, Any]:
-    """Measure the seconds of a change of y, and those of `Run.sample`, in turn."""
+    """Measure the seconds of a change of y, of a new seed each fourth, and those of `Run.sample`, in turn."""
     run, c = Run.load(INK), torch.arange(16) % 10
     clicks, samples = [], []
     with served() as (address, _):
         page = opened(browser, address)
+        page.get_by_text("Noise and steps").click()
         for i in range(CHANGES):
+            if i % 4 == 0:  # what is drawn twice is kept
+                page.get_by_label("seed").fill(str(1 + i))
             clicks.append(change(page, "1234"[i % 4]))
             began = time.perf_counter()
-            run.sample(torch.full((16,), i % 4), c, generator=torch.Generator().manual_seed(0))
+            run.sample(torch.full((16,), i % 4), c, generator=torch.Generator().manual_seed(1 + i))
             samples.append(time.perf_counter() - began)
         page.close()
     clicks, samples = clicks[2:], samples[2:]
