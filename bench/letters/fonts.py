@@ -55,6 +55,7 @@ def download(folder: Path) -> list[Path]:
 
 def unpack(debs: list[Path], folder: Path) -> None:
     """Unpack each package into a folder of its name, unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
     for deb in debs:
         target = folder / deb.name.partition("_")[0]
         if not target.is_dir():
