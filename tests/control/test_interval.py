@@ -7,6 +7,7 @@ import torch
 from silenced import calls_of, silenced, talkative
 
 from ctrl_diffusion.chain.schedule import Cosine, RectifiedFlow, VariancePreserving
+from ctrl_diffusion.control.control import FORMAT
 from ctrl_diffusion.control.kinds import KINDS, load_control
 from ctrl_diffusion.control.lora import LoRAControl
 from ctrl_diffusion.control.policy import Policy
@@ -216,8 +217,9 @@ def test_a_file_of_version_0_1_has_no_interval(saved):
 def test_a_newer_format_is_refused_in_one_line(saved):
     kind, save, load = saved
     path = save(None)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3, "gate": "?"}))
-    message = r"control\.json has format 3, this version .* reads formats up to 2\. Install a newer version\.$"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": FORMAT + 1, "gate": "?"}))
+    newer = f"format {FORMAT + 1}, this version .* reads formats up to {FORMAT}"
+    message = rf"control\.json has {newer}\. Install a newer version\.$"
     for door in (load, lambda: KINDS[kind].load(path.parent, PRIORS[kind]())):
         with pytest.raises(ValueError, match=message) as error:
             door()

@@ -332,3 +332,21 @@ def test_a_family_may_be_added_from_outside(folders, tmp_path, monkeypatch):
     with torch.no_grad():
         same = Prior.from_pretrained(tmp_path / "mine").denoiser(x, 0.5)
         assert torch.equal(same, opened(folders, "DDPM").denoiser(x, 0.5))
+
+
+@pytest.mark.parametrize("name", ["DiT", *TEXT])
+@torch.no_grad()
+def test_without_a_condition_it_is_where_guidance_begins(folders, name):
+    """f(∅) + g (f(c) − f(∅)) at two g says what f(∅) is; a guidance that is an input of the network has no ∅."""
+    prior = opened(folders, name)
+    x = torch.randn(2, *prior.denoiser.shape, generator=torch.Generator().manual_seed(0))
+    if name == "Flux":
+        assert prior.denoiser.null_call is None
+        return
+    if name == "DiT":
+        expected = prior.denoiser(x, 0.5, c=torch.full((2,), prior.null))
+    else:
+        at = [prior.with_prompts(PROMPTS, g).denoiser(x, 0.5, c=torch.tensor([0, 1])) for g in (2.0, 3.0)]
+        expected = 3 * at[0] - 2 * at[1]
+    assert_close(prior.denoiser(x, 0.5), expected)
+    assert not torch.equal(prior.denoiser(x, 0.5), prior.denoiser(x, 0.5, **condition_of(prior)))

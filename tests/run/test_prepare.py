@@ -22,7 +22,7 @@ from ctrl_diffusion.run.defaults import quick, suggested
 from ctrl_diffusion.run.folder import PAGES
 from ctrl_diffusion.run.measure import probe
 from ctrl_diffusion.run.prepare import ControlInputs, check_batches, complete, dependences, known_classes, prepare
-from ctrl_diffusion.run.run import Run
+from ctrl_diffusion.run.run import Run, configured
 from ctrl_diffusion.system import ranks
 from ctrl_diffusion.system.progress import JobOptions
 
@@ -136,6 +136,17 @@ def test_weights_are_one_for_each_class_of_a_population(data, weights, hold_out,
 def test_what_cannot_be_held_out_is_refused(data, settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare(given(data, **settings))
+
+
+def test_a_control_sees_the_condition_where_there_is_no_other_way(data, tmp_path):
+    assert not prepare(given(data, condition="digit", sees_condition=False)).config.controls[0].sees_condition
+    alone = r"sees_condition: false, of 'ink': this prior is given no condition\. Leave it out\.$"
+    with pytest.raises(ValueError, match=alone):
+        prepare(given(data, sees_condition=False, unconditional=True))
+    prior, config = Prior.from_pretrained(DIGITS), prepare(given(data, sees_condition=False)).config
+    prior.denoiser.null_call = None
+    with pytest.raises(ValueError, match=r"this prior has no class or prompt for none\."):
+        configured(prior, config)
 
 
 def test_a_prior_of_few_timesteps_gets_fewer_steps(data, tmp_path):

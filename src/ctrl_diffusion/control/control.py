@@ -21,7 +21,8 @@ from ..data.labels import NULL, LabelSpace
 from ..system.files import write_text
 from .plain import PlainLoRA
 
-ABOUT, FORMAT = "control.json", 2  # files of 0.1 name no format: they have no interval
+ABOUT, FORMAT = "control.json", 3  # files of 0.1 name no format: they have no interval
+SEES_CONDITION = 2  # the last format whose controls all see the condition; files of such a control have it still
 ROUNDING = 1e-6
 
 
@@ -33,18 +34,19 @@ class Control(nn.Module, ABC):
     """Steer a prior by one label y of a `LabelSpace` (values, scale); NULL (−1) means uncontrolled.
 
     Outside its `interval` of noise levels σ_t a label is as if it were null. Its `gammas` are the smallest and the
-    largest γ it is made for; None if that is a single one, the run's.
+    largest γ it is made for; None if that is a single one, the run's. One that does not see the prior's condition c is
+    evaluated without it, and what it changes there is added to x̂ under c (`Policy.steered`).
     """
 
     fixed = False  # whether it keeps its parameters while other controls are trained
 
     def __init__(
         self, name: str, values: Sequence[str], scale: bool = False, interval: Sequence[float] | None = None,
-        gammas: Sequence[float] | None = None,
+        gammas: Sequence[float] | None = None, sees_condition: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.space = name, LabelSpace(tuple(values), scale)
-        self.interval = interval
+        self.interval, self.sees_condition = interval, sees_condition
         if gammas is not None and not (len(gammas) == 2 and 0 < gammas[0] < gammas[1] < math.inf):
             two = "two, 0 < smallest < largest"
             raise ValueError(f"gammas of a control must be {two}, got {gammas}. Use None for a single γ.")
@@ -118,8 +120,11 @@ class Control(nn.Module, ABC):
         values = {key: getattr(self, key) for key in ("name", "values", *arguments, "interval")}
         if self.gammas is not None:  # files of a single γ do not name it
             values["gammas"] = self.gammas
+        if not self.sees_condition:
+            values["sees_condition"] = False
+        version = SEES_CONDITION if self.sees_condition else FORMAT
         # with every digit of the interval: it decides which steps are the prior's
-        about = json.dumps({"format": FORMAT, "kind": kind, **values}, indent=2, allow_nan=False)
+        about = json.dumps({"format": version, "kind": kind, **values}, indent=2, allow_nan=False)
         write_text(Path(folder) / ABOUT, about + "\n")
 
     def as_lora(self, y: float, gamma: float) -> PlainLoRA:

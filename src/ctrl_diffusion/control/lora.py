@@ -29,6 +29,7 @@ class LoRAControl(Control):
         targets: PEFT's target modules, names or endings of names; None for those of the network's family.
         interval: σ_off and σ_on, between which it speaks; None for everywhere.
         gammas: the smallest and the largest γ it is made for; None for a single γ.
+        sees_condition: whether it is evaluated under the prior's condition c.
 
     Raises:
         ValueError: the denoiser does not say where a control enters it, or carries a control of that name already.
@@ -37,9 +38,9 @@ class LoRAControl(Control):
     def __init__(
         self, name: str, values: Sequence[str], denoiser: NetworkDenoiser, rank: int = 64, seed: int = 0,
         scale: bool = False, alpha: float | None = None, targets: Sequence[str] | None = None,
-        interval: Sequence[float] | None = None, gammas: Sequence[float] | None = None,
+        interval: Sequence[float] | None = None, gammas: Sequence[float] | None = None, sees_condition: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(name, values, scale, interval, gammas)
+        super().__init__(name, values, scale, interval, gammas, sees_condition)
         if denoiser.site is None:
             raise ValueError("this prior names no site for a control. Give its NetworkDenoiser a ControlSite.")
         self.rank, self.alpha, self.targets = rank, alpha, targets and list(targets)
@@ -190,6 +191,11 @@ class LoRAControl(Control):
     @torch.no_grad()
     def as_lora(self, y: float, gamma: float) -> PlainLoRA:
         site, network = self._site, self._prior[0].network
+        if not self.sees_condition:
+            raise ValueError(
+                f"the control {self.name!r} does not see the prior's condition: it takes three evaluations a step, and "
+                "a LoRA in another program one."
+            )
         if not site.biased:
             where = ", ".join(site.embeddings[:1]) + (" and others" if len(site.embeddings) > 1 else "")
             raise ValueError(

@@ -113,6 +113,7 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
     # of sharded weights: (K, B) of this rank → (K, B of all ranks); then all ranks must call the network in step
     all_gather: Callable[[Tensor], Tensor] | None = None
     passes_clip = False  # whether a clipped x̂ has the gradient of one that is not
+    null_call: Callable[[Tensor, Tensor], Tensor] | None = None  # of a conditional network: under no condition
 
     def __init__(
         self, network: nn.Module, call: Call, schedule: Schedule, prediction: Prediction, shape: tuple[int, ...],
@@ -128,7 +129,7 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
             self.start = schedule.latest(SMALLEST_ALPHA)
 
     def with_call(self, call: Call) -> "NetworkDenoiser":
-        """Return a denoiser on the same network, called in another way."""
+        """Return a denoiser on the same network, called in another way, in which it has a condition or none."""
         settings = self.schedule, self.prediction, self.shape, self.clip, self.site, self.precision
         other = NetworkDenoiser(self.network, call, *settings)
         other.all_gather = self.all_gather
@@ -143,10 +144,12 @@ class NetworkDenoiser(MixedPrecision, Denoiser):
             self.passes_clip = before
 
     def forward(self, x_t: Tensor, t: Tensor | float, **cond: Tensor) -> Tensor:
+        """Return x̂ (B, *); without any condition that of the null class or prompt, where the network has one."""
+        call = self.call if cond or self.null_call is None else self.null_call
         timestep, alpha, sigma = coefficients(clock, x_t, self.schedule, t)
         rows = {name: value.to(x_t.device, non_blocking=True) for name, value in cond.items()}
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision is not None):
-            prediction = self.call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
+            prediction = call(x_t.to(self.stored or x_t.dtype), timestep.reshape(-1).expand(len(x_t)), **rows)
         check_prediction(prediction.shape, x_t.shape)  # of other channels it would be broadcast without a word
         x_hat = x_hat_from(prediction[:, : x_t.shape[1]].to(x_t.dtype), self.prediction, x_t, alpha, sigma)
         if self.clip is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..chain.codec import Codec
 from .families import FAMILIES
 from .family import make_denoiser
 from .loader import find_pipeline, load_pipeline, read_index
-from .network import NetworkDenoiser, check_call
+from .network import Call, NetworkDenoiser, check_call
 from .parts import one_line, refusing
 from .precision import PRECISIONS
 from .scheduler import not_followed
@@ -110,6 +110,7 @@ class Prior:
             )
         names |= {str(i): i for i in range(family.classes or 0)}
         denoiser = make_denoiser(family, pipeline.scheduler)
+        denoiser.null_call = None if family.null is None else partial(call_null, family.call, family.null)
         scheduler = pipeline.scheduler
         return cls(
             denoiser, family.classes, names, family.null, family.codec, family.text, name, type(scheduler).__name__,
@@ -144,7 +145,9 @@ class Prior:
         except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from error
         names = {prompt: i for i, prompt in enumerate(prompts)}
-        return replace(self, denoiser=self.denoiser.with_call(call), classes=len(prompts), names=names)
+        denoiser = self.denoiser.with_call(call)
+        denoiser.null_call = call.without_prompt if call.null else None
+        return replace(self, denoiser=denoiser, classes=len(prompts), names=names)
 
     def number_of(self, name: str) -> int:
         """Return the class of a name, or of a prompt, which is encoded if it is new; refuse an unknown name."""
@@ -181,15 +184,16 @@ class Prior:
 
     def unconditional(self) -> "Prior":
         """Return the prior p(x) of a prior p(x | c): the same network under its null class, if it has one."""
-        null = self.null
-        if null is None:
+        call = self.denoiser.null_call
+        if self.null is None or call is None:
             reason = "is unconditional already" if self.classes is None else "was not trained with a class for none"
             raise ValueError(f"unconditional: this prior {reason}. Leave it out.")
-
-        def call(x_t: Tensor, timestep: Tensor) -> Tensor:
-            return self.denoiser.call(x_t, timestep, c=torch.full_like(timestep, null, dtype=torch.long))
-
         return replace(self, denoiser=self.denoiser.with_call(call), classes=None, names={}, null=None)
+
+
+def call_null(call: Call, null: int, x_t: Tensor, timestep: Tensor) -> Tensor:
+    """Call a class-conditional network for its null class."""
+    return call(x_t, timestep, c=torch.full_like(timestep, null, dtype=torch.long))
 
 
 def pipeline_folder(name: str) -> Path:

@@ -29,7 +29,7 @@ from ..prior.source import EMBEDDED
 from ..reward.classifiers import ClassifierSettings
 from ..system.files import one_line, write_text
 from ..system.progress import seconds_in
-from ..system.strict import Strict, merged
+from ..system.strict import Strict, merged, with_key
 
 OURS = ("ctrl_diffusion.data.rules:", "ctrl_diffusion.rules:")  # rules that ship with the package; the latter in 0.1
 PATHS = ("prior", "prompts", "data", "judge_data", "classifier_from", "settled_from", "backbone")
@@ -79,6 +79,9 @@ class ControlSettings(Strict):
         classifier: how p̂ and the judge are fitted; see its keys.
         interval: noise levels (σ_off, σ_on) between which the control speaks; outside the chain is the prior's. "auto"
             measures where y is decided, and the figures are written in its place; "none" is everywhere.
+        sees_condition: false evaluates the control where the prior has no condition c and adds what it changes there to
+            x̂ under c, so that it holds for c it never saw. Cost: three evaluations for one, and no files for other
+            programs.
     """
 
     name: str = Field(min_length=1)
@@ -97,6 +100,7 @@ class ControlSettings(Strict):
     settled_from: str | None = None
     classifier: ClassifierSettings = ClassifierSettings()
     interval: Literal["auto", "none"] | tuple[float, float] = "none"
+    sees_condition: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -338,19 +342,6 @@ def with_overrides(values: dict[str, Any], overrides: Sequence[str], options: di
         for key, value in row.items():
             values = with_key(values, ["controls", str(i), key], value)
     return {**values, **{key: value for key, value in options.items() if key != "controls"}}
-
-
-def with_key(values: Any, keys: list[str], value: Any) -> Any:
-    """Return nested settings with the value at a path of keys replaced, or added."""
-    if not keys:
-        return value
-    key, *rest = keys
-    if isinstance(values, list):
-        if not key.isdecimal() or int(key) >= len(values):
-            raise ValueError(f"{key} must be a number from 0 to {len(values) - 1}, the place in a list.")
-        return [with_key(row, rest, value) if i == int(key) else row for i, row in enumerate(values)]
-    group = values if isinstance(values, dict) else {}
-    return {**group, key: with_key(group.get(key), rest, value)}
 
 
 def named_code(values: Any) -> set[str]:

@@ -58,6 +58,10 @@ def configured(prior: Prior, config: Config, prompts: list[str] | None = None, b
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     prior = prior.unconditional() if config.unconditional else prior
+    apart = next((control.name for control in config.controls if not control.sees_condition), None)
+    if apart and (prior.classes is None or prior.denoiser.null_call is None):
+        why = "is given no condition" if prior.classes is None else "has no class or prompt for none"
+        raise ValueError(f"sees_condition: false, of {apart!r}: this prior {why}. Leave it out.")
     ranks.state()  # gives each of several processes its own accelerator, which "auto" then means
     if ranks.sharded():
         shard(prior.denoiser, config.device)
@@ -295,6 +299,7 @@ class Run:
                     "seed": config.seed + i,
                     "scale": panels[name].space.scale,
                     "interval": interval,
+                    "sees_condition": control.sees_condition,
                     **lora,
                 }
                 settings["gammas"] = (min(gammas), max(gammas)) if gammas else None

@@ -50,3 +50,16 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
+
+
+def with_key(values: Any, keys: list[str], value: Any) -> Any:
+    """Return nested settings with the value at a path of keys replaced, or added."""
+    if not keys:
+        return value
+    key, *rest = keys
+    if isinstance(values, list):
+        if not key.isdecimal() or int(key) >= len(values):
+            raise ValueError(f"{key} must be a number from 0 to {len(values) - 1}, the place in a list.")
+        return [with_key(row, rest, value) if i == int(key) else row for i, row in enumerate(values)]
+    group = values if isinstance(values, dict) else {}
+    return {**group, key: with_key(group.get(key), rest, value)}

@@ -147,6 +147,11 @@ class Prompted:
         null, prompted = self.family.call(x_t.repeat(2, 1, 1, 1), timestep.repeat(2), **both).chunk(2)
         return null + self.guidance * (prompted - null)
 
+    def without_prompt(self, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """Call the network for the negative prompt, without guidance."""
+        rows = {name: row.to(x_t).expand(len(x_t), *row.shape[1:]) for name, row in self.null.items()}
+        return self.family.call(x_t, timestep, **rows)
+
 
 def mean_tokens(states: Tensor) -> Tensor:
     """Return the mean over tokens of states (n, T, F), on the CPU in float32, one prompt at a time: equal bits."""
