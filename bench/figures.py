@@ -7,6 +7,7 @@ add     a control that `ctrl add` adds later, against two trained together (thre
 scale   ink as a number: values asked for against those measured (ten minutes a seed)
 gamma   ink for several γ: the gap at each over the gap at 1, and beside a run of γ = 1 alone (two demos a seed)
 unseen  ink on seven of the prior's ten classes, certified on the three others (twenty minutes)
+apart   the same by a control that does not see the class (forty minutes)
 own     an unknown pipeline, of examples/textures.py, all settings the defaults (half an hour)
 text    a text-to-image pipeline, of examples/text_digits.py, and ink (three quarters of an hour)
 programs  what other programs' chain does with a control's LoRA file (half an hour)
@@ -323,6 +324,10 @@ TABLE = {
     "unseen": Figures(
         ("ctrl train --config {out}/unseen.yaml --out {out}/run --quiet",),
         ("unseen", unseen_row), {}, (0,), write_ink, "seed conditions target ctrl held_out",
+    ),
+    "apart": Figures(
+        ("ctrl train --config {out}/unseen.yaml -o sees_condition=false --out {out}/run --quiet",),
+        ("unseen-apart", unseen_row), {}, (0,), write_ink, "seed conditions target ctrl held_out",
     ),
     "own": Figures(
         (

@@ -242,14 +242,28 @@ class Run:
 
     @property
     def training_conditions(self) -> Conditions:
-        """All pairs (c, y) to train on: labels may be null, but where a control is being added not those of the new."""
+        """All pairs (c, y) to train on: labels may be null, but where a control is being added not those of the new.
+
+        For controls that do not see c the null class is one more c, of a population half of what is drawn: it shows
+        what classes look like that nobody trains on.
+        """
         fixed = [name for name in self.names if self.policy.controls[name].fixed]
         trained, pooled = (self.split.trained, self.split.pooled) if self.split else (None, False)
-        conditions = self.conditions_on(self.names, trained)
+        null = [self.prior.null] if trained and self.trains_on_null else []
+        conditions = self.conditions_on(self.names, trained and [*trained, *null])
         arguments = conditions.cond, conditions.controls, fixed, self.config.trained_gammas, conditions.names
         weights = dict(zip(self.known_classes or (), self.config.weights or (), strict=False))
-        drawn = torch.tensor([weights[c] for c in trained or ()]) if weights else None
-        return replace(Conditions.for_training(*arguments, pooled), weights=drawn)
+        drawn = [weights.get(c, 1.0) for c in trained or ()]
+        drawn += [sum(drawn)] * len(null)
+        weighs = weights or (null and pooled)
+        return replace(Conditions.for_training(*arguments, pooled), weights=torch.tensor(drawn) if weighs else None)
+
+    @property
+    def trains_on_null(self) -> bool:
+        """Whether a control learns that does not see c, of a prior with a null class, on a p̂ that does not see c."""
+        apart = any(not (control.sees_condition or control.fixed) for control in self.policy.controls.values())
+        conditional = any(panel.classifier.conditional for panel in self.panels.values())
+        return apart and self.prior.null is not None and not conditional
 
     @property
     def probe_conditions(self) -> Conditions:
@@ -265,7 +279,8 @@ class Run:
         classes, class_names = self.classes if classes is None else classes, self.prior.class_names
         cond = {} if classes is None else {"c": torch.tensor(classes)}
         controls = {name: self.policy.controls[name] for name in names}
-        value_names: dict[str, Sequence[str]] = {} if classes is None else {"c": [class_names[c] for c in classes]}
+        named = ["none" if c == self.prior.null else class_names[c] for c in classes or ()]
+        value_names: dict[str, Sequence[str]] = {"c": named} if cond else {}
         value_names |= {name: control.values for name, control in controls.items()}
         sizes = {name: control.size for name, control in controls.items()}
         drawn = bool(self.split and self.split.pooled)
