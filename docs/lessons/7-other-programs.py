@@ -18,7 +18,8 @@
 # %%
 from pathlib import Path
 
-Path("prompts.txt").write_text("a handwritten zero\na handwritten one\n", encoding="utf-8")
+with open("prompts.txt", "w", encoding="utf-8") as file:
+    print("a handwritten zero", "a handwritten one", sep="\n", file=file)
 
 # %%
 # !ctrl train --prior text/pipeline --data text/photos --control ink --condition prompt --prompts prompts.txt \
