@@ -15,7 +15,8 @@ def sample(
     class_: Annotated[
         str | None, typer.Option("--class", help="The prior's class, or any prompt; left out, each.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
+    word: Annotated[str, typer.Option(help="Of a prior of letters: one picture a letter, set in word.png.")] = "",
+    n: Annotated[int, typer.Option("-n", min=1, help="How many, without a word.")] = 16,
     strength: Annotated[float, typer.Option(help="w: 0 the prior, 1 as trained, or more.")] = 1.0,
     gamma: Annotated[float | None, typer.Option(help="γ, of a run with gammas; left out, the run's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
@@ -30,6 +31,7 @@ def sample(
     from .jobs.sample import sample_job
 
     with job_options(quiet, trust, overwrite) as options:
-        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, options, gamma)
+        opened = Run.load(run, trust=trust)
+        n = sample_job(opened, out, set_, class_, n, strength, steps, seed, exact, options, gamma, word)
     if not quiet:
         typer.echo(f"{n} samples in {out}")
