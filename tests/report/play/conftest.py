@@ -70,7 +70,7 @@ def lettered(once):
         run = Run.start(config, configured(open_prior("letters"), config), panels)
         with torch.no_grad():
             for i, parameter in enumerate(run.policy.trainable()):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+                parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
         run.save_controls(files)
 
     return once("lettered", make)

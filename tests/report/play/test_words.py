@@ -169,7 +169,7 @@ def lettered_page(chromium, lettered):
 
 def typed(page, word):
     """Type into the box for a word by keys alone, from the top of the page."""
-    for _ in range(12):
+    for _ in range(30):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.maxLength") == MOST_CHARACTERS:
             break

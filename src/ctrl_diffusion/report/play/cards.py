@@ -12,7 +12,7 @@ from PIL import Image
 
 from ...data.labelled import to_pixels
 from ...run.run import Run
-from ..word import sheet_pixels, word_picture
+from ..word import alphabet, sheet_pixels, word_picture
 from .readings import Picture, Reading, certificate_sentence, tally, target_accuracy
 from .request import Request
 from .session import Drawing, Session
@@ -197,10 +197,13 @@ def downloads_html(
 def headline_html(sessions: Sequence[Session]) -> str:
     """Say in two sentences what the page shows."""
     names = list(dict.fromkeys(name for session in sessions for name in session.run.names))
+    word = (
+        " A word stands above as it was, and below with the control." if any(alphabet(s.run) for s in sessions) else ""
+    )
     return (
         f"<header><h1>Turn {escape(' and '.join(names[:3]))}</h1><p>Every pair of pictures starts from the same noise: "
-        "on the left the model as it was, on the right with the control. Choose a value and see what changes.</p>"
-        "</header>"
+        "on the left the model as it was, on the right with the control. Choose a value and see what changes."
+        f"{word}</p></header>"
     )
 
 

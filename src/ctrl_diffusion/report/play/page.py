@@ -164,7 +164,9 @@ def connect(
             yield gr.skip(), error_html(error), gr.skip()
 
     options = {"inputs": inputs, "outputs": [seed, status, pictures], "js": COUNT, **HIDDEN}
-    gr.on([parts["go"].click, seed.submit, *(component.input for component in changing)], draw_request, **options)
+    # the input event of a box of text leaves out what is deleted, pasted, or typed on a phone
+    events = [component.change if isinstance(component, gr.Textbox) else component.input for component in changing]
+    gr.on([parts["go"].click, seed.submit, *events], draw_request, **options)
 
     def stopped(request: gr.Request) -> None:
         visitors.stop(f"{request.session_hash} {tab}")

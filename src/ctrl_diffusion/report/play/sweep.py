@@ -16,7 +16,7 @@ STRENGTH, NONE = "strength", "none"
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 MOST_VALUES, MOST_EACH = 11, 4  # values of a control on an axis, and pictures in a cell
 MOST_OF_WORDS = 5  # values of a control on an axis where a cell is a word
-WIDTH, HEIGHTS = 840, (24, 96)  # in pixels: of a row of words that is to fit, and of a word
+WIDTH, HEIGHTS = 640, (20, 96)  # in pixels: of a row of words that is to fit, and of a word
 
 
 @dataclass(frozen=True)
