@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import shlex
 import zipfile
+from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from ctrl_diffusion.data.letters.rulers import CHARACTERS
 from ctrl_diffusion.report.play.cards import drawing_html, pixels_of, word_of
+from ctrl_diffusion.report.play.compare import both_html, draw_both
 from ctrl_diffusion.report.play.request import Request
 from ctrl_diffusion.report.play.sweep import draw_sweep, grid_of, sweep_html
 from ctrl_diffusion.report.word import MOST_CHARACTERS, alphabet, letters_of, sheet_pixels
@@ -157,7 +160,23 @@ def test_a_grid_of_words_is_bounded(open_session, lettered):
         grid_of(session, "weight", "slant", {**values, "word": "ä"})
     *_, whole = draw_sweep(session, sweep, Event())
     assert sweep_html(session, whole).count("alt='the word ab'") == 36
-    assert all((pixels_of(cell) == pixels_of(cell)).all() for cell in whole.cells)
+    drawing = drawn(session, "ab", labels={"weight": levels[8], "slant": ""})
+    assert (pixels_of(whole.cells[-6]) == pixels_of(drawing.ctrl)).all()  # the last row, its first column
+
+
+def test_two_runs_are_compared_by_a_word(open_session, lettered):
+    pair, values = (open_session(lettered), open_session(lettered)), {**ASKED, "labels": {}, "word": "ab"}
+    *_, drawings = draw_both(pair, (values, {**values, "labels": {"weight": "0.1"}}), Event())
+    page = both_html(pair, drawings)
+    assert page.count("alt='the word ab'") == page.count("class='downloads'") == 2
+
+
+def test_the_example_of_a_grid_of_words_runs(lettered, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "play.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("runs/letters", str(lettered)), {})
+    assert Image.open("words.png").size[1] == 3 * 96
 
 
 @pytest.fixture(scope="module")
