@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .line.options import OTHER, Overwrite, Quiet, Seed, Trust, job_options
+from .line.options import OTHER, Overwrite, Quiet, Seed, job_options
 
 
 def sample(
@@ -15,14 +15,14 @@ def sample(
     class_: Annotated[
         str | None, typer.Option("--class", help="The prior's class, or any prompt; left out, each.")
     ] = None,
-    word: Annotated[str, typer.Option(help="Of a prior of letters: one picture a letter, set in word.png.")] = "",
-    n: Annotated[int, typer.Option("-n", min=1, help="How many, without a word.")] = 16,
+    word: Annotated[str, typer.Option(help="A picture for each of its letters, and word.png.")] = "",
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
     strength: Annotated[float, typer.Option(help="w: 0 the prior, 1 as trained, or more.")] = 1.0,
     gamma: Annotated[float | None, typer.Option(help="γ, of a run with gammas; left out, the run's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
     exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
-    trust: Trust = False,
+    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,  # as of add; --help stays a screen
     overwrite: Overwrite = False,
     quiet: Quiet = OTHER,
 ) -> None:
