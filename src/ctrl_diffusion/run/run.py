@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..chain.noise import stream
+from ..chain.noise import Generators, stream
 from ..chain.paths import paths
 from ..chain.rollout import Times
 from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
@@ -332,7 +332,7 @@ class Run:
 
     def sample(
         self, y: Tensor | Labels, c: Tensor | None = None, strength: float = 1.0, steps: int | None = None,
-        generator: torch.Generator | None = None, exact: bool = False, phase: Phase = silent, latents: bool = False,
+        generator: Generators | None = None, exact: bool = False, phase: Phase = silent, latents: bool = False,
         gamma: float | None = None,
     ) -> Tensor:  # fmt: skip
         """Draw samples (n, C, H, W) in [−1, 1] of p(x | c, y); images, also of a latent model.
@@ -345,7 +345,7 @@ class Run:
             c: (n,) classes of the prior, needed unless it is unconditional.
             strength: 0 is the prior, 1 the trained policy, more extrapolates; two evaluations a step but at 0 and 1.
             steps: of the reverse process; the training chain's if None.
-            generator: of all noise; the run's seed if None.
+            generator: of all noise, or a list of one for each sample; the run's seed if None.
             exact: draw many paths and keep some by their importance weights, exact in the limit of many for the chain
                 that is sampled (`resample.exact_samples`).
             phase: told of progress.
@@ -354,7 +354,7 @@ class Run:
 
         Raises:
             ValueError: c or y out of range, of different lengths, or c missing or not wanted; a γ the controls were not
-                trained for; too few paths count for an exact sample.
+                trained for; too few paths count for an exact sample, or it was to have a generator for each sample.
         """
         gamma = self.config.gamma if gamma is None else gamma
         for control in self.policy.controls.values():
@@ -375,6 +375,8 @@ class Run:
         times = self.times_of(steps) if steps else self.times
         cond, n = {} if c is None else {"c": c}, counts.pop()
         if exact:
+            if not isinstance(generator, torch.Generator):
+                raise ValueError("exact samples share one generator: each is chosen among many paths.")
             with cast(Any, self.policy.base).full_precision():  # or the weights would be those of rounding errors
                 arguments = self.reward_at(gamma), times, generator, labels, cond, strength, phase
                 x_0, _ = exact_samples(self.policy, *arguments, gamma)
