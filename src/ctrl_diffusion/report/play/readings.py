@@ -21,7 +21,7 @@ class Reading(NamedTuple):
     control: str
     says: str  # the label p̂ finds likeliest, or its mean on a scale; blank where p̂ does not know c
     share: float | None  # p̂ of that label; None on a scale
-    sees: str  # the label that the ruler sees, else the judge
+    sees: str  # the label that the ruler sees, else the judge; – if there is nothing to measure
     by: str  # "ruler" or "judge"; blank if the run has neither
     right: bool | None  # whether it sees the label asked for; None if none was, or nothing is seen
 
@@ -74,10 +74,10 @@ def read_control(
     if space.scale:
         seen = run.measure_scale(settings, images.cpu(), c).clamp(0, space.size - 1)
     else:
-        seen = run.ruler_of(settings)(images.cpu()) if settings.ruler else log_p(judge, images, c).argmax(1).cpu()
+        seen = run.ruler_of(settings)(images.cpu(), c) if settings.ruler else log_p(judge, images, c).argmax(1).cpu()
     same = (space.nearest(seen) == space.nearest(y)).tolist()
     right = [None if label == NULL else hit for label, hit in zip(y.tolist(), same, strict=True)]
-    texts = [short(space.text_of(label)) for label in seen.tolist()]
+    texts = [short(space.text_of(label)) or "–" for label in seen.nan_to_num(NULL).tolist()]
     return [Reading(settings.name, *row[:3], by, row[3]) for row in zip(says, shares, texts, right, strict=True)]
 
 
