@@ -18,7 +18,7 @@ from typer.main import get_command
 
 import ctrl_diffusion
 from ctrl_diffusion.commands.app import app
-from ctrl_diffusion.data.rulers.table import RULERS
+from ctrl_diffusion.evaluate.rulers.table import RULERS
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.defaults import suggested
 

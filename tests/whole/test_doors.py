@@ -26,7 +26,7 @@ from ctrl_diffusion.control.kinds import KINDS, load_control
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.digits import digits, ink_ruler
 from ctrl_diffusion.data.labelled import write_imagefolder
-from ctrl_diffusion.data.rulers.table import RULERS, Ruler
+from ctrl_diffusion.evaluate.rulers.table import RULERS, Ruler
 from ctrl_diffusion.guide.method import Method
 from ctrl_diffusion.learn.step import Evaluations, Learner, LearnerSettings, Step
 from ctrl_diffusion.learn.table import LEARNERS

@@ -18,8 +18,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..data.rulers.table import checked_ruler
 from ..data.sources import HUB
+from ..evaluate.rulers.table import checked_ruler
 from ..learn.adjoint import Adjoint
 from ..learn.backprop import Backprop
 from ..learn.contrast import Contrast
@@ -73,7 +73,7 @@ class ControlSettings(Strict):
         image: the column of the images, if it is not found by its name or contents.
         missing: "bad" makes a row bad whose label is blank or a word such as NaN or ?; "keep" takes words for classes.
         skip_bad: leave out rows that cannot be used, and count them in a warning.
-        ruler: what measures the true y, a row of data/rulers/table.py; null lets a judge, fitted on labels of its own.
+        ruler: what measures y, a row of evaluate/rulers/table.py; null lets a judge, fitted on labels of its own.
         classifier_from: a folder that `ctrl classifier` wrote; null fits a classifier.
         settled_from: a run that has trained this control already; its control is loaded and not trained further.
         classifier: how p̂ and the judge are fitted; see its keys.

@@ -17,8 +17,8 @@ from ..data.images import Levels
 from ..data.labelled import LabelledImages, warn_of_copies
 from ..data.names import in_order, is_missing
 from ..data.read import read_images
-from ..data.rulers.table import RULERS
 from ..data.sources import open_table
+from ..evaluate.rulers.table import RULERS
 from ..prior.prior import Prior, open_prior
 from ..prior.text.prompt_file import beyond_windows, check_lines, read_prompt_file
 from ..reward.classifiers import unreadable

@@ -22,9 +22,9 @@ from ..control.kinds import load_control
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
 from ..data.labels import Labels
-from ..data.rulers.table import RULERS
 from ..evaluate.judge import Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
+from ..evaluate.rulers.table import RULERS
 from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
 from ..prior.text.prompt_file import read_prompt_file
@@ -180,6 +180,7 @@ class Run:
         panel = self.panels[settings.name]
         if settings.ruler:
             ruler = RULERS[settings.ruler]
+            assert ruler.number is not None  # or `prepare` refuses it
             return panel.space.places(ruler.number(x, ruler.translated(c, self.prior.class_names)))
         judge = panel.judge
         assert judge is not None  # what no ruler measures has one
@@ -201,8 +202,9 @@ class Run:
 
     @property
     def accuracy_by(self) -> str:
-        """The name of what measures y: "ruler" if every control has one, else "judge"."""
-        return "ruler" if all(control.ruler for control in self.config.controls) else "judge"
+        """The name of what measures y: "ruler" if every control has one that is no judge, else "judge"."""
+        by = {RULERS[control.ruler].by if control.ruler else "judge" for control in self.config.controls}
+        return "judge" if "judge" in by else "ruler"
 
     @cached_property
     def known_classes(self) -> Sequence[int] | None:

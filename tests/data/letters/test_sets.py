@@ -9,7 +9,7 @@ from letters.fonts import FREE
 from ctrl_diffusion.data.letters import sets
 from ctrl_diffusion.data.letters.rulers import CHARACTERS
 from ctrl_diffusion.data.letters.sets import REAL, SERIF, SETS, SLANT, WEIGHT, letters
-from ctrl_diffusion.data.rulers.table import RULERS
+from ctrl_diffusion.evaluate.rulers.table import RULERS
 from ctrl_diffusion.reward.scorer import Classifier
 
 FONTS = Path(__file__).parents[3] / "bench" / "results" / "letters-fonts.json"

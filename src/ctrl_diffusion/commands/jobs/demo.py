@@ -1,6 +1,6 @@
-"""Train a demo control on an embedded model, with labelled pictures that ship."""
+"""Train a demo control on an embedded model, with labelled pictures that ship: those of digits, or of letters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ from ...run.folder import DATA_FOLDERS, RunFolder
 from ...run.prepare import prepare
 from ...system.progress import DEFAULT, JobOptions, ignore
 from ...system.strict import merged
-from .demos import digits
+from .demos import digits, letters
 from .train import reserved, start_training
 
 
@@ -20,11 +20,12 @@ class Demos(NamedTuple):
     """Hold the demos on one prior."""
 
     settings: dict[str, dict[str, Any]]  # by their controls; the first is the default
-    datasets: Callable[..., list[tuple[LabelledImages, LabelledImages]]]  # see `labelled_digits`
+    datasets: Callable[..., Sequence[tuple[LabelledImages, LabelledImages | None]]]  # see `labelled_digits`
 
 
 DEMOS = {
     "digits": Demos(digits.SETTINGS, digits.labelled_digits),
+    "letters": Demos(letters.SETTINGS, letters.labelled_letters),
 }
 
 
@@ -68,6 +69,8 @@ def demo_job(
         datasets = DEMOS[prior].datasets(controls, seed, labels)
         for control, pair in zip(values["controls"], datasets, strict=True):
             for kind, data in zip(DATA_FOLDERS, pair, strict=True):
+                if data is None:
+                    continue
                 path = Path(scratch, kind, control["name"]) if len(datasets) > 1 else Path(scratch, kind)
                 write_imagefolder(path, data)
                 control[kind] = str(path)
@@ -75,6 +78,6 @@ def demo_job(
         job = prepare(values, replace(options, say=ignore), settings_of(controls, prior))
         moved = job.config.model_dump(include={"controls"})
         for control in moved["controls"]:
-            for kind in DATA_FOLDERS:
+            for kind in (name for name in DATA_FOLDERS if control[name]):
                 control[kind] = str(out.resolve() / Path(control[kind]).relative_to(Path(scratch).resolve()))
         return start_training(replace(job, config=job.config.with_(**moved)), folder, options, Path(scratch))

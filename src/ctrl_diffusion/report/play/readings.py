@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...data.labels import NULL, Labels
+from ...evaluate.rulers.table import RULERS
 from ...evaluate.verdict import gap_line
 from ...reward.reward import Conditioned
 from ...reward.scorer import Scorer
@@ -68,7 +69,8 @@ def read_control(
     says, shares = [""] * count, [None] * count
     if known or not needs_known(p_hat):
         says, shares = opinion(run, settings.name, p_hat, x[0] if panel.latent else images, c)
-    by = "ruler" if settings.ruler else "judge" if judge and (known or not needs_known(judge)) else ""
+    asked = judge and (known or not needs_known(judge))
+    by = RULERS[settings.ruler].by if settings.ruler else "judge" if asked else ""
     if not by:
         return [Reading(settings.name, *pair, "", "", None) for pair in zip(says, shares, strict=True)]
     if space.scale:

@@ -1,1 +1,0 @@
-"""Name the built-in rulers, which measure the true y of pictures."""
