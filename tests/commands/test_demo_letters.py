@@ -50,7 +50,7 @@ def test_every_control_has_500_letters_and_its_judge_letters_of_other_families(c
     assert not any(a & b for a, b in combinations(families, 2))
     for name, (data, of_judge) in zip(names, datasets, strict=True):
         assert len(data) == 500
-        assert list(data.labels) == (["letter", name] if len(names) == 1 else [name])
+        assert list(data.labels) == ["letter", name]
         assert (of_judge is None) == (name == "serif"), "whose judge ships"
         if of_judge:
             assert len(of_judge) == len(letters("real").x)

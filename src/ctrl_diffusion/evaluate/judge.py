@@ -105,7 +105,7 @@ class SecondOpinion:
             c = torch.tensor(self.classes)[number]
         judge_labels = {}
         for name, judge in self.judges.items():
-            condition = [c if isinstance(judge, Embedded) else number] if judge.conditional else []
+            condition = [c if isinstance(judge, Embedded) and c is not None else number] if judge.conditional else []
             log_p = judge.log_prob(images, *(each.to(images.device) for each in condition))
             judge_labels[name] = log_p.argmax(1).cpu()
         labels = {**judge_labels, **{name: ruler(images.cpu(), c) for name, ruler in self.rulers.items()}}
