@@ -30,7 +30,7 @@ LAW = {
 # lines of each wing: what it has now and a little
 LINES = {
     "system": 975, "chain": 735, "data": 1690, "prior": 2180, "control": 930, "reward": 1700, "learn": 1390,
-    "guide": 750, "evaluate": 1910, "exact": 1370, "run": 4310, "report": 2440, "commands": 3565,
+    "guide": 750, "evaluate": 1910, "exact": 1370, "run": 4310, "report": 2440, "commands": 3578,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)
