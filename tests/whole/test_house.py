@@ -30,7 +30,7 @@ LAW = {
 # lines of each wing: what it has now and a little
 LINES = {
     "system": 975, "chain": 740, "data": 1690, "prior": 2180, "control": 930, "reward": 1700, "learn": 1390,
-    "guide": 750, "evaluate": 1760, "exact": 1370, "run": 4305, "report": 2620, "commands": 3470,
+    "guide": 750, "evaluate": 1910, "exact": 1370, "run": 4315, "report": 2620, "commands": 3605,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)

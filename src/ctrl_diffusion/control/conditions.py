@@ -238,8 +238,8 @@ class Conditions:
         return ", ".join(f"{key} = {value}" for key, value in values.items())
 
     def label_of(self, labels: Labels) -> Tensor:
-        """Return the label 0 … K − 1 (B,) that has these classes; only where no control is nullable."""
-        label = torch.zeros((), dtype=torch.long)
+        """Return the label 0 … K − 1 (B,) that has these classes, NULL where one is; no control may be nullable."""
+        label, known = torch.zeros((), dtype=torch.long), torch.ones((), dtype=torch.bool)
         for name, size in self.controls.items():
-            label = label * size + labels[name]
-        return label
+            label, known = label * size + labels[name], known & (labels[name] != NULL)
+        return torch.where(known, label, NULL)

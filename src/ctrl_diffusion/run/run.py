@@ -21,10 +21,10 @@ from ..control.control import Control
 from ..control.kinds import load_control
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
-from ..data.digits import MEASURES, RULERS
 from ..data.labels import Labels
 from ..evaluate.judge import Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
+from ..evaluate.rulers.table import RULERS
 from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
 from ..prior.text.prompt_file import read_prompt_file
@@ -165,20 +165,23 @@ class Run:
         return self.conditioned(judge) if judge and embedded else judge
 
     def ruler_of(self, settings: ControlSettings) -> Ruler:
-        """Return the ruler of a control's classes; on a scale it finds the nearest level."""
-        space = self.policy.controls[settings.name].space
-        if space.scale or not settings.ruler:
-            return lambda x: space.nearest(self.measure_scale(settings, x))
-        return RULERS[settings.ruler]
+        """Return the ruler of a control's classes; on a scale it finds the nearest level, NULL where there is no y."""
+        assert settings.ruler is not None
+        space, ruler = self.policy.controls[settings.name].space, RULERS[settings.ruler]
+        if (label := ruler.label) and not space.scale:
+            return lambda x, c: label(x, ruler.translated(c, self.prior.class_names))
+        return lambda x, c: space.nearest(self.measure_scale(settings, x, c))
 
     def measure_scale(self, settings: ControlSettings, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Measure where images x (n, C, H, W), of conditions c (n,), lie on a control's scale (n,).
 
-        By its ruler, else by its judge, which may depend on c.
+        By its ruler, NaN where there is nothing to measure, else by its judge; each may depend on c.
         """
         panel = self.panels[settings.name]
         if settings.ruler:
-            return panel.space.places(MEASURES[settings.ruler](x))
+            ruler = RULERS[settings.ruler]
+            assert ruler.number is not None  # or `prepare` refuses it
+            return panel.space.places(ruler.number(x, ruler.translated(c, self.prior.class_names)))
         judge = panel.judge
         assert judge is not None  # what no ruler measures has one
         view = self.conditioned(judge)
@@ -199,8 +202,9 @@ class Run:
 
     @property
     def accuracy_by(self) -> str:
-        """The name of what measures y: "ruler" if every control has one, else "judge"."""
-        return "ruler" if all(control.ruler for control in self.config.controls) else "judge"
+        """The name of what measures y: "ruler" if every control has one that is no judge, else "judge"."""
+        by = {RULERS[control.ruler].by if control.ruler else "judge" for control in self.config.controls}
+        return "judge" if "judge" in by else "ruler"
 
     @cached_property
     def known_classes(self) -> Sequence[int] | None:
