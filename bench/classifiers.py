@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rich import print_json
 from torch import Tensor
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import SETTINGS, labelled_digits
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.reward.panel import Panel
@@ -73,12 +73,12 @@ def support(panel: Panel, unseen: LabelledImages) -> dict[str, float]:
 def main() -> None:
     results: dict[str, Any] = {}
     for control in ("ink", "digit"):
-        ((data, others),) = demo.labelled_digits(control, 0)
+        ((data, others),) = labelled_digits(control, 0)
         half = len(others) // 2
         for_judge, unseen = others[range(half)], others[range(half, len(others))]
         for kind, labels in (("as labelled", data), ("imbalanced", thinned(data, control))):
             for name, option in OPTIONS.items():
-                settings = ClassifierSettings(**demo.SETTINGS[control]["controls"][0]["classifier"], **option)
+                settings = ClassifierSettings(**SETTINGS[control]["controls"][0]["classifier"], **option)
                 panel, _ = fit_panel(labels, control, ruler=True, settings=settings, judge_data=for_judge)
                 results.setdefault(control, {}).setdefault(kind, {})[name] = figures(
                     panel, unseen, labels.labels[control]

@@ -15,7 +15,7 @@ from typing import Any
 
 from race import keep
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import SETTINGS, labelled_digits
 from ctrl_diffusion.commands.jobs.estimate import estimate_job, most_needed
 from ctrl_diffusion.commands.jobs.train import train_job
 from ctrl_diffusion.data.labelled import write_imagefolder
@@ -26,7 +26,7 @@ PARTS = {"classifiers": ("classifier",), "learners and samples": ("train", "samp
 
 def settings(data: str) -> dict[str, Any]:
     """Return the settings of the digits demo on data in a folder."""
-    whole = dict(demo.SETTINGS["ink"])
+    whole = dict(SETTINGS["ink"])
     whole["controls"] = [{**whole["controls"][0], "data": data}]
     return whole
 
@@ -49,7 +49,7 @@ def main() -> None:
         return
     with TemporaryDirectory() as folder:
         data, out = Path(folder) / "data", Path(folder) / "run"
-        write_imagefolder(data, demo.labelled_digits("ink", 0)[0][0])
+        write_imagefolder(data, labelled_digits("ink", 0)[0][0])
         estimate, training = (apart(what, data, out) for what in ("estimate", "training"))
     s = estimate["seconds"]
     parts = {"classifiers": s["classifiers"], "learners and samples": s["learners"] + s["samples"], "total": s["total"]}

@@ -41,7 +41,7 @@ from rich import print_json
 from rich.console import Console
 from rich.table import Table
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import SETTINGS, labelled_digits
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import save_image, to_pixels, write_imagefolder
 from ctrl_diffusion.run.run import Run
@@ -75,8 +75,8 @@ def demo_row(folder: Path, seed: int) -> Metrics:
 
 def write_two_datasets(folder: Path, seed: int) -> None:
     """Write the two datasets of `ctrl demo --controls ink,slant` and a config for the training on each."""
-    both = demo.SETTINGS["ink,slant"]
-    for control, pair in zip(both["controls"], demo.labelled_digits("ink,slant", seed), strict=True):
+    both = SETTINGS["ink,slant"]
+    for control, pair in zip(both["controls"], labelled_digits("ink,slant", seed), strict=True):
         for kind, data in zip(("data", "judge_data"), pair, strict=True):
             write_imagefolder(folder / kind / control["name"], data)
             control = {**control, kind: f"{kind}/{control['name']}"}
@@ -102,23 +102,23 @@ def add_row(folder: Path, seed: int) -> Metrics:
 
 def write_measured_ink(folder: Path, seed: int) -> None:
     """Write the ink demo's labelled digits with the ink as a number, and a config."""
-    data = demo.labelled_digits("ink", seed)[0][0]
+    data = labelled_digits("ink", seed)[0][0]
     lines = ["file_name,digit,ink"]
     values = zip(to_pixels(data.x), data.labels["digit"], rulers.ink(data.x), strict=True)
     for i, (pixels, digit, ink) in enumerate(values):
         save_image(folder / "data" / f"{i}.png", pixels)
         lines.append(f"{i}.png,{digit},{ink:.6f}")
     (folder / "data" / "metadata.csv").write_text("\n".join(lines))
-    classifier = {k: v for k, v in demo.SETTINGS["ink"]["controls"][0]["classifier"].items() if k != "head"}
+    classifier = {k: v for k, v in SETTINGS["ink"]["controls"][0]["classifier"].items() if k != "head"}
     settings = {"prior": "digits", "control": "ink", "kind": "scale", "data": "data", "condition": "digit"}
     settings |= {"ruler": "ink", "interval": "none", "classifier": classifier, "seed": seed}
-    settings |= select(demo.SETTINGS["ink"], "learners weighted focus patience")
+    settings |= select(SETTINGS["ink"], "learners weighted focus patience")
     (folder / "scale.yaml").write_text(yaml.safe_dump(settings))
 
 
 def write_ink(folder: Path, seed: int) -> None:
     """Write the ink demo's labelled digits, and a config that holds three classes out, with defaults for the rest."""
-    for kind, data in zip(("data", "judge_data"), demo.labelled_digits("ink", seed)[0], strict=True):
+    for kind, data in zip(("data", "judge_data"), labelled_digits("ink", seed)[0], strict=True):
         write_imagefolder(folder / kind, data)
     settings = {"prior": "digits", "control": "ink", "data": "data", "judge_data": "judge_data", "condition": "digit"}
     (folder / "unseen.yaml").write_text(yaml.safe_dump({**settings, "ruler": "ink", "hold_out": 3, "seed": seed}))

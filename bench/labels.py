@@ -9,7 +9,7 @@ and extrapolated to a half and to all, where p̂ is measured too, on the same he
 import evidence
 import torch
 
-from ctrl_diffusion.commands.jobs.demo import labelled_digits
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.evaluate.learning_curve import LearningCurve, learning_curve
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 

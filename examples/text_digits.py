@@ -23,9 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -183,7 +185,7 @@ def train_pipeline(folder: Path, size: Size, x: Tensor, c: Tensor, of_autoencode
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         cycle.step()
-    StableDiffusionPipeline(
+    diffusers.StableDiffusionPipeline(  # imported here, after main() asked for no advice on torchvision
         vae=vae, text_encoder=encoder.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
@@ -223,6 +225,8 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=int, default=300, help="updates of the autoencoder's training")
     parser.add_argument("--updates", type=int, default=2000, help="of the UNet's and the text encoder's training")
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     size, folder = SIZES[args.digits], args.out or Path("text-digits" if args.digits == 1 else "two-digits")
     x, c = digits()
     known, others = train_test_split(range(len(x)), test_size=PHOTOS, stratify=c, random_state=0)

@@ -104,7 +104,7 @@ def read_at(rows: list[dict[str, Any]], root: Path, name: str, **change: float) 
     for row in rows:
         drawn = np.stack([drawn_at(root / row["path"], letter, **change) for letter in CHARACTERS])
         x = torch.from_numpy(drawn.astype(np.float32)).unsqueeze(1) / 127.5 - 1
-        readings.append(rulers.RULERS[name](x, letters).numpy())
+        readings.append(getattr(rulers, name)(x, letters).numpy())
     return np.array(readings)
 
 

@@ -113,10 +113,10 @@ def measure(prior: Prior, reader: Scorer, faces: Faces) -> tuple[dict[str, Any],
         },
         "rulers": {
             name: {
-                "samples": quantiles(ruler(samples, c)),
-                "training families": quantiles(ruler(same_families, c)),
+                "samples": quantiles(getattr(rulers, name)(samples, c)),
+                "training families": quantiles(getattr(rulers, name)(same_families, c)),
             }
-            for name, ruler in rulers.RULERS.items()
+            for name in ("weight", "slant", "width")
         },
         "milliseconds_per_64_on_one_thread": round(1000 * seconds_per_evaluation(prior, repeats=9), 1),
         "parameters": sum(p.numel() for p in prior.denoiser.network.parameters()),

@@ -87,7 +87,7 @@ def labelled(name: str, faces: Faces, seed: int = 0) -> dict[str, np.ndarray]:
         y = faces.serif[face].astype(np.int8)
     else:
         face, c = draw_labels(faces, LABELS, faces.weight, generator)
-        y = rulers.RULERS[name](as_x(faces.glyphs[face, c]), torch.from_numpy(c)).numpy().astype(np.float32)
+        y = getattr(rulers, name)(as_x(faces.glyphs[face, c]), torch.from_numpy(c)).numpy().astype(np.float32)
     order = generator.permutation(LABELS)
     face, c, y = face[order], c[order], y[order]
     return {"x": faces.glyphs[face, c], "c": c.astype(np.uint8), "y": y, "family": faces.family[face].astype(np.int16)}

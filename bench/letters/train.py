@@ -31,9 +31,14 @@ class Round:
     batch: int = 64
     seed: int = 0
     warm_up: int = 200
+    muon: bool = False  # for the matrices of the blocks, in place of AdamW
+    bfloat16: bool = False  # autocast of the network
 
 
-ROUNDS = (Round(steps=6500, lr=1.2e-3),)
+ROUNDS = (
+    Round(steps=6500, lr=1.2e-3),
+    Round(steps=9500, lr=1e-3, seed=1, muon=True, bfloat16=True),
+)
 
 
 def new_network() -> DiTTransformer2DModel:
@@ -77,27 +82,42 @@ def learning_rate(part: Round, step: int) -> float:
     return part.lr * min(1.0, (step + 1) / part.warm_up) * 0.5 * (1 + math.cos(math.pi * step / part.steps))
 
 
+def optimizers_of(net: nn.Module, part: Round) -> list[torch.optim.Optimizer]:
+    """Make the optimizers of a round: Muon for the matrices of the blocks if it says so, AdamW for all else."""
+    named = dict(net.named_parameters())
+    inside = [name for name, p in named.items() if p.ndim == 2 and "blocks" in name and "emb" not in name]
+    matrices = [named.pop(name) for name in inside if part.muon]
+    adamw = torch.optim.AdamW(named.values(), part.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+    if not part.muon:
+        return [adamw]
+    # its steps are as large as AdamW's, so that one learning rate serves both
+    return [torch.optim.Muon(matrices, part.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
 class Training:
-    """Hold what a round changes: weights, their average, the optimizer's state and the random stream."""
+    """Hold what a round changes: weights, their average, the optimizers' state and the random stream."""
 
     def __init__(self, net: nn.Module, part: Round) -> None:
         self.net, self.part, self.step, self.seconds = net, part, 0, 0.0
         self.generator = torch.Generator().manual_seed(part.seed)
-        self.optimizer = torch.optim.AdamW(net.parameters(), part.lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizers = optimizers_of(net, part)
         self.ema = EMAModel(net.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
         self.scheduler = new_scheduler()
 
     def update(self, data: Glyphs) -> float:
         """Take one step and return its loss."""
         part, generator = self.part, self.generator
-        self.optimizer.param_groups[0]["lr"] = learning_rate(part, self.step)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(part, self.step)
+            optimizer.zero_grad()
         x_0, c = data.batch(part.batch, generator)
         c = torch.where(torch.rand(part.batch, generator=generator) < UNLABELLED, CLASSES, c)
-        loss = loss_of(self.net, self.scheduler, x_0, c, generator)
-        self.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=part.bfloat16):
+            loss = loss_of(self.net, self.scheduler, x_0, c, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.ema.step(self.net.parameters())
         self.step += 1
         return float(loss.detach())
@@ -107,7 +127,7 @@ class Training:
         state = {
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
@@ -120,7 +140,8 @@ class Training:
         state = torch.load(path, weights_only=True)
         self.net.load_state_dict(state["net"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, of_it in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(of_it)
         self.generator.set_state(state["generator"])
         self.step, self.seconds = state["step"], state["seconds"]
 

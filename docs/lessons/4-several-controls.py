@@ -104,12 +104,19 @@ heavy, left = (
 )
 null = torch.full_like(c, -1)
 
+asked = {
+    "none": {"ink": null},
+    "heavy": {"ink": heavy},
+    "left": {"slant": left},
+    "heavy, left": {"ink": heavy, "slant": left},
+}
 figure, axes = pyplot.subplots(4, 10, figsize=(7, 3))
-for i, labels in enumerate([{"ink": null}, {"ink": heavy}, {"slant": left}, {"ink": heavy, "slant": left}]):
+for row, (name, labels) in zip(axes, asked.items(), strict=True):
     x = run.sample(labels, c=c, generator=torch.Generator().manual_seed(0))
-    for k in range(10):
-        axes[i, k].imshow(x[k, 0], cmap="gray", vmin=-1, vmax=1)
-        axes[i, k].axis("off")
+    for axis, image in zip(row, x, strict=True):
+        axis.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
+        axis.set(xticks=[], yticks=[])
+    row[0].set_ylabel(name, rotation=0, ha="right", va="center")
 
 # %% [markdown]
 # The old run's own samples are still in there. Without the new label, the new run draws what the old one draws, bit

@@ -13,17 +13,16 @@
 # %%
 from pathlib import Path
 
-Path("my_rules.py").write_text(
-    """
+RULE = """
 import numpy as np
 
 
 def half(image):
     ink = np.asarray(image, dtype=float)
     return "top" if ink[:4].sum() > ink[4:].sum() else "bottom"
-""",
-    encoding="utf-8",
-)
+"""
+with open("my_rules.py", "w", encoding="utf-8") as file:
+    file.write(RULE)
 
 # %% [markdown]
 # ## The images

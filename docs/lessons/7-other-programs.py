@@ -10,22 +10,23 @@
 # text encoder. After so short a training its drawings are rough.
 
 # %%
-# !python examples/text_digits.py --out text --autoencoder 60 --updates 200
+# !python examples/text_digits.py --out text --autoencoder 60 --updates 400
 
 # %% [markdown]
-# Two prompts, and labels of ink from 1 to 4. The training is short too: what a file does does not depend on that.
+# Two prompts, and labels of ink from 1 to 4. The training is short too.
 
 # %%
 from pathlib import Path
 
-Path("prompts.txt").write_text("a handwritten zero\na handwritten one\n", encoding="utf-8")
+with open("prompts.txt", "w", encoding="utf-8") as file:
+    print("a handwritten zero", "a handwritten one", sep="\n", file=file)
 
 # %%
 # !ctrl train --prior text/pipeline --data text/photos --control ink --condition prompt --prompts prompts.txt \
-# !    --out runs/text --quiet -o guidance=1.0 -o rank=8 -o steps=16 -o focus=none -o interval=none \
-# !    -o learners=[weighted,adjoint] -o classifier.updates=400 -o classifier.grid=1 -o classifier.depth=1 \
-# !    -o weighted.updates=40 -o weighted.renoising=10 -o weighted.cache=200 -o adjoint.updates=20 -o adjoint.batch=32 \
-# !    -o evaluation.prior_samples=200 -o evaluation.paths=120 -o evaluation.sweep_paths=16 -o evaluation.probes=2
+# !    --out runs/text --quiet -o guidance=1.0 -o rank=16 -o steps=12 -o focus=none -o interval=none \
+# !    -o learners=[contrast] -o contrast.updates=450 -o contrast.cache=600 -o classifier.updates=400 \
+# !    -o classifier.grid=1 -o classifier.depth=1 -o evaluation.prior_samples=300 -o evaluation.paths=160 \
+# !    -o evaluation.sweep_paths=16 -o evaluation.probes=2
 
 # %% [markdown]
 # ## Export
@@ -50,7 +51,7 @@ for path in sorted(Path("exported/programs").rglob("*")):
 #
 # Nothing of this package is imported here:
 
-# %% From the same noise: without the file, and with that of ink 4
+# %% From the same noise: without a file, with that of ink 1, and with that of ink 4
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -64,11 +65,13 @@ def draw():
     return pipe(["a handwritten zero"] * 8, num_inference_steps=20, guidance_scale=1.0, generator=noise).images
 
 
-without = draw()
-pipe.load_lora_weights("exported/programs/diffusers", weight_name="ink-4.safetensors")
-rows = [without, draw()]
+rows = [draw()]
+for value in "14":
+    pipe.load_lora_weights("exported/programs/diffusers", weight_name=f"ink-{value}.safetensors")
+    rows.append(draw())
+    pipe.unload_lora_weights()
 
-sheet = Image.new("L", (8 * 66, 2 * 66), 128)
+sheet = Image.new("L", (8 * 66, 3 * 66), 128)
 for i, row in enumerate(rows):
     for k, image in enumerate(row):
         sheet.paste(image.convert("L").resize((64, 64), Image.Resampling.NEAREST), (k * 66 + 1, i * 66 + 1))

@@ -18,6 +18,7 @@ from typer.main import get_command
 
 import ctrl_diffusion
 from ctrl_diffusion.commands.app import app
+from ctrl_diffusion.evaluate.rulers.table import RULERS
 from ctrl_diffusion.run.config import Config
 from ctrl_diffusion.run.defaults import suggested
 
@@ -67,6 +68,7 @@ raise `ValueError`, in one line that says what was got and what to do. This page
 """
 WINGS = ("chain", "data", "prior", "control", "reward", "learn", "guide", "evaluate", "run", "commands")
 ROWS = {"controls": "controls.N."}  # groups of which a list has several
+TABLES = {"controls.N.ruler": {name: ruler.measures for name, ruler in RULERS.items()}}  # what a key's values mean
 
 
 def descriptions(model: type[BaseModel]) -> dict[str, str]:
@@ -134,7 +136,8 @@ def entries(model: type[BaseModel], prefix: str, chosen: dict[str, Any]) -> Iter
             kind = f"{type_of(field.annotation)}{bounds_of(field)} · {default_of(field)}"
             kind += " · *chosen by `ctrl train`*" if key in chosen else ""
             lines = [f'<a id="{name}"></a>**`{name}`** · {kind}', f"{text[0].upper()}{text[1:]}"]
-            yield name, "\n\n".join([*lines, *([f"*Cost:* {cost}"] if cost else [])])
+            values = "\n".join(f"- `{value}`: {meaning}." for value, meaning in TABLES.get(name, {}).items())
+            yield name, "\n\n".join(filter(None, [*lines, values, cost and f"*Cost:* {cost}"]))
         else:
             yield name, f'<a id="{name}"></a>**`{name}`** · keys of its own\n\n{text[0].upper()}{text[1:]}'
             yield from entries(group, ROWS.get(name, f"{name}."), chosen.get(key, {}))

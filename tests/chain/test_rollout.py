@@ -42,6 +42,20 @@ def test_the_prior_and_the_null_label_walk_the_same_path():
     assert torch.equal(b.kl, torch.zeros(5, 3, dtype=torch.float64))
 
 
+def test_a_row_with_a_generator_of_its_own_is_the_same_among_any_others():
+    policy, times = toy()
+    policy = policy.float()
+
+    def ends(n, batch):
+        generators = [torch.Generator().manual_seed(i) for i in range(n)]
+        return paths(policy, n, times, generators, labels={"y": torch.zeros(n, dtype=torch.long)}, batch=batch).x_0
+
+    whole = ends(7, 3)
+    torch.testing.assert_close(ends(2, 8), whole[:2], rtol=0, atol=1e-6)  # products of another batch round differently
+    torch.testing.assert_close(ends(7, 8), whole, rtol=0, atol=1e-6)
+    assert len(whole.unique(dim=0)) == 7
+
+
 def test_sampling_in_batches_keeps_every_row_with_its_labels():
     policy, times = toy()
     policy = policy.float()

@@ -90,7 +90,7 @@ CLASSIFIER = "classifier --control ink --out {tmp}/o "
         ("compare {moved} --out {tmp}/o", MOVED),
         ("demo --seed 4294967296 --out {tmp}/o", "Invalid value for '--seed'"),
         ("demo --learner magic --out {tmp}/o", "learners: no learner is called 'magic'. There are contrast, weighted"),
-        ("demo --controls slant --out {tmp}/o", "the demo's controls are ink or digit or ink,slant; got 'slant'"),
+        ("demo --controls slant --out {tmp}/o", "the demos on digits are ink or digit or ink,slant; got 'slant'"),
         ("demo --quick --out {run}", "or pass --overwrite"),
         ("demo --quick --out {file}", "is a file"),
         ("exact --quick --out {run}", "or pass --overwrite"),

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import TINY
 
-from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.commands.jobs.compare import averaged, compare_job, in_words, interval
 from ctrl_diffusion.commands.jobs.comparing import comparison as comparison_room
 from ctrl_diffusion.commands.jobs.comparing.comparison import Comparison, judge_digests, read_again, subset
 from ctrl_diffusion.commands.jobs.comparing.methods import METHODS, FittedModels, MethodSpec
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.commands.jobs.train import classifier_job, train_job
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.guide.selection import Importance
@@ -169,7 +169,7 @@ def test_subsets_are_even_over_classes_and_disjoint_from_the_rest(run):
 def judged(tmp_path_factory):
     """A run without ruler and judge_data: its judge has a part of the labels. A dozen images occur twice."""
     folder = tmp_path_factory.mktemp("judged")
-    data = demo.labelled_digits("ink", 0, 1200)[0][0]
+    data = labelled_digits("ink", 0, 1200)[0][0]
     rows = torch.isin(data.labels["digit"], torch.tensor([3, 8])).nonzero().squeeze(1)
     write_imagefolder(folder / "data", data[torch.cat([rows, rows[:12]])])
     settings = {**TINY, "prior": "digits", "data": str(folder / "data"), "control": "ink", "condition": "digit"}

@@ -11,6 +11,7 @@ from tiny import TINY
 
 from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.read import read_images
 from ctrl_diffusion.reward.fit import half_turn
@@ -37,7 +38,7 @@ def test_slant_is_the_slope_of_a_stroke():
 
 
 def test_what_slants_goes_on_slanting_after_half_a_turn():
-    x = demo.labelled_digits("ink,slant", 0)[1][0].x
+    x = labelled_digits("ink,slant", 0)[1][0].x
     torch.manual_seed(0)
     turned = half_turn(x)
     assert 0.3 < float((turned != x).flatten(1).any(1).float().mean()) < 0.7
@@ -47,7 +48,7 @@ def test_what_slants_goes_on_slanting_after_half_a_turn():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_datasets_of_several_controls_share_no_image(seed):
     """Nor do the panels' share any with them; each is even over its classes."""
-    (ink, of_ink), (slant, of_slant) = demo.labelled_digits("ink,slant", seed)
+    (ink, of_ink), (slant, of_slant) = labelled_digits("ink,slant", seed)
     assert (len(ink), len(slant)) == (250, 250)
     assert list(slant.labels) == ["slant"], "y depends on x alone"
     kept = [{tuple(row) for row in data.x.flatten(1).tolist()} for data in (ink, slant, of_ink, of_slant)]
@@ -121,6 +122,22 @@ def test_the_report_needs_nothing_from_outside(quick_run):
     assert "ctrl demo --quick --out" in page, "the exact command"
     kept = json.loads(kept)["training"]["kept"]
     assert f"update {kept['update']} of {kept['stage']}" in page
+
+
+@pytest.mark.parametrize(("words", "asked"), [((), ("ink", "digits")), (("--prior", "letters"), ("weight", "letters"))])
+def test_the_last_line_says_how_to_turn_the_control_by_hand(quick_run, ctrl_here, monkeypatch, words, asked):
+    called = []
+
+    def job(values, out, options, controls, labels, prior):
+        called.append((controls, prior))
+        return json.loads((quick_run / "metrics.json").read_text())
+
+    monkeypatch.setattr(demo, "demo_job", job)
+    done = ctrl_here("demo", "--out", "runs/mine", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "turn it by hand, on a page in the browser: ctrl play runs/mine"
+    assert called == [asked]
+    assert ctrl_here("demo", "--out", "runs/mine", "--quiet").stdout == ""
 
 
 @pytest.mark.filterwarnings("ignore:log Z")

@@ -10,7 +10,8 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ctrl_diffusion.commands.jobs import demo, estimate
+from ctrl_diffusion.commands.jobs import estimate
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.commands.jobs.estimate import estimate_job, evaluations_of_samples, few_images, probes_of
 from ctrl_diffusion.commands.jobs.inspect import evaluations
 from ctrl_diffusion.data import digits as rulers
@@ -36,7 +37,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    write_imagefolder(folder, demo.labelled_digits("ink", 0)[0][0])
+    write_imagefolder(folder, labelled_digits("ink", 0)[0][0])
     return folder
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.commands.jobs.sample import outside_share
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.read import read_images
@@ -86,7 +86,7 @@ def test_exact_samples_are_weighed_in_full_precision(quick_run):
 def test_samples_that_leave_the_labelled_region_are_told(quick_run, tmp_path, ctrl_here):
     """Real digits are within, noise is not; what `ctrl sample` draws is counted."""
     run = Run.load(quick_run)
-    real = demo.labelled_digits("ink", 0)[0][1].x[:200]
+    real = labelled_digits("ink", 0)[0][1].x[:200]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         within = outside_share(run, real, real)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from tiny import TINY
 
-from ctrl_diffusion.commands.jobs import demo
 from ctrl_diffusion.commands.jobs import train as job
 from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.commands.jobs.train import classifier_job
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import write_imagefolder
@@ -22,7 +22,7 @@ from ctrl_diffusion.system.progress import JobOptions
 
 def test_a_classifier_is_not_written_over_somebody_elses_files(tmp_path, tmp_path_factory):
     data = tmp_path_factory.mktemp("digits")
-    write_imagefolder(data, demo.labelled_digits("ink", 0)[0][0])
+    write_imagefolder(data, labelled_digits("ink", 0)[0][0])
     settings = ControlSettings(name="ink", data=str(data))
     (tmp_path / "thesis.txt").write_text("mine")
     for overwrite, message in ((False, "--overwrite"), (True, r"no classifier\.json of ours")):
@@ -35,7 +35,7 @@ def test_a_classifier_is_not_written_over_somebody_elses_files(tmp_path, tmp_pat
 
 def test_a_classifier_is_fitted_as_the_config_of_a_training_says(tmp_path, monkeypatch, ctrl_here):
     """The same file serves `ctrl classifier` and `ctrl train`."""
-    for name, data in zip(("data", "others"), demo.labelled_digits("ink", 0)[0], strict=True):
+    for name, data in zip(("data", "others"), labelled_digits("ink", 0)[0], strict=True):
         write_imagefolder(tmp_path / name, data)
     text = "kind: scale\njudge_data: others\ncondition: digit\nclassifier: {updates: 7}\nsteps: 5\n"
     (tmp_path / "mine.yaml").write_text(text)

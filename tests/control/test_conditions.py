@@ -27,6 +27,11 @@ def test_labels_of_several_controls_run_the_last_fastest():
     assert torch.equal(conditions.label_of(labels), pair % 6)
 
 
+def test_a_class_that_is_not_known_makes_no_label():
+    labels = {"ink": torch.tensor([2, NULL, 1]), "slant": torch.tensor([1, 1, NULL])}
+    assert Conditions({}, {"ink": 3, "slant": 2}).label_of(labels).tolist() == [5, NULL, NULL]
+
+
 def test_a_pair_is_called_by_its_condition_and_its_label():
     names = {"c": ["a dog", "a cat"], "ink": ["light", "heavy"]}
     conditions = Conditions({"c": torch.tensor([7, 8])}, {"ink": 2, "slant": 2}, ("slant",), names=names)

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.data.labelled import LabelledImages, to_pixels
 
 
 def test_the_ink_classes_are_even_and_seen_by_the_ruler():
-    data = demo.labelled_digits("ink", 1)[0][0]
+    data = labelled_digits("ink", 1)[0][0]
     assert len(data) == 500
     counts = data.labels["ink"].bincount()
     # cut at the quartiles of 1,797 digits, many with equal ink: even up to ties
@@ -18,7 +18,7 @@ def test_the_ink_classes_are_even_and_seen_by_the_ruler():
 
 @pytest.mark.parametrize("shares", [(0.7, 0.15, 0.15), (0.4, 0.1, 0.15, 0.35)])
 def test_splits_are_disjoint_stratified_and_seeded(shares):
-    data = demo.labelled_digits("ink", 0)[0][0]
+    data = labelled_digits("ink", 0)[0][0]
     tagged = LabelledImages(torch.arange(500.0).view(-1, 1, 1, 1), data.labels, data.values)
     parts = tagged.split("ink", shares, seed=3)
     assert [len(part) for part in parts] == [round(500 * share) for share in shares]
@@ -31,7 +31,7 @@ def test_splits_are_disjoint_stratified_and_seeded(shares):
 
 
 def test_a_class_nobody_could_learn_is_refused():
-    data = demo.labelled_digits("ink", 0)[0][0]
+    data = labelled_digits("ink", 0)[0][0]
     with pytest.raises(ValueError, match=r"all 123 examples have ink = '1'. A control needs two classes"):
         LabelledImages(data.x[:123], {"ink": torch.zeros(123, dtype=torch.long)}, {"ink": ("1",)}).split("ink")
     rare = torch.cat([(data.labels["ink"] != 2).nonzero(), (data.labels["ink"] == 2).nonzero()[:3]]).squeeze(1)

@@ -22,6 +22,7 @@ def test_a_scale_has_places_between_its_levels():
     assert (SCALE.text_of(1.5), SCALE.text_of(float(NULL))) == ("17.5", "")
     assert SCALE.places(torch.tensor([10.0, 25.0, 40.0])).tolist() == [0.0, 3.0, 6.0]
     assert SCALE.nearest(torch.tensor([-0.7, 1.4, 1.6, 3.9])).tolist() == [0, 1, 2, 3]
+    assert SCALE.nearest(torch.tensor([1.4, torch.nan])).tolist() == [1, NULL], "nothing was measured"
     for value in ("9.9", "25.1", "much", "nan"):
         with pytest.raises(ValueError, match=f"ink must be a number in 10 … 25, got '{value}'"):
             SCALE.label_of(value, "ink")

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.data import read
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.data.names import in_order
@@ -19,7 +19,7 @@ SHAPE = (1, 8, 8)
 
 
 def test_imagefolder_round_trip(tmp_path):
-    data = demo.labelled_digits("ink", 0)[0][0]
+    data = labelled_digits("ink", 0)[0][0]
     write_imagefolder(tmp_path, data)
     assert (tmp_path / "metadata.csv").read_text().splitlines()[0] == "file_name,digit,ink"
     back = read_images(tmp_path, CLASSES, SHAPE)

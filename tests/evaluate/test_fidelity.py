@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torchmetrics.image.kid import poly_mmd
 
 from ctrl_diffusion.control.conditions import Conditions
+from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.evaluate.fidelity import Yardstick, frechet_distance, kernel_distance, manifolds, nearest_distance
 from ctrl_diffusion.evaluate.judge import SecondOpinion
 
@@ -59,7 +61,7 @@ def test_manifolds_of_equal_far_and_collapsed_sets():
 
 
 def observed(x, group):
-    return SecondOpinion({"y": lambda x: (x.flatten(1).mean(1) > 0).long()}).measure_batch(x, group)
+    return SecondOpinion({"y": lambda x, c: (x.flatten(1).mean(1) > 0).long()}).measure_batch(x, group)
 
 
 def test_fidelity_is_taken_within_what_was_asked_for():
@@ -82,6 +84,17 @@ def test_fidelity_is_taken_within_what_was_asked_for():
     assert found["right"].diversity_ratio == pytest.approx(1.0, abs=0.1)  # standard error about 1/√200 of the spread
     assert found["one"].diversity_ratio == pytest.approx(0.0, abs=1e-6)
     assert found["one"].recall == 0.0
+
+
+def test_real_x_that_could_not_be_measured_are_of_no_pair():
+    conditions, x, group = (
+        Conditions({"c": torch.arange(2)}, {"y": 2}),
+        torch.randn(40, 1, 1, 2),
+        torch.arange(40) // 20,
+    )
+    seen = replace(observed(x, group), labels={"y": torch.tensor([0, 1, NULL, 1]).repeat(10)})
+    yardstick = Yardstick.from_observations(conditions, seen, group, seen)
+    assert list(map(len, yardstick.real)) == [5, 10, 5, 10]
 
 
 def test_what_no_sample_of_the_prior_has_is_left_out_of_the_diversity():

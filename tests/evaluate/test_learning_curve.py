@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs.demo import labelled_digits
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.commands.jobs.train import classifier_job
 from ctrl_diffusion.data.labelled import write_imagefolder
 from ctrl_diffusion.evaluate.learning_curve import (

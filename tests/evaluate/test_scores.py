@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from ctrl_diffusion.chain.codec import Codec
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data import digits as rulers
+from ctrl_diffusion.data.labels import NULL
 from ctrl_diffusion.evaluate.judge import Observation, SecondOpinion
 from ctrl_diffusion.evaluate.scores import Nulled, score_samples, score_target, stratified_error, weighted_diversity
 from ctrl_diffusion.reward.scorer import Classifier
@@ -31,8 +32,8 @@ def test_one_sample_that_owns_the_weight_has_no_diversity():
 @pytest.mark.parametrize("with_reader", [True, False])
 def test_a_target_without_reward_is_the_prior_itself(with_reader):
     """With equal rewards the weights are even: target and samples must agree on the same images."""
-    x, reader = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
-    judge = SecondOpinion({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, reader if with_reader else None)
+    x, reader = labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 10, grid=4).eval().requires_grad_(False)
+    judge = SecondOpinion({"y": lambda x, c: torch.zeros(len(x), dtype=torch.long)}, reader if with_reader else None)
     conditions = Conditions({"c": torch.arange(10)}, {"y": 1})
     target = score_target(judge.measure(x, conditions), torch.zeros(10, 4, 1), conditions)
     samples = score_samples(judge.measure(x, conditions), conditions)
@@ -45,7 +46,7 @@ def test_a_target_without_reward_is_the_prior_itself(with_reader):
 
 
 def test_a_sharp_reward_picks_what_it_rewards():
-    y = rulers.ink_ruler(x := demo.labelled_digits("ink", 0)[0][0].x[:40])
+    y = rulers.ink_ruler(x := labelled_digits("ink", 0)[0][0].x[:40])
     table = 50.0 * torch.nn.functional.one_hot(y, 4).float().view(1, 40, 4)
     target = score_target(
         SecondOpinion({"y": rulers.ink_ruler}).measure(x, Conditions({}, {"y": 4})), table, Conditions({}, {"y": 4})
@@ -57,8 +58,8 @@ def test_a_sharp_reward_picks_what_it_rewards():
 
 def test_the_second_opinion_is_counted_as_the_rulers_is():
     """A judge that sees what the ruler sees has its accuracy, on samples and on the target alike."""
-    x, judge = demo.labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
-    both = SecondOpinion({"y": lambda x: judge.log_prob(x).argmax(1)}, judges={"y": judge})
+    x, judge = labelled_digits("ink", 0)[0][0].x[:40], Classifier(1, 4).eval().requires_grad_(False)
+    both = SecondOpinion({"y": lambda x, c: judge.log_prob(x).argmax(1)}, judges={"y": judge})
     target = score_target(both.measure(x, Conditions({}, {"y": 4})), torch.randn(1, 40, 4), Conditions({}, {"y": 4}))
     samples = score_samples(both.measure(x, Conditions({}, {"y": 4})), Conditions({}, {"y": 4}))
     for score in (target, samples):
@@ -74,12 +75,49 @@ def test_the_second_opinion_is_counted_as_the_rulers_is():
     ).judge_accuracy == pytest.approx(float(seen.float().mean()))
 
 
+def test_rulers_are_told_the_priors_classes():
+    """As they are where samples were drawn for them, else those that the numbers of reader and judges stand for."""
+    told = []
+
+    def ruler(x, c):
+        told.append(c.tolist())
+        return torch.zeros(len(x), dtype=torch.long)
+
+    opinion = SecondOpinion({"y": ruler}, classes=[3, 5, 7])
+    x = torch.zeros(4, 1, 2, 2)
+    opinion.measure(x, Conditions({"c": torch.tensor([7, 9])}, {"y": 1}))
+    opinion.measure_batch(x, torch.tensor([0, 2, 1, 1]))
+    assert told == [[7, 7, 9, 9], [3, 7, 5, 5]]
+
+
 def test_confusion_has_what_was_asked_in_its_rows():
     conditions = Conditions({}, {"y": 3})  # six samples, two for each class in turn
     came = torch.tensor([0, 1, 1, 1, 0, 2])
-    score = score_samples(SecondOpinion({"y": lambda x: came}).measure(torch.zeros(6, 1, 2, 2), conditions), conditions)
+    score = score_samples(
+        SecondOpinion({"y": lambda x, c: came}).measure(torch.zeros(6, 1, 2, 2), conditions), conditions
+    )
     assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]
     assert score.accuracy == pytest.approx(4 / 6)
+
+
+def test_what_could_not_be_measured_is_not_right_and_in_no_class():
+    """Of six samples two are empty; on the target's side they have half of the weight of every label."""
+    conditions = Conditions({}, {"y": 3})
+    came = torch.tensor([0, 1, 1, NULL, NULL, 2])
+    observation = SecondOpinion({"y": lambda x, c: came}).measure(torch.randn(6, 1, 2, 2), conditions)
+    score = score_samples(observation, conditions)
+    assert score.accuracy == pytest.approx(3 / 6)
+    assert score.confusion.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]]
+    assert score.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)  # 2 hits / (asked + came) of each class
+    table = torch.zeros(1, 6, 3)
+    table[0, [0, 1, 2, 5]] -= torch.tensor(2.0).log()  # four of weight 1, two of weight 2
+    target = score_target(observation, table, conditions)
+    assert target.accuracy == pytest.approx((1 + 2 + 1) / 8 / 3)
+    torch.testing.assert_close(target.confusion, torch.tensor([1 / 8, 2 / 8, 1 / 8]).expand(3, 3))
+    labels = {"target": came, "prior": came, "ctrl": came}
+    shares = Nulled.from_labels(labels, 3, table).shares
+    torch.testing.assert_close(shares["ctrl"], torch.tensor([1 / 6, 2 / 6, 1 / 6]))
+    torch.testing.assert_close(shares["target"], torch.tensor([1 / 8, 2 / 8, 1 / 8]))
 
 
 def test_what_a_nulled_control_comes_out_as():
@@ -132,7 +170,7 @@ def test_a_nulled_share_whose_target_is_not_known_is_none():
 def test_several_controls_are_counted_each_and_all():
     conditions = Conditions({}, {"ink": 2, "slant": 2})  # labels (0,0) (0,1) (1,0) (1,1), two samples each
     ink, slant = torch.tensor([0, 0, 0, 1, 1, 1, 1, 0]), torch.tensor([0, 1, 1, 1, 0, 0, 1, 1])
-    judge = SecondOpinion({"ink": lambda x: ink, "slant": lambda x: slant})
+    judge = SecondOpinion({"ink": lambda x, c: ink, "slant": lambda x, c: slant})
     score = score_samples(judge.measure(torch.zeros(8, 1, 2, 2), conditions), conditions)
     assert score.accuracy_of == {"ink": 6 / 8, "slant": 7 / 8}
     assert score.accuracy == 5 / 8
@@ -161,7 +199,7 @@ def test_a_look_at_many_samples_is_a_look_at_each():
 
     second = Classifier(1, 2).eval().requires_grad_(False)
     judge = SecondOpinion(
-        {"y": lambda images: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, Doubling()
+        {"y": lambda images, c: (images.mean((1, 2, 3)) > 0).long()}, reader, {"y": second}, outside, Doubling()
     )
     conditions = Conditions({"c": torch.arange(2)}, {"y": 2})
     observation = judge.measure(x, conditions)

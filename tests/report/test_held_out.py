@@ -7,7 +7,7 @@ import pytest
 import torch
 from drawn import Drawn
 
-from ctrl_diffusion.commands.jobs.demo import labelled_digits
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.evaluate.evaluation import generalises
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.prior.source import DIGITS

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.exact.races import Picture
 from ctrl_diffusion.exact.task import GROWING
 from ctrl_diffusion.report.classifier import write_classifier_report
@@ -61,7 +61,7 @@ def test_the_page_of_the_races_shows_how_the_gap_grows(tmp_path):
 
 def test_the_page_of_a_classifier_shows_its_figures(tmp_path):
     settings = ClassifierSettings(head="ordinal", grid=1, depth=1, updates=300)
-    panel, held_out = fit_panel(demo.labelled_digits("ink", 0)[0][0], "ink", settings=settings)
+    panel, held_out = fit_panel(labelled_digits("ink", 0)[0][0], "ink", settings=settings)
     panel.quality = replace(panel.quality, brier=0.1234, auroc=0.9876)
     write_classifier_report(tmp_path, panel, held_out)
     page = (tmp_path / "report.html").read_text()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctrl_diffusion.chain.codec import Codec
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.data.labelled import LabelledImages
 from ctrl_diffusion.data.labels import LabelSpace
@@ -44,7 +44,7 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
     for name in ("fit_classifier", "calibrated_nll"):
         spy(name)
-    ((data, others),) = demo.labelled_digits("ink", 0)
+    ((data, others),) = labelled_digits("ink", 0)
     labels = {name: torch.cat([data.labels[name], others.labels[name]]) for name in data.labels}
     both = tagged(LabelledImages(torch.cat([data.x, others.x]), labels, data.values))
     data, others = both[range(500)], both[range(500, len(both))]
@@ -56,7 +56,7 @@ def test_no_label_serves_two_masters(monkeypatch, elsewhere, sizes):
 
 
 def test_save_and_load(tmp_path):
-    data = demo.labelled_digits("ink", 0)[0][0]
+    data = labelled_digits("ink", 0)[0][0]
     panel, held_out = fit_panel(data, "ink", "digit", settings=FAST)
     panel.save(tmp_path)
     again = Panel.load(tmp_path)
@@ -76,7 +76,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_a_classifier_no_better_than_chance_is_refused():
-    data = demo.labelled_digits("ink", 0)[0][0]
+    data = labelled_digits("ink", 0)[0][0]
     shuffled = data.labels["ink"][torch.randperm(500, generator=torch.Generator().manual_seed(0))]
     wrong = LabelledImages(data.x, {"ink": shuffled}, data.values)
     with pytest.raises(ValueError, match="not clearly better than chance"):
@@ -152,7 +152,7 @@ def test_a_conditional_classifier_needs_its_condition():
 
 def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_path):
     """Reader, judge and their accuracies are of images; p̂, its report and the region it was fitted on of latents."""
-    data = demo.labelled_digits("ink", 0)[0][0]
+    data = labelled_digits("ink", 0)[0][0]
     asked = []
 
     def encode(images):
@@ -192,7 +192,7 @@ def test_a_classifier_may_look_at_latents_while_its_judge_looks_at_images(tmp_pa
 
 
 def test_latents_are_refused_where_there_are_none_or_they_would_be_turned():
-    data = demo.labelled_digits("ink", 0)[0][0]
+    data = labelled_digits("ink", 0)[0][0]
     with pytest.raises(ValueError, match="p̂ looks at latents, but there is no prior on latents. Leave it out"):
         fit_panel(data, "ink", settings=ClassifierSettings(latents=True))
     for wrong in ({"backbone": "x"}, {"augment": "half_turn"}, {"augment": "any_side_up"}):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.data import digits as rulers
 from ctrl_diffusion.reward.fit import (
     AUGMENTATIONS,
@@ -22,7 +22,7 @@ from ctrl_diffusion.reward.scorer import Architecture, Classifier, Scorer
 
 @pytest.fixture(scope="module")
 def parts():
-    return demo.labelled_digits("ink", 0)[0][0].split("ink", seed=0)
+    return labelled_digits("ink", 0)[0][0].split("ink", seed=0)
 
 
 @pytest.fixture(scope="module", params=["categorical", "ordinal"])
@@ -174,7 +174,7 @@ def test_larger_images_are_brought_down(size, depth, convolutions, halved):
 
 
 def test_augmentations_keep_what_they_promise():
-    x = demo.labelled_digits("ink", 0)[0][0].x
+    x = labelled_digits("ink", 0)[0][0].x
     turned = any_side_up(x)
     assert not torch.equal(turned, x)
     torch.testing.assert_close(rulers.ink(turned), rulers.ink(x))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from classifiers import climbed
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import SETTINGS, labelled_digits
 from ctrl_diffusion.control.conditions import Conditions
 from ctrl_diffusion.evaluate.evaluation import warn_if_outside
 from ctrl_diffusion.evaluate.judge import SecondOpinion
@@ -18,8 +18,8 @@ from ctrl_diffusion.system.files import write_tensors
 @pytest.fixture(scope="module", params=["ink", "digit"])
 def judged(request):
     """p̂ of a control with its support, a judge fitted on other digits, and these: p̂ never met them."""
-    ((data, others),) = demo.labelled_digits(request.param, 0)
-    settings = ClassifierSettings(**{**demo.SETTINGS[request.param]["controls"][0]["classifier"], "updates": 600})
+    ((data, others),) = labelled_digits(request.param, 0)
+    settings = ClassifierSettings(**{**SETTINGS[request.param]["controls"][0]["classifier"], "updates": 600})
     panel, _ = fit_panel(data, request.param, ruler=True, settings=settings, judge_data=others[range(600)])
     return panel, others[range(600, len(others))]
 
@@ -139,7 +139,9 @@ def test_what_fools_the_reward_leaves_its_support_and_not_the_judge(judged):
 def test_scores_have_the_share_outside():
     """Of even weights it is the samples' own; of sharp ones that of the rewarded."""
     x, conditions = torch.arange(8.0).view(8, 1, 1, 1), Conditions({}, {"y": 2})
-    judge = SecondOpinion({"y": lambda x: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x, _: x.flatten() > 5)
+    judge = SecondOpinion(
+        {"y": lambda x, c: torch.zeros(len(x), dtype=torch.long)}, outside=lambda x, _: x.flatten() > 5
+    )
     score = score_samples(judge.measure(x, conditions), conditions)
     assert score.outside_support == 2 / 8
     within = torch.tensor([0.0, 0.0, 1.0, 1.0]).var() / 4  # of the second label's mean; the first has no spread

@@ -6,7 +6,8 @@ import pytest
 from faults import SETTINGS, disturbed, interrupted_at, log
 
 from ctrl_diffusion.commands.jobs import train as job
-from ctrl_diffusion.commands.jobs.demo import demo_job, labelled_digits
+from ctrl_diffusion.commands.jobs.demo import demo_job
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.commands.jobs.train import resume_job
 from ctrl_diffusion.reward.classifiers import ClassifierSettings, fit_panel
 from ctrl_diffusion.run import stages

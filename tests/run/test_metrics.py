@@ -1,5 +1,6 @@
 """What metrics.json says of a whole run."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from ctrl_diffusion.chain.schedule import RectifiedFlow
 from ctrl_diffusion.evaluate.verdict import Climb, Gain
 from ctrl_diffusion.exact.mixtures import GaussianMixture
 from ctrl_diffusion.exact.side_control import SideControl
-from ctrl_diffusion.run.metrics import intervals_of, last_climb, verdict_of
+from ctrl_diffusion.run.metrics import intervals_of, last_climb, scale_metrics, verdict_of
 
 GOOD = {"ink": {"nll": 0.4, "chance_nll": 1.39}}
 
@@ -34,6 +35,16 @@ def evaluation(gain, prior, ctrl, target):
 )
 def test_a_control_has_learned_if_j_and_what_is_right_rose(gain, prior, ctrl, target, learned):
     assert verdict_of(evaluation(gain, prior, ctrl, target), GOOD, [{}, {}], False).learned is learned
+
+
+def test_what_could_not_be_measured_on_a_scale_is_left_out():
+    requested, measured = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([0.5, torch.nan, 2.5, 3.5])
+    figures = scale_metrics(requested, measured)
+    assert (figures["samples"], figures["mean_error_levels"]) == (3, 0.5)
+    assert figures["r2"] == pytest.approx(1 - 3 * 0.25 / float((requested[[0, 2, 3]] - 5 / 3).square().sum()))
+    nothing = scale_metrics(requested, torch.full((4,), torch.nan))
+    assert nothing["samples"] == 0
+    assert math.isnan(nothing["r2"])
 
 
 def test_intervals_are_reported_with_the_steps_inside():

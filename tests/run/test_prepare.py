@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ctrl_diffusion.commands.jobs import demo
+from ctrl_diffusion.commands.jobs.demos.digits import labelled_digits
 from ctrl_diffusion.data.labelled import LabelledImages, save_image, to_pixels, write_imagefolder
 from ctrl_diffusion.data.labels import LabelSpace
 from ctrl_diffusion.prior.prior import Prior
@@ -30,7 +30,7 @@ from ctrl_diffusion.system.progress import JobOptions
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    write_imagefolder(folder, demo.labelled_digits("ink", 0)[0][0])
+    write_imagefolder(folder, labelled_digits("ink", 0)[0][0])
     return folder
 
 
@@ -41,7 +41,7 @@ def fitted(tmp_path_factory):
     folders = {}
     for name, condition, ruler in (("whole", "digit", False), ("bare", None, True)):
         folders[name] = tmp_path_factory.mktemp(name)
-        panel, _ = fit_panel(demo.labelled_digits("ink", 0)[0][0], "ink", condition, ruler, fast)
+        panel, _ = fit_panel(labelled_digits("ink", 0)[0][0], "ink", condition, ruler, fast)
         panel.save(folders[name])
         for page in PAGES:
             (folders[name] / page).write_bytes(b"page")
@@ -273,7 +273,15 @@ def test_a_classifier_given_c_counts_it_within_the_classes_asked_for(data, tmp_p
         ),
         ({"classifier_from": "{bare}", "ruler": "ink", "condition": "digit"}, "no reader of 'digit'"),
         ({"classifier_from": "{whole}", "control": "digit"}, "is of 'ink' on images of"),
-        ({"control": "digit", "ruler": "ink"}, "measures ink, not 'digit'"),
+        (
+            {"control": "digit", "ruler": "ink"},
+            "ruler: ink measures the classes 1, 2, 3, 4 or a number, not the classes of 'digit'. Leave",
+        ),
+        ({"control": "digit", "ruler": "letter-weight"}, "letter-weight measures a number, not the classes of 'digit'"),
+        (
+            {"control": "digit", "kind": "scale", "ruler": "letter-weight"},
+            "measures 32 × 32 pixels, and this prior makes 8 × 8. Leave the ruler out",
+        ),
         ({"evaluation": {"prior_samples": 8}, "control": "digit"}, "at least the number of the controls' classes"),
         ({"data": 2024}, "data: Input should be a valid string"),
         ({"prior": None}, "--prior is missing"),
@@ -286,7 +294,7 @@ def test_refused_before_anything_starts(data, fitted, settings, message):
 
 
 def test_augmentation_that_does_not_suit_the_images(data):
-    tall = demo.labelled_digits("ink", 0)[0][0]
+    tall = labelled_digits("ink", 0)[0][0]
     tall.x = tall.x[:, :, :, :6]
     with pytest.raises(ValueError, match="needs square images"):
         fit_panel(tall, "ink", settings=ClassifierSettings(augment="any_side_up"))
@@ -342,7 +350,7 @@ def test_a_batch_that_processes_cannot_share_is_refused_by_its_learner(monkeypat
 
 def test_what_was_understood_is_said_of_every_dataset_once(data, tmp_path):
     """The classes' sub-folders of p̂'s data, and the table of the judge's, spelled otherwise."""
-    digits = demo.labelled_digits("ink", 0)[0][0]
+    digits = labelled_digits("ink", 0)[0][0]
     for i, (y, pixels) in enumerate(zip(digits.labels["ink"].tolist(), to_pixels(digits.x), strict=True)):
         save_image(tmp_path / "photos" / str(y + 1) / f"{i:03}.png", pixels)
     shutil.copytree(data, tmp_path / "judge")

@@ -26,6 +26,7 @@ from ctrl_diffusion.control.kinds import KINDS, load_control
 from ctrl_diffusion.control.policy import Policy
 from ctrl_diffusion.data.digits import digits, ink_ruler
 from ctrl_diffusion.data.labelled import write_imagefolder
+from ctrl_diffusion.evaluate.rulers.table import RULERS, Ruler
 from ctrl_diffusion.guide.method import Method
 from ctrl_diffusion.learn.step import Evaluations, Learner, LearnerSettings, Step
 from ctrl_diffusion.learn.table import LEARNERS
@@ -225,6 +226,23 @@ def test_a_baseline(photos, tmp_path, row):
     diversity = {row["method"]: row["diversity_ratio"] for row in comparison["rows"] if not row["trial"]}
     assert diversity["blank"] == 0 < diversity["ctrl"]
     assert "blank sheets" in (tmp_path / "compared" / "report.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:log Z")
+def test_a_ruler(photos, tmp_path, row):
+    """One that is told the digit, as it numbers digits itself."""
+    told = []
+
+    def label(x, c):
+        told.extend(c.tolist())
+        return ink_ruler(x)
+
+    subjects = tuple("9876543210")
+    row(RULERS, "told ink", Ruler("the ink", label, label, tuple("1234"), side=8, subjects=subjects))
+    train_job({**TINY, "data": photos, "ruler": "told ink"}, tmp_path / "run")
+    assert set(told) == {subjects.index("3"), subjects.index("8")}
+    with pytest.raises(ValueError, match="must be one of ink, .*, told ink, got 'told inc'"):
+        train_job({**TINY, "data": photos, "ruler": "told inc"}, tmp_path / "other")
 
 
 def test_a_rule(photos, tmp_path, monkeypatch, ctrl_here):

@@ -29,8 +29,8 @@ LAW = {
 }
 # lines of each wing: what it has now and a little
 LINES = {
-    "system": 990, "chain": 735, "data": 1690, "prior": 2195, "control": 960, "reward": 1700, "learn": 1390,
-    "guide": 750, "evaluate": 1760, "exact": 1370, "run": 4310, "report": 2440, "commands": 3445,
+    "system": 990, "chain": 740, "data": 1690, "prior": 2195, "control": 985, "reward": 1700, "learn": 1390,
+    "guide": 750, "evaluate": 1910, "exact": 1370, "run": 4315, "report": 2620, "commands": 3605,
 }  # fmt: skip
 FILES, COMMANDS = 10, 14
 MODULES = sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE)

@@ -9,11 +9,11 @@ from torch import Tensor
 from .denoise import Denoiser
 
 EVERY = slice(None)
+Generators = torch.Generator | Sequence[torch.Generator]  # of all rows together, or one for each
 
 
 def normal(
-    shape: Sequence[int], like: Tensor | Denoiser,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None, rows: slice = EVERY,
+    shape: Sequence[int], like: Tensor | Denoiser, generator: Generators | None = None, rows: slice = EVERY,
 ) -> Tensor:  # fmt: skip
     """Draw standard normal noise of a shape and return some of its rows on the device of `like`.
 
@@ -24,6 +24,11 @@ def normal(
     dtype = like.dtype if isinstance(like, Tensor) else None
     source = generator.device if generator else "cpu"  # so that a seed gives the same values on every device
     return torch.randn(*shape, generator=generator, dtype=dtype, device=source)[rows].to(like.device)
+
+
+def generators_of(generator: Generators, rows: slice) -> Generators:
+    """Return a generator of all rows as it is, or of one for each row those of some rows."""
+    return generator if isinstance(generator, torch.Generator) else generator[rows]
 
 
 def stream(seed: int, purpose: str) -> torch.Generator:

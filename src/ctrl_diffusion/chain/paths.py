@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..system import ranks
 from .denoise import Denoiser
-from .noise import EVERY, normal
+from .noise import EVERY, Generators, generators_of, normal
 from .rollout import Times, read_out, rollout
 from .rows import parts, rows_of
 from .transition import step
@@ -40,7 +40,7 @@ def default_batch(denoiser: Denoiser) -> int:
 
 @torch.no_grad()
 def paths(
-    denoiser: Denoiser, n: int, times: Times, generator: torch.Generator, cond: dict[str, Tensor] | None = None,
+    denoiser: Denoiser, n: int, times: Times, generator: Generators, cond: dict[str, Tensor] | None = None,
     labels: dict[str, Tensor] | None = None, strength: float = 1.0, compare: bool = False, eta: float = 1.0,
     batch: int | None = None, progress: Callable[[int], None] | None = None, gamma: float | Tensor | None = None,
 ) -> Paths:  # fmt: skip
@@ -49,7 +49,7 @@ def paths(
     Args:
         denoiser: prior or policy.
         times: the chain's grid.
-        generator: of all noise.
+        generator: of all noise, or one for each path.
         cond, labels: n rows each.
         strength: w of the control.
         compare: also measure the path's KL against the prior.
@@ -107,7 +107,7 @@ def denoised(
 
 
 def in_batches(
-    denoiser: Denoiser, n: int, count: int, generator: torch.Generator,
+    denoiser: Denoiser, n: int, count: int, generator: Generators,
     simulate: Callable[[slice, list[Tensor]], tuple[Tensor, ...]], batch: int | None,
     progress: Callable[[int], None] | None, results: int,
 ) -> list[Tensor]:  # fmt: skip
@@ -121,7 +121,8 @@ def in_batches(
     for rows in batches:
         shape = (rows.stop - rows.start, *denoiser.shape)
         # the noise of other ranks' batches is drawn, too, but not moved
-        noise = [normal(shape, denoiser, generator, EVERY if rows in rank_batches else slice(0)) for _ in range(count)]
+        source, kept = generators_of(generator, rows), EVERY if rows in rank_batches else slice(0)
+        noise = [normal(shape, denoiser, source, kept) for _ in range(count)]
         if rows in rank_batches:
             for values, value in zip(lists, simulate(rows, noise), strict=True):
                 values.append(value)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .line.options import OTHER, Overwrite, Quiet, Seed, Trust, job_options
+from .line.options import OTHER, Overwrite, Quiet, Seed, job_options
 
 
 def sample(
@@ -15,13 +15,14 @@ def sample(
     class_: Annotated[
         str | None, typer.Option("--class", help="The prior's class, or any prompt; left out, each.")
     ] = None,
+    word: Annotated[str, typer.Option(help="A picture for each of its letters, and word.png.")] = "",
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
     strength: Annotated[float, typer.Option(help="w: 0 the prior, 1 as trained, or more.")] = 1.0,
     gamma: Annotated[float | None, typer.Option(help="γ, of a run with gammas; left out, the run's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
     exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
-    trust: Trust = False,
+    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,  # as of add; --help stays a screen
     overwrite: Overwrite = False,
     quiet: Quiet = OTHER,
 ) -> None:
@@ -30,6 +31,7 @@ def sample(
     from .jobs.sample import sample_job
 
     with job_options(quiet, trust, overwrite) as options:
-        sample_job(Run.load(run, trust=trust), out, set_, class_, n, strength, steps, seed, exact, options, gamma)
+        opened = Run.load(run, trust=trust)
+        n = sample_job(opened, out, set_, class_, n, strength, steps, seed, exact, options, gamma, word)
     if not quiet:
         typer.echo(f"{n} samples in {out}")

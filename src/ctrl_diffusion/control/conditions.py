@@ -77,10 +77,12 @@ class Conditions:
     def for_training(
         cls, cond: dict[str, Tensor], controls: dict[str, int], fixed: Collection[str] = (),
         gammas: tuple[float, ...] = (), names: dict[str, Sequence[str]] | None = None, pooled: bool = False,
+        weights: Sequence[float] = (),
     ) -> "Conditions":  # fmt: skip
         """Let any controls be null but not all; where some are fixed, only these, so that the others are trained."""
         nullable = (fixed or controls) if len(controls) > 1 else ()
-        return cls(cond, controls, nullable, gammas, names or {}, pooled)
+        weigh = torch.tensor(weights) if weights else None
+        return cls(cond, controls, nullable, gammas, names or {}, pooled, weigh)
 
     @cached_property
     def combinations(self) -> Tensor:
@@ -238,8 +240,8 @@ class Conditions:
         return ", ".join(f"{key} = {value}" for key, value in values.items())
 
     def label_of(self, labels: Labels) -> Tensor:
-        """Return the label 0 … K − 1 (B,) that has these classes; only where no control is nullable."""
-        label = torch.zeros((), dtype=torch.long)
+        """Return the label 0 … K − 1 (B,) that has these classes, NULL where one is; no control may be nullable."""
+        label, known = torch.zeros((), dtype=torch.long), torch.ones((), dtype=torch.bool)
         for name, size in self.controls.items():
-            label = label * size + labels[name]
-        return label
+            label, known = label * size + labels[name], known & (labels[name] != NULL)
+        return torch.where(known, label, NULL)

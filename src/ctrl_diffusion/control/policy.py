@@ -100,6 +100,11 @@ class Policy(Denoiser):
             parts.append(x_hat if strength == 1.0 else torch.lerp(x_hat_pre[rows], x_hat, strength))
         return torch.cat(parts)[torch.cat([group.positions for group in groups]).argsort()[: len(x_t)]]
 
+    @property
+    def sees_condition(self) -> bool:
+        """Whether all controls that are trained see the prior's condition."""
+        return all(control.sees_condition or control.fixed for control in self.controls.values())
+
     def control_of(self, name: str) -> Control:
         """Return a control by name; raise ValueError for an unknown one."""
         if name not in self.controls:

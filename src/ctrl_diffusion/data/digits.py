@@ -1,4 +1,4 @@
-"""Read scikit-learn's digits, and measure their ink and slant."""
+"""Read scikit-learn's digits, and measure their ink and slant, for which the digit c makes no difference."""
 
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ def on_paper(x: Tensor) -> Tensor:
     return (x.clamp(-1, 1) + 1) / 2
 
 
-def ink(x: Tensor) -> Tensor:
+def ink(x: Tensor, c: Tensor | None = None) -> Tensor:
     """Return the mean pixel on the scale 0 … 1: (n,) of x (n, C, H, W) in [−1, 1]."""
     return on_paper(x).flatten(1).mean(1)
 
@@ -60,20 +60,16 @@ def moments(paper: Tensor) -> Moments:
     return Moments(centre_right, centre_up, slope)
 
 
-def slant(x: Tensor) -> Tensor:
+def slant(x: Tensor, c: Tensor | None = None) -> Tensor:
     """Return the slope (n,) of ink's columns on its rows, pixels right per pixel up, of x (n, C, H, W) in [−1, 1]."""
     return moments(on_paper(x).mean(1)).slope
 
 
-def ink_ruler(x: Tensor) -> Tensor:
+def ink_ruler(x: Tensor, c: Tensor | None = None) -> Tensor:
     """Return the true ink class 0 … 3 (n,) of x (n, C, H, W)."""
     return torch.bucketize(ink(x), torch.tensor(INK_CUTS, device=x.device), right=True)
 
 
-def slant_ruler(x: Tensor) -> Tensor:
+def slant_ruler(x: Tensor, c: Tensor | None = None) -> Tensor:
     """Return the true slant class 0, 1 (n,) of x (n, C, H, W): left or right of the median of the digits that lean."""
     return (slant(x) > torch.tensor(SLANT_CUT, device=x.device)).long()
-
-
-RULERS = {INK: ink_ruler, SLANT: slant_ruler}
-MEASURES = {INK: ink, SLANT: slant}  # of y on a scale

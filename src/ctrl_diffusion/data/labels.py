@@ -71,8 +71,11 @@ class LabelSpace:
         return f"{first + label / (self.size - 1) * (last - first):.6g}"
 
     def nearest(self, y: Tensor) -> Tensor:
-        """Return the class number, or the number of the nearest level, of labels y (n,), none of them null."""
-        return y.round().clamp(0, self.size - 1).long() if self.scale else y
+        """Return the class number, or the number of the nearest level, of labels y (n,), none of them null.
+
+        A place on the scale that is not known, NaN, has none: NULL.
+        """
+        return y.round().clamp(0, self.size - 1).nan_to_num(NULL).long() if self.scale else y
 
     def check(self, y: Tensor, name: str) -> None:
         """Refuse (ValueError) labels (n,) of `name` that are no classes, or off the scale; null is allowed."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..control.conditions import Conditions
+from ..data.labels import NULL
 from .judge import Observation
 from .scores import weighted_diversity
 
@@ -122,7 +123,8 @@ class Yardstick:
 
         Of each pair `held_out` real x, at most half of them, are drawn by the seed and compared with the others.
         """
-        pair = group * conditions.classes + conditions.label_of(real.labels)
+        label = conditions.label_of(real.labels)
+        pair = torch.where(label == NULL, NULL, group * conditions.classes + label)
         members = len(prior.features) // conditions.groups
         label = conditions.label_of(prior.labels).view(conditions.groups, members, 1)
         w = (label == torch.arange(conditions.classes)).double()

@@ -15,7 +15,7 @@ from ..data.labels import Labels
 from ..reward.reward import Conditioned, Embedded
 from ..reward.scorer import Scorer
 
-Ruler = Callable[[Tensor], Tensor]
+Ruler = Callable[[Tensor, Tensor | None], Tensor]
 MOST_SIDE = 32  # of images whose pixels are compared
 
 
@@ -23,7 +23,7 @@ MOST_SIDE = 32  # of images whose pixels are compared
 class Observation:
     """Hold what was measured of n samples."""
 
-    labels: Labels  # control → the class of y (n,), by the ruler where there is one, else by the judge
+    labels: Labels  # control → the class of y (n,), by the ruler where there is one, else by the judge; NULL if unknown
     judge_labels: Labels  # control → the class of y (n,), by the judge
     features: Tensor  # (n, F), in which diversity and distances are measured
     adheres: Tensor | None  # (n,), 1 where the reader reads the condition that was asked for; None without a reader
@@ -51,7 +51,8 @@ class SecondOpinion:
     """Measure samples independently of p̂.
 
     Args:
-        rulers: control → x (n, C, H, W) → the class of y (n,), as the labels were made. Without one the judge decides.
+        rulers: control → x (n, C, H, W) and the prior's c (n,), if it has any → the class of y (n,), as the labels were
+            made; NULL where nothing can be measured. Without one the judge decides.
         reader: a classifier of the prior's conditions c; its features measure diversity. Without one diversity is in
             pixels and adherence is not measured, nor is it of conditions that the reader does not know.
         judges: control → a classifier of y, fitted on labels p̂ never saw; its accuracy is reported beside the ruler's.
@@ -96,18 +97,18 @@ class SecondOpinion:
     def measure_batch(self, x_0: Tensor, number: Tensor, c: Tensor | None = None) -> Observation:
         """Measure samples (n, *) of conditions by their numbers (n,) in one batch.
 
-        `c` (n,) are the prior's classes, which a judge that is given the embedding of c needs; None for those that the
-        numbers stand for.
+        `c` (n,) are the prior's classes, which rulers and a judge that is given the embedding of c need; None for those
+        that the numbers stand for.
         """
         images = self.codec.decode(x_0)
+        if c is None and self.classes is not None:
+            c = torch.tensor(self.classes)[number]
         judge_labels = {}
         for name, judge in self.judges.items():
-            condition = [number] if judge.conditional else []
-            if isinstance(judge, Embedded):
-                condition = [torch.tensor(self.classes)[number] if c is None else c]
+            condition = [c if isinstance(judge, Embedded) and c is not None else number] if judge.conditional else []
             log_p = judge.log_prob(images, *(each.to(images.device) for each in condition))
             judge_labels[name] = log_p.argmax(1).cpu()
-        labels = {**judge_labels, **{name: ruler(images.cpu()) for name, ruler in self.rulers.items()}}
+        labels = {**judge_labels, **{name: ruler(images.cpu(), c) for name, ruler in self.rulers.items()}}
         reader = self.reader if bool((number >= 0).all()) else None
         adheres = (reader.log_prob(images).argmax(1).cpu() == number).float() if reader else None
         outside = self.outside and self.outside(x_0, images).float().cpu()

@@ -2,7 +2,8 @@
 
 Samples of a policy are scored as they are. The *target*, the score of a perfect learner with this p̂ and γ, is estimated
 from prior samples weighted by w = p̂(y | x_0)^γ, normalised per (c, y). Of a pair that too few of them have it is not
-known (NaN): such a pair is left out of the means.
+known (NaN): such a pair is left out of the means. A sample whose y could not be measured, NULL, has no y: it counts as
+one that is not right, and in no class.
 
 Samples are drawn pair by pair, equally many, so the variance of a mean is that within the pairs. The K labels of one c
 share its prior samples: the influence of each on the target is summed over y before it is squared. Where the c are a
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..control.conditions import Conditions
@@ -132,7 +132,7 @@ def score_target(prior: Observation, table: Tensor, conditions: Conditions, know
 
     right = hits(prior.labels)
     accuracy = (w * (hit := all_of(right))).sum(1, keepdim=True)  # (G, 1, K)
-    label = F.one_hot(conditions.label_of(prior.labels), classes).to(w).view(groups, members, classes)
+    label = one_hot(conditions.label_of(prior.labels), classes).to(w).view(groups, members, classes)
     diversities = weighted_diversity(prior.features.view(groups, members, -1), w)
     confusions = torch.einsum("gmk,gmj->gkj", w, label)
     within = shared_error(members * w * (hit - accuracy), share) if known.any() else torch.nan
@@ -170,7 +170,7 @@ def score_samples(samples: Observation, conditions: Conditions) -> Score:
         return {name: (labels[name] == y).float() for name, y in targets.items() if name in labels}
 
     hit, outside = all_of(right := hits(samples.labels)), samples.outside
-    labels = pair % conditions.classes, conditions.label_of(samples.labels)
+    labels, classes = (pair % conditions.classes, conditions.label_of(samples.labels)), range(conditions.classes)
     strata = conditions.pairs, clusters_of(conditions)
     diversities = weighted_diversity(features, even)
     return score(
@@ -180,8 +180,8 @@ def score_samples(samples: Observation, conditions: Conditions) -> Score:
         stderr_of={name: stratified_error(hit, *strata) for name, hit in right.items()},
         diversity=float(diversities.mean()),
         diversities=diversities.flatten(),
-        confusion=torch.from_numpy(confusion_matrix(*labels, labels=range(conditions.classes), normalize="true")),
-        macro_f1=float(f1_score(*labels, average="macro", zero_division=0.0)),
+        confusion=torch.from_numpy(confusion_matrix(*labels, labels=classes) / (len(pair) // len(classes))),
+        macro_f1=float(f1_score(*labels, labels=classes, average="macro", zero_division=0.0)),
         outside_stderr=None if outside is None else stratified_error(outside, *strata),
     )  # fmt: skip
 
@@ -206,16 +206,21 @@ def all_of(hits: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(hits.values())).prod(0)
 
 
+def one_hot(y: Tensor, classes: int) -> Tensor:
+    """Return whether labels (*,) are each of the classes: (*, K) of bool; NULL is none of them."""
+    return y[..., None] == torch.arange(classes)
+
+
 def class_shares(y: Tensor, classes: int, clusters: int) -> tuple[Tensor, Tensor]:
     """Compute each class's share, averaged over pairs, and its standard error (K_i,), from classes (P, n)."""
-    hit, pairs = F.one_hot(y, classes).float(), len(y)
+    hit, pairs = one_hot(y, classes).float(), len(y)
     errors = [stratified_error(hit[..., j].flatten(), pairs, clusters) for j in range(classes)]
     return hit.mean((0, 1)), torch.tensor(errors)
 
 
 def target_shares(y: Tensor, classes: int, weights: Tensor, known: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Compute them of classes (G, M) that the weights (G, M, K) of each pair share; pairs not `known` do not count."""
-    hit, members, share = F.one_hot(y, classes).to(weights), y.shape[1], even_shares(known).to(weights)
+    hit, members, share = one_hot(y, classes).to(weights), y.shape[1], even_shares(known).to(weights)
     shares = torch.einsum("gmk,gmj->gkj", weights, hit)
     errors = []
     for j in range(classes):

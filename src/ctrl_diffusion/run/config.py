@@ -19,6 +19,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from ..data.sources import HUB
+from ..evaluate.rulers.table import checked_ruler
 from ..learn.adjoint import Adjoint
 from ..learn.backprop import Backprop
 from ..learn.contrast import Contrast
@@ -70,10 +71,9 @@ class ControlSettings(Strict):
         condition: the prior's class c, if the data have it: NAME, or NAME:COLUMN.
         condition_column: the column of c, if its name is another.
         image: the column of the images, if it is not found by its name or contents.
-        missing: "bad" makes a row bad whose label is blank or a word such as NaN, none or ?; "keep" takes such words
-            for classes.
+        missing: "bad" makes a row bad whose label is blank or a word such as NaN or ?; "keep" takes words for classes.
         skip_bad: leave out rows that cannot be used, and count them in a warning.
-        ruler: a built-in measure of the true y; null lets a judge measure it, fitted on labels of its own.
+        ruler: what measures y, a row of evaluate/rulers/table.py; null lets a judge, fitted on labels of its own.
         classifier_from: a folder that `ctrl classifier` wrote; null fits a classifier.
         settled_from: a run that has trained this control already; its control is loaded and not trained further.
         classifier: how p̂ and the judge are fitted; see its keys.
@@ -95,7 +95,7 @@ class ControlSettings(Strict):
     image: str | None = Field(None, min_length=1)
     missing: Literal["bad", "keep"] = "bad"
     skip_bad: bool = False
-    ruler: Literal["ink", "slant"] | None = None
+    ruler: Annotated[str, AfterValidator(checked_ruler)] | None = None
     classifier_from: str | None = None
     settled_from: str | None = None
     classifier: ClassifierSettings = ClassifierSettings()

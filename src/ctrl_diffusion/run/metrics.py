@@ -153,9 +153,11 @@ def last_climb(records: Sequence[dict[str, Any]]) -> Climb | None:
 
 
 def scale_metrics(requested: Tensor, measured: Tensor) -> dict[str, float]:
-    """Say how samples follow the places requested on a scale, (n,) and (n,), in levels."""
+    """Say how samples follow the places requested on a scale, (n,) and (n,), in levels; NaN is not measured."""
     from sklearn.metrics import r2_score
 
-    error, r2 = measured - requested, r2_score(requested.numpy(), measured.numpy())
+    requested, measured = requested[known := measured.isfinite()], measured[known]
+    error = measured - requested
+    r2 = r2_score(requested.numpy(), measured.numpy()) if len(measured) > 1 else math.nan
     mean, rms = float(error.mean()), float(error.square().mean().sqrt())
     return {"samples": len(requested), "r2": r2, "mean_error_levels": mean, "root_mean_square_error_levels": rms}

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..chain.noise import stream
 from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
-from ..data.digits import VALUES
 from ..data.images import Levels
 from ..data.labelled import LabelledImages, warn_of_copies
-from ..data.names import in_order, is_missing, key_of
+from ..data.names import in_order, is_missing
 from ..data.read import read_images
 from ..data.sources import open_table
+from ..evaluate.rulers.table import RULERS
 from ..prior.prior import Prior, open_prior
 from ..prior.text.prompt_file import beyond_windows, check_lines, read_prompt_file
 from ..reward.classifiers import unreadable
@@ -238,9 +238,9 @@ def read_inputs(settings: ControlSettings, prior: Prior | None, options: JobOpti
             )
     data = read_data(settings.data, settings, prior, panel and panel.values, phase=options.phase)
     space = data.space(settings.name)
-    ruler = settings.ruler
-    if ruler and not space.scale and list(map(key_of, space.values)) != list(map(key_of, VALUES[ruler])):
-        raise ValueError(f"ruler: {ruler} measures {ruler}, not {settings.name!r}. Leave the ruler out.")
+    asked = (prior.image_shape, prior.class_names) if prior else (None, None)
+    if settings.ruler and (reason := RULERS[settings.ruler].refusal(settings.name, space, *asked)):
+        raise ValueError(f"ruler: {settings.ruler} {reason}. Leave the ruler out.")
     judge_data = None
     if settings.judge_data and not panel:
         same_kind = settings.model_copy(update={"kind": "scale" if space.scale else "classes"})

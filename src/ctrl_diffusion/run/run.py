@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..chain.noise import stream
+from ..chain.noise import Generators, stream
 from ..chain.paths import paths
 from ..chain.rollout import Times
 from ..control.conditions import MOST_ENUMERATED, Conditions, ConditionSplit
@@ -21,10 +21,10 @@ from ..control.control import Control
 from ..control.kinds import load_control
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
-from ..data.digits import MEASURES, RULERS
 from ..data.labels import Labels
 from ..evaluate.judge import Ruler, SecondOpinion
 from ..evaluate.resample import exact_samples
+from ..evaluate.rulers.table import RULERS
 from ..prior.prior import Prior, open_prior
 from ..prior.sharding import shard
 from ..prior.text.prompt_file import read_prompt_file
@@ -89,11 +89,10 @@ def fits(prior: Prior, config: Config, steps: int) -> bool:
 
 def folder_of_prompts(beside: Path | None) -> Path:
     """Return the folder that encoded prompts are kept in: `beside`, or where temporary files are, with a warning."""
-    if beside is None:
-        return Path(gettempdir())
-    if os.access(beside, os.W_OK):
+    if beside and os.access(beside, os.W_OK):
         return beside
-    warnings.warn(f"{beside} cannot be written to: prompts are encoded into {gettempdir()}.", stacklevel=3)
+    if beside:
+        warnings.warn(f"{beside} cannot be written to: prompts are encoded into {gettempdir()}.", stacklevel=3)
     return Path(gettempdir())
 
 
@@ -169,20 +168,23 @@ class Run:
         return self.conditioned(judge) if judge and embedded else judge
 
     def ruler_of(self, settings: ControlSettings) -> Ruler:
-        """Return the ruler of a control's classes; on a scale it finds the nearest level."""
-        space = self.policy.controls[settings.name].space
-        if space.scale or not settings.ruler:
-            return lambda x: space.nearest(self.measure_scale(settings, x))
-        return RULERS[settings.ruler]
+        """Return the ruler of a control's classes; on a scale it finds the nearest level, NULL where there is no y."""
+        assert settings.ruler is not None
+        space, ruler = self.policy.controls[settings.name].space, RULERS[settings.ruler]
+        if (label := ruler.label) and not space.scale:
+            return lambda x, c: label(x, ruler.translated(c, self.prior.class_names))
+        return lambda x, c: space.nearest(self.measure_scale(settings, x, c))
 
     def measure_scale(self, settings: ControlSettings, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Measure where images x (n, C, H, W), of conditions c (n,), lie on a control's scale (n,).
 
-        By its ruler, else by its judge, which may depend on c.
+        By its ruler, NaN where there is nothing to measure, else by its judge; each may depend on c.
         """
         panel = self.panels[settings.name]
         if settings.ruler:
-            return panel.space.places(MEASURES[settings.ruler](x))
+            ruler = RULERS[settings.ruler]
+            assert ruler.number is not None  # or `prepare` refuses it
+            return panel.space.places(ruler.number(x, ruler.translated(c, self.prior.class_names)))
         judge = panel.judge
         assert judge is not None  # what no ruler measures has one
         view = self.conditioned(judge)
@@ -203,8 +205,9 @@ class Run:
 
     @property
     def accuracy_by(self) -> str:
-        """The name of what measures y: "ruler" if every control has one, else "judge"."""
-        return "ruler" if all(control.ruler for control in self.config.controls) else "judge"
+        """The name of what measures y: "ruler" if every control has one that is no judge, else "judge"."""
+        by = {RULERS[control.ruler].by if control.ruler else "judge" for control in self.config.controls}
+        return "judge" if "judge" in by else "ruler"
 
     @cached_property
     def known_classes(self) -> Sequence[int] | None:
@@ -244,26 +247,17 @@ class Run:
     def training_conditions(self) -> Conditions:
         """All pairs (c, y) to train on: labels may be null, but where a control is being added not those of the new.
 
-        For controls that do not see c the null class is one more c, of a population half of what is drawn: it shows
-        what classes look like that nobody trains on.
+        Where controls do not see c the null class, which shows those nobody trains on, is a c, of a population half.
         """
         fixed = [name for name in self.names if self.policy.controls[name].fixed]
         trained, pooled = (self.split.trained, self.split.pooled) if self.split else (None, False)
-        null = [self.prior.null] if trained and self.trains_on_null else []
+        sees = self.policy.sees_condition or any(panel.classifier.conditional for panel in self.panels.values())
+        null = [] if sees or not trained or self.prior.null is None else [self.prior.null]
         conditions = self.conditions_on(self.names, trained and [*trained, *null])
         arguments = conditions.cond, conditions.controls, fixed, self.config.trained_gammas, conditions.names
         weights = dict(zip(self.known_classes or (), self.config.weights or (), strict=False))
-        drawn = [weights.get(c, 1.0) for c in trained or ()]
-        drawn += [sum(drawn)] * len(null)
-        weighs = weights or (null and pooled)
-        return replace(Conditions.for_training(*arguments, pooled), weights=torch.tensor(drawn) if weighs else None)
-
-    @property
-    def trains_on_null(self) -> bool:
-        """Whether a control learns that does not see c, of a prior with a null class, on a p̂ that does not see c."""
-        apart = any(not (control.sees_condition or control.fixed) for control in self.policy.controls.values())
-        conditional = any(panel.classifier.conditional for panel in self.panels.values())
-        return apart and self.prior.null is not None and not conditional
+        weigh = [weights.get(c, 1.0) for c in trained or ()] if weights or (null and pooled) else []
+        return Conditions.for_training(*arguments, pooled, weigh and [*weigh, *[sum(weigh)] * len(null)])
 
     @property
     def probe_conditions(self) -> Conditions:
@@ -352,7 +346,7 @@ class Run:
 
     def sample(
         self, y: Tensor | Labels, c: Tensor | None = None, strength: float = 1.0, steps: int | None = None,
-        generator: torch.Generator | None = None, exact: bool = False, phase: Phase = silent, latents: bool = False,
+        generator: Generators | None = None, exact: bool = False, phase: Phase = silent, latents: bool = False,
         gamma: float | None = None,
     ) -> Tensor:  # fmt: skip
         """Draw samples (n, C, H, W) in [−1, 1] of p(x | c, y); images, also of a latent model.
@@ -365,7 +359,7 @@ class Run:
             c: (n,) classes of the prior, needed unless it is unconditional.
             strength: 0 is the prior, 1 the trained policy, more extrapolates; two evaluations a step but at 0 and 1.
             steps: of the reverse process; the training chain's if None.
-            generator: of all noise; the run's seed if None.
+            generator: of all noise, or a list of one for each sample; the run's seed if None.
             exact: draw many paths and keep some by their importance weights, exact in the limit of many for the chain
                 that is sampled (`resample.exact_samples`).
             phase: told of progress.
@@ -374,7 +368,7 @@ class Run:
 
         Raises:
             ValueError: c or y out of range, of different lengths, or c missing or not wanted; a γ the controls were not
-                trained for; too few paths count for an exact sample.
+                trained for; too few paths count for an exact sample, or it was to have a generator for each sample.
         """
         gamma = self.config.gamma if gamma is None else gamma
         for control in self.policy.controls.values():
@@ -395,6 +389,8 @@ class Run:
         times = self.times_of(steps) if steps else self.times
         cond, n = {} if c is None else {"c": c}, counts.pop()
         if exact:
+            if not isinstance(generator, torch.Generator):
+                raise ValueError("exact samples share one generator: each is chosen among many paths.")
             with cast(Any, self.policy.base).full_precision():  # or the weights would be those of rounding errors
                 arguments = self.reward_at(gamma), times, generator, labels, cond, strength, phase
                 x_0, _ = exact_samples(self.policy, *arguments, gamma)

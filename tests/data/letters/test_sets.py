@@ -7,8 +7,9 @@ import torch
 from letters.fonts import FREE
 
 from ctrl_diffusion.data.letters import sets
-from ctrl_diffusion.data.letters.rulers import CHARACTERS, RULERS
-from ctrl_diffusion.data.letters.sets import REAL, SERIF, SETS, letters
+from ctrl_diffusion.data.letters.rulers import CHARACTERS
+from ctrl_diffusion.data.letters.sets import REAL, SERIF, SETS, SLANT, WEIGHT, letters
+from ctrl_diffusion.evaluate.rulers.table import RULERS
 from ctrl_diffusion.reward.scorer import Classifier
 
 FONTS = Path(__file__).parents[3] / "bench" / "results" / "letters-fonts.json"
@@ -43,10 +44,10 @@ def test_a_set_has_500_different_letters_with_labels(name):
     assert len(c.unique()) > 55
 
 
-@pytest.mark.parametrize("name", [name for name in SETS if name in RULERS])
+@pytest.mark.parametrize("name", [WEIGHT, SLANT])
 def test_a_label_on_a_scale_is_what_the_ruler_reads(name):
     x, c, y, _ = letters(name)
-    torch.testing.assert_close(RULERS[name](x[:50], c[:50]), y[:50], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(RULERS[f"letter-{name}"].number(x[:50], c[:50]), y[:50], rtol=1e-4, atol=1e-4)
     assert y.isfinite().all()
 
 

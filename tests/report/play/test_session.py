@@ -144,7 +144,7 @@ def test_marks_are_the_rulers(open_session):
     drawing = drawn(session)
     ruler = session.run.ruler_of(session.run.config.controls[0])
     for picture in (*drawing.prior, *drawing.ctrl):
-        label = int(ruler(picture.image[None]))
+        label = int(ruler(picture.image[None], None))
         assert picture.readings[0].sees == str(label + 1)
         assert picture.right == (label == 2)
         assert isinstance(picture.outside, bool)

@@ -1,101 +1,58 @@
-"""Train a demo control on the embedded model: three tasks on scikit-learn's digits.
+"""Train a demo control on an embedded model, with labelled pictures that ship: those of digits, or of letters."""
 
-ink        y is the stroke weight, the mean pixel from 0 (black) to 1, in four classes of equal size, named 1 (light)
-           … 4 (heavy), for each of the prior's ten digits. The ruler that made the labels measures the samples too.
-digit      y is the digit, and the prior is used by its null class. A judge fitted on other digits measures y.
-ink,slant  two controls from two datasets that share no image; that of slant has no digit. Slant is whether the strokes
-           lean left or right of the median, on eight digits: a 6 leans left and a 7 right by its shape.
-"""
-
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from sklearn.model_selection import train_test_split
-
-from ...data.digits import DIGIT, INK, SLANT, UPRIGHT, VALUES, digits, ink_ruler, slant_ruler
 from ...data.labelled import LabelledImages, write_imagefolder
 from ...run.config import Config, is_list_of_groups, list_controls
 from ...run.folder import DATA_FOLDERS, RunFolder
 from ...run.prepare import prepare
 from ...system.progress import DEFAULT, JobOptions, ignore
 from ...system.strict import merged
+from .demos import digits, letters
 from .train import reserved, start_training
 
-# ink depends on neither place nor orientation, and its classes are ordered
-INK_CLASSIFIER = {"head": "ordinal", "grid": 1, "depth": 1, "augment": "any_side_up", "updates": 8800}
-INK_CONTROL = {"name": INK, "condition": DIGIT, "ruler": INK, "interval": "none", "classifier": INK_CLASSIFIER}
-# ink is decided at the end of the chain: its control has no use for an interval, nor its chain for a focus; the figures
-# of all demos in the docs were measured without
-EVERYWHERE = {"focus": "none", "patience": None, "learners": ["weighted", "adjoint"]}
-RENOISED = {"updates": 700, "renoising": 175}
-# few updates: 250 labels leave too few to calibrate a classifier that is fitted until it is overconfident
-SLANT_CLASSIFIER = {"head": "categorical", "grid": 4, "depth": 1, "augment": "half_turn", "updates": 500}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "ink": {"prior": "digits", "controls": [INK_CONTROL], "weighted": RENOISED, **EVERYWHERE},
-    "digit": {
-        "prior": "digits",
-        "unconditional": True,
-        # the names are numbers, but not in an order; digits differ in where the strokes are
-        "controls": [{"name": DIGIT, "interval": "none", "classifier": {"head": "categorical", "grid": 4, "depth": 2}}],
-        # ten classes share the samples of the one condition
-        "weighted": {"cache": 4000, "updates": 600, "renoising": 150},
-        **EVERYWHERE,
-        "adjoint": {"updates": 900},
-        "evaluation": {"prior_samples": 4000, "paths": 2000},
-    },
-    "ink,slant": {
-        "prior": "digits",
-        "classes": list(UPRIGHT),
-        "controls": [
-            INK_CONTROL,
-            {"name": SLANT, "ruler": SLANT, "interval": "none", "classifier": SLANT_CLASSIFIER},
-        ],
-        # eight combinations share the samples of a digit, the rarest one in a hundred
-        "weighted": {"cache": 4000, **RENOISED},
-        **EVERYWHERE,
-        "adjoint": {"updates": 1200},
-        "evaluation": {"prior_samples": 4000, "paths": 2000},
-    },
+
+class Demos(NamedTuple):
+    """Hold the demos on one prior."""
+
+    settings: dict[str, dict[str, Any]]  # by their controls; the first is the default
+    datasets: Callable[..., Sequence[tuple[LabelledImages, LabelledImages | None]]]  # see `labelled_digits`
+
+
+DEMOS = {
+    "digits": Demos(digits.SETTINGS, digits.labelled_digits),
+    "letters": Demos(letters.SETTINGS, letters.labelled_letters),
 }
-LABELLED = {"ink": 500, "digit": 200, "ink,slant": 250}  # for each control
-JUDGED = 200  # digits for the judge, at least
 
 
-def labelled_digits(controls: str, seed: int, labels: int | None = None) -> list[tuple[LabelledImages, LabelledImages]]:
-    """Draw a dataset for each control of a demo, evenly over its classes, and one of the other digits for its judge.
-
-    The controls share no image with each other or with the judges; each has `labels` images (None: the demo's default).
-    """
-    x, c = digits()
-    measured = {DIGIT: c, INK: ink_ruler(x), SLANT: slant_ruler(x)}
-    usable = torch.isin(c, torch.tensor(SETTINGS[controls].get("classes", range(10))))
-    rest, parts = usable.nonzero().squeeze(1).numpy(), []
-    count = labels or LABELLED[controls]
-    if (most := (len(rest) - JUDGED) // len(SETTINGS[controls]["controls"])) < count:
-        raise ValueError(f"--labels {count}: of {len(rest)} digits {JUDGED} are for the judge. Ask for {most} at most.")
-    for settings in SETTINGS[controls]["controls"]:
-        y = measured[settings["name"]]
-        rows, rest = train_test_split(rest, train_size=count, stratify=y[rest].numpy(), random_state=seed)
-        parts.append(rows)
-
-    def labelled(settings: dict[str, Any], rows: np.ndarray) -> LabelledImages:
-        labels = {name: y for name, y in measured.items() if name in (settings["name"], settings.get("condition"))}
-        return LabelledImages(x, labels, {name: VALUES[name] for name in labels})[rows]
-
-    controls_parts = zip(SETTINGS[controls]["controls"], parts, strict=True)
-    return [(labelled(settings, rows), labelled(settings, rest)) for settings, rows in controls_parts]
+def demos_on(prior: str) -> Demos:
+    """Return the demos on a prior; refuse (ValueError) a prior without any."""
+    if prior not in DEMOS:
+        raise ValueError(f"the demos are on {' or '.join(DEMOS)}; got {prior!r}.")
+    return DEMOS[prior]
 
 
-def demo_values(controls: str, values: dict[str, Any]) -> dict[str, Any]:
+def first_controls(prior: str) -> str:
+    """Return the controls of the first demo on a prior, the default."""
+    return next(iter(demos_on(prior).settings))
+
+
+def settings_of(controls: str, prior: str) -> dict[str, Any]:
+    """Return the settings of a demo; refuse (ValueError) a prior or controls that have none."""
+    settings = demos_on(prior).settings
+    if controls not in settings:
+        raise ValueError(f"the demos on {prior} are {' or '.join(settings)}; got {controls!r}.")
+    return settings[controls]
+
+
+def demo_values(controls: str, values: dict[str, Any], prior: str = "digits") -> dict[str, Any]:
     """Return a demo's settings under `values`, of which `classifier` goes to every control."""
-    if controls not in SETTINGS:
-        raise ValueError(f"the demo's controls are {' or '.join(SETTINGS)}; got {controls!r}.")
     others = {key: value for key, value in values.items() if key != "classifier"}
-    settings = list_controls(merged(SETTINGS[controls], others))
+    settings = list_controls(merged(settings_of(controls, prior), others))
     classifier = {"classifier": values["classifier"]} if "classifier" in values else {}
     rows = settings["controls"] if is_list_of_groups(settings["controls"]) else []
     return {**settings, "controls": [merged({"data": "-", **row}, classifier) for row in rows]}
@@ -103,21 +60,24 @@ def demo_values(controls: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def demo_job(
     values: dict[str, Any], out: str | Path, options: JobOptions = DEFAULT, controls: str = "ink",
-    labels: int | None = None,
+    labels: int | None = None, prior: str = "digits",
 ) -> dict[str, Any]:  # fmt: skip
-    """Do `train_job` with settings over the demo's, on labelled digits that are written into the run folder."""
-    out, values = Path(out), demo_values(controls, values)
+    """Do `train_job` with settings over the demo's, on labelled pictures that are written into the run folder."""
+    out, values = Path(out), demo_values(controls, values, prior)
     folder, seed = RunFolder(out), Config.from_values(values).seed
     with reserved(folder, options.overwrite), TemporaryDirectory() as scratch:
-        datasets = labelled_digits(controls, seed, labels)
+        datasets = DEMOS[prior].datasets(controls, seed, labels)
         for control, pair in zip(values["controls"], datasets, strict=True):
             for kind, data in zip(DATA_FOLDERS, pair, strict=True):
+                if data is None:
+                    continue
                 path = Path(scratch, kind, control["name"]) if len(datasets) > 1 else Path(scratch, kind)
                 write_imagefolder(path, data)
                 control[kind] = str(path)
-        job = prepare(values, replace(options, say=ignore), SETTINGS[controls])  # these data we wrote ourselves
+        # these data we wrote ourselves
+        job = prepare(values, replace(options, say=ignore), settings_of(controls, prior))
         moved = job.config.model_dump(include={"controls"})
         for control in moved["controls"]:
-            for kind in DATA_FOLDERS:
+            for kind in (name for name in DATA_FOLDERS if control[name]):
                 control[kind] = str(out.resolve() / Path(control[kind]).relative_to(Path(scratch).resolve()))
         return start_training(replace(job, config=job.config.with_(**moved)), folder, options, Path(scratch))

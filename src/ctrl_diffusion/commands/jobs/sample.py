@@ -6,17 +6,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...data.labelled import LabelledImages, write_imagefolder
+from ...data.labelled import LabelledImages, save_image, write_imagefolder
 from ...data.labels import NULL
 from ...evaluate.evaluation import leaves_region
 from ...report.style import save_figure, sheet_figure
+from ...report.word import checked_word, letter_noise, letters_of, sheet_pixels, word_picture
 from ...run.run import Run
 from ...system import ranks
 from ...system.files import write_json
 from ...system.folders import check_output, clear
 from ...system.progress import DEFAULT, JobOptions
 
-SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "sample.json")
+SAMPLE_FILES = ("metadata.csv", "[0-9][0-9][0-9][0-9][0-9].png", "grid.png", "word.png", "sample.json")
 
 
 def labelled(run: Run, x_0: Tensor, labels: dict[str, Tensor], cond: dict[str, Tensor]) -> LabelledImages:
@@ -49,15 +50,22 @@ def parse_settings(run: Run, settings: list[str]) -> dict[str, int | float]:
 
 def sample_job(
     run: Run, out: Path, settings: list[str], c: str | None, n: int, strength: float = 1.0, steps: int | None = None,
-    seed: int = 0, exact: bool = False, options: JobOptions = DEFAULT, gamma: float | None = None,
-) -> None:  # fmt: skip
-    """Write n samples, a sheet of them (`grid.png`) and the settings they were drawn with (`sample.json`)."""
+    seed: int = 0, exact: bool = False, options: JobOptions = DEFAULT, gamma: float | None = None, word: str = "",
+) -> int:  # fmt: skip
+    """Write n samples, a sheet of them (`grid.png`) and the settings they were drawn with (`sample.json`).
+
+    Of a word there is one for each letter, and the word set from them (`word.png`). Return how many were written.
+    """
+    word = checked_letters(run, word, c, exact)
+    n = len(letters_of(run, word)) if word else n
     y = {name: torch.full((n,), value) for name, value in parse_settings(run, settings).items()}
     y = y or {run.names[0]: torch.full((n,), NULL)}
     cond: dict[str, Tensor] = {}
     if exact and not settings:
         raise ValueError("--exact weighs paths by the label asked for. Give one with --set, or leave --exact out.")
-    if c is not None:
+    if word:
+        cond["c"] = letters_of(run, word)
+    elif c is not None:
         if run.prior.classes is None:
             raise ValueError(f"--class {c}: this prior is unconditional. Leave --class out.")
         try:
@@ -68,7 +76,7 @@ def sample_job(
         classes = torch.tensor(run.classes)
         cond["c"] = classes[torch.arange(n) % len(classes)]
     ranks.broadcast(lambda: check_output(out, SAMPLE_FILES[-1], options.overwrite))
-    generator = torch.Generator().manual_seed(seed)
+    generator = letter_noise(seed, n) if word else torch.Generator().manual_seed(seed)
     sampling = {"strength": strength, "steps": steps, "generator": generator, "exact": exact, "phase": options.phase}
     x_0 = run.sample(y, **sampling, **cond, latents=True, gamma=gamma)
     images = run.images(x_0)
@@ -76,15 +84,31 @@ def sample_job(
     request = {
         "set": settings, "class": c, "n": n, "strength": strength, "steps": steps or run.config.steps, "seed": seed,
         "exact": exact, "outside_support": outside, **({} if gamma is None else {"gamma": gamma}),
+        **({"word": word} if word else {}),
     }  # fmt: skip
 
     def write() -> None:
         clear(out, SAMPLE_FILES)
         write_imagefolder(out, labelled(run, images, y, cond))
         save_figure(out / "grid.png", sheet_figure(images))
+        if word:
+            save_image(out / "word.png", sheet_pixels(word_picture(images, word)))
         write_json(out / "sample.json", request)
 
     ranks.broadcast(write)
+    return n
+
+
+def checked_letters(run: Run, word: str, c: str | None, exact: bool) -> str:
+    """Return the word to draw, blank for none; refuse it beside --class or --exact, which choose pictures otherwise."""
+    try:
+        word = checked_word(run, word)
+    except ValueError as error:
+        raise ValueError(f"--word: {error}") from error
+    for option, given in (("--class", c is not None), ("--exact", exact)):
+        if word and given:
+            raise ValueError(f"--word {word}: each letter is a class with noise of its own. Leave {option} out.")
+    return word
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ def write_start(
     """Clear a run folder, and write all that training needs: settings, classifiers, and last the start record."""
     folder.clear(data=demo_data is not None)
     if demo_data:
-        for name in DATA_FOLDERS:
+        for name in filter(lambda name: (demo_data / name).is_dir(), DATA_FOLDERS):
             shutil.copytree(demo_data / name, folder.path / name)
     if isinstance(run.config.prompts, str) and job.prompts is not None:
         write_text(folder.prompts, "".join(f"{prompt}\n" for prompt in job.prompts))

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor
 
 from ..digits import moments, on_paper
@@ -97,6 +96,8 @@ def stroke(ink: np.ndarray) -> float:
     Twice the distance of a ridge to the paper is the width there. A stroke thinner than a pixel is grey: its width is
     that share of a pixel.
     """
+    from scipy import ndimage
+
     if ink.max() < 0.05:
         return float("nan")
     fine = ndimage.zoom(ink, FINER, order=1, mode="nearest", grid_mode=True)
@@ -125,6 +126,3 @@ def width(x: Tensor, c: Tensor) -> Tensor:
     paper = paper_of(x)
     upright = sheared(paper, -leaning(paper, c))
     return missing_where_empty(extent(upright) / CAP / expected().width[c], paper)
-
-
-RULERS = {"weight": weight, "slant": slant, "width": width}

@@ -12,11 +12,14 @@ from PIL import Image
 
 from ...data.labelled import to_pixels
 from ...run.run import Run
+from ..word import alphabet, sheet_pixels, word_picture
 from .readings import Picture, Reading, certificate_sentence, tally, target_accuracy
+from .request import Request
 from .session import Drawing, Session
 
 PIXELATED = 96  # sides up to this many pixels are enlarged without smoothing
 SHEET_SIDE, SHEET_COLUMNS = 96, 8  # of a picture on the sheet in pixels, at least; and pictures in a row
+WORD_HEIGHT = 128  # of a word above its letters in pixels, at most
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -65,12 +68,37 @@ def cards_of(pictures: Sequence[Picture]) -> list[str]:
     return [card_html(*row, place) for place, row in enumerate(zip(pictures, pixels, strict=True), start=1)]
 
 
-def side_html(title: str, note: str, pictures: Sequence[Picture], n: int, kind: str) -> str:
-    """Show one side: a title, how many are as asked so far, and the pictures; places of those to come are empty."""
+def word_of(pictures: Sequence[Picture], word: str) -> torch.Tensor:
+    """Set pictures of a word's letters as the word (C, H, W')."""
+    return word_picture(torch.stack([picture.image for picture in pictures]), word)
+
+
+def word_html(picture: torch.Tensor, word: str, size: str) -> str:
+    """Show a word (C, H, W') in a size, as CSS says it."""
+    address, name = data_url("image/png", png(to_pixels(picture[None])[0])), escape(word, quote=True)
+    return f"<img class='word' src='{address}' alt='the word {name}' style='{size}'>"
+
+
+def sides_html(request: Request, sides: Sequence[tuple[str, Sequence[Picture], str]]) -> str:
+    """Show sides, each a title, pictures and a kind, beside each other; of a word below each other, in one scale."""
+    words = [word_of(pictures, request.word) if request.word and pictures else None for _, pictures, _ in sides]
+    widest, shown = max((word.shape[2] for word in words if word is not None), default=1), []
+    for (title, pictures, kind), word in zip(sides, words, strict=True):
+        image = ""
+        if word is not None:
+            _, height, width = word.shape
+            most = width * WORD_HEIGHT // height
+            image = word_html(word, request.word, f"width: min({100 * width / widest:.2f}%, {most}px)")
+        shown.append(side_html(title, image, pictures, request.n, kind))
+    return f"<div class='sides{' words' if request.word else ''}'>{''.join(shown)}</div>"
+
+
+def side_html(title: str, word: str, pictures: Sequence[Picture], n: int, kind: str) -> str:
+    """Show a title, how many are as asked so far, a word, and the pictures; places of those to come are empty."""
     cards = cards_of(pictures)
     cards += ["<figure class='empty'><div></div></figure>"] * (n - len(pictures))
     return (
-        f"<section class='side {kind}'><h3>{escape(title)}</h3><p>{note}</p>"
+        f"<section class='side {kind}'><h3>{escape(title)}</h3><p>{share_note(pictures)}</p>{word}"
         f"<div class='cards'>{''.join(cards)}</div></section>"
     )
 
@@ -83,15 +111,19 @@ def share_note(pictures: Sequence[Picture]) -> str:
 
 def drawing_html(session: Session, drawing: Drawing) -> str:
     """Show the prior and the control side by side."""
-    n, request = drawing.request.n, drawing.request
-    title = f"With the control: {request.in_words}"
-    return (
-        "<div class='sides'>"
-        + side_html("Without the control", share_note(drawing.prior), drawing.prior, n, "prior")
-        + side_html(title, share_note(drawing.ctrl), drawing.ctrl, n, "ctrl")
-        + "</div>"
-        + (downloads_html(drawing.ctrl, [request.command(session.run, session.folder)]) if drawing.finished else "")
-    )
+    request = drawing.request
+    controlled = f"With the control: {request.in_words}", drawing.ctrl, "ctrl"
+    sides = sides_html(request, [("Without the control", drawing.prior, "prior"), controlled])
+    return sides + (drawing_downloads(session, drawing) if drawing.finished else "")
+
+
+def drawing_downloads(session: Session, drawing: Drawing) -> str:
+    """Offer a finished drawing's controlled pictures, as the word if they are one."""
+    request, pictures = drawing.request, drawing.ctrl
+    commands = [request.command(session.run, session.folder)]
+    if not request.word:
+        return downloads_html(pictures, commands)
+    return downloads_html(pictures, commands, png(sheet_pixels(word_of(pictures, request.word))), "word.png")
 
 
 def progress_html(now: float, words: str) -> str:
@@ -133,21 +165,26 @@ def sheet(pictures: Sequence[Picture], columns: int = SHEET_COLUMNS) -> bytes:
     return png(canvas)
 
 
-def zipped(pictures: Iterable[Picture], commands: Sequence[str], grid: bytes) -> bytes:
+def zipped(pictures: Iterable[Picture], commands: Sequence[str], grid: bytes, name: str = "grid.png") -> bytes:
     """Return a zip of the pictures as `ctrl sample` names them, a sheet of them, and the commands that draw them."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for i, pixels in enumerate(pixels_of(list(pictures))):
             archive.writestr(zipfile.ZipInfo(f"{i:05d}.png"), png(pixels))
-        archive.writestr(zipfile.ZipInfo("grid.png"), grid)
+        archive.writestr(zipfile.ZipInfo(name), grid)
         archive.writestr(zipfile.ZipInfo("command.txt"), "".join(f"{command}\n" for command in commands))
     return buffer.getvalue()
 
 
-def downloads_html(pictures: Sequence[Picture], commands: Sequence[str], columns: int = SHEET_COLUMNS) -> str:
-    """Offer pictures as a PNG and as a zip, and show the command that draws them; no request is made for either."""
-    grid = sheet(pictures, columns)
-    archive = zipped(pictures, commands, grid)
+def downloads_html(
+    pictures: Sequence[Picture], commands: Sequence[str], grid: bytes | None = None, name: str = "grid.png"
+) -> str:
+    """Offer pictures as a PNG, `grid` or a sheet of them, and as a zip, and show the command that draws them.
+
+    No request is made for either.
+    """
+    grid = grid or sheet(pictures)
+    archive = zipped(pictures, commands, grid, name)
     more = f" … and {len(commands) - 1} more in the zip" if len(commands) > 1 else ""
     return (
         "<div class='downloads'>"
@@ -160,10 +197,13 @@ def downloads_html(pictures: Sequence[Picture], commands: Sequence[str], columns
 def headline_html(sessions: Sequence[Session]) -> str:
     """Say in two sentences what the page shows."""
     names = list(dict.fromkeys(name for session in sessions for name in session.run.names))
+    word = (
+        " A word stands above as it was, and below with the control." if any(alphabet(s.run) for s in sessions) else ""
+    )
     return (
         f"<header><h1>Turn {escape(' and '.join(names[:3]))}</h1><p>Every pair of pictures starts from the same noise: "
-        "on the left the model as it was, on the right with the control. Choose a value and see what changes.</p>"
-        "</header>"
+        "on the left the model as it was, on the right with the control. Choose a value and see what changes."
+        f"{word}</p></header>"
     )
 
 

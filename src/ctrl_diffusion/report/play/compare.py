@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from threading import Event
 from typing import Any
 
-from .cards import downloads_html, progress_html, share_note, side_html
+from .cards import drawing_downloads, progress_html, sides_html
 from .readings import certificate_sentence
 from .request import Request
 from .session import Drawing, Session
@@ -41,11 +41,9 @@ def both_html(sessions: tuple[Session, Session], drawings: list[Drawing]) -> str
     """Show what the two controls make of the same noise, and what to download of each."""
     sides, downloads = [], []
     for session, drawing in zip(sessions, drawings, strict=True):
-        title, pictures = f"{session.name}: {drawing.request.in_words}", drawing.ctrl
-        sides.append(side_html(title, share_note(pictures), pictures, drawing.request.n, "ctrl"))
-        if drawing.finished:
-            downloads.append(downloads_html(pictures, [drawing.request.command(session.run, session.folder)]))
-    return f"<div class='sides'>{''.join(sides)}</div>{''.join(downloads)}"
+        sides.append((f"{session.name}: {drawing.request.in_words}", drawing.ctrl, "ctrl"))
+        downloads += [drawing_downloads(session, drawing)] if drawing.finished else []
+    return sides_html(drawings[0].request, sides) + "".join(downloads)
 
 
 def both_status(sessions: tuple[Session, Session], drawings: list[Drawing]) -> str:

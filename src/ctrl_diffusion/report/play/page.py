@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ...data.labels import LabelSpace
+from ..word import MOST_CHARACTERS, alphabet
 from .cards import drawing_html, error_html, headline_html, legend_html, status_html
 from .compare import both_html, both_status, draw_both
 from .request import FIRST_PICTURES, MOST_SEED, Request, most_pictures, most_steps
@@ -32,6 +33,7 @@ class Inputs(NamedTuple):
 
     labels: Labels  # by control: its value, and of a scale a box for null
     c: gr.components.Component | None
+    word: gr.Textbox | None
     strength: gr.Slider | None
     gamma: gr.Slider | None
     steps: gr.Slider | None
@@ -89,6 +91,14 @@ def condition_input(session: Session, each: bool = True) -> gr.Dropdown | None:
     choices = [*([("each in turn", "")] if each else []), *((name, name) for name in names)]
     value = "" if each else names[len(names) // 2]
     return gr.Dropdown(choices, value=value, label=label, allow_custom_value=bool(run.prior.text), elem_classes="c")
+
+
+def word_input(session: Session) -> gr.Textbox | None:
+    """Make the box for a word, where the prior's classes are characters."""
+    if not alphabet(session.run):
+        return None
+    about = "a picture for each letter, in place of the choice above; blank for that"
+    return gr.Textbox("", label="word", info=about, max_length=MOST_CHARACTERS, lines=1, max_lines=1)
 
 
 def more_inputs(session: Session, n: int, most: int, shared: bool = False) -> dict[str, Any]:
@@ -154,7 +164,9 @@ def connect(
             yield gr.skip(), error_html(error), gr.skip()
 
     options = {"inputs": inputs, "outputs": [seed, status, pictures], "js": COUNT, **HIDDEN}
-    gr.on([parts["go"].click, seed.submit, *(component.input for component in changing)], draw_request, **options)
+    # the input event of a box of text leaves out what is deleted, pasted, or typed on a phone
+    events = [component.change if isinstance(component, gr.Textbox) else component.input for component in changing]
+    gr.on([parts["go"].click, seed.submit, *events], draw_request, **options)
 
     def stopped(request: gr.Request) -> None:
         visitors.stop(f"{request.session_hash} {tab}")
@@ -170,7 +182,7 @@ def run_tab(visitors: Visitors, session: Session, place: int) -> dict[str, Any]:
         with gr.Column(scale=1, min_width=260, elem_classes="left"):
             with gr.Column(elem_classes="first"):
                 labels = {name: label_inputs(name, c.space, c.space.size - 1) for name, c in controls.items()}
-                c = condition_input(session)
+                c, word = condition_input(session), word_input(session)
                 go, stop = buttons()
             with gr.Column(elem_classes="rest"):
                 more = more_inputs(session, FIRST_PICTURES, most_pictures(run))
@@ -178,7 +190,7 @@ def run_tab(visitors: Visitors, session: Session, place: int) -> dict[str, Any]:
             status = gr.HTML("", elem_classes="status")
             pictures = gr.HTML("", elem_classes="pictures")
             gr.HTML(legend_html(run))
-    inputs = Inputs(labels, c, **more)
+    inputs = Inputs(labels, c, word, **more)
 
     def draw(values: dict[str, Any], stop: Event) -> Iterator[tuple[str, Any]]:
         for drawing in session.draw(Request.checked(run, values), stop):
@@ -211,14 +223,14 @@ def sweep_of(visitors: Visitors, session: Session, place: int) -> None:
                 rows = gr.Dropdown(names, value=names[0], label="rows")
                 others = [*names[1:], names[0]] if len(names) > 1 else []
                 columns = gr.Dropdown([*others, STRENGTH], value=[*others, STRENGTH][0], label="columns")
-                c = condition_input(session, each=False)
+                c, word = condition_input(session, each=False), word_input(session)
                 go, stop = buttons()
             with gr.Column(elem_classes="rest"):
                 more = more_inputs(session, 2, min(MOST_EACH, most_pictures(session.run)))
         with gr.Column(scale=4, min_width=300, elem_classes="right"):
             status = gr.HTML("<p class='words'>Press Draw for the whole grid.</p>", elem_classes="status")
             pictures = gr.HTML("", elem_classes="pictures")
-    inputs = Inputs({}, c, **more)
+    inputs = Inputs({}, c, word, **more)
 
     def values(contents: Sequence[Any]) -> dict[str, Any]:
         return {"rows": contents[0], "columns": contents[1], **inputs.values(contents[2:])}
@@ -255,7 +267,7 @@ def compare_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
                     which, labels_of_runs = run_choice(sessions, side, words)
                     chosen.append(which)
                     labels.append(labels_of_runs)
-                c = condition_input(sessions[0])
+                c, word = condition_input(sessions[0]), word_input(sessions[0])
                 go, stop = buttons()
             with gr.Column(elem_classes="rest"):
                 most = min(most_pictures(session.run) for session in sessions)
@@ -263,7 +275,7 @@ def compare_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
         with gr.Column(scale=4, min_width=300, elem_classes="right"):
             status = gr.HTML("<p class='words'>Press Draw to compare.</p>", elem_classes="status")
             pictures = gr.HTML("", elem_classes="pictures")
-    inputs = Inputs({}, c, **more)
+    inputs = Inputs({}, c, word, **more)
     each = [
         [component for by_control in side for group in by_control.values() for component in group] for side in labels
     ]
@@ -273,7 +285,7 @@ def compare_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
         sides = []
         for name, side in zip((rest.pop(0), rest.pop(0)), labels, strict=True):
             by_run = [
-                Inputs(by_control, *[None] * 7).values([rest.pop(0) for group in by_control.values() for _ in group])
+                Inputs(by_control, *[None] * 8).values([rest.pop(0) for group in by_control.values() for _ in group])
                 for by_control in side
             ]
             sides.append((name, by_run))

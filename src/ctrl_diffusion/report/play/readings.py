@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...data.labels import NULL, Labels
+from ...evaluate.rulers.table import RULERS
 from ...evaluate.verdict import gap_line
 from ...reward.reward import Conditioned
 from ...reward.scorer import Scorer
@@ -21,7 +22,7 @@ class Reading(NamedTuple):
     control: str
     says: str  # the label p̂ finds likeliest, or its mean on a scale; blank where p̂ does not know c
     share: float | None  # p̂ of that label; None on a scale
-    sees: str  # the label that the ruler sees, else the judge
+    sees: str  # the label that the ruler sees, else the judge; – if there is nothing to measure
     by: str  # "ruler" or "judge"; blank if the run has neither
     right: bool | None  # whether it sees the label asked for; None if none was, or nothing is seen
 
@@ -68,16 +69,17 @@ def read_control(
     says, shares = [""] * count, [None] * count
     if known or not needs_known(p_hat):
         says, shares = opinion(run, settings.name, p_hat, x[0] if panel.latent else images, c)
-    by = "ruler" if settings.ruler else "judge" if judge and (known or not needs_known(judge)) else ""
+    asked = judge and (known or not needs_known(judge))
+    by = RULERS[settings.ruler].by if settings.ruler else "judge" if asked else ""
     if not by:
         return [Reading(settings.name, *pair, "", "", None) for pair in zip(says, shares, strict=True)]
     if space.scale:
         seen = run.measure_scale(settings, images.cpu(), c).clamp(0, space.size - 1)
     else:
-        seen = run.ruler_of(settings)(images.cpu()) if settings.ruler else log_p(judge, images, c).argmax(1).cpu()
+        seen = run.ruler_of(settings)(images.cpu(), c) if settings.ruler else log_p(judge, images, c).argmax(1).cpu()
     same = (space.nearest(seen) == space.nearest(y)).tolist()
     right = [None if label == NULL else hit for label, hit in zip(y.tolist(), same, strict=True)]
-    texts = [short(space.text_of(label)) for label in seen.tolist()]
+    texts = [short(space.text_of(label)) or "–" for label in seen.nan_to_num(NULL).tolist()]
     return [Reading(settings.name, *row[:3], by, row[3]) for row in zip(says, shares, texts, right, strict=True)]
 
 

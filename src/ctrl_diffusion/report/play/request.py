@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...chain.noise import Generators
 from ...data.labels import NULL
 from ...run.run import Run
+from ..word import MOST_CHARACTERS, checked_word, letter_noise, letters_of
 
 MOST_PICTURES, MOST_NUMBERS = 64, 2**23  # of one drawing: pictures, and the numbers of all of them
 FIRST_PICTURES = 16
@@ -55,13 +57,14 @@ class Request:
     gamma: float | None  # None for the run's
     steps: int
     seed: int
+    word: str = ""  # each of its letters is one of the n pictures, in place of c; blank for none
 
     @classmethod
     def checked(cls, run: Run, values: Mapping[str, Any]) -> "Request":
-        """Check what a visitor gave for `labels`, `c`, `n`, `strength`, `gamma`, `steps` and `seed`.
+        """Check what a visitor gave for `labels`, `c`, `n`, `strength`, `gamma`, `steps`, `seed` and `word`.
 
-        A label or c that is blank or None is left to the prior. Raises ValueError, in one line, for any other value
-        that a page would not send: its functions can be called by hand.
+        A label or c that is blank or None is left to the prior; a word stands for c and n. Raises ValueError, in one
+        line, for any other value that a page would not send: its functions can be called by hand.
         """
         labels, texts = {}, {}
         for name, value in values["labels"].items():
@@ -75,6 +78,9 @@ class Request:
             texts[name] = space.text_of(space.label_of(value, name))
             labels[name] = space.label_of(texts[name], name)
         gamma = values.get("gamma")
+        word = checked_word(run, values.get("word"), min(MOST_CHARACTERS, most_pictures(run)))
+        if word:
+            values = {**values, "c": None, "n": len(letters_of(run, word))}
         return cls(
             labels=labels,
             texts=texts,
@@ -84,6 +90,7 @@ class Request:
             gamma=None if gamma is None else number("γ", gamma, 0, math.inf),
             steps=number("steps", values["steps"], 1, most_steps(run), whole=True),
             seed=number("seed", values["seed"], 0, MOST_SEED, whole=True),
+            word=word,
         )
 
     @classmethod
@@ -109,6 +116,8 @@ class Request:
         """Return the prior's conditions of the n samples, as `ctrl sample` chooses them; a new prompt is encoded."""
         if run.prior.classes is None:
             return {}
+        if self.word:
+            return {"c": letters_of(run, self.word)}
         if self.c is not None:
             return {"c": torch.full((self.n,), run.prior.number_of(self.c))}
         classes = torch.tensor(run.classes)
@@ -119,13 +128,18 @@ class Request:
         labels = {name: torch.full((self.n,), label) for name, label in self.labels.items()}
         return labels or {run.names[0]: torch.full((self.n,), NULL)}
 
+    def noise(self) -> Generators:
+        """Return the generators of the noise, as `ctrl sample` takes them: of a word one for each letter."""
+        return letter_noise(self.seed, self.n) if self.word else torch.Generator().manual_seed(self.seed)
+
     def command(self, run: Run, folder: str) -> str:
         """Return the command that draws the same samples of the run in a folder."""
         parts = ["ctrl", "sample", folder]
         for name, text in self.texts.items():
             parts += ["--set", f"{name}={text}"]
         parts += [] if self.c is None else ["--class", self.c]
-        parts += ["-n", str(self.n), "--strength", f"{self.strength:g}"]
+        parts += ["--word", self.word] if self.word else ["-n", str(self.n)]
+        parts += ["--strength", f"{self.strength:g}"]
         parts += [] if self.gamma is None else ["--gamma", f"{self.gamma:g}"]
         parts += [] if self.steps == run.config.steps else ["--steps", str(self.steps)]
         return shlex.join([*parts, "--seed", str(self.seed), "--out", "samples"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...chain.noise import normal
+from ...chain.noise import generators_of, normal
 from ...chain.paths import default_batch
 from ...chain.rollout import rollout
 from ...chain.rows import parts, rows_of
@@ -73,11 +73,11 @@ class Session:
             control.check_gamma(run.config.gamma if request.gamma is None else request.gamma, run.config.gamma)
         times = run.times_of(request.steps)
         cond = yield from self.following(drawing, lambda step: request.cond(run), stop, 0)
-        labels, generator = request.rows(run), torch.Generator().manual_seed(request.seed)
+        labels, generator = request.rows(run), request.noise()
         steps_of_all = 2 * len(times) * -(-request.n // self.micro_batch)
         for batch in parts(request.n, default_batch(run.prior.denoiser)):
             shape = (batch.stop - batch.start, *run.prior.denoiser.shape)
-            noise = [normal(shape, run.prior.denoiser, generator) for _ in times]
+            noise = [normal(shape, run.prior.denoiser, generators_of(generator, batch)) for _ in times]
             for piece in parts(shape[0], self.micro_batch):
                 rows = slice(batch.start + piece.start, batch.start + piece.stop)
                 arguments = request, [z[piece] for z in noise], rows_of(cond, rows), rows_of(labels, rows)
@@ -115,7 +115,8 @@ class Session:
             kind = "prior"
         kept = self.kept[kind]
         asked = () if kind == "prior" else (*request.labels.items(), request.strength, request.gamma)
-        key = request.seed, request.steps, request.n, rows.start, asked, *(cond["c"].tolist() if cond else ())
+        noise_of = request.seed, bool(request.word), request.n
+        key = noise_of, request.steps, rows.start, asked, *(cond["c"].tolist() if cond else ())
         if key in kept:
             kept.move_to_end(key)
             return read(run, *kept[key], cond, labels)

@@ -6,7 +6,8 @@ from html import escape
 from threading import Event
 from typing import Any
 
-from .cards import cards_of, downloads_html, progress_html
+from ..word import checked_word, sheet_pixels, word_grid
+from .cards import cards_of, downloads_html, png, progress_html, sheet, word_html, word_of
 from .readings import Picture, tally
 from .request import Request, number
 from .session import Session
@@ -14,6 +15,8 @@ from .session import Session
 STRENGTH, NONE = "strength", "none"
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
 MOST_VALUES, MOST_EACH = 11, 4  # values of a control on an axis, and pictures in a cell
+MOST_OF_WORDS = 5  # values of a control on an axis where a cell is a word
+WIDTH, HEIGHTS = 640, (20, 96)  # in pixels: of a row of words that is to fit, and of a word
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ class Sweep:
         return done <= across or done % across == 0
 
 
-def axis(session: Session, name: str) -> tuple[list[Any], list[str], int]:
-    """Return the values of an axis, null first, their names, and how many values are left out of it."""
+def axis(session: Session, name: str, most: int) -> tuple[list[Any], list[str], int]:
+    """Return the values of an axis, null first and `most` of a control, their names, and how many are left out."""
     if name == STRENGTH:
         return list(STRENGTHS), [f"{w:g}" for w in STRENGTHS], 0
     if name not in session.run.policy.controls:
         raise ValueError(f"unknown control {str(name)[:40]!r}; this run has: {session.run.name}.")
     values = session.run.policy.controls[name].values
-    count = min(MOST_VALUES, len(values))
+    count = min(most, len(values))
     kept = [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
     return ["", *kept], [NONE, *kept], len(values) - count
 
@@ -56,7 +59,8 @@ def grid_of(session: Session, rows: str, columns: str, values: dict[str, Any]) -
     """
     if rows in (columns, STRENGTH):
         raise ValueError("rows are a control, and columns another or the strength.")
-    (row_values, row_names, a), (column_values, column_names, b) = (axis(session, name) for name in (rows, columns))
+    most = MOST_OF_WORDS if checked_word(session.run, values.get("word")) else MOST_VALUES
+    (row_values, row_names, a), (column_values, column_names, b) = (axis(session, n, most) for n in (rows, columns))
     values = {**values, "n": number("how many", values["n"], 1, MOST_EACH, whole=True)}
     requests = []
     for row in row_values:
@@ -79,12 +83,13 @@ def draw_sweep(session: Session, sweep: Sweep, stop: Event) -> Iterator[Sweep]:
 
 
 def sweep_html(session: Session, sweep: Sweep) -> str:
-    """Show the grid as a table; a cell has its pictures and how many are as asked."""
+    """Show the grid as a table; a cell has its pictures, or the word of them, and how many are as asked."""
+    word = sweep.requests[0].word
     heads = "".join(f"<th scope='col'>{escape(name)}</th>" for name in sweep.columns)
     body, across = [], len(sweep.columns)
     for i, name in enumerate(sweep.rows):
         cells = sweep.cells[i * across : (i + 1) * across]
-        row = "".join(cell_html(cell) for cell in cells) + "<td></td>" * (across - len(cells))
+        row = "".join(cell_html(cell, word, across) for cell in cells) + "<td></td>" * (across - len(cells))
         body.append(f"<tr><th scope='row'>{escape(name)}</th>{row}</tr>")
     corner = f"{escape(sweep.names[0])} ↓ &nbsp; {escape(sweep.names[1])} →"
     table = f"<table><thead><tr><th>{corner}</th>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -93,15 +98,22 @@ def sweep_html(session: Session, sweep: Sweep) -> str:
         return shown
     pictures = [picture for cell in sweep.cells for picture in cell]
     commands = [request.command(session.run, session.folder) for request in sweep.requests]
-    return shown + downloads_html(pictures, commands, across * sweep.requests[0].n)
+    if word:
+        words = word_grid([word_of(cell, word) for cell in sweep.cells], across)
+        return shown + downloads_html(pictures, commands, png(sheet_pixels(words, len(sweep.rows))))
+    return shown + downloads_html(pictures, commands, sheet(pictures, across * sweep.requests[0].n))
 
 
-def cell_html(pictures: Sequence[Picture]) -> str:
-    """Show the pictures of a cell, and how many are as asked."""
-    cards = cards_of([picture._replace(readings=()) for picture in pictures])
+def cell_html(pictures: Sequence[Picture], word: str, across: int) -> str:
+    """Show the pictures of a cell, or the word of them, `across` of which are a row, and how many are as asked."""
+    if word:
+        height = min(max(2 * WIDTH / (across * len(word)), HEIGHTS[0]), HEIGHTS[1])  # a letter is half as wide as high
+        shown = word_html(word_of(pictures, word), word, f"height: {height:.0f}px")
+    else:
+        shown = "".join(cards_of([picture._replace(readings=()) for picture in pictures]))
     hits, known = tally(pictures)
     note = f"<small>{hits} of {known}</small>" if known else "<small>–</small>"
-    return f"<td><div>{''.join(cards)}</div>{note}</td>"
+    return f"<td><div>{shown}</div>{note}</td>"
 
 
 def sweep_status(sweep: Sweep) -> str:

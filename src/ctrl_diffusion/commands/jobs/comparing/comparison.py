@@ -196,8 +196,8 @@ class Comparison:
 
     def count_labels(self, observations: list[tuple[Observation, Tensor]]) -> Tensor:
         """Count the real images of each label: (K,)."""
-        labels = [self.run.conditions.label_of(observation.labels) for observation, _ in observations]
-        return torch.cat([*labels, torch.empty(0).long()]).bincount(minlength=self.run.conditions.classes)
+        labels = [self.run.conditions.label_of(observation.labels) + 1 for observation, _ in observations]  # null is 0
+        return torch.cat([*labels, torch.empty(0).long()]).bincount(minlength=self.run.conditions.classes + 1)[1:]
 
     def real(self) -> dict[str, Any] | None:
         """Return the figures of real x that were held out, as many as samples or half of those there are."""

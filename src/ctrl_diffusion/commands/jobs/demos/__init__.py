@@ -1,0 +1,1 @@
+"""The demos, one file a prior: their labelled pictures and their settings."""

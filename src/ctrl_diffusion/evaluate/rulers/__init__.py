@@ -1,0 +1,1 @@
+"""Name the built-in rulers, which measure the y of pictures."""
