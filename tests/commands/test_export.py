@@ -163,6 +163,24 @@ def test_an_exported_control_keeps_to_its_interval(finished, tmp_path, strength)
     assert torch.equal((sampled + 1) / 2, once)
 
 
+def test_an_exported_control_that_does_not_see_the_prompt_samples_as_the_run_does(finished, ctrl_here, tmp_path):
+    """Three evaluations a step; other programs run one, and are refused."""
+    run, _ = run_on("SD 1", finished, tmp_path)
+    path = run / "control" / "control.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sees_condition": False}))
+    y, c = torch.ones(2, dtype=torch.long), torch.ones(2, dtype=torch.long)
+    sampled = Run.load(run).sample(y, c, generator=torch.Generator().manual_seed(3))
+    export(run, tmp_path / "out")
+    drawn = opened(tmp_path / "out")(
+        "two", num_images_per_prompt=2, output_type="pt", generator=torch.Generator().manual_seed(3),
+        controls={"dark": "yes"},
+    ).images  # fmt: skip
+    assert torch.equal((sampled + 1) / 2, drawn)
+    done = ctrl_here("export", run, tmp_path / "files", "--for", "diffusers")
+    assert (done.returncode, (tmp_path / "files").exists()) == (2, False)
+    assert "does not see the prior's condition: it takes three evaluations a step" in done.stderr
+
+
 def test_an_exported_control_takes_every_gamma_it_was_made_for(finished, tmp_path):
     """The run's own by default, and any other within its range, as the run samples it."""
     run, _ = run_on("SD 1", finished, tmp_path)

@@ -100,3 +100,28 @@ def test_conditions_are_drawn_by_the_weights_of_the_config(start_ink):
     conditions = start_ink(classes=[3, 5, 7], hold_out=[5], weights=[1.0, 9.0, 4.0]).training_conditions
     weights = dict(zip(conditions.cond["c"].tolist(), conditions.weights.tolist(), strict=True))
     assert weights == {3: 1.0, 7: 4.0}
+
+
+def test_a_control_that_does_not_see_the_condition_learns_from_the_null_class_too(start_ink):
+    """One more c; of a population half of all draws. What is certified stays as it was."""
+    apart, held = {"sees_condition": False}, {"classes": [3, 5, 7], "hold_out": [5]}
+    run = start_ink(apart, **held)
+    conditions = run.training_conditions
+    assert dict(zip(conditions.names["c"], conditions.weights.tolist(), strict=True)) == {"3": 1, "7": 1, "none": 2}
+    assert run.conditions.cond["c"].tolist() == [3, 7]
+    run.prior.null = None
+    assert run.training_conditions.cond["c"].tolist() == [7, 3]
+
+
+@pytest.mark.parametrize(
+    ("control", "values", "names", "weights"),
+    [
+        ({}, {}, ["3", "5"], None),
+        ({"sees_condition": False}, {}, ["3", "5", "none"], None),
+        ({"sees_condition": False}, {"hold_out": [5], "weights": [4.0, 1.0]}, ["3", "none"], [4, 4]),
+    ],
+)
+def test_the_null_class_is_trained_on_where_the_condition_is_not_seen(start_ink, control, values, names, weights):
+    conditions = start_ink(control, **values).training_conditions
+    assert list(conditions.names["c"]) == names
+    assert (None if conditions.weights is None else conditions.weights.tolist()) == weights
