@@ -198,3 +198,7 @@ def save_pipeline(net: DiTTransformer2DModel, folder: Path) -> None:
     index = json.loads(path.read_text(encoding="utf-8"))
     names = {str(number): character for number, character in enumerate(CHARACTERS)}
     path.write_text(json.dumps({**index, "id2label": names}, indent=2) + "\n", encoding="utf-8")
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # where the round before was read from
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
