@@ -29,13 +29,14 @@ from pathlib import Path
 print(*Path("textures/photos/metadata.csv").read_text(encoding="utf-8").splitlines()[:4], "…", sep="\n")
 
 # %% [markdown]
-# A folder with one sub-folder for each class works without a table, and so do other tables, Parquet, and numbers on a
-# scale ([labelled data](../how-to/data.md)). Each class needs at least ten images, and some hundred in all.
+# The column of the label, here `texture`, is what `--control` is given below; other columns are not looked at. A folder
+# with one sub-folder for each class works without a table, and so do other tables, Parquet, and numbers on a scale
+# ([labelled data](../how-to/data.md)). Each class needs at least ten images, and some hundred in all.
 #
 # ## First the classifier
 #
 # The labels say what you want; the control will only be as good as the classifier that learns it from them. So fit that
-# first, it takes a minute. The second line fixes what it would otherwise choose by trying, to save this page some time:
+# first, it takes a minute or two. The second line saves this page some time; leave it out for your own data:
 
 # %%
 # !ctrl classifier textures/photos --control texture --prior textures/pipeline --out runs/classifier --quiet \
@@ -58,14 +59,18 @@ Path("runs/classifier/report.html")
 
 # %% [markdown]
 # ## How long will it take?
+#
+# `--dry-run` reads everything, tries each learner for a moment and predicts time and memory. With a large model that
+# takes some minutes itself. Give it all options that you want to train with:
 
 # %%
 # !ctrl train --prior textures/pipeline --data textures/photos --control texture --classifier runs/classifier \
 # !    --dry-run
 
 # %% [markdown]
-# Nothing was trained or written. If that is too long, say how long it may train: `--time 30m`. If it needs too much
-# memory, [there are ways](../how-to/out-of-memory.md).
+# Nothing was written. If that is too long, `--time 30m` limits what the learners take. What is sampled to certify and
+# to report comes on top, as `evaluation.prior_samples` and `evaluation.paths` say ([how long](../how-to/how-long.md)).
+# If it needs too much memory, [there are ways](../how-to/out-of-memory.md).
 #
 # ## Then the control
 #
@@ -76,11 +81,12 @@ Path("runs/classifier/report.html")
 #       --out runs/texture
 # ```
 #
-# This page has no time for that, so here the training is cut short, by the last two lines:
+# This page has no time for that, so here the last two lines cut it short: a shorter chain and a smaller adapter make an
+# update cheap, one learner ends after few of them, and a few samples make a coarse certificate.
 
 # %%
 # !ctrl train --prior textures/pipeline --data textures/photos --control texture --classifier runs/classifier \
-# !    --out runs/texture --quiet -o steps=12 -o rank=8 -o learners=[contrast] -o contrast.updates=300 \
+# !    --out runs/texture -o steps=12 -o rank=8 -o learners=[contrast] -o contrast.updates=300 \
 # !    -o evaluation.prior_samples=400 -o evaluation.paths=300
 
 # %%
@@ -93,7 +99,8 @@ print(f"gap {metrics['certificate']['gap_nats']:.2f} ± {metrics['certificate'][
 # The model alone draws the texture that was asked for in {metrics["prior"]["accuracy"]:.0%}, with the control in
 # {metrics["ctrl"]["accuracy"]:.0%}, and a perfect learner would in {metrics["target"]["accuracy"]:.0%}. A *judge* says
 # so, a second classifier that shares no label with the one that trained the control. The *gap* says how far the samples
-# are from the exact conditional; that of so short a training is large, and falls as it goes on.
+# are from the exact conditional; that of so short a training is large, and falls as it goes on. If yours stays far
+# below its target, [these are the causes](../how-to/not-learned.md), the commonest being too little time.
 
 # %% Without and with the control, from the same noise
 from PIL import Image
@@ -105,7 +112,7 @@ Path("runs/texture/report.html")
 
 # %% [markdown]
 # [Reading the report](../reference/report.md) explains every part of it. If J was still climbing when the training
-# ended, it says so, with the command that goes on: `ctrl train --resume runs/texture --time 10m`.
+# ended, it says so, and how to go on: `ctrl train --resume runs/texture --time 30m`.
 #
 # ## Then use it
 

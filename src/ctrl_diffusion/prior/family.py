@@ -98,6 +98,8 @@ def make_denoiser(family: Family, scheduler: Any) -> NetworkDenoiser:
     """Return the denoiser of a network under its scheduler's schedule, prediction type and clipping, or ValueError."""
     schedule, prediction, clip = read_schedule(scheduler, family.tokens)
     if clip is not None:
-        warnings.warn(f"this prior clips x̂ to ±{clip:g}: saturated pixels give learners no gradient.", stacklevel=3)
+        advice = "If its pictures need none, set clip_sample to false in its scheduler_config.json."
+        text = f"this prior clips x̂ to ±{clip:g}: saturated pixels give learners no gradient. {advice}"
+        warnings.warn(text, stacklevel=3)
     shape = family.codec.shape
     return NetworkDenoiser(family.network, family.call, schedule, prediction, shape, clip, family.site)
