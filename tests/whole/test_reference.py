@@ -68,7 +68,7 @@ def test_every_key_of_the_config_has_an_entry():
 
 @pytest.fixture(scope="module")
 def rich(quick_run, tmp_path_factory):
-    """What a run with most of the optional groups wrote: two controls, an interval, several γ, held-out classes."""
+    """What a run with most of the optional groups wrote: two controls, one that does not see c, and so on."""
     folder = tmp_path_factory.mktemp("reference")
     shutil.copytree(quick_run / "data", folder / "data")
     table = folder / "data" / "metadata.csv"
@@ -79,7 +79,10 @@ def rich(quick_run, tmp_path_factory):
     control = {"data": str(folder / "data"), "condition": "digit", "classifier": TINY["classifier"]}
     settings = {name: value for name, value in TINY.items() if name != "classifier"} | {
         "prior": "digits", "gammas": [1, 2], "classes": [1, 3, 7], "hold_out": [7],
-        "controls": [{"name": "ink", "ruler": "ink", "interval": [0.1, 0.9], **control}, {"name": "dark", **control}],
+        "controls": [
+            {"name": "ink", "ruler": "ink", "interval": [0.1, 0.9], "sees_condition": False, **control},
+            {"name": "dark", **control},
+        ],
         "evaluation": {**TINY["evaluation"], "prior_samples": 60},
     }  # fmt: skip
     with warnings.catch_warnings():
