@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FIGURES := demo digit ink,slant add scale unseen own text programs exact bias
+FIGURES := demo digit ink,slant add scale unseen apart own text programs exact bias
 
 .PHONY: setup demo test lint types release bench docs prior letters ink
 setup: .venv/ready
