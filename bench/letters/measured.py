@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ctrl_diffusion.data.digits import moments
 from ctrl_diffusion.data.letters import rulers
+from ctrl_diffusion.evaluate.rulers.table import RULERS
 
 from .faces import CHARACTERS, font_of_size
 
@@ -104,7 +105,7 @@ def read_at(rows: list[dict[str, Any]], root: Path, name: str, **change: float) 
     for row in rows:
         drawn = np.stack([drawn_at(root / row["path"], letter, **change) for letter in CHARACTERS])
         x = torch.from_numpy(drawn.astype(np.float32)).unsqueeze(1) / 127.5 - 1
-        readings.append(getattr(rulers, name)(x, letters).numpy())
+        readings.append(RULERS[f"letter-{name}"].number(x, letters).numpy())
     return np.array(readings)
 
 

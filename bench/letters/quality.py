@@ -17,6 +17,7 @@ from ctrl_diffusion.data.labelled import to_pixels
 from ctrl_diffusion.data.letters import rulers
 from ctrl_diffusion.data.letters.rulers import CHARACTERS
 from ctrl_diffusion.evaluate.fidelity import frechet_distance, manifolds, nearest_distance
+from ctrl_diffusion.evaluate.rulers.table import RULERS
 from ctrl_diffusion.prior.prior import Prior
 from ctrl_diffusion.reward.scorer import Scorer
 from ctrl_diffusion.run.config import Config
@@ -113,8 +114,8 @@ def measure(prior: Prior, reader: Scorer, faces: Faces) -> tuple[dict[str, Any],
         },
         "rulers": {
             name: {
-                "samples": quantiles(getattr(rulers, name)(samples, c)),
-                "training families": quantiles(getattr(rulers, name)(same_families, c)),
+                "samples": quantiles(RULERS[f"letter-{name}"].number(samples, c)),
+                "training families": quantiles(RULERS[f"letter-{name}"].number(same_families, c)),
             }
             for name in ("weight", "slant", "width")
         },

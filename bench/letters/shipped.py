@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ctrl_diffusion.data.letters import rulers, sets
 from ctrl_diffusion.data.letters.rulers import CHARACTERS
+from ctrl_diffusion.evaluate.rulers.table import RULERS
 from ctrl_diffusion.reward.fit import Recipe, fit_classifier
 from ctrl_diffusion.reward.scorer import Classifier, Scorer
 
@@ -87,7 +88,7 @@ def labelled(name: str, faces: Faces, seed: int = 0) -> dict[str, np.ndarray]:
         y = faces.serif[face].astype(np.int8)
     else:
         face, c = draw_labels(faces, LABELS, faces.weight, generator)
-        y = getattr(rulers, name)(as_x(faces.glyphs[face, c]), torch.from_numpy(c)).numpy().astype(np.float32)
+        y = RULERS[f"letter-{name}"].number(as_x(faces.glyphs[face, c]), torch.from_numpy(c)).numpy().astype(np.float32)
     order = generator.permutation(LABELS)
     face, c, y = face[order], c[order], y[order]
     return {"x": faces.glyphs[face, c], "c": c.astype(np.uint8), "y": y, "family": faces.family[face].astype(np.int16)}

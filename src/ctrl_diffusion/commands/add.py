@@ -26,7 +26,7 @@ def add(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
     image: opt.Image = None,
     missing: opt.Missing = None,
-    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
+    trust: opt.HiddenTrust = False,
     quick: opt.Quick = False,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = opt.OTHER,

@@ -19,7 +19,7 @@ def doctor(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", hidden=True)] = False,
     image: opt.Image = None,
     missing: opt.Missing = None,
-    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,
+    trust: opt.HiddenTrust = False,
 ) -> None:
     """Say what is installed, what of prior and data is recognised, and what goes wrong first.
 

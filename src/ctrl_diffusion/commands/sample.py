@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .line.options import OTHER, Overwrite, Quiet, Seed, job_options
+from .line.options import OTHER, HiddenTrust, Overwrite, Quiet, Seed, job_options
 
 
 def sample(
@@ -22,7 +22,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
     exact: Annotated[bool, typer.Option("--exact", help="Draw many paths, keep some by weight: slow, exact.")] = False,
-    trust: Annotated[bool, typer.Option("--trust", hidden=True)] = False,  # as of add; --help stays a screen
+    trust: HiddenTrust = False,
     overwrite: Overwrite = False,
     quiet: Quiet = OTHER,
 ) -> None:

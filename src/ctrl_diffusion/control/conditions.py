@@ -81,8 +81,7 @@ class Conditions:
     ) -> "Conditions":  # fmt: skip
         """Let any controls be null but not all; where some are fixed, only these, so that the others are trained."""
         nullable = (fixed or controls) if len(controls) > 1 else ()
-        weigh = torch.tensor(weights) if weights else None
-        return cls(cond, controls, nullable, gammas, names or {}, pooled, weigh)
+        return cls(cond, controls, nullable, gammas, names or {}, pooled, torch.tensor(weights) if weights else None)
 
     @cached_property
     def combinations(self) -> Tensor:

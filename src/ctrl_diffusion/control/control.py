@@ -22,7 +22,7 @@ from ..system.files import write_text
 from .plain import PlainLoRA
 
 ABOUT, FORMAT = "control.json", 3  # files of 0.1 name no format: they have no interval
-SEES_CONDITION = 2  # the last format whose controls all see the condition; files of such a control have it still
+FORMAT_SEEING = 2  # of a control that sees the condition: older versions read it
 ROUNDING = 1e-6
 
 
@@ -122,7 +122,7 @@ class Control(nn.Module, ABC):
             values["gammas"] = self.gammas
         if not self.sees_condition:
             values["sees_condition"] = False
-        version = SEES_CONDITION if self.sees_condition else FORMAT
+        version = FORMAT_SEEING if self.sees_condition else FORMAT
         # with every digit of the interval: it decides which steps are the prior's
         about = json.dumps({"format": version, "kind": kind, **values}, indent=2, allow_nan=False)
         write_text(Path(folder) / ABOUT, about + "\n")

@@ -141,14 +141,15 @@ class Policy(Denoiser):
         """Return x̂ (B, *) with the controls of these labels active in every row.
 
         Controls that do not see the condition c act where there is none, and what they change is added (three
-        evaluations): x̂ = x̂_pre(c) + x̂_y(∅) − x̂_pre(∅), exact where y does not depend on c given x_t.
+        evaluations): x̂ = x̂_pre(c) + x̂_y(∅) − x̂_pre(∅). That is exact where y does not depend on c given x_t, since
+        ∇ log p(y | x_t, c) is then ∇ log p(y | x_t).
         """
-        apart = {name: y for name, y in labels.items() if cond and not self.controls[name].sees_condition}
-        if not apart:
+        unseeing = {name: y for name, y in labels.items() if cond and not self.controls[name].sees_condition}
+        if not unseeing:
             return self.evaluated(x_t, t, labels, cond, gamma)
-        near = {name: y for name, y in labels.items() if name not in apart}
-        change = self.evaluated(x_t, t, apart, {}, gamma) - self.base(x_t, t)
-        return self.evaluated(x_t, t, near, cond, gamma) + change
+        seeing = {name: y for name, y in labels.items() if name not in unseeing}
+        change = self.evaluated(x_t, t, unseeing, {}, gamma) - self.base(x_t, t)
+        return self.evaluated(x_t, t, seeing, cond, gamma) + change
 
     def evaluated(
         self, x_t: Tensor, t: Tensor | float, labels: Labels, cond: dict[str, Tensor], gamma: float | Tensor

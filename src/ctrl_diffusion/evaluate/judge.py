@@ -15,7 +15,7 @@ from ..data.labels import Labels
 from ..reward.reward import Conditioned, Embedded
 from ..reward.scorer import Scorer
 
-Ruler = Callable[[Tensor, Tensor | None], Tensor]
+Labeller = Callable[[Tensor, Tensor | None], Tensor]
 MOST_SIDE = 32  # of images whose pixels are compared
 
 
@@ -62,7 +62,7 @@ class SecondOpinion:
         classes: the prior's classes c that reader and judges number 0 … n − 1; None where conditions are numbered so.
     """
 
-    rulers: dict[str, Ruler]
+    rulers: dict[str, Labeller]
     reader: Scorer | None = None
     judges: dict[str, Scorer | Conditioned] = field(default_factory=dict)
     outside: Callable[[Tensor, Tensor], Tensor] | None = None

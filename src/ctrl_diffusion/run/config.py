@@ -71,9 +71,11 @@ class ControlSettings(Strict):
         condition: the prior's class c, if the data have it: NAME, or NAME:COLUMN.
         condition_column: the column of c, if its name is another.
         image: the column of the images, if it is not found by its name or contents.
-        missing: "bad" makes a row bad whose label is blank or a word such as NaN or ?; "keep" takes words for classes.
+        missing: "bad" makes a row bad whose label is blank or a word such as NaN, none or ?; "keep" takes such words
+            for classes.
         skip_bad: leave out rows that cannot be used, and count them in a warning.
-        ruler: what measures y, a row of evaluate/rulers/table.py; null lets a judge, fitted on labels of its own.
+        ruler: a built-in measure of the true y, by its name in `evaluate/rulers/table.py`; null lets a judge measure
+            it, fitted on labels of its own.
         classifier_from: a folder that `ctrl classifier` wrote; null fits a classifier.
         settled_from: a run that has trained this control already; its control is loaded and not trained further.
         classifier: how p̂ and the judge are fitted; see its keys.

@@ -22,7 +22,7 @@ from ..control.kinds import load_control
 from ..control.lora import LoRAControl
 from ..control.policy import Policy
 from ..data.labels import Labels
-from ..evaluate.judge import Ruler, SecondOpinion
+from ..evaluate.judge import Labeller, SecondOpinion
 from ..evaluate.resample import exact_samples
 from ..evaluate.rulers.table import RULERS
 from ..prior.prior import Prior, open_prior
@@ -58,10 +58,10 @@ def configured(prior: Prior, config: Config, prompts: list[str] | None = None, b
     elif config.guidance is not None or config.negative_prompt:
         raise ValueError("guidance and negative_prompt: this prior is given no text. Leave them out.")
     prior = prior.unconditional() if config.unconditional else prior
-    apart = next((control.name for control in config.controls if not control.sees_condition), None)
-    if apart and (prior.classes is None or prior.denoiser.null_call is None):
+    unseeing = next((control.name for control in config.controls if not control.sees_condition), None)
+    if unseeing and (prior.classes is None or prior.denoiser.null_call is None):
         why = "is given no condition" if prior.classes is None else "has no class or prompt for none"
-        raise ValueError(f"sees_condition: false, of {apart!r}: this prior {why}. Leave it out.")
+        raise ValueError(f"sees_condition: false, of {unseeing!r}: this prior {why}. Leave it out.")
     ranks.state()  # gives each of several processes its own accelerator, which "auto" then means
     if ranks.sharded():
         shard(prior.denoiser, config.device)
@@ -167,7 +167,7 @@ class Run:
         embedded = bool(getattr(judge, "embedding", 0))
         return self.conditioned(judge) if judge and embedded else judge
 
-    def ruler_of(self, settings: ControlSettings) -> Ruler:
+    def ruler_of(self, settings: ControlSettings) -> Labeller:
         """Return the ruler of a control's classes; on a scale it finds the nearest level, NULL where there is no y."""
         assert settings.ruler is not None
         space, ruler = self.policy.controls[settings.name].space, RULERS[settings.ruler]
@@ -247,17 +247,17 @@ class Run:
     def training_conditions(self) -> Conditions:
         """All pairs (c, y) to train on: labels may be null, but where a control is being added not those of the new.
 
-        Where controls do not see c the null class, which shows those nobody trains on, is a c, of a population half.
+        A control that does not see c is trained on the null class too: in a population on half of the samples.
         """
         fixed = [name for name in self.names if self.policy.controls[name].fixed]
         trained, pooled = (self.split.trained, self.split.pooled) if self.split else (None, False)
-        sees = self.policy.sees_condition or any(panel.classifier.conditional for panel in self.panels.values())
-        null = [] if sees or not trained or self.prior.null is None else [self.prior.null]
+        needs_c = self.policy.sees_condition or any(panel.classifier.conditional for panel in self.panels.values())
+        null = [] if needs_c or not trained or self.prior.null is None else [self.prior.null]
         conditions = self.conditions_on(self.names, trained and [*trained, *null])
         arguments = conditions.cond, conditions.controls, fixed, self.config.trained_gammas, conditions.names
-        weights = dict(zip(self.known_classes or (), self.config.weights or (), strict=False))
-        weigh = [weights.get(c, 1.0) for c in trained or ()] if weights or (null and pooled) else []
-        return Conditions.for_training(*arguments, pooled, weigh and [*weigh, *[sum(weigh)] * len(null)])
+        weight_of = dict(zip(self.known_classes or (), self.config.weights or (), strict=False))
+        weights = [weight_of.get(c, 1.0) for c in trained or ()] if weight_of or (null and pooled) else []
+        return Conditions.for_training(*arguments, pooled, weights and [*weights, *[sum(weights)] * len(null)])
 
     @property
     def probe_conditions(self) -> Conditions:

@@ -38,6 +38,7 @@ Missing = Annotated[str | None, typer.Option("--missing", hidden=True)]  # likew
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what ctrl wrote there before.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A twentieth of the training: a smoke test.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code that files name: module:function.")]
+HiddenTrust = Annotated[bool, typer.Option("--trust", hidden=True)]  # where --help would outgrow a screen
 Track = Annotated[str | None, typer.Option(hidden=True)]  # or -o
 Time = Annotated[str | None, typer.Option(help="Of training (90s, 30m, 1h), turned into updates.")]
 Updates = Annotated[int | None, typer.Option(min=1, hidden=True)]  # of all learners together; or -o
