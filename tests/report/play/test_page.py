@@ -318,7 +318,7 @@ def by_hand(ink):
 
     address, _ = ink
     config = httpx.get(f"{address}config").json()
-    place = next(d["id"] for d in config["dependencies"] if d["targets"][0][1] == "load")
+    place = next(d["id"] for d in config["dependencies"] if any(event == "load" for _, event in d["targets"]))
 
     def call(data):
         joined = {"data": data, "fn_index": place, "session_hash": "byhand", "event_data": None}

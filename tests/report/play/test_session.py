@@ -117,7 +117,8 @@ def test_what_is_drawn_ahead_is_what_the_page_asks_first(open_session, request, 
     session = open_session(request.getfixturevalue(made))
     session.draw_ahead(Event())
     monkeypatch.delattr("ctrl_diffusion.report.play.session.rollout")  # nothing is left to sample
-    (load,) = (fn for fn in page([session], Visitors()).fns.values() if fn.targets[0][1] == "load")
+    events = page([session], Visitors()).fns.values()
+    (load,) = (fn for fn in events if any(event == "load" for _, event in fn.targets))
     *_, (seed, _, pictures) = load.fn(SimpleNamespace(session_hash="a"), *(part.value for part in load.inputs))
     assert seed == 0
     assert "downloads" in pictures
@@ -278,6 +279,30 @@ def test_a_newer_drawing_takes_the_place_of_a_visitors_older_one():
     visitors.stop("a")
     visitors.stop("nobody")
     assert (second.is_set(), other.is_set()) == (True, False)
+
+
+def test_what_is_outdated_is_stopped_before_and_after_it_begins():
+    visitors = Visitors()
+    first, other = visitors.begin("a", 3), visitors.begin("b", 3)
+    visitors.pass_over("a", 2)
+    assert not first.is_set()
+    visitors.pass_over("a", 3)
+    assert (first.is_set(), other.is_set(), visitors.is_last("a", first)) == (True, False, False)
+    visitors.pass_over("a", 4)  # heard before the drawing of that turn
+    late, next_one = visitors.begin("a", 4), visitors.begin("a", 5)
+    assert (late.is_set(), visitors.is_last("a", late), next_one.is_set()) == (True, False, False)
+
+
+def test_a_page_waits_for_one_drawing_of_a_tab_at_a_time(open_session, other):
+    """Of two that it waits for at once it may show the older one last."""
+    pytest.importorskip("gradio", reason="the page needs gradio")
+    from ctrl_diffusion.report.play.page import page
+
+    events = page([open_session(), open_session(other)], Visitors()).fns.values()
+    drawing = [fn for fn in events if len(fn.outputs) == 3]
+    written = [part._id for fn in drawing for part in fn.outputs]
+    assert len(written) == len(set(written)) == 3 * 5  # two runs, the comparison, two grids
+    assert {fn.trigger_mode for fn in drawing} == {"always_last"}
 
 
 def test_the_embedded_run_is_small_and_holds_no_pictures():

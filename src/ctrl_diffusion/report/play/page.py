@@ -19,11 +19,14 @@ from .worker import Stopped, Visitors
 
 MOST_BUTTONS = 10  # values of a control that are shown as buttons
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private", "trigger_mode": "multiple", "concurrency_limit": None}
+# a page mixes the messages of two drawings that it waits for at once, so that an older one could be shown last
+ONE_AT_A_TIME = {**HIDDEN, "trigger_mode": "always_last"}
 SHOWN_STRENGTH = 2.0  # the sweep of a report ends there
-# the last input of what draws counts a visitor's requests, which may be heard in another order
+# the last input of what draws counts a page's drawings
 COUNT = (
     "(...values) => { window.turn = (window.turn || 0) + 1; values[values.length - 1] = window.turn; return values; }"
 )
+LAST_TURN = "() => window.turn || 0"
 
 Labels = dict[str, list[gr.components.Component]]
 
@@ -135,14 +138,15 @@ Draw = Callable[[dict[str, Any], Event], Iterator[tuple[str, Any]]]
 
 def connect(
     visitors: Visitors, tab: str, draw: Draw, inputs: list, values: Callable[[Sequence[Any]], dict[str, Any]],
-    parts: dict[str, Any], changing: Sequence[gr.components.Component],
-) -> dict[str, Any]:  # fmt: skip
-    """Let the buttons of a tab, and changes of some inputs, draw; return the arguments of another event that does.
+    parts: dict[str, Any], changing: Sequence[gr.components.Component], opening: Sequence[Any] = (),
+) -> None:  # fmt: skip
+    """Let the buttons of a tab, changes of some inputs, and what opens the tab draw.
 
-    `draw` yields the status and the pictures of values. A new drawing of the same visitor ends the one before.
+    `draw` yields the status and the pictures of values. What asks anew ends the drawing before, and is drawn after it.
     """
     seed, status, pictures = parts["seed"], parts["status"], parts["pictures"]
-    inputs = [*inputs, gr.Number(0, visible=False)]
+    last_turn = gr.Number(0, visible=False)
+    inputs = [*inputs, last_turn]
 
     def draw_request(request: gr.Request, *contents: Any) -> Iterator[tuple[Any, Any, Any]]:
         *contents, turn = contents
@@ -157,26 +161,30 @@ def connect(
                 yield request_values["seed"], *last
         except Stopped:
             words = "<p class='words' role='status'>Stopped. Draw begins again.</p>"
-            # gradio sends the last that is yielded once more at the end: of an older drawing that must be nothing
             is_last = visitors.is_last(f"{request.session_hash} {tab}", stop)
             yield gr.skip(), words if is_last else gr.skip(), gr.skip()
         except ValueError as error:
             yield gr.skip(), error_html(error), gr.skip()
 
-    options = {"inputs": inputs, "outputs": [seed, status, pictures], "js": COUNT, **HIDDEN}
+    def outdated(request: gr.Request, turn: Any) -> None:
+        visitors.pass_over(f"{request.session_hash} {tab}", turn if isinstance(turn, (int, float)) else 0)
+
     # the input event of a box of text leaves out what is deleted, pasted, or typed on a phone
     events = [component.change if isinstance(component, gr.Textbox) else component.input for component in changing]
-    gr.on([parts["go"].click, seed.submit, *events], draw_request, **options)
+    asking = [parts["go"].click, seed.submit, *events]
+    # heard first: the page waits for it before it asks, or notes that it has to once the drawing before has ended
+    gr.on(asking, outdated, inputs=last_turn, js=LAST_TURN, **HIDDEN)
+    outputs = [seed, status, pictures]
+    gr.on([*asking, *opening], draw_request, inputs=inputs, outputs=outputs, js=COUNT, **ONE_AT_A_TIME)
 
     def stopped(request: gr.Request) -> None:
         visitors.stop(f"{request.session_hash} {tab}")
 
     parts["stop"].click(stopped, **HIDDEN)
-    return {"fn": draw_request, **options}
 
 
-def run_tab(visitors: Visitors, session: Session, place: int) -> dict[str, Any]:
-    """Lay out the tab of a run; return the arguments of an event that draws."""
+def run_tab(visitors: Visitors, session: Session, place: int, opening: Any) -> None:
+    """Lay out the tab of a run, which is drawn when it opens."""
     run, controls = session.run, session.run.policy.controls
     with gr.Row(elem_classes="board"):
         with gr.Column(scale=1, min_width=260, elem_classes="left"):
@@ -199,7 +207,7 @@ def run_tab(visitors: Visitors, session: Session, place: int) -> dict[str, Any]:
 
     parts = {"seed": inputs.seed, "status": status, "pictures": pictures, "go": go, "stop": stop}
     changing = [component for component in inputs.components if component not in (inputs.seed, inputs.same)]
-    return connect(visitors, f"run {place}", draw, inputs.components, inputs.values, parts, changing)
+    connect(visitors, f"run {place}", draw, inputs.components, inputs.values, parts, changing, [opening])
 
 
 def sweep_tab(visitors: Visitors, sessions: Sequence[Session]) -> None:
@@ -313,15 +321,10 @@ def page(sessions: Sequence[Session], visitors: Visitors) -> gr.Blocks:
         with gr.Tabs():
             for place, session in enumerate(sessions):
                 with gr.Tab(session.name) as tab:
-                    drawing = run_tab(visitors, session, place)
-                if place:
-                    tab.select(**drawing)
-                else:
-                    first = drawing
+                    run_tab(visitors, session, place, tab.select if place else blocks.load)
             if len(sessions) > 1:
                 with gr.Tab("compare"):
                     compare_tab(visitors, sessions)
             with gr.Tab("sweep"):
                 sweep_tab(visitors, sessions)
-        blocks.load(**first)
     return blocks

@@ -66,23 +66,29 @@ class Visitors:
         self.lock, self.stops = Lock(), OrderedDict[str, tuple[float, Event]]()
 
     def begin(self, visitor: str, turn: float) -> Event:
-        """Stop a visitor's drawing, and return what stops the next: one that is asked for in an earlier turn, at once.
-
-        Requests of a visitor may be heard in another order than they were sent.
-        """
+        """Stop a visitor's drawing, and return what stops the next: one of a turn that is over, at once."""
         stop = Event()
+        if not self.follow(visitor, turn, stop):
+            stop.set()
+        return stop
+
+    def pass_over(self, visitor: str, turn: float) -> None:
+        """Stop a visitor's drawing of a turn or one before, even if it is yet to begin."""
+        self.follow(visitor, turn + 0.5, Event())  # after this turn, before the next
+
+    def follow(self, visitor: str, turn: float, stop: Event) -> bool:
+        """Stop what a visitor draws if it is not of a later turn, remember the next, and return whether that was so."""
         with self.lock:
             latest, before = self.stops.get(visitor, (turn, None))
             if turn < latest:
-                stop.set()
-                return stop
+                return False
             if before:
                 before.set()
             self.stops[visitor] = turn, stop
             self.stops.move_to_end(visitor)
             while len(self.stops) > MOST_VISITORS:
                 self.stops.popitem(last=False)[1][1].set()
-        return stop
+        return True
 
     def stop(self, visitor: str) -> None:
         """Stop a visitor's drawing, if there is one."""
@@ -91,7 +97,7 @@ class Visitors:
                 self.stops[visitor][1].set()
 
     def is_last(self, visitor: str, stop: Event) -> bool:
-        """Return whether no newer drawing of the visitor has begun than the one that `stop` stops."""
+        """Return whether no newer drawing of the visitor has begun or is asked for than the one that `stop` stops."""
         with self.lock:
             return visitor in self.stops and self.stops[visitor][1] is stop
 
