@@ -117,11 +117,14 @@ def write_measured_ink(folder: Path, seed: int) -> None:
 
 
 def write_ink(folder: Path, seed: int) -> None:
-    """Write the ink demo's labelled digits, and a config that holds three classes out, with defaults for the rest."""
+    """Write the labelled digits of the ink demo, and a config of its recipe that holds three classes out."""
     for kind, data in zip(("data", "judge_data"), labelled_digits("ink", seed)[0], strict=True):
         write_imagefolder(folder / kind, data)
-    settings = {"prior": "digits", "control": "ink", "data": "data", "judge_data": "judge_data", "condition": "digit"}
-    (folder / "unseen.yaml").write_text(yaml.safe_dump({**settings, "ruler": "ink", "hold_out": 3, "seed": seed}))
+    recipe = SETTINGS["ink"]
+    settings = {"prior": "digits", "control": "ink", "data": "data", "judge_data": "judge_data", "hold_out": 3}
+    settings |= select(recipe["controls"][0], "condition ruler interval classifier")
+    settings |= {**select(recipe, "learners focus patience"), "weighted": {"updates": 1000, "renoising": 175}}
+    (folder / "unseen.yaml").write_text(yaml.safe_dump({**settings, "adjoint": {"updates": 1200}, "seed": seed}))
 
 
 def unseen_row(folder: Path, seed: int) -> Metrics:

@@ -1,6 +1,10 @@
 """Tiny pipelines of every family with random weights, made on the spot."""
 
+import inspect
+import json
 import string
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import diffusers
 import torch
@@ -51,11 +55,23 @@ from transformers import (
 WIDTH = 16  # of the text encoders
 
 
+def without_merges(kind, names, **options):
+    """A tokenizer of byte pairs that merges none; transformers 4 wants files."""
+    vocab = {name: i for i, name in enumerate(names)}
+    if "vocab" in inspect.signature(kind).parameters:
+        return kind(vocab=vocab, merges=[], **options)
+    with TemporaryDirectory() as folder:
+        files = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        for path, text in zip(files, (json.dumps(vocab), "#version: 0.2\n"), strict=True):
+            path.write_text(text, encoding="utf-8")
+        return kind(*map(str, files), **options)
+
+
 def clip_tokenizer():
     """One token a letter."""
     letters = string.ascii_lowercase
     names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], model_max_length=16)
+    return without_merges(CLIPTokenizer, names, model_max_length=16)
 
 
 def clip(kind=CLIPTextModel):
@@ -91,7 +107,7 @@ TEMPLATE = (
 def qwen_tokenizer():
     """One token a letter, and a chat's template."""
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ", *string.ascii_lowercase]
-    tokenizer = Qwen2Tokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[], chat_template=TEMPLATE)
+    tokenizer = without_merges(Qwen2Tokenizer, names, chat_template=TEMPLATE)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return tokenizer
 

@@ -17,7 +17,7 @@ def sample(
     ] = None,
     word: Annotated[str, typer.Option(help="A picture for each of its letters, and word.png.")] = "",
     n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 16,
-    strength: Annotated[float, typer.Option(help="w: 0 the prior, 1 as trained, or more.")] = 1.0,
+    strength: Annotated[float, typer.Option(help="w: 0 is the prior, 1 as trained.")] = 1.0,
     gamma: Annotated[float | None, typer.Option(help="γ, of a run with gammas; left out, the run's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; left out, as trained.")] = None,
     seed: Seed = 0,
