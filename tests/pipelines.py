@@ -36,7 +36,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -87,6 +87,7 @@ def t5_tokenizer():
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((a, -3.0) for a in string.ascii_lowercase)]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)
 
 
@@ -220,6 +221,8 @@ def z_image():
         in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
         axes_dims=[4, 2, 2], axes_lens=[514, 8, 8],
     ).eval()  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.zeros_(token)  # which diffusers 0.37 leaves as memory was
     return ZImagePipeline(
         transformer=transformer, vae=vae(shift=0.1), text_encoder=qwen(), tokenizer=qwen_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),

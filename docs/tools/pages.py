@@ -85,7 +85,8 @@ def descriptions(model: type[BaseModel]) -> dict[str, str]:
 def group_of(annotation: Any) -> type[BaseModel] | None:
     """Return the model of a key that has keys of its own, or is a list of such; None for any other."""
     kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    classes = (kind for kind in kinds if isinstance(kind, type) and not get_args(kind))  # list[str] is a type on 3.10
+    return next((kind for kind in classes if issubclass(kind, BaseModel)), None)
 
 
 def type_of(annotation: Any) -> str:

@@ -267,10 +267,12 @@ def check_complete(
     """Refuse a model that lacks weights, or whose file was altered; warn of weights that are not used."""
     missing, unexpected, mismatched = sorted(missing), sorted(unexpected), sorted(mismatched)
     if mismatched:
-        key, stored, wanted = mismatched[0]
+        first = mismatched[0]  # of transformers 4 its name alone
+        key, *shapes = (first,) if isinstance(first, str) else first
+        which = "{}, {} in the file, {} by the config".format(key, *map(tuple, shapes)) if shapes else key
         raise ValueError(
-            f"its {name}: {len(mismatched)} weights have another shape than its config.json says (the first: {key}, "
-            f"{tuple(stored)} in the file, {tuple(wanted)} by the config). Download both again"
+            f"its {name}: {len(mismatched)} weights have another shape than its config.json says (the first: {which}). "
+            "Download both again"
         )
     cause = next((words for sign, words in ALTERED.items() if any(re.search(sign, key) for key in unexpected)), "")
     if broken := [key for key, value in model.named_parameters() if not (value.is_meta or value.sum().isfinite())]:
