@@ -33,9 +33,11 @@ def write_tiny(folder: Path, side: int = 8) -> None:
     tiny = pipeline("tiny")
     tiny.unet.register_to_config(sample_size=side)
     tiny.save_pretrained(folder)
-    words = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(words), encoding="utf-8")
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    whole = folder / "tokenizer" / "tokenizer.json"
+    if whole.is_file():
+        words = json.loads(whole.read_text(encoding="utf-8"))["model"]["vocab"]
+        whole.with_name("vocab.json").write_text(json.dumps(words), encoding="utf-8")
+        whole.with_name("merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
 @dataclass

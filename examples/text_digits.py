@@ -4,10 +4,10 @@ python examples/text_digits.py --out text-digits             (six minutes of a p
 python examples/text_digits.py --digits 2 --out two-digits   (ten minutes)
 ctrl train --prior text-digits/pipeline --data text-digits/photos --control ink --condition prompt --out runs/text
 
-With diffusers and transformers alone scikit-learn's digits, enlarged to 16 × 16, become a Stable Diffusion of prompts
-like "a handwritten seven": an autoencoder to latents of 4 × 8 × 8, then a UNet on them (v-prediction) trained together
-with CLIP's text encoder. The labelled images are an imagefolder of 500 digits the pipeline never saw; their ink, 1
-(light) … 4 (heavy), is the quarter their mean pixel is in.
+With diffusers and transformers (5 or later) scikit-learn's digits, enlarged to 16 × 16, become a Stable Diffusion of
+prompts like "a handwritten seven": an autoencoder to latents of 4 × 8 × 8, then a UNet on them (v-prediction) trained
+together with CLIP's text encoder. The labelled images are an imagefolder of 500 digits the pipeline never saw; their
+ink, 1 (light) … 4 (heavy), is the quarter their mean pixel is in.
 
 With --digits 2 the pictures are 16 × 32 and show two digits side by side, the numbers 00 … 99, and the hundred prompts
 name them as they are spoken: "a handwritten forty two", "a handwritten forty", "a handwritten twelve"; below ten the
@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=int, default=300, help="updates of the autoencoder's training")
     parser.add_argument("--updates", type=int, default=2000, help="of the UNet's and the text encoder's training")
     args = parser.parse_args()
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        parser.error(f"transformers {transformers.__version__} makes no tokenizer without files. Install version 5.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     size, folder = SIZES[args.digits], args.out or Path("text-digits" if args.digits == 1 else "two-digits")

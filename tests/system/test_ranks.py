@@ -241,6 +241,8 @@ def results(tmp_path_factory):
 
 def both_ways(trainings, root):
     """What each of two processes finds with all weights, and with half of them."""
+    if torch.__version__ < "2.7":
+        pytest.skip("FSDP2 of torch 2.6 records events of streams, which a CPU has none of there")
     families = {"DDPM", *(name for name, _ in trainings)} - {*TWO}
     return ended(started(partial(whole_and_sharded, trainings=trainings), root, families), root)
 
