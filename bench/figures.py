@@ -6,8 +6,8 @@ demo, digit, ink,slant   `ctrl demo` with peak memory (ten minutes a seed on two
 add     a control that `ctrl add` adds later, against two trained together (three quarters of an hour a seed)
 scale   ink as a number: values asked for against those measured (ten minutes a seed)
 gamma   ink for several γ: the gap at each over the gap at 1, and beside a run of γ = 1 alone (two demos a seed)
-unseen  ink on seven of the prior's ten classes, certified on the three others (twenty minutes)
-apart   the same by a control that does not see the class (forty minutes)
+unseen  ink on seven of the prior's ten classes, certified on the three others (a quarter of an hour)
+apart   the same by a control that does not see the class (half an hour)
 own     an unknown pipeline, of examples/textures.py, all settings the defaults (half an hour)
 text    a text-to-image pipeline, of examples/text_digits.py, and ink (three quarters of an hour)
 programs  what other programs' chain does with a control's LoRA file (half an hour)
@@ -123,7 +123,7 @@ def write_ink(folder: Path, seed: int) -> None:
     recipe = SETTINGS["ink"]
     settings = {"prior": "digits", "control": "ink", "data": "data", "judge_data": "judge_data", "hold_out": 3}
     settings |= select(recipe["controls"][0], "condition ruler interval classifier")
-    settings |= {**select(recipe, "learners focus patience"), "weighted": {"updates": 1000, "renoising": 175}}
+    settings |= {**select(recipe, "learners focus patience"), "weighted": {**recipe["weighted"], "updates": 1000}}
     (folder / "unseen.yaml").write_text(yaml.safe_dump({**settings, "adjoint": {"updates": 1200}, "seed": seed}))
 
 

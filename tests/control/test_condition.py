@@ -91,6 +91,16 @@ def test_three_evaluations_for_one(digits):
     assert calls == [B] * 4
 
 
+@pytest.mark.parametrize(("sees_condition", "evaluations"), [(True, 1), (False, 3)])
+def test_a_strength_but_one_takes_an_evaluation_more(digits, sees_condition, evaluations):
+    policy, calls = Policy(digits.denoiser, control(digits.denoiser, sees_condition=sees_condition)), []
+    digits.denoiser.register_forward_hook(lambda module, args, x_hat: calls.append(len(x_hat)))
+    for strength, expected in ((1.0, evaluations), (1.5, evaluations + 1), (0.0, 1)):
+        calls.clear()
+        policy(X, T, {"ink": Y}, strength=strength, c=C)
+        assert calls == [B] * expected
+
+
 def test_it_is_saved_and_older_versions_say_that_they_cannot_read_it(digits, tmp_path):
     policy = Policy(digits.denoiser, control(digits.denoiser, sees_condition=False))
     policy.controls["ink"].save(tmp_path)

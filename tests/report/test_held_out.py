@@ -131,13 +131,3 @@ def test_the_histogram_counts_every_condition():
         x, y = polygon.get_xy().T
         area = abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
         assert area / width == pytest.approx(1.0, abs=1e-6)
-
-
-@pytest.mark.parametrize("sees_condition", [True, False])
-def test_the_page_says_what_a_strength_costs_where_it_costs_more(page, digits_run, monkeypatch, sees_condition):
-    """A control that does not see c takes three evaluations a step at any strength."""
-    run = digits_run[0]
-    control = run.config.controls[0].model_copy(update={"sees_condition": sees_condition})
-    monkeypatch.setattr(run, "config", run.config.model_copy(update={"controls": [control]}))
-    folder, _ = page(held_out(8, 4))
-    assert ("at two evaluations a step" in folder.report.read_text()) == sees_condition

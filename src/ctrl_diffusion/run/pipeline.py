@@ -169,7 +169,7 @@ class ControlledPipeline(DiffusionPipeline):
             prompt: or prompts, of a model that is given text.
             controls: name → value, as `ctrl sample --set` takes them, or of a single control the value; one left out is
                 null.
-            control_strength: w, 0 the prior, 1 as trained, more extrapolates; two evaluations a step but at 0 and 1.
+            control_strength: w, 0 the prior, 1 as trained, more extrapolates; an evaluation more a step but at 0 and 1.
             class_labels: of a model that is given classes, by number or name.
             num_images_per_prompt: of each prompt or class.
             num_inference_steps: of the reverse process; as trained if None.

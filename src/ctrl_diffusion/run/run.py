@@ -357,7 +357,7 @@ class Run:
         Args:
             y: (n,) classes of the control, −1 for uncontrolled; of several controls by name, one left out is null.
             c: (n,) classes of the prior, needed unless it is unconditional.
-            strength: 0 is the prior, 1 the trained policy, more extrapolates; two evaluations a step but at 0 and 1.
+            strength: 0 is the prior, 1 the trained policy, more extrapolates; an evaluation more a step but at 0 and 1.
             steps: of the reverse process; the training chain's if None.
             generator: of all noise, or a list of one for each sample; the run's seed if None.
             exact: draw many paths and keep some by their importance weights, exact in the limit of many for the chain

@@ -67,7 +67,7 @@ def job_options(quiet: bool, trust: bool = False, overwrite: bool = False, quick
     try:
         yield JobOptions(phase, trust, overwrite, quick, shlex.join(["ctrl", *sys.argv[1:]]), ignore if quiet else say)
     finally:
-        if bars.tasks and not quiet:  # before rich 15 bars that are not shown end with an empty line
+        if bars.tasks and not quiet:  # older versions of rich end hidden bars with an empty line
             bars.stop()
 
 

@@ -148,9 +148,12 @@ def connect(
     last_turn = gr.Number(0, visible=False)
     inputs = [*inputs, last_turn]
 
+    def visitor_of(request: gr.Request) -> str:
+        return f"{request.session_hash} {tab}"
+
     def draw_request(request: gr.Request, *contents: Any) -> Iterator[tuple[Any, Any, Any]]:
         *contents, turn = contents
-        stop = visitors.begin(f"{request.session_hash} {tab}", turn if isinstance(turn, (int, float)) else 0)
+        stop = visitors.begin(visitor_of(request), turn if isinstance(turn, (int, float)) else 0)
         request_values, last = values(contents), None
         if request_values.pop("same") is not True:
             request_values["seed"] = secrets.randbelow(MOST_SEED + 1)
@@ -161,24 +164,23 @@ def connect(
                 yield request_values["seed"], *last
         except Stopped:
             words = "<p class='words' role='status'>Stopped. Draw begins again.</p>"
-            is_last = visitors.is_last(f"{request.session_hash} {tab}", stop)
-            yield gr.skip(), words if is_last else gr.skip(), gr.skip()
+            yield gr.skip(), words if visitors.is_last(visitor_of(request), stop) else gr.skip(), gr.skip()
         except ValueError as error:
             yield gr.skip(), error_html(error), gr.skip()
 
     def outdated(request: gr.Request, turn: Any) -> None:
-        visitors.pass_over(f"{request.session_hash} {tab}", turn if isinstance(turn, (int, float)) else 0)
+        visitors.pass_over(visitor_of(request), turn if isinstance(turn, (int, float)) else 0)
 
     # the input event of a box of text leaves out what is deleted, pasted, or typed on a phone
     events = [component.change if isinstance(component, gr.Textbox) else component.input for component in changing]
     asking = [parts["go"].click, seed.submit, *events]
-    # heard first: the page waits for it before it asks, or notes that it has to once the drawing before has ended
+    # before each request: the page waits for the answer, and asks then, or as soon as the drawing before has ended
     gr.on(asking, outdated, inputs=last_turn, js=LAST_TURN, **HIDDEN)
     outputs = [seed, status, pictures]
     gr.on([*asking, *opening], draw_request, inputs=inputs, outputs=outputs, js=COUNT, **ONE_AT_A_TIME)
 
     def stopped(request: gr.Request) -> None:
-        visitors.stop(f"{request.session_hash} {tab}")
+        visitors.stop(visitor_of(request))
 
     parts["stop"].click(stopped, **HIDDEN)
 

@@ -77,7 +77,7 @@ class Visitors:
         self.follow(visitor, turn + 0.5, Event())  # after this turn, before the next
 
     def follow(self, visitor: str, turn: float, stop: Event) -> bool:
-        """Stop what a visitor draws if it is not of a later turn, remember the next, and return whether that was so."""
+        """Replace a visitor's drawing, which is stopped, unless it is of a later turn; return whether it was."""
         with self.lock:
             latest, before = self.stops.get(visitor, (turn, None))
             if turn < latest:
